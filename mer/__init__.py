@@ -1,0 +1,1 @@
+"""Run Mixture-of-Experts language models that are larger than memory."""

@@ -1,0 +1,35 @@
+"""One hierarchy of errors. Each message says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class MerError(Exception):
+    """Whatever `mer` raises on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(MerError):
+    """A setting, a flag or an environment variable that can't be used."""
+
+
+class CheckpointError(MerError):
+    """A file of weights, or its config.json, that is missing, damaged or contradicts itself."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """An architecture or a weight format that `mer` does not know."""
+
+
+class BudgetError(ConfigError):
+    """A memory budget that can't hold what the model needs at the least."""
+
+
+class DeviceReadError(MerError):
+    """A read of weights that failed while running: the requests that needed it fail, no others."""
+
+
+class RequestError(MerError):
+    """A request whose parameters make no sense; `param` names the first such parameter."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
