@@ -1,0 +1,58 @@
+# Two commands do everything on a fresh Debian-like machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(wildcard mer/_ext/*.pyx mer/_ext/*.pxd mer/_ext/csrc/*.h mer/_ext/csrc/*/*.[ch])
+DEBIAN := gcc libc6-dev pkg-config liburing-dev $(if $(filter python3,$(PYTHON)),$(if $(wildcard /usr/bin/python3),python3-venv python3-dev))
+DEBIAN_TEST := clang libclang-rt-dev
+PROMPT ?= The old man looked at the sea and said
+
+.PHONY: help demo test lint build bench clean
+
+help:
+	@echo "make demo   install what is missing, build, and write text with the bundled model, streamed from disk"
+	@echo "make test   the same for the tests: lint, types, layers, pytest"
+	@echo "make bench  the benchmarks that need no peer program"
+	@echo "make clean  remove the virtual environment and everything built"
+
+$(VENV)/made:
+	@tools/debian-packages.sh $(DEBIAN)
+	@echo "==> making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" "cython>=3.1" "numpy>=2.0"
+	@touch $@
+
+$(VENV)/built: $(VENV)/made $(SOURCES)
+	@echo "==> building mer (Cython and C; a minute or two the first time)"
+	@$(PY) -m pip install --quiet --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/testable: $(VENV)/built pyproject.toml
+	@echo "==> installing what the tests compare with (transformers, torch, gguf, ...)"
+	@$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
+	@touch $@
+
+build: $(VENV)/built
+
+demo: $(VENV)/built
+	@echo "==> mer run demo: a quarter of the experts fits in the cache, the rest is read from disk"
+	@$(VENV)/bin/mer run demo "$(PROMPT)" --cache-experts 25% --max-tokens 160 --temperature 0.7 --seed 1
+
+lint: $(VENV)/testable
+	@echo "==> ruff, mypy, import layers"
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports --no-logo
+
+test: lint
+	@echo "==> pytest"
+	@$(PY) -m pytest
+
+bench: $(VENV)/built
+	@$(PY) bench/kernels.py
+	@$(PY) bench/io.py
+
+clean:
+	rm -rf $(VENV) build mer.egg-info mer/_ext/*.so
+	find mer/_ext -maxdepth 1 -name '*.c' -delete

@@ -1,0 +1,38 @@
+import numpy as np
+from numpy.typing import NDArray
+
+from mer._ext.cache import ExpertCache
+from mer._ext.kernels import Kernels, Pool
+from mer._ext.uring import Reader
+
+def scratch_bytes(
+    n_experts: int, top_k: int, hidden: int, inter: int, act_bytes: int, mid_bytes: int, max_tokens: int
+) -> int: ...
+
+class ExpertStreamer:
+    n_layers: int
+    n_experts: int
+    top_k: int
+    max_tokens: int
+    max_reads: int
+    def __init__(
+        self,
+        cache: ExpertCache,
+        reader: Reader,
+        kernels: Kernels,
+        pool: Pool,
+        layers: NDArray[np.int64],
+        reads: NDArray[np.int64],
+        matrices: NDArray[np.int64],
+        top_k: int,
+        max_tokens: int,
+    ) -> None: ...
+    def forward(
+        self,
+        layer: int,
+        x: NDArray[np.float32],
+        ids: NDArray[np.int32],
+        weights: NDArray[np.float32],
+        out: NDArray[np.float32],
+    ) -> None: ...
+    def stats(self) -> dict[str, float]: ...
