@@ -1,0 +1,98 @@
+/* Reads of file extents into memory: io_uring, or threads where io_uring is not to be had.
+ *
+ * One mer_io serves any number of threads. submit() queues operations and returns; wait()
+ * sets `result` and then `done` of those that completed. No function here needs the GIL.
+ */
+#ifndef MER_IO_H
+#define MER_IO_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { MER_IO_DEMAND = 0, MER_IO_PREFETCH = 1, MER_IO_PRIORITIES = 2 };
+
+/* O_DIRECT needs offset, length and dest to be multiples of this. */
+#define MER_IO_ALIGN 4096
+
+/* The result of a read that met the end of the file too early. */
+#define MER_IO_TRUNCATED (-61) /* -ENODATA */
+
+/* Zero the whole struct before filling it in; leave it alone from submit() until `done`. */
+typedef struct mer_read_op {
+    int file;       /* index into the paths of the reader */
+    int priority;   /* MER_IO_DEMAND or MER_IO_PREFETCH */
+    int64_t offset; /* in the file */
+    int64_t length; /* bytes to ask for: dest has room for them */
+    int64_t needed; /* bytes that must arrive, 0 for all. Less than length where the aligned
+                     * superset of an extent reaches past the end of its file. */
+    void *dest;
+    int result; /* 0, or -errno (MER_IO_TRUNCATED, -ECANCELED when the reader was closed) */
+    int done;   /* read it with mer_read_done() */
+    /* private */
+    int64_t progress; /* bytes that arrived so far */
+    int64_t asked;    /* bytes of the request under way */
+    int injected;     /* result of an injected fault, 0 for none */
+    int retries;      /* consecutive ones without progress */
+    struct mer_read_op *next;
+} mer_read_op;
+
+/* True once the read is over; result and the bytes at dest may then be used, and the op reused. */
+static inline int mer_read_done(const mer_read_op *op) {
+    return __atomic_load_n(&op->done, __ATOMIC_ACQUIRE);
+}
+
+typedef struct mer_io mer_io;
+
+/* An extent at any offset, to be delivered at any address. */
+typedef struct mer_range {
+    int file;
+    int64_t offset, length;
+    char *dest;
+} mer_range;
+
+typedef struct mer_io_stats {
+    int64_t ops, prefetch_ops, bytes, short_reads, retries, errors, fixed_ops, batches;
+    int64_t registered_bytes;
+} mer_io_stats;
+
+/* fds[n] are open already, and become the reader's own if this succeeds (*out set, 0 returned);
+ * -errno otherwise. uring: io_uring, else `threads` threads. direct: the fds are O_DIRECT. */
+int mer_io_open(mer_io **out, const int *fds, int n, int uring, int direct, int depth, int threads);
+/* Cancels what is queued, waits for what is in flight, frees the ring, threads and fds. */
+void mer_io_close(mer_io *io);
+/* After mer_io_close(), when no other thread holds `io`. */
+void mer_io_free(mer_io *io);
+
+int mer_io_files_registered(const mer_io *io); /* 1, or 0 */
+/* Registers memory as fixed buffers, which touches and pins it. 0 or -errno (reads work anyhow). */
+int mer_io_add_buffer(mer_io *io, void *address, size_t length);
+
+void mer_io_submit(mer_io *io, mer_read_op *ops, long n);
+/* Blocks until min_done more reads completed, or none is left; 0 polls. Returns how many did. */
+long mer_io_wait(mer_io *io, long min_done);
+/* Reads completed since the start: look at it, then at your ops, then wait past it. */
+uint64_t mer_io_completed(const mer_io *io);
+/* Blocks until more than `seen` reads completed or none is left. */
+void mer_io_wait_past(mer_io *io, uint64_t seen);
+/* Reads the ranges, whatever their alignment, with at most 16 MiB of bounce buffers. 0, or -errno and
+ * *failed is the index of the range. */
+int mer_io_read_ranges(mer_io *io, const mer_range *ranges, long n, int priority, long *failed);
+
+/* An eventfd that becomes readable when reads complete, while mer_io_listen(io, 1) holds. */
+int mer_io_eventfd(const mer_io *io);
+void mer_io_listen(mer_io *io, int on);
+
+/* The next `times` requests of `file` that touch [lo, hi) end with -error (error > 0), or deliver at most
+ * `limit` bytes (error == 0; limit 0 looks like the end of the file). -ENOSPC: too many faults set. */
+int mer_io_set_fault(mer_io *io, int file, int64_t lo, int64_t hi, int error, int64_t limit, long times);
+void mer_io_clear_faults(mer_io *io);
+
+void mer_io_get_stats(mer_io *io, mer_io_stats *out);
+
+/* Random aligned reads of `block` bytes at `depth` for `seconds`; 0 or -errno. */
+int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds,
+                   int64_t *bytes, double *elapsed);
+/* Bytes per second that `threads` threads read from `bytes` of memory each; negative: -errno. */
+double mer_memory_bandwidth(int threads, size_t bytes, double seconds);
+
+#endif

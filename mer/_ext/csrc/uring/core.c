@@ -1,0 +1,253 @@
+/* Queueing, completion and waiting: what both back ends have in common. */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+int mer_io_open(mer_io **out, const int *fds, int n, int uring, int direct, int depth, int threads) {
+    mer_io *io = calloc(1, sizeof *io);
+    if (!io) return -ENOMEM;
+    io->event_fd = -1;
+    io->fds = malloc(sizeof(int) * (size_t)(n > 0 ? n : 1));
+    int rc = io->fds ? 0 : -ENOMEM;
+    if (rc == 0 && (io->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) < 0) rc = -errno;
+    if (rc == 0) {
+        memcpy(io->fds, fds, sizeof(int) * (size_t)n);
+        io->n_files = n;
+        io->depth = depth;
+        io->direct = direct;
+        io->uring = uring;
+        pthread_mutex_init(&io->lock, NULL);
+        pthread_cond_init(&io->changed, NULL);
+        pthread_cond_init(&io->work, NULL);
+        rc = uring ? mer_ring_open(io) : mer_threads_open(io, threads);
+    }
+    if (rc < 0) {
+        if (io->event_fd >= 0) close(io->event_fd);
+        free(io->fds);
+        free(io);
+        return rc;
+    }
+    *out = io;
+    return 0;
+}
+
+mer_read_op *mer_io_take(mer_io *io) {
+    for (int p = 0; p < MER_IO_PRIORITIES; p++) {
+        mer_queue *q = &io->pending[p];
+        mer_read_op *op = q->head;
+        if (!op) continue;
+        q->head = op->next;
+        if (!q->head) q->tail = NULL;
+        return op;
+    }
+    return NULL;
+}
+
+int mer_io_prepare(mer_io *io, mer_read_op *op) {
+    op->injected = 0;
+    op->asked = op->length - op->progress;
+    if (op->asked > MER_IO_MAX_REQUEST) op->asked = MER_IO_MAX_REQUEST;
+    for (int i = 0; i < io->n_faults; i++) {
+        mer_fault *f = &io->faults[i];
+        int64_t at = op->offset + op->progress;
+        if (f->times <= 0 || f->file != op->file || at >= f->hi || at + op->asked <= f->lo) continue;
+        f->times--;
+        if (f->error) {
+            op->injected = -f->error;
+            return 1;
+        }
+        if (op->asked > f->limit) op->asked = f->limit;
+        return op->asked == 0; /* injected is 0: what a read at the end of the file gives */
+    }
+    return 0;
+}
+
+void mer_io_finish(mer_io *io, mer_read_op *op, int result) {
+    io->stats.ops++;
+    io->stats.prefetch_ops += op->priority == MER_IO_PREFETCH;
+    io->stats.errors += result < 0 && result != -ECANCELED;
+    op->result = result;
+    /* From here on the op is its owner's, who may free it. */
+    __atomic_store_n(&op->done, 1, __ATOMIC_RELEASE);
+    __atomic_store_n(&io->completed, io->completed + 1, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&io->changed);
+    if (io->listeners) {
+        uint64_t one = 1;
+        /* It can only fail when the counter is full, and then the listener is woken anyhow. */
+        ssize_t written = write(io->event_fd, &one, sizeof one);
+        (void)written;
+    }
+}
+
+int mer_io_advance(mer_io *io, mer_read_op *op, int64_t res) {
+    if (res == -EINTR || res == -EAGAIN) {
+        io->stats.retries++;
+        if (++op->retries <= MER_IO_MAX_RETRIES) return 1;
+    }
+    if (res < 0) {
+        mer_io_finish(io, op, (int)res);
+        return 0;
+    }
+    int64_t before = op->progress;
+    op->progress += res;
+    op->retries = 0;
+    io->stats.bytes += res;
+    if (op->progress >= op->needed) {
+        mer_io_finish(io, op, 0);
+        return 0;
+    }
+    /* O_DIRECT can go on at a block boundary only. A read that does not even reach the next one
+     * met the end of the file. */
+    int64_t resume = io->direct ? op->progress & ~(int64_t)(MER_IO_ALIGN - 1) : op->progress;
+    if (resume <= before) {
+        mer_io_finish(io, op, MER_IO_TRUNCATED);
+        return 0;
+    }
+    op->progress = resume;
+    io->stats.short_reads++;
+    return 1;
+}
+
+static int acceptable(const mer_io *io, const mer_read_op *op) {
+    if (op->file < 0 || op->file >= io->n_files || op->offset < 0 || op->length <= 0) return 0;
+    if (op->needed > op->length || !op->dest) return 0;
+    uint64_t bits = (uint64_t)op->offset | (uint64_t)op->length | (uint64_t)(uintptr_t)op->dest;
+    return !io->direct || bits % MER_IO_ALIGN == 0;
+}
+
+void mer_io_submit(mer_io *io, mer_read_op *ops, long n) {
+    pthread_mutex_lock(&io->lock);
+    io->submitted += (uint64_t)n;
+    io->stats.batches++;
+    for (long i = 0; i < n; i++) {
+        mer_read_op *op = &ops[i];
+        op->next = NULL;
+        op->done = op->retries = 0;
+        op->progress = 0;
+        if (op->needed <= 0) op->needed = op->length;
+        if (op->priority != MER_IO_PREFETCH) op->priority = MER_IO_DEMAND;
+        if (io->closing || !acceptable(io, op)) {
+            mer_io_finish(io, op, io->closing ? -ECANCELED : -EINVAL);
+            continue;
+        }
+        mer_queue *q = &io->pending[op->priority];
+        if (q->tail)
+            q->tail->next = op;
+        else
+            q->head = op;
+        q->tail = op;
+    }
+    if (io->closing)
+        ;
+    else if (io->uring)
+        mer_ring_pump(io);
+    else
+        pthread_cond_broadcast(&io->work);
+    pthread_mutex_unlock(&io->lock);
+}
+
+/* Sleeps until something changed. At most one thread sleeps in the kernel for the ring; the others sleep here
+ * and one of them takes its place when it leaves. */
+static void block(mer_io *io) {
+    if (io->uring && !io->reaping)
+        mer_ring_block(io);
+    else
+        pthread_cond_wait(&io->changed, &io->lock);
+}
+
+static void leave(mer_io *io) {
+    if (--io->waiters == 0 && io->closing) pthread_cond_broadcast(&io->changed);
+    pthread_mutex_unlock(&io->lock);
+}
+
+long mer_io_wait(mer_io *io, long min_done) {
+    pthread_mutex_lock(&io->lock);
+    io->waiters++;
+    uint64_t before = io->completed, target = before + (uint64_t)(min_done > 0 ? min_done : 0);
+    if (io->uring && !io->reaping && !io->closed) mer_ring_reap(io);
+    while (io->completed < target && io->completed < io->submitted) block(io);
+    long got = (long)(io->completed - before);
+    leave(io);
+    return got;
+}
+
+uint64_t mer_io_completed(const mer_io *io) { return __atomic_load_n(&io->completed, __ATOMIC_ACQUIRE); }
+
+void mer_io_wait_past(mer_io *io, uint64_t seen) {
+    pthread_mutex_lock(&io->lock);
+    io->waiters++;
+    while (io->completed <= seen && io->completed < io->submitted) block(io);
+    leave(io);
+}
+
+int mer_io_eventfd(const mer_io *io) { return io->event_fd; }
+
+void mer_io_listen(mer_io *io, int on) {
+    pthread_mutex_lock(&io->lock);
+    io->listeners = on;
+    /* The kernel writes to the eventfd only while somebody listens. */
+    if (io->uring && !io->closed) io_uring_cq_eventfd_toggle(&io->ring, on != 0);
+    pthread_mutex_unlock(&io->lock);
+}
+
+int mer_io_set_fault(mer_io *io, int file, int64_t lo, int64_t hi, int error, int64_t limit, long times) {
+    pthread_mutex_lock(&io->lock);
+    int slot = 0;
+    while (slot < io->n_faults && io->faults[slot].times > 0) slot++;
+    int rc = slot < MER_IO_MAX_FAULTS ? 0 : -ENOSPC;
+    if (rc == 0) {
+        io->faults[slot] = (mer_fault){file, error, lo, hi, limit, times};
+        if (slot == io->n_faults) io->n_faults++;
+    }
+    pthread_mutex_unlock(&io->lock);
+    return rc;
+}
+
+void mer_io_clear_faults(mer_io *io) {
+    pthread_mutex_lock(&io->lock);
+    io->n_faults = 0;
+    pthread_mutex_unlock(&io->lock);
+}
+
+void mer_io_get_stats(mer_io *io, mer_io_stats *out) {
+    pthread_mutex_lock(&io->lock);
+    *out = io->stats;
+    pthread_mutex_unlock(&io->lock);
+}
+
+void mer_io_close(mer_io *io) {
+    pthread_mutex_lock(&io->lock);
+    if (io->closing) {
+        /* Another thread closes it: return when it has. */
+        while (!io->closed) pthread_cond_wait(&io->changed, &io->lock);
+        pthread_mutex_unlock(&io->lock);
+        return;
+    }
+    io->closing = 1;
+    for (mer_read_op *op; (op = mer_io_take(io));) mer_io_finish(io, op, -ECANCELED);
+    /* The kernel may still write to memory that the callers own: wait for it. */
+    while (io->completed < io->submitted) block(io);
+    while (io->waiters > 0) pthread_cond_wait(&io->changed, &io->lock);
+    if (io->uring)
+        mer_ring_close(io);
+    else
+        mer_threads_close(io);
+    for (int i = 0; i < io->n_files; i++) close(io->fds[i]);
+    close(io->event_fd);
+    io->event_fd = -1;
+    io->closed = 1;
+    pthread_cond_broadcast(&io->changed);
+    pthread_mutex_unlock(&io->lock);
+}
+
+void mer_io_free(mer_io *io) {
+    pthread_mutex_destroy(&io->lock);
+    pthread_cond_destroy(&io->changed);
+    pthread_cond_destroy(&io->work);
+    free(io->fds);
+    free(io);
+}
