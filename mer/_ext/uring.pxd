@@ -41,9 +41,11 @@ cdef class Reader:
 
     # Queues ops[0:n] and returns: one submission to the kernel. Beyond queue_depth they wait inside.
     cdef void submit(self, ReadOp *ops, long n) noexcept nogil
-    # Blocks until min_done more reads (of anyone) completed or none is left; 0 polls. Returns how many did.
-    # With several threads, prefer: seen = completed(); look at your ops; wait_past(seen).
+    # Blocks until min_done reads (of anyone) completed since it last returned, or none is left; 0 polls.
+    # Returns how many did. For the one thread that drives the reader.
     cdef long wait(self, long min_done) noexcept nogil
+    cdef bint is_done(self, const ReadOp *op) noexcept nogil
+    # With several threads: seen = completed(); look at your ops; wait_past(seen).
     cdef uint64_t completed(self) noexcept nogil
     cdef void wait_past(self, uint64_t seen) noexcept nogil
     # The exception for a result < 0: CheckpointError or DeviceReadError.

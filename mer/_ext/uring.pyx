@@ -43,6 +43,7 @@ cdef extern from "mer_io.h" nogil:
     int mer_io_add_buffer(mer_io *io, void *address, size_t length)
     void mer_io_submit(mer_io *io, ReadOp *ops, long n)
     long mer_io_wait(mer_io *io, long min_done)
+    void mer_io_poll(mer_io *io)
     uint64_t mer_io_completed(const mer_io *io)
     void mer_io_wait_past(mer_io *io, uint64_t seen)
     int mer_io_read_ranges(mer_io *io, const mer_range *ranges, long n, int priority, long *failed)
@@ -245,6 +246,9 @@ cdef class Reader:
     cdef long wait(self, long min_done) noexcept nogil:
         return mer_io_wait(self._io, min_done)
 
+    cdef bint is_done(self, const ReadOp *op) noexcept nogil:
+        return mer_read_done(op)
+
     cdef uint64_t completed(self) noexcept nogil:
         return mer_io_completed(self._io)
 
@@ -366,7 +370,7 @@ cdef class Reader:
         except BlockingIOError:
             pass
         with nogil:
-            mer_io_wait(self._io, 0)
+            mer_io_poll(self._io)
         self._settle()
 
     def _settle(self):

@@ -68,8 +68,11 @@ int mer_io_files_registered(const mer_io *io); /* 1, or 0 */
 int mer_io_add_buffer(mer_io *io, void *address, size_t length);
 
 void mer_io_submit(mer_io *io, mer_read_op *ops, long n);
-/* Blocks until min_done more reads completed, or none is left; 0 polls. Returns how many did. */
+/* Blocks until min_done reads completed since it last returned, or none is left; 0 polls. Returns how
+ * many did. For the one thread that drives a reader; several threads use mer_io_wait_past(). */
 long mer_io_wait(mer_io *io, long min_done);
+/* Notices completions, and does not count as a wait. */
+void mer_io_poll(mer_io *io);
 /* Reads completed since the start: look at it, then at your ops, then wait past it. */
 uint64_t mer_io_completed(const mer_io *io);
 /* Blocks until more than `seen` reads completed or none is left. */

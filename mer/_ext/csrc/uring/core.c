@@ -167,12 +167,19 @@ static void leave(mer_io *io) {
 long mer_io_wait(mer_io *io, long min_done) {
     pthread_mutex_lock(&io->lock);
     io->waiters++;
-    uint64_t before = io->completed, target = before + (uint64_t)(min_done > 0 ? min_done : 0);
+    uint64_t target = io->observed + (uint64_t)(min_done > 0 ? min_done : 0);
     if (io->uring && !io->reaping && !io->closed) mer_ring_reap(io);
     while (io->completed < target && io->completed < io->submitted) block(io);
-    long got = (long)(io->completed - before);
+    long got = (long)(io->completed - io->observed);
+    io->observed = io->completed;
     leave(io);
     return got;
+}
+
+void mer_io_poll(mer_io *io) {
+    pthread_mutex_lock(&io->lock);
+    if (io->uring && !io->reaping && !io->closed) mer_ring_reap(io);
+    pthread_mutex_unlock(&io->lock);
 }
 
 uint64_t mer_io_completed(const mer_io *io) { return __atomic_load_n(&io->completed, __ATOMIC_ACQUIRE); }

@@ -37,6 +37,7 @@ struct mer_io {
     pthread_cond_t work;    /* something is queued, or the threads must stop */
     mer_queue pending[MER_IO_PRIORITIES];
     uint64_t submitted, completed;
+    uint64_t observed; /* completions that mer_io_wait() has told of */
     int depth, in_flight, waiters;
     int direct, closing, closed;
     int *fds;
