@@ -233,8 +233,6 @@ cdef class Reader:
         if self._io == NULL or self.closed:
             return
         self.closed = True
-        if self._loop is not None and not self._loop.is_closed():
-            _forget_fd(self._loop, mer_io_eventfd(self._io))
         with nogil:
             mer_io_close(self._io)
         if self._loop is not None and not self._loop.is_closed():
@@ -258,7 +256,7 @@ cdef class Reader:
     def add_buffer(self, uintptr_t address, size_t length):
         """Registers `length` bytes at `address` as fixed buffers: reads into them skip the pinning of pages.
 
-        All of it is touched and pinned at once. Returns False where that is not possible (another back end, memlock
+        All of it is touched and pinned at once; it must stay mapped until close(). Returns False where that is not possible (another back end, memlock
         limit); `buffers_note` then says why, and reads work without.
         """
         cdef int rc
@@ -364,6 +362,8 @@ cdef class Reader:
         return future
 
     def _on_event(self):
+        if self.closed:
+            return
         # Empty the eventfd first: a completion after that makes it readable again.
         try:
             os.eventfd_read(mer_io_eventfd(self._io))
@@ -376,6 +376,8 @@ cdef class Reader:
     def _settle(self):
         """Gives the reads that are over to those who await them, who may have gone (cancelled) meanwhile."""
         cdef _AsyncRead r
+        if self._loop is None:
+            return
         alive = not self._loop.is_closed()
         for key in [k for k in self._awaited if mer_read_done(&(<_AsyncRead>k).op)]:
             r = key
@@ -387,10 +389,9 @@ cdef class Reader:
             else:
                 future.set_result(r.value())
         if not alive or not self._awaited:
-            if not self.closed:
-                if alive:
-                    _forget_fd(self._loop, mer_io_eventfd(self._io))
-                mer_io_listen(self._io, 0)
+            if alive:
+                self._loop.remove_reader(mer_io_eventfd(self._io))
+            mer_io_listen(self._io, 0)
             self._loop = None
 
     cpdef object error(self, int file, int64_t offset, int64_t length, int result):
@@ -413,7 +414,7 @@ cdef class Reader:
     def set_fault(self, int file, int64_t lo, int64_t hi, *, int error=5, limit=None, long times=1):
         """Fault injection: the next `times` requests of `file` that touch bytes [lo, hi) fail with errno `error`.
 
-        With `limit`, they deliver at most that many bytes instead (0: like the end of the file).
+        With `limit`, they seem to deliver at most that many bytes instead (0: like the end of the file).
         """
         self._check_open()
         cdef int64_t most = 0 if limit is None else limit
@@ -457,13 +458,6 @@ cdef class Reader:
             raise ValueError(f"file number {file}: there are {len(self.paths)}")
         if offset < 0 or length < 0:
             raise ValueError(f"{self.paths[file]}: extent at {offset} of {length} bytes")
-
-
-def _forget_fd(loop, int fd):
-    try:
-        loop.remove_reader(fd)
-    except (RuntimeError, ValueError):
-        pass
 
 
 def _size_of(path):

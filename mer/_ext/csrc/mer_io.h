@@ -31,6 +31,7 @@ typedef struct mer_read_op {
     /* private */
     int64_t progress; /* bytes that arrived so far */
     int64_t asked;    /* bytes of the request under way */
+    int64_t limit;    /* bytes it may deliver, by an injected fault */
     int injected;     /* result of an injected fault, 0 for none */
     int retries;      /* consecutive ones without progress */
     struct mer_read_op *next;
@@ -58,7 +59,8 @@ typedef struct mer_io_stats {
 /* fds[n] are open already, and become the reader's own if this succeeds (*out set, 0 returned);
  * -errno otherwise. uring: io_uring, else `threads` threads. direct: the fds are O_DIRECT. */
 int mer_io_open(mer_io **out, const int *fds, int n, int uring, int direct, int depth, int threads);
-/* Cancels what is queued, waits for what is in flight, frees the ring, threads and fds. */
+/* Cancels what is queued, waits for what is in flight, frees the ring, threads and fds; the eventfd stays open
+ * until mer_io_free(), because an event loop may still hold it. */
 void mer_io_close(mer_io *io);
 /* After mer_io_close(), when no other thread holds `io`. */
 void mer_io_free(mer_io *io);
@@ -85,8 +87,8 @@ int mer_io_read_ranges(mer_io *io, const mer_range *ranges, long n, int priority
 int mer_io_eventfd(const mer_io *io);
 void mer_io_listen(mer_io *io, int on);
 
-/* The next `times` requests of `file` that touch [lo, hi) end with -error (error > 0), or deliver at most
- * `limit` bytes (error == 0; limit 0 looks like the end of the file). -ENOSPC: too many faults set. */
+/* The next `times` requests of `file` that touch [lo, hi) end with -error (error > 0), or seem to
+ * deliver at most `limit` bytes (error == 0; with O_DIRECT less than a block is the end of the file). -ENOSPC: too many faults set. */
 int mer_io_set_fault(mer_io *io, int file, int64_t lo, int64_t hi, int error, int64_t limit, long times);
 void mer_io_clear_faults(mer_io *io);
 

@@ -49,6 +49,7 @@ mer_read_op *mer_io_take(mer_io *io) {
 
 int mer_io_prepare(mer_io *io, mer_read_op *op) {
     op->injected = 0;
+    op->limit = INT64_MAX;
     op->asked = op->length - op->progress;
     if (op->asked > MER_IO_MAX_REQUEST) op->asked = MER_IO_MAX_REQUEST;
     for (int i = 0; i < io->n_faults; i++) {
@@ -60,8 +61,7 @@ int mer_io_prepare(mer_io *io, mer_read_op *op) {
             op->injected = -f->error;
             return 1;
         }
-        if (op->asked > f->limit) op->asked = f->limit;
-        return op->asked == 0; /* injected is 0: what a read at the end of the file gives */
+        if (op->limit > f->limit) op->limit = f->limit;
     }
     return 0;
 }
@@ -92,6 +92,7 @@ int mer_io_advance(mer_io *io, mer_read_op *op, int64_t res) {
         mer_io_finish(io, op, (int)res);
         return 0;
     }
+    if (res > op->limit) res = op->limit;
     int64_t before = op->progress;
     op->progress += res;
     op->retries = 0;
@@ -244,8 +245,6 @@ void mer_io_close(mer_io *io) {
     else
         mer_threads_close(io);
     for (int i = 0; i < io->n_files; i++) close(io->fds[i]);
-    close(io->event_fd);
-    io->event_fd = -1;
     io->closed = 1;
     pthread_cond_broadcast(&io->changed);
     pthread_mutex_unlock(&io->lock);
@@ -255,6 +254,7 @@ void mer_io_free(mer_io *io) {
     pthread_mutex_destroy(&io->lock);
     pthread_cond_destroy(&io->changed);
     pthread_cond_destroy(&io->work);
+    close(io->event_fd);
     free(io->fds);
     free(io);
 }
