@@ -29,6 +29,7 @@ cdef extern from "mer_kernels.h" nogil:
     size_t mer_linear_scratch_bytes(int fmt, long cols, long n_tok)
     void mer_linear(const mer_isa *isa, mer_pool *pool, int fmt, const void *w, long rows, long cols,
                     const float *x, long n_tok, float *y, void *scratch)
+    double mer_memory_bandwidth(mer_pool *pool, long n_pieces, int sweeps)
 
 # Long enough to bridge the gap between two jobs of a layer, short enough not to steal from the I/O.
 SPIN_US = 30
@@ -63,6 +64,21 @@ cdef class Pool:
 
     cdef void run(self, mer_task_fn fn, void *arg, long n_tasks) noexcept nogil:
         mer_pool_run(self._pool, fn, arg, n_tasks)
+
+    def memory_bandwidth(self, long mebibytes=256, int sweeps=5) -> float:
+        """Bytes per second at which the pool's threads together read memory: the best of `sweeps`.
+
+        mebibytes: memory to take for it, much more than the last level of cache.
+        Raises OSError when it can't be had.
+        """
+        cdef double best
+        if mebibytes < 1 or sweeps < 1:
+            raise ValueError(f"mebibytes and sweeps must be positive, not {mebibytes} and {sweeps}")
+        with nogil:
+            best = mer_memory_bandwidth(self._pool, mebibytes, sweeps)
+        if best < 0:
+            raise OSError(<int>-best, f"can't take {mebibytes} MiB to measure memory bandwidth")
+        return best
 
 
 cdef class Kernels:

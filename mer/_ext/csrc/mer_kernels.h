@@ -28,8 +28,19 @@ typedef struct mer_isa {
 } mer_isa;
 
 extern const mer_isa mer_isa_scalar;
+#if defined(__x86_64__)
+extern const mer_isa mer_isa_avx2;
+#endif
 
-/* Best first, the ones this CPU can run; returns how many. */
+/* What CPUID says, and which registers the operating system saves. */
+typedef struct {
+    uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, xcr0;
+} mer_cpuid;
+
+/* The instruction sets that a CPU can run, best first; returns how many. */
+int mer_isas_for(const mer_cpuid *cpu, const mer_isa **out, int room);
+
+/* The same for this CPU. */
 int mer_isas(const mer_isa **out, int room);
 
 static inline int mer_format_known(int fmt) { return mer_block_len(fmt) != 0; }
@@ -47,5 +58,8 @@ size_t mer_linear_scratch_bytes(int fmt, long cols, long n_tok);
 /* y[t * rows + r] = dot(W[r], x[t]): a whole matrix on the pool. x is [n_tok, cols], y [n_tok, rows]. */
 void mer_linear(const mer_isa *isa, mer_pool *pool, int fmt, const void *w, long rows, long cols,
                 const float *x, long n_tok, float *y, void *scratch);
+
+/* Bytes per second at which the pool reads n_pieces MiB of memory, the best of several sweeps; -errno. */
+double mer_memory_bandwidth(mer_pool *pool, long n_pieces, int sweeps);
 
 #endif

@@ -1,8 +1,44 @@
-/* Which instruction sets can run here. */
+/* Which instruction sets can run here: what the CPU has and the operating system keeps. */
 #include "../mer_kernels.h"
 
-int mer_isas(const mer_isa **out, int room) {
+#define HAS(word, bit) (((word) >> (bit)) & 1u)
+
+int mer_isas_for(const mer_cpuid *cpu, const mer_isa **out, int room) {
     int n = 0;
+#if defined(__x86_64__)
+    const int ymm_kept = HAS(cpu->leaf1_ecx, 27) && (cpu->xcr0 & 0x06) == 0x06;
+    const int avx2 = ymm_kept && HAS(cpu->leaf1_ecx, 28) && HAS(cpu->leaf1_ecx, 12) /* FMA */
+                     && HAS(cpu->leaf1_ecx, 29) /* F16C */ && HAS(cpu->leaf7_ebx, 5);
+    if (avx2 && n < room) out[n++] = &mer_isa_avx2;
+#else
+    (void)cpu;
+#endif
     if (n < room) out[n++] = &mer_isa_scalar;
     return n;
+}
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+static mer_cpuid this_cpu(void) {
+    mer_cpuid cpu = {0};
+    unsigned a, b, c, d;
+    if (__get_cpuid(1, &a, &b, &c, &d)) cpu.leaf1_ecx = c;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+        cpu.leaf7_ebx = b;
+        cpu.leaf7_ecx = c;
+    }
+    if (HAS(cpu.leaf1_ecx, 27)) {
+        __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+        cpu.xcr0 = a;
+    }
+    return cpu;
+}
+#else
+static mer_cpuid this_cpu(void) { return (mer_cpuid){0}; }
+#endif
+
+int mer_isas(const mer_isa **out, int room) {
+    const mer_cpuid cpu = this_cpu();
+    return mer_isas_for(&cpu, out, room);
 }

@@ -1,0 +1,387 @@
+/* AVX2 + FMA + F16C.
+ *
+ * Integer formats: eight rows at a time, one row a lane. Row p stands in the lower half of a register
+ * and row p + 4 in the upper one, so a block's 8 x 32 products sum up to eight exact integers without
+ * crossing halves; one multiplication by the scales and one addition then serve eight rows.
+ * Unpacked weights stay in registers for up to four tokens.
+ */
+#if defined(__x86_64__)
+#include <immintrin.h> /* before the pragma: its functions carry their own targets */
+#pragma GCC target("avx2,fma,f16c")
+#include "elementwise.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define ROWS 8
+#define TOKENS 4
+
+/* 16 bytes of two rows side by side. */
+INLINE __m256i load_pair(const char *low, const char *high) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)low)),
+                                   _mm_loadu_si128((const __m128i *)high), 1);
+}
+
+INLINE __m256i both_halves(const int8_t *q) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)q));
+}
+
+INLINE short load16(const char *p) {
+    short v;
+    memcpy(&v, p, 2);
+    return v;
+}
+
+/* The F16 at the same offset of eight rows. */
+INLINE __m256 load_scales(const char *const row[ROWS], size_t at) {
+    return _mm256_cvtph_ps(_mm_set_epi16(load16(row[7] + at), load16(row[6] + at), load16(row[5] + at),
+                                         load16(row[4] + at), load16(row[3] + at), load16(row[2] + at),
+                                         load16(row[1] + at), load16(row[0] + at)));
+}
+
+/* Sums of 32 products of nibbles [0, 15] and int8 per row. No 16-bit sum exceeds 8 * 15 * 127 < 2^15. */
+INLINE __m256i dot_nibbles(const __m256i first[4], const __m256i second[4], const int8_t *q) {
+    const __m256i q0 = both_halves(q), q1 = both_halves(q + 16);
+    __m256i s[4];
+    for (int p = 0; p < 4; p++)
+        s[p] = _mm256_add_epi16(_mm256_maddubs_epi16(first[p], q0), _mm256_maddubs_epi16(second[p], q1));
+    const __m256i s4 = _mm256_hadd_epi16(_mm256_hadd_epi16(s[0], s[1]), _mm256_hadd_epi16(s[2], s[3]));
+    return _mm256_madd_epi16(s4, _mm256_set1_epi16(1));
+}
+
+INLINE void tile_q4_0(const char *const row[ROWS], const void *const *acts, int n_tok, long cols, __m256 *acc) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    mer_act_q8 a[TOKENS];
+    for (int t = 0; t < n_tok; t++) {
+        a[t] = mer_act_view(acts[t], cols);
+        acc[t] = _mm256_setzero_ps();
+    }
+    for (long b = 0; b < cols / 32; b++) {
+        const size_t at = (size_t)b * sizeof(mer_block_q4_0);
+        const __m256 d = load_scales(row, at);
+        __m256i lo[4], hi[4];
+        for (int p = 0; p < 4; p++) {
+            const __m256i raw = load_pair(row[p] + at + 2, row[p + 4] + at + 2);
+            lo[p] = _mm256_and_si256(raw, mask);
+            hi[p] = _mm256_and_si256(_mm256_srli_epi16(raw, 4), mask);
+        }
+        for (int t = 0; t < n_tok; t++) {
+            __m256i n = dot_nibbles(lo, hi, a[t].q + b * 32);
+            n = _mm256_sub_epi32(n, _mm256_slli_epi32(_mm256_set1_epi32(a[t].sum[b]), 3));
+            const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(a[t].d[b]));
+            acc[t] = _mm256_add_ps(acc[t], _mm256_mul_ps(scale, _mm256_cvtepi32_ps(n)));
+        }
+    }
+}
+
+/* Four sums per row of int8 products; |w| <= 128 and |q| <= 127, so two of them fit 16 bits. */
+INLINE __m256i dot_bytes(__m256i w, __m256i q) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+INLINE void tile_q8_0(const char *const row[ROWS], const void *const *acts, int n_tok, long cols, __m256 *acc) {
+    mer_act_q8 a[TOKENS];
+    for (int t = 0; t < n_tok; t++) {
+        a[t] = mer_act_view(acts[t], cols);
+        acc[t] = _mm256_setzero_ps();
+    }
+    for (long b = 0; b < cols / 32; b++) {
+        const size_t at = (size_t)b * sizeof(mer_block_q8_0);
+        const __m256 d = load_scales(row, at);
+        __m256i first[4], second[4];
+        for (int p = 0; p < 4; p++) {
+            first[p] = load_pair(row[p] + at + 2, row[p + 4] + at + 2);
+            second[p] = load_pair(row[p] + at + 18, row[p + 4] + at + 18);
+        }
+        for (int t = 0; t < n_tok; t++) {
+            const __m256i q0 = both_halves(a[t].q + b * 32), q1 = both_halves(a[t].q + b * 32 + 16);
+            __m256i s[4];
+            for (int p = 0; p < 4; p++)
+                s[p] = _mm256_add_epi32(dot_bytes(first[p], q0), dot_bytes(second[p], q1));
+            const __m256i n = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
+            const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(a[t].d[b]));
+            acc[t] = _mm256_add_ps(acc[t], _mm256_mul_ps(scale, _mm256_cvtepi32_ps(n)));
+        }
+    }
+}
+
+/* The head of a Q4_K block of eight rows: d, dmin, and eight scales and minima each. */
+struct q4_k_head {
+    __m256 d, dmin, scale[8], min[8];
+};
+
+INLINE __m256 half_to_float(__m256i low16_of_lanes) {
+    const __m256i packed = _mm256_packus_epi32(low16_of_lanes, low16_of_lanes);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+
+INLINE void load_q4_k_head(const char *const row[ROWS], size_t at, struct q4_k_head *h) {
+    const __m256i r0 = load_pair(row[0] + at, row[4] + at), r1 = load_pair(row[1] + at, row[5] + at);
+    const __m256i r2 = load_pair(row[2] + at, row[6] + at), r3 = load_pair(row[3] + at, row[7] + at);
+    const __m256i t0 = _mm256_unpacklo_epi32(r0, r1), t1 = _mm256_unpacklo_epi32(r2, r3);
+    const __m256i t2 = _mm256_unpackhi_epi32(r0, r1), t3 = _mm256_unpackhi_epi32(r2, r3);
+    const __m256i dd = _mm256_unpacklo_epi64(t0, t1), a = _mm256_unpackhi_epi64(t0, t1);
+    const __m256i b = _mm256_unpacklo_epi64(t2, t3), c = _mm256_unpackhi_epi64(t2, t3);
+    h->d = half_to_float(_mm256_and_si256(dd, _mm256_set1_epi32(0xffff)));
+    h->dmin = half_to_float(_mm256_srli_epi32(dd, 16));
+
+    const __m256i six = _mm256_set1_epi8(0x3f), four = _mm256_set1_epi8(0x0f), top = _mm256_set1_epi8(0x30);
+    const __m256i packed[4] = {
+        _mm256_and_si256(a, six),
+        _mm256_or_si256(_mm256_and_si256(c, four), _mm256_and_si256(_mm256_srli_epi32(a, 2), top)),
+        _mm256_and_si256(b, six),
+        _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(c, 4), four),
+                        _mm256_and_si256(_mm256_srli_epi32(b, 2), top)),
+    };
+    const __m256i byte = _mm256_set1_epi32(0xff);
+    for (int i = 0; i < 4; i++) {
+        __m256 *const out = (i < 2 ? h->scale : h->min) + i % 2 * 4;
+        out[0] = _mm256_cvtepi32_ps(_mm256_and_si256(packed[i], byte));
+        out[1] = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(packed[i], 8), byte));
+        out[2] = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(packed[i], 16), byte));
+        out[3] = _mm256_cvtepi32_ps(_mm256_srli_epi32(packed[i], 24));
+    }
+}
+
+INLINE void tile_q4_k(const char *const row[ROWS], const void *const *acts, int n_tok, long cols, __m256 *acc) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    mer_act_q8 a[TOKENS];
+    for (int t = 0; t < n_tok; t++) {
+        a[t] = mer_act_view(acts[t], cols);
+        acc[t] = _mm256_setzero_ps();
+    }
+    for (long b = 0; b < cols / 256; b++) {
+        const size_t at = (size_t)b * sizeof(mer_block_q4_k);
+        struct q4_k_head h;
+        load_q4_k_head(row, at, &h);
+        __m256 sum[TOKENS], min[TOKENS];
+        for (int t = 0; t < n_tok; t++) sum[t] = min[t] = _mm256_setzero_ps();
+        for (int j = 0; j < 8; j++) {
+            const size_t qs = at + 16 + (size_t)(j / 2 * 32);
+            __m256i first[4], second[4];
+            for (int p = 0; p < 4; p++) {
+                first[p] = load_pair(row[p] + qs, row[p + 4] + qs);
+                second[p] = load_pair(row[p] + qs + 16, row[p + 4] + qs + 16);
+                if (j % 2) {
+                    first[p] = _mm256_srli_epi16(first[p], 4);
+                    second[p] = _mm256_srli_epi16(second[p], 4);
+                }
+                first[p] = _mm256_and_si256(first[p], mask);
+                second[p] = _mm256_and_si256(second[p], mask);
+            }
+            for (int t = 0; t < n_tok; t++) {
+                const __m256i n = dot_nibbles(first, second, a[t].q + b * 256 + j * 32);
+                const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(n), h.scale[j]);
+                sum[t] = _mm256_add_ps(sum[t], _mm256_mul_ps(scaled, _mm256_set1_ps(a[t].d[b * 8 + j])));
+                min[t] = _mm256_add_ps(min[t], _mm256_mul_ps(h.min[j], _mm256_set1_ps(a[t].dsum[b * 8 + j])));
+            }
+        }
+        for (int t = 0; t < n_tok; t++) {
+            acc[t] = _mm256_add_ps(acc[t], _mm256_mul_ps(h.d, sum[t]));
+            acc[t] = _mm256_sub_ps(acc[t], _mm256_mul_ps(h.dmin, min[t]));
+        }
+    }
+}
+
+/* Rows in eights, tokens in fours; a short group of rows repeats its last one. The switch makes the
+ * number of tokens a constant, so that each tile unrolls with its sums in registers. */
+#define INT_MATMUL(NAME, FMT, TILE)                                                                     \
+    static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, \
+                     float *y, long y_stride) {                                                         \
+        const size_t bytes = mer_row_bytes(FMT, cols);                                                  \
+        for (long r = r0; r < r1; r += ROWS) {                                                          \
+            const char *row[ROWS];                                                                      \
+            for (long i = 0; i < ROWS; i++)                                                             \
+                row[i] = (const char *)w + (size_t)(r + i < r1 ? r + i : r1 - 1) * bytes;               \
+            for (long t = 0; t < n_tok; t += TOKENS) {                                                  \
+                const int n = (int)(n_tok - t < TOKENS ? n_tok - t : TOKENS);                           \
+                __m256 acc[TOKENS];                                                                     \
+                switch (n) {                                                                            \
+                case 1: TILE(row, acts + t, 1, cols, acc); break;                                       \
+                case 2: TILE(row, acts + t, 2, cols, acc); break;                                       \
+                case 3: TILE(row, acts + t, 3, cols, acc); break;                                       \
+                default: TILE(row, acts + t, 4, cols, acc);                                             \
+                }                                                                                       \
+                for (int i = 0; i < n; i++) store_rows(y + (t + i) * y_stride + r, acc[i], r1 - r);     \
+            }                                                                                           \
+        }                                                                                               \
+    }
+
+INLINE void store_rows(float *y, __m256 v, long n) {
+    if (n >= ROWS) {
+        _mm256_storeu_ps(y, v);
+        return;
+    }
+    float lanes[ROWS];
+    _mm256_storeu_ps(lanes, v);
+    memcpy(y, lanes, (size_t)n * sizeof *y);
+}
+
+INT_MATMUL(matmul_q4_0, MER_Q4_0, tile_q4_0)
+INT_MATMUL(matmul_q8_0, MER_Q8_0, tile_q8_0)
+INT_MATMUL(matmul_q4_k, MER_Q4_K, tile_q4_k)
+
+/* Float formats: element k goes to lane k mod 16 (two registers of eight), a row's tail padded with zeros. */
+#define LANES 16
+
+INLINE __m256 load8(int fmt, const char *w, long k) {
+    if (fmt == MER_F32) return _mm256_loadu_ps((const float *)w + k);
+    const __m128i h = _mm_loadu_si128((const __m128i *)(w + 2 * k));
+    if (fmt == MER_F16) return _mm256_cvtph_ps(h);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+
+INLINE float sum_lanes(__m256 lo, __m256 hi) {
+    const __m256 v8 = _mm256_add_ps(lo, hi);
+    const __m128 v4 = _mm_add_ps(_mm256_castps256_ps128(v8), _mm256_extractf128_ps(v8, 1));
+    const __m128 v2 = _mm_add_ps(v4, _mm_movehl_ps(v4, v4));
+    return _mm_cvtss_f32(_mm_add_ss(v2, _mm_movehdup_ps(v2)));
+}
+
+INLINE void tile_float(int fmt, const char *w, size_t bytes, int n_rows, const void *const *acts, int n_tok,
+                       long cols, float *y, long y_stride) {
+    __m256 lo[4][4], hi[4][4];
+    for (int i = 0; i < n_rows; i++)
+        for (int t = 0; t < n_tok; t++) lo[i][t] = hi[i][t] = _mm256_setzero_ps();
+    long k = 0;
+    for (; k + LANES <= cols; k += LANES)
+        for (int i = 0; i < n_rows; i++) {
+            const char *row = w + (size_t)i * bytes;
+            const __m256 w0 = load8(fmt, row, k), w1 = load8(fmt, row, k + 8);
+            for (int t = 0; t < n_tok; t++) {
+                const float *x = (const float *)acts[t] + k;
+                lo[i][t] = _mm256_fmadd_ps(w0, _mm256_loadu_ps(x), lo[i][t]);
+                hi[i][t] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x + 8), hi[i][t]);
+            }
+        }
+    if (k < cols)
+        for (int i = 0; i < n_rows; i++) {
+            char tail[4 * LANES] = {0};
+            const size_t element = fmt == MER_F32 ? 4 : 2, rest = (size_t)(cols - k);
+            memcpy(tail, w + (size_t)i * bytes + (size_t)k * element, rest * element);
+            const __m256 w0 = load8(fmt, tail, 0), w1 = load8(fmt, tail, 8);
+            for (int t = 0; t < n_tok; t++) {
+                float x[LANES] = {0};
+                memcpy(x, (const float *)acts[t] + k, rest * sizeof *x);
+                lo[i][t] = _mm256_fmadd_ps(w0, _mm256_loadu_ps(x), lo[i][t]);
+                hi[i][t] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x + 8), hi[i][t]);
+            }
+        }
+    for (int i = 0; i < n_rows; i++)
+        for (int t = 0; t < n_tok; t++) y[t * y_stride + i] = sum_lanes(lo[i][t], hi[i][t]);
+}
+
+/* Eight sums in flight in either case: four rows by a token, or a row by four tokens. */
+#define FLOAT_MATMUL(NAME, FMT)                                                                         \
+    static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, \
+                     float *y, long y_stride) {                                                         \
+        const size_t bytes = mer_row_bytes(FMT, cols);                                                  \
+        for (long r = r0; r < r1; r += 4) {                                                             \
+            const int n = (int)(r1 - r < 4 ? r1 - r : 4);                                               \
+            const char *row = (const char *)w + (size_t)r * bytes;                                      \
+            long t = 0;                                                                                 \
+            for (; t + 4 <= n_tok; t += 4)                                                              \
+                for (int i = 0; i < n; i++)                                                             \
+                    tile_float(FMT, row + (size_t)i * bytes, bytes, 1, acts + t, 4, cols,               \
+                               y + t * y_stride + r + i, y_stride);                                     \
+            for (; t < n_tok; t++) {                                                                    \
+                float *const out = y + t * y_stride + r;                                                \
+                if (n == 4) {                                                                           \
+                    tile_float(FMT, row, bytes, 4, acts + t, 1, cols, out, y_stride);                   \
+                    continue;                                                                           \
+                }                                                                                       \
+                for (int i = 0; i < n; i++)                                                             \
+                    tile_float(FMT, row + (size_t)i * bytes, bytes, 1, acts + t, 1, cols, out + i, 0);  \
+            }                                                                                           \
+        }                                                                                               \
+    }
+
+FLOAT_MATMUL(matmul_f32, MER_F32)
+FLOAT_MATMUL(matmul_f16, MER_F16)
+FLOAT_MATMUL(matmul_bf16, MER_BF16)
+
+static void quantise(const float *x, void *act, long cols) {
+    const mer_act_q8 a = mer_act_view(act, cols);
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    for (long b = 0; b < cols / MER_ACT_BLOCK; b++, x += MER_ACT_BLOCK) {
+        int8_t *const q = (int8_t *)a.q + b * MER_ACT_BLOCK;
+        float *const d = (float *)a.d + b, *const dsum = (float *)a.dsum + b;
+        int32_t *const sum = (int32_t *)a.sum + b;
+        __m256 v[4];
+        __m256i top = _mm256_setzero_si256();
+        for (int i = 0; i < 4; i++) {
+            v[i] = _mm256_loadu_ps(x + 8 * i);
+            top = _mm256_max_epu32(top, _mm256_and_si256(_mm256_castps_si256(v[i]), magnitude));
+        }
+        __m128i m = _mm_max_epu32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+        m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+        m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+        const uint32_t bits = (uint32_t)_mm_cvtsi128_si32(m);
+        const float amax = mer_bits_f32(bits);
+        if (bits >= 0x7f800000u || amax < MER_ACT_TINY) {
+            mer_quantise_block(x, q, d, sum, dsum);
+            continue;
+        }
+        const __m256 scale = _mm256_set1_ps(127.0f / amax);
+        __m256i n[4];
+        for (int i = 0; i < 4; i++) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], scale));
+        const __m256i s8 = _mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3]));
+        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
+        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        _mm256_storeu_si256((__m256i *)q, _mm256_permutevar8x32_epi32(bytes, order));
+        *d = amax / 127.0f;
+        *sum = _mm_cvtsi128_si32(s);
+        *dsum = *d * (float)*sum;
+    }
+}
+
+/* mer_exp1, operation by operation. */
+INLINE __m256 exp8(__m256 x) {
+    x = _mm256_max_ps(_mm256_set1_ps(EXP_LO), x);
+    x = _mm256_min_ps(_mm256_set1_ps(EXP_HI), x);
+    const __m256i n = _mm256_cvtps_epi32(_mm256_mul_ps(x, _mm256_set1_ps(EXP_LOG2E)));
+    const __m256 nf = _mm256_cvtepi32_ps(n);
+    __m256 r = _mm256_sub_ps(x, _mm256_mul_ps(nf, _mm256_set1_ps(EXP_LN2_HI)));
+    r = _mm256_sub_ps(r, _mm256_mul_ps(nf, _mm256_set1_ps(EXP_LN2_LO)));
+    __m256 p = _mm256_set1_ps(EXP_C7);
+    p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(EXP_C6));
+    p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(EXP_C5));
+    p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(EXP_C4));
+    p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(EXP_C3));
+    p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(EXP_C2));
+    p = _mm256_add_ps(_mm256_mul_ps(p, _mm256_mul_ps(r, r)), r);
+    p = _mm256_add_ps(p, _mm256_set1_ps(1.0f));
+    const __m256i bias = _mm256_set1_epi32(127), half = _mm256_srai_epi32(n, 1);
+    const __m256i rest = _mm256_sub_epi32(n, half);
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
+}
+
+static void swiglu(const float *gate, const float *up, float *h, long n) {
+    const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
+    long i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256 g = _mm256_loadu_ps(gate + i);
+        const __m256 below = _mm256_add_ps(one, exp8(_mm256_xor_ps(g, sign)));
+        _mm256_storeu_ps(h + i, _mm256_mul_ps(_mm256_div_ps(g, below), _mm256_loadu_ps(up + i)));
+    }
+    for (; i < n; i++) h[i] = mer_swiglu1(gate[i], up[i]);
+}
+
+const mer_isa mer_isa_avx2 = {
+    .name = "avx2",
+    .quantise = quantise,
+    .swiglu = swiglu,
+    .matmul =
+        {
+            [MER_F32] = matmul_f32,
+            [MER_F16] = matmul_f16,
+            [MER_BF16] = matmul_bf16,
+            [MER_Q4_0] = matmul_q4_0,
+            [MER_Q8_0] = matmul_q8_0,
+            [MER_Q4_K] = matmul_q4_k,
+        },
+};
+#endif
