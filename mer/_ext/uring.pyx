@@ -6,6 +6,7 @@ The work is done in csrc/uring; here are its Python face and the awaitable reads
 import asyncio
 import errno
 import os
+import stat
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -84,6 +85,8 @@ def _open_all(paths, bint direct):
                     f"{path}: can't be opened: {os.strerror(e.errno)}; check the path and its permissions"
                 ) from None
             fds.append(fd)
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise CheckpointError(f"{path}: is a directory; name the file")
             if direct:
                 _try_direct(fd)
             else:
