@@ -1,7 +1,7 @@
 """The corpus of the bundled model: Jane Austen's six novels, from Debian's package r-cran-janeaustenr.
 
-The texts are in the public domain. The package holds them as an R lazy-load database: compressed blocks, each the
-XDR serialisation of a character vector, one string a printed line.
+The texts are in the public domain. The package holds them as an R lazy-load database: compressed blocks, each
+the XDR serialisation of a character vector, one string a printed line.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 PACKAGE = "r-cran-janeaustenr"
 DATABASE = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 CHARSXP, STRSXP = 9, 16
+HEADING = re.compile(r"(chapter|volume|letter|the end|finis|by jane|\(?1[78]\d\d).{0,40}", re.IGNORECASE)
 LEAST_LINES = 5000  # a novel has more lines than this; the package's helper objects have fewer
 
 

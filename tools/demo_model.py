@@ -1,7 +1,7 @@
 """A Mixtral in plain torch, shaped for training on a CPU: the experts of a layer are one stacked parameter.
 
-Same mathematics as transformers' MixtralForCausalLM (RMSNorm, half-rotated RoPE, grouped-query attention, softmax
-router over the top 2 of 8, SwiGLU experts); `export` writes its names. Development only.
+Same mathematics as transformers' MixtralForCausalLM (RMSNorm, half-rotated RoPE, grouped-query attention,
+softmax router over the top 2 of 8, SwiGLU experts); `export` writes its names. Development only.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (everybody's name for it)
 
 CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -109,7 +109,7 @@ class Mixtral(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """ids [batch, time] -> logits [batch, time, vocab], mean balance loss, expert shares [layers, experts]."""
+        """ids [batch, time] -> logits [batch, time, vocab], balance loss, expert shares [layers, experts]."""
         t = ids.shape[1]
         x = F.embedding(ids, self.embed)
         balances, shares = [], []

@@ -2,8 +2,8 @@
 
     python tools/train_demo.py --out /tmp/demo --minutes 80
 
-Everything is made here: the corpus (a Debian package), the tokenizer, the weights, the figures of the model card.
-The learning rate falls to zero at the given wall-clock time; a Hugging Face directory is exported every few
+Everything is made here: the corpus (a Debian package), the tokenizer, the weights, the figures of the model
+card. The learning rate falls to zero at the given wall-clock time; a Hugging Face directory is exported every few
 minutes and at the end. `mer convert` then makes the store that ships.
 """
 
@@ -19,10 +19,10 @@ import click
 import demo_corpus
 import numpy as np
 import torch
-import torch.nn.functional as F
 from demo_model import CONFIG, Mixtral
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional as F  # noqa: N812 (everybody's name for it)
 
 HELD_OUT = 0.03  # the end of each novel
 

@@ -2,7 +2,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t
 
 from mer._ext.cache cimport ExpertCache
-from mer._ext.kernels cimport Kernels, Pool
+from mer._ext.kernels cimport Kernels, Pool, mer_task_fn
 from mer._ext.uring cimport Reader, ReadOp
 
 ctypedef struct LayerShape:
@@ -59,7 +59,7 @@ cdef class ExpertStreamer:
     cdef const float *weights
     cdef float *out
     cdef int64_t tokens, n_ready, chunk
-    cdef int64_t failed_file, failed_offset
+    cdef int64_t failed_file, failed_offset, failed_length
     cdef int64_t io_wait_ns, compute_ns, bytes_read, hits, misses
 
     cdef int group(self, const int32_t *ids) noexcept nogil
@@ -70,7 +70,7 @@ cdef class ExpertStreamer:
     cdef void add_ready(self, int64_t key, int64_t place) noexcept nogil
     cdef int stream(self, int64_t layer) noexcept nogil
     cdef void compute_ready(self) noexcept nogil
-    cdef void run_tokens(self, void (*task)(void *, long, int) noexcept nogil) noexcept nogil
+    cdef void run_tokens(self, mer_task_fn task) noexcept nogil
     cdef void prepare_input(self, int64_t token) noexcept nogil
     cdef void gate_up(self, int64_t task) noexcept nogil
     cdef void prepare_middle(self, int64_t task) noexcept nogil

@@ -15,13 +15,11 @@ from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec, nanosleep
 
-import os
-
 from mer._ext.cache cimport ACQ_BUSY, ACQ_FULL, ACQ_HIT, ACQ_MISS, ExpertCache, STATE_RESIDENT, STATE_LOADING
-from mer._ext.kernels cimport Kernels, Pool
-from mer._ext.uring cimport Reader, ReadOp
+from mer._ext.kernels cimport Kernels, Pool, mer_task_fn
+from mer._ext.uring cimport Reader, ReadOp, mer_read_done
 
-from mer.errors import BudgetError, DeviceReadError
+from mer.errors import BudgetError
 
 cdef enum:
     WAITING          # not yet acquired
@@ -170,9 +168,7 @@ cdef class ExpertStreamer:
             raise BudgetError(f"no slot of the expert cache is free ({self.cache.n_slots} in all): raise --ram")
         if error < 0:
             raise ValueError(f"an expert id is outside 0..{self.n_experts - 1}")
-        path = self.reader.paths[self.failed_file]
-        raise DeviceReadError(f"{path}: reading an expert at offset {self.failed_offset} failed: "
-                              f"{os.strerror(error)}")
+        raise self.reader.error(<int>self.failed_file, self.failed_offset, self.failed_length, -error)
 
     cdef int group(self, const int32_t *ids) noexcept nogil:
         """Counting sort of (token, choice) pairs by expert; -1 when an id is out of range."""
@@ -224,11 +220,11 @@ cdef class ExpertStreamer:
             if self.reads[key * self.max_reads + j].length == 0:
                 break
             op = &self.ops[place * self.max_reads + j]
-            if not self.reader.is_done(op):
+            if not mer_read_done(op):
                 return 1
             if op.result < 0 and error == 0:
                 error = op.result
-                self.failed_file, self.failed_offset = op.file, op.offset
+                self.failed_file, self.failed_offset, self.failed_length = op.file, op.offset, op.needed
         return error
 
     cdef void try_acquire(self, int64_t key, int64_t place) noexcept nogil:
@@ -343,7 +339,7 @@ cdef class ExpertStreamer:
         self.pool.run(down_task, <void *>self, self.n_ready * ((shape.hidden + self.chunk - 1) // self.chunk))
         self.compute_ns += now() - mark
 
-    cdef void run_tokens(self, void (*task)(void *, long, int) noexcept nogil) noexcept nogil:
+    cdef void run_tokens(self, mer_task_fn task) noexcept nogil:
         cdef int64_t mark = now()
         self.pool.run(task, <void *>self, self.tokens)
         self.compute_ns += now() - mark
