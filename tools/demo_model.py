@@ -79,9 +79,8 @@ class Layer(nn.Module):
         counts = torch.bincount(ids.flatten(), minlength=n)
         rows = x[order // k]
         outs = []
-        for part, gate_up, down in zip(
-            rows.split(counts.tolist()), self.gate_up.unbind(0), self.down.unbind(0)
-        ):
+        parts = rows.split(counts.tolist())
+        for part, gate_up, down in zip(parts, self.gate_up.unbind(0), self.down.unbind(0), strict=True):
             gate, up = F.linear(part, gate_up).chunk(2, -1)
             outs.append(F.linear(F.silu(gate) * up, down))
         y = torch.cat(outs).float() * top.flatten()[order, None]

@@ -3,8 +3,8 @@
     python tools/train_demo.py --out /tmp/demo --minutes 80
 
 Everything is made here: the corpus (a Debian package), the tokenizer, the weights, the figures of the model
-card. The learning rate falls to zero at the given wall-clock time; a Hugging Face directory is exported every few
-minutes and at the end. `mer convert` then makes the store that ships.
+card. The learning rate falls to zero at the given wall-clock time; a Hugging Face directory is exported
+every few minutes and at the end. `mer convert` then makes the store that ships.
 """
 
 from __future__ import annotations
