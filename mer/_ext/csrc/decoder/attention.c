@@ -1,0 +1,186 @@
+/* Attention over paged keys and values: softmax block by block of 16 positions, in ascending order.
+ *
+ * A span of queries shares each block it reads (converted from F16 once), but a query's own sums are
+ * formed from the same blocks in the same order whatever span it is in. */
+#include <math.h>
+
+#include "../mer_decoder.h"
+#include "vec.h"
+
+/* F16 without F16C and without branches, so that every clone vectorises it; exact, infinities included. */
+MER_INLINE float half_to_float(uint16_t h) {
+    const uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13;
+    float f;
+    memcpy(&f, &magnitude, 4);
+    f *= 0x1p112f;
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    bits |= (magnitude >= 0x0f800000u) ? 0x7f800000u : 0u;
+    bits |= (uint32_t)(h & 0x8000u) << 16;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+/* Round to nearest even; beyond F16's range the largest finite number, so that a key never becomes infinite. */
+static uint16_t float_to_half(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000u);
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return sign | 0x7e00u;
+    if (bits >= 0x477fe000u) return sign | 0x7bffu;
+    if (bits < 0x38800000u) { /* subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits */
+        float a;
+        memcpy(&a, &bits, 4);
+        a += 0.5f;
+        memcpy(&bits, &a, 4);
+        return sign | (uint16_t)(bits - 0x3f000000u);
+    }
+    bits += 0xfffu + (bits >> 13 & 1u);
+    return sign | (uint16_t)((bits - 0x38000000u) >> 13);
+}
+
+static void store(void *block, int f16, size_t index, float value) {
+    if (f16)
+        ((uint16_t *)block)[index] = float_to_half(value);
+    else
+        ((float *)block)[index] = value;
+}
+
+void mer_kv_store(void *block, int f16, long at, const float *k, const float *v, long n_kv, long dim) {
+    const size_t values = (size_t)n_kv * dim * MER_KV_BLOCK;
+    for (long h = 0; h < n_kv; h++)
+        for (long d = 0; d < dim; d++) {
+            store(block, f16, (size_t)(h * dim + d) * MER_KV_BLOCK + at, k[h * dim + d]);
+            store(block, f16, values + (size_t)(h * MER_KV_BLOCK + at) * dim + d, v[h * dim + d]);
+        }
+}
+
+void mer_latent_store(void *block, int f16, long at, const float *latent, long dim) {
+    for (long d = 0; d < dim; d++) store(block, f16, (size_t)at * dim + d, latent[d]);
+}
+
+size_t mer_attend_scratch(const mer_attention *a, long tokens, long heads) {
+    const size_t block = MER_KV_BLOCK * (size_t)(a->key_dim + (a->latent ? 0 : a->value_dim));
+    return (block + 2 * (size_t)tokens * heads + 15) / 16 * 16;
+}
+
+/* `count` elements from `from` of a block as floats: in place for f32, else converted into `to`. */
+MER_INLINE const float *as_floats(const void *block, int f16, size_t from, size_t count, float *to) {
+    if (!f16) return (const float *)block + from;
+    const uint16_t *h = (const uint16_t *)block + from;
+    for (size_t i = 0; i < count; i++) to[i] = half_to_float(h[i]);
+    return to;
+}
+
+/* q times 16 keys that are stored by element: four chains, so that additions overlap. */
+MER_INLINE void score_by_element(const float *q, const float *keys, long dim, v16 *out) {
+    v16 a = {0}, b = {0}, c = {0}, e = {0};
+    long d = 0;
+    for (; d + 4 <= dim; d += 4) {
+        V16_LOAD(k0, keys + d * 16);
+        V16_LOAD(k1, keys + d * 16 + 16);
+        V16_LOAD(k2, keys + d * 16 + 32);
+        V16_LOAD(k3, keys + d * 16 + 48);
+        a += q[d] * k0;
+        b += q[d + 1] * k1;
+        c += q[d + 2] * k2;
+        e += q[d + 3] * k3;
+    }
+    for (; d < dim; d++) {
+        V16_LOAD(k0, keys + d * 16);
+        a += q[d] * k0;
+    }
+    *out = (a + b) + (c + e);
+}
+
+MER_INLINE void score_by_position(const float *q, const float *keys, long dim, long j0, long j1, v16 *out) {
+    float s[16] = {0};
+    for (long j = j0; j < j1; j++) s[j] = dot(q, keys + j * dim, dim);
+    memcpy(out, s, sizeof s);
+}
+
+/* out += the sum over j in [j0, j1) of p[j] * values[j] */
+MER_INLINE void add_values(float *out, const float *p, const float *values, long stride, long dim, long j0,
+                           long j1) {
+    long d = 0;
+    for (; d + 16 <= dim; d += 16) {
+        V16_LOAD(sum, out + d);
+        for (long j = j0; j < j1; j++) {
+            V16_LOAD(v, values + j * stride + d);
+            sum += p[j] * v;
+        }
+        V16_STORE(out + d, sum);
+    }
+    for (; d < dim; d++)
+        for (long j = j0; j < j1; j++) out[d] += p[j] * values[j * stride + d];
+}
+
+/* One query, one block: places [j0, j1) of it count. */
+MER_INLINE void attend_block(const mer_attention *a, const float *q, const float *keys, const float *values,
+                             long j0, long j1, float *max, float *sum, float *out) {
+    v16 scores;
+    if (a->latent)
+        score_by_position(q, keys, a->key_dim, j0, j1, &scores);
+    else
+        score_by_element(q, keys, a->key_dim, &scores);
+    scores *= a->scale;
+    float s[16], p[16];
+    memcpy(s, &scores, sizeof s);
+    float top = *max;
+    for (long j = j0; j < j1; j++) top = s[j] > top ? s[j] : top;
+    if (top > *max) {
+        const float shrink = expf(*max - top);
+        for (long d = 0; d < a->value_dim; d++) out[d] *= shrink;
+        *sum *= shrink;
+        *max = top;
+    }
+    scores -= top;
+    v16_exp(&scores);
+    memcpy(p, &scores, sizeof p);
+    for (long j = j0; j < j1; j++) *sum += p[j];
+    add_values(out, p, values, a->latent ? a->key_dim : a->value_dim, a->value_dim, j0, j1);
+}
+
+MER_CLONES
+void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, long h0, long h1, int thread) {
+    const size_t key_floats = MER_KV_BLOCK * (size_t)a->key_dim;
+    const size_t value_floats = MER_KV_BLOCK * (size_t)a->value_dim;
+    const long kv_head = h0 / (a->n_heads / a->n_kv), heads = h1 - h0;
+    float *key_buffer = a->scratch + (size_t)thread * a->scratch_floats;
+    float *value_buffer = key_buffer + key_floats;
+    float *max = a->latent ? value_buffer : value_buffer + value_floats;
+    float *sum = max + (t1 - t0) * heads;
+
+    for (long i = 0; i < (t1 - t0) * heads; i++) max[i] = -INFINITY, sum[i] = 0.0f;
+    for (long t = t0; t < t1; t++)
+        memset(a->out + (t * a->n_heads + h0) * a->value_dim, 0, sizeof(float) * heads * a->value_dim);
+
+    const long oldest = a->window && a->positions[t0] >= a->window ? a->positions[t0] - a->window + 1 : 0;
+    for (long b = oldest / MER_KV_BLOCK; b <= a->positions[t1 - 1] / MER_KV_BLOCK; b++) {
+        const void *block = a->blocks + (size_t)table[b] * a->block_bytes;
+        const float *keys = as_floats(block, a->f16, kv_head * key_floats, key_floats, key_buffer);
+        const float *values = keys;
+        if (!a->latent)
+            values = as_floats(block, a->f16, a->n_kv * key_floats + kv_head * value_floats, value_floats,
+                               value_buffer);
+        for (long t = t0; t < t1; t++) {
+            const long first = a->window && a->positions[t] >= a->window ? a->positions[t] - a->window + 1 : 0;
+            const long j0 = first > b * MER_KV_BLOCK ? first - b * MER_KV_BLOCK : 0;
+            const long seen = a->positions[t] + 1 - b * MER_KV_BLOCK;
+            const long j1 = seen < MER_KV_BLOCK ? seen : MER_KV_BLOCK;
+            if (j0 >= j1) continue;
+            for (long h = h0; h < h1; h++) {
+                const long i = (t - t0) * heads + h - h0, row = t * a->n_heads + h;
+                attend_block(a, a->q + row * a->key_dim, keys, values, j0, j1, max + i, sum + i,
+                             a->out + row * a->value_dim);
+            }
+        }
+    }
+    for (long t = t0; t < t1; t++)
+        for (long h = h0; h < h1; h++) {
+            float *out = a->out + (t * a->n_heads + h) * a->value_dim;
+            const float whole = sum[(t - t0) * heads + h - h0];
+            for (long d = 0; d < a->value_dim; d++) out[d] /= whole;
+        }
+}

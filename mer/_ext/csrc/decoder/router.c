@@ -1,0 +1,67 @@
+/* The router's choice of experts for one token. */
+#include <math.h>
+
+#include "../mer_decoder.h"
+
+static void softmax(float *x, long n) {
+    float top = x[0], sum = 0.0f;
+    for (long i = 1; i < n; i++) top = x[i] > top ? x[i] : top;
+    for (long i = 0; i < n; i++) sum += x[i] = expf(x[i] - top);
+    for (long i = 0; i < n; i++) x[i] /= sum;
+}
+
+/* Takes the largest of x out (it becomes -infinity) and returns its index; the lowest one of equals. */
+static long take_best(float *x, long n) {
+    long best = 0;
+    for (long i = 1; i < n; i++)
+        if (x[i] > x[best]) best = i;
+    x[best] = -INFINITY;
+    return best;
+}
+
+/* Experts outside the best groups become -infinity; a group counts as much as its two best experts. */
+static void keep_best_groups(const mer_router *r, float *choice) {
+    const long size = r->n_experts / r->n_groups;
+    float scores[r->n_groups];
+    char kept[r->n_groups];
+    for (long g = 0; g < r->n_groups; g++) {
+        float first = -INFINITY, second = -INFINITY;
+        for (long i = g * size; i < (g + 1) * size; i++) {
+            if (choice[i] > first) {
+                second = first;
+                first = choice[i];
+            } else if (choice[i] > second) {
+                second = choice[i];
+            }
+        }
+        scores[g] = first + second;
+        kept[g] = 0;
+    }
+    for (long k = 0; k < r->top_groups; k++) kept[take_best(scores, r->n_groups)] = 1;
+    for (long i = 0; i < r->n_experts; i++)
+        if (!kept[i / size]) choice[i] = -INFINITY;
+}
+
+void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, float *weights) {
+    const long n = r->n_experts;
+    if (r->sigmoid)
+        for (long i = 0; i < n; i++) logits[i] = mer_sigmoid(logits[i]);
+    else
+        softmax(logits, n);
+    for (long i = 0; i < n; i++) {
+        choice[i] = r->bias ? logits[i] + r->bias[i] : logits[i];
+        if (!(choice[i] > -INFINITY)) choice[i] = -3e38f; /* a NaN is a bad choice, but an expert all the same */
+    }
+    if (r->n_groups > 1) keep_best_groups(r, choice);
+    float sum = r->epsilon;
+    for (long k = 0; k < r->top_k; k++) {
+        const long best = take_best(choice, n);
+        ids[k] = (int32_t)best;
+        weights[k] = logits[best];
+    }
+    for (long k = 0; k < r->top_k; k++) sum += weights[k];
+    for (long k = 0; k < r->top_k; k++) {
+        if (r->normalise) weights[k] /= sum;
+        weights[k] *= r->scale;
+    }
+}

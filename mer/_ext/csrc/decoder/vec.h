@@ -1,0 +1,81 @@
+/* Sixteen floats at a time by GCC's vector extension: one source, and the compiler's clones for wider CPUs. */
+#ifndef MER_DECODER_VEC_H
+#define MER_DECODER_VEC_H
+
+#include <stdint.h>
+#include <string.h>
+
+/* The sanitizers run before ifunc resolvers may. */
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
+#define MER_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define MER_CLONES
+#endif
+
+#define MER_INLINE static inline __attribute__((always_inline))
+
+typedef float v16 __attribute__((vector_size(64)));
+typedef int32_t v16i __attribute__((vector_size(64)));
+
+/* Macros, because passing a vector by value would depend on the ABI of the clone. */
+#define V16_LOAD(name, p) \
+    v16 name;             \
+    memcpy(&(name), (p), sizeof(v16))
+#define V16_STORE(p, value)               \
+    do {                                  \
+        const v16 kept = (value);         \
+        memcpy((p), &kept, sizeof(v16));  \
+    } while (0)
+
+/* The lanes added pairwise. */
+MER_INLINE float v16_sum(const v16 *v) {
+    float a[16];
+    memcpy(a, v, sizeof a);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) a[i] += a[i + width];
+    return a[0];
+}
+
+MER_INLINE float dot(const float *a, const float *b, long n) {
+    v16 even = {0}, odd = {0};
+    long i = 0;
+    for (; i + 32 <= n; i += 32) {
+        V16_LOAD(a0, a + i);
+        V16_LOAD(b0, b + i);
+        V16_LOAD(a1, a + i + 16);
+        V16_LOAD(b1, b + i + 16);
+        even += a0 * b0;
+        odd += a1 * b1;
+    }
+    if (i + 16 <= n) {
+        V16_LOAD(a0, a + i);
+        V16_LOAD(b0, b + i);
+        even += a0 * b0;
+        i += 16;
+    }
+    even += odd;
+    float sum = v16_sum(&even);
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* e^x for x <= 0 (less than -87 counts as -87), in place; relative error below 2^-22. */
+MER_INLINE void v16_exp(v16 *x) {
+    const float magic = 0x1.8p23f;
+    v16 a = *x;
+    const v16i low = a < -87.0f; /* false for a NaN, which stays one */
+    a = (v16)(((v16i)a & ~low) | ((v16i)((v16){0} - 87.0f) & low));
+    const v16 shifted = a * 0x1.715476p+0f + magic;
+    const v16 n = shifted - magic;
+    v16 r = a - n * 0x1.62e4p-1f;
+    r = r - n * 0x1.7f7d1cp-20f;
+    v16 p = r * 0x1.6c16c2p-10f + 0x1.111112p-7f;
+    p = p * r + 0x1.555556p-5f;
+    p = p * r + 0x1.555556p-3f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    *x = (v16)((v16i)p + ((v16i)shifted << 23));
+}
+
+#endif

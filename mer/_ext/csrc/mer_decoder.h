@@ -1,0 +1,73 @@
+/* The decoder's operations on one token (or one span of tokens); decoder.pyx spreads them over the pool.
+ *
+ * Each result is computed in one fixed order that depends on that token alone: not on the other tokens of
+ * the step, nor on the thread, nor on how a prompt was cut into steps. */
+#ifndef MER_DECODER_H
+#define MER_DECODER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define MER_KV_BLOCK 16
+
+/* y = x / rms(x) * w; y may be x. */
+void mer_rms_norm(const float *x, const float *w, float *y, long n, float eps);
+
+/* x += y */
+void mer_add(float *x, const float *y, long n);
+
+/* x += factor * y */
+void mer_add_scaled(float *x, const float *y, float factor, long n);
+
+/* -limit <= x <= limit */
+void mer_clip(float *x, float limit, long n);
+
+/* cos and sin of position * inv_freq[i], times scale; each [pairs]. */
+void mer_rope_angles(int32_t position, const float *inv_freq, long pairs, float scale, float *cosine,
+                     float *sine);
+
+/* Rotate the pairs (i, i + pairs), or (2 i, 2 i + 1) when interleaved, of x [2 * pairs] in place. */
+void mer_rope(float *x, const float *cosine, const float *sine, long pairs, int interleaved);
+
+/* Keys [n_kv, dim] and values [n_kv, dim] of one token to place `at` of a block, as f32 or f16:
+ * the block is keys [n_kv, dim, 16], then values [n_kv, 16, dim]. */
+void mer_kv_store(void *block, int f16, long at, const float *k, const float *v, long n_kv, long dim);
+
+/* One token's latent [dim] to place `at` of a block [16, dim]. */
+void mer_latent_store(void *block, int f16, long at, const float *latent, long dim);
+
+typedef struct {
+    const float *q;           /* [tokens, n_heads, key_dim] */
+    float *out;               /* [tokens, n_heads, value_dim] */
+    const char *blocks;       /* this layer's blocks */
+    const int32_t *positions; /* [tokens] */
+    float *scratch;           /* scratch_floats for each thread */
+    size_t block_bytes, scratch_floats;
+    long n_heads, n_kv, key_dim, value_dim;
+    long window; /* positions seen, own included; 0: all */
+    float scale;
+    int f16;
+    int latent; /* a block is [16, key_dim] and the values are its first value_dim elements */
+} mer_attention;
+
+/* Floats of scratch that one call needs. */
+size_t mer_attend_scratch(const mer_attention *a, long tokens, long heads);
+
+/* Attention of tokens [t0, t1) of one sequence, query heads [h0, h1) of one key/value head. */
+void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, long h0, long h1, int thread);
+
+typedef struct {
+    long n_experts, top_k, n_groups, top_groups;
+    int sigmoid;       /* else softmax */
+    int normalise;     /* divide the chosen weights by their sum + epsilon */
+    float scale, epsilon;
+    const float *bias; /* [n_experts], added to the scores for the choice only; NULL: none */
+} mer_router;
+
+/* logits [n_experts] -> ids and weights [top_k], best first, ties to the lowest index. logits are overwritten;
+ * choice is scratch of n_experts floats. */
+void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, float *weights);
+
+float mer_sigmoid(float x);
+
+#endif

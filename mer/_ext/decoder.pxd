@@ -1,0 +1,137 @@
+"""The decoder: everything of a layer but its routed experts. All state of a model's forward pass is here."""
+from libc.stdint cimport int32_t, int64_t, uint8_t
+
+from mer._ext.kernels cimport Kernels, Pool
+
+cdef extern from "mer_decoder.h" nogil:
+    ctypedef struct mer_attention:
+        const float *q
+        float *out
+        const char *blocks
+        const int32_t *positions
+        float *scratch
+        size_t block_bytes
+        size_t scratch_floats
+        long n_heads
+        long n_kv
+        long key_dim
+        long value_dim
+        long window
+        float scale
+        int f16
+        int latent
+    ctypedef struct mer_router:
+        long n_experts
+        long top_k
+        long n_groups
+        long top_groups
+        int sigmoid
+        int normalise
+        float scale
+        float epsilon
+        const float *bias
+
+cdef struct Matrix:
+    const uint8_t *w             # NULL: there is no such matrix
+    const float *bias            # NULL: none
+    int format
+    long rows, cols
+    long row_bytes
+
+cdef struct Layer:
+    const float *attention_norm
+    const float *mlp_norm
+    const float *q_norm
+    const float *k_norm
+    const float *q_latent_norm
+    const float *latent_norm
+    const float *router_bias
+    Matrix q, k, v, o            # in latent attention q takes the query latent, where there is one
+    Matrix q_latent, latent, k_up, v_up
+    Matrix gate, up, down        # of the plain feed-forward block, or of the shared expert
+    Matrix router, shared_gate
+    char *blocks
+    size_t block_bytes
+    long window
+    bint is_moe
+
+cdef class Decoder
+
+ctypedef void (*decoder_task)(Decoder d, long task, int thread) noexcept nogil
+
+cdef class Decoder:
+    cdef Kernels kernels
+    cdef Pool pool
+    cdef readonly list kept       # arrays that the pointers below lead into
+    cdef Layer *layers
+    cdef readonly long n_layers
+    cdef long max_layers
+
+    # the model
+    cdef long hidden, vocab, n_heads, n_kv, head_dim, rope_pairs
+    cdef long nope_dim, rope_dim, value_dim, kv_rank, latent_dim, query_rank
+    cdef float eps, latent_eps, clip, attention_scale, rope_scale
+    cdef bint latent, interleaved, clips, f16
+    cdef int qk_norm              # 0 none, 1 each head, 2 the whole vector
+    cdef const float *inv_freq
+    cdef const float *final_norm
+    cdef Matrix head
+    cdef mer_router router
+
+    # the buffers, see mer/model/scratch.py
+    cdef float *x
+    cdef float *h
+    cdef float *y
+    cdef float *shared
+    cdef float *gate
+    cdef float *up
+    cdef float *cosine
+    cdef float *sine
+    cdef float *q
+    cdef float *k
+    cdef float *v
+    cdef float *attended
+    cdef float *q_latent
+    cdef float *latents
+    cdef float *q_wide
+    cdef float *out_wide
+    cdef float *router_logits
+    cdef float *choice
+    cdef float *expert_weights
+    cdef float *last
+    cdef float *logit_rows
+    cdef float *attention_scratch
+    cdef int32_t *expert_ids
+    cdef int64_t *spans           # [n_spans, 3] sequence, first token, end
+    cdef int32_t *sequence_of     # [tokens]
+    cdef uint8_t *acts
+    cdef const void **act_pointers
+    cdef void *linear_scratch
+    cdef long acts_bytes, part_tokens, attention_floats
+
+    # the batch
+    cdef object batch_arrays
+    cdef const int32_t *positions
+    cdef const int32_t *tables
+    cdef const int32_t *rows
+    cdef long n_tokens, n_spans, table_stride
+
+    # the layer under way, for the tasks
+    cdef Layer *layer
+    cdef mer_attention attention
+    cdef long first_span, end_span, first_token, end_token, heads_per_task
+    cdef const float *norm_weights
+    cdef long inter
+
+    cdef void *buffer(self, buffers, str name)
+    cdef take_buffers(self, buffers)
+    cdef const float *floats(self, values) except? NULL
+    cdef const float *vector(self, weights, str name) except? NULL
+    cdef Matrix matrix(self, weights, str name) except *
+    cdef void linear(self, const Matrix *m, const float *x, long n, float *y) noexcept nogil
+    cdef void run(self, decoder_task task, long n) noexcept nogil
+    cdef void attend_grouped(self) noexcept nogil
+    cdef void attend_latent(self) noexcept nogil
+    cdef void attend_spans(self, long first, long end) noexcept nogil
+    cdef void feed_forward(self, float *out) noexcept nogil
+    cdef char *block_of(self, long token) noexcept nogil

@@ -1,0 +1,36 @@
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mer._ext.kernels import Kernels, Pool
+
+SPAN: int
+
+class Decoder:
+    n_layers: int
+    def __init__(
+        self,
+        spec: Any,
+        kernels: Kernels,
+        pool: Pool,
+        buffers: Mapping[str, NDArray[Any]],
+        weights: Mapping[str, Any],
+        f16: bool,
+    ) -> None: ...
+    def add_layer(
+        self,
+        weights: Mapping[str, Any],
+        blocks: NDArray[np.float32] | NDArray[np.float16],
+        window: int,
+        is_moe: bool,
+    ) -> None: ...
+    def begin(
+        self, positions: NDArray[np.int32], query_offsets: NDArray[np.int32], block_tables: NDArray[np.int32]
+    ) -> None: ...
+    def attend(self, layer: int) -> None: ...
+    def feed(self, layer: int) -> None: ...
+    def route(self, layer: int) -> None: ...
+    def finish(self, layer: int) -> None: ...
+    def logits(self, rows: NDArray[np.int32]) -> None: ...

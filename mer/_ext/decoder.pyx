@@ -1,0 +1,434 @@
+"""The decoder layers on the compute pool: norms, projections, paged attention, router, feed-forward blocks.
+
+A `Decoder` owns no memory of size: weights, KV blocks and buffers belong to Python (it keeps references).
+Per step: `begin`, then for each layer `attend` and either `feed`, or `route`, the routed experts (done
+elsewhere: from `h`, `expert_ids`, `expert_weights` to `y`) and `finish`; at last `logits`. Methods trust
+their arguments: mer.model.forward checks them.
+"""
+import numpy as np
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from mer._ext.kernels cimport Kernels, Pool, mer_task_fn
+
+cdef extern from "mer_decoder.h" nogil:
+    enum: MER_KV_BLOCK
+    void mer_rms_norm(const float *x, const float *w, float *y, long n, float eps)
+    void mer_add(float *x, const float *y, long n)
+    void mer_add_scaled(float *x, const float *y, float factor, long n)
+    void mer_clip(float *x, float limit, long n)
+    void mer_rope_angles(int32_t position, const float *inv_freq, long pairs, float scale, float *cosine,
+                         float *sine)
+    void mer_rope(float *x, const float *cosine, const float *sine, long pairs, int interleaved)
+    void mer_kv_store(void *block, int f16, long at, const float *k, const float *v, long n_kv, long dim)
+    void mer_latent_store(void *block, int f16, long at, const float *latent, long dim)
+    void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, long h0, long h1, int thread)
+    void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, float *weights)
+    float mer_sigmoid(float x)
+
+cdef enum:
+    SPAN_TOKENS = 16
+
+# Most queries of one sequence that share the blocks they read.
+SPAN = SPAN_TOKENS
+
+
+cdef void angles_task(Decoder d, long t, int thread) noexcept nogil:
+    mer_rope_angles(d.positions[t], d.inv_freq, d.rope_pairs, d.rope_scale, d.cosine + t * d.rope_pairs,
+                    d.sine + t * d.rope_pairs)
+
+
+cdef void norm_task(Decoder d, long t, int thread) noexcept nogil:
+    mer_rms_norm(d.x + t * d.hidden, d.norm_weights, d.h + t * d.hidden, d.hidden, d.eps)
+
+
+cdef inline void add_bias(const Matrix *m, float *y) noexcept nogil:
+    if m.bias is not NULL:
+        mer_add(y, m.bias, m.rows)
+
+
+cdef void attended_task(Decoder d, long t, int thread) noexcept nogil:
+    cdef float *y = d.y + t * d.hidden
+    add_bias(&d.layer.o, y)
+    mer_add(d.x + t * d.hidden, y, d.hidden)
+
+
+cdef void fed_task(Decoder d, long t, int thread) noexcept nogil:
+    mer_add(d.x + t * d.hidden, d.y + t * d.hidden, d.hidden)
+
+
+cdef void grouped_task(Decoder d, long t, int thread) noexcept nogil:
+    """Between projections and attention: bias, norms, clip, rotation of one token, and its place in the cache."""
+    cdef Layer *layer = d.layer
+    cdef long n_q = d.n_heads * d.head_dim, n_kv = d.n_kv * d.head_dim, i
+    cdef float *q = d.q + t * n_q
+    cdef float *k = d.k + t * n_kv
+    cdef float *v = d.v + t * n_kv
+    cdef const float *cosine = d.cosine + t * d.rope_pairs
+    cdef const float *sine = d.sine + t * d.rope_pairs
+    add_bias(&layer.q, q)
+    add_bias(&layer.k, k)
+    add_bias(&layer.v, v)
+    if d.qk_norm == 2:
+        mer_rms_norm(q, layer.q_norm, q, n_q, d.eps)
+        mer_rms_norm(k, layer.k_norm, k, n_kv, d.eps)
+    elif d.qk_norm == 1:
+        for i in range(d.n_heads):
+            mer_rms_norm(q + i * d.head_dim, layer.q_norm, q + i * d.head_dim, d.head_dim, d.eps)
+        for i in range(d.n_kv):
+            mer_rms_norm(k + i * d.head_dim, layer.k_norm, k + i * d.head_dim, d.head_dim, d.eps)
+    if d.clips:
+        mer_clip(q, d.clip, n_q)
+        mer_clip(k, d.clip, n_kv)
+        mer_clip(v, d.clip, n_kv)
+    for i in range(d.n_heads):
+        mer_rope(q + i * d.head_dim, cosine, sine, d.rope_pairs, d.interleaved)
+    for i in range(d.n_kv):
+        mer_rope(k + i * d.head_dim, cosine, sine, d.rope_pairs, d.interleaved)
+    mer_kv_store(d.block_of(t), d.f16, d.positions[t] % MER_KV_BLOCK, k, v, d.n_kv, d.head_dim)
+
+
+cdef void query_latent_task(Decoder d, long t, int thread) noexcept nogil:
+    cdef float *q = d.q_latent + t * d.query_rank
+    add_bias(&d.layer.q_latent, q)
+    mer_rms_norm(q, d.layer.q_latent_norm, q, d.query_rank, d.latent_eps)
+
+
+cdef void latent_task(Decoder d, long t, int thread) noexcept nogil:
+    """Between projections and latent attention: the same for one token's latent, rotary key and queries."""
+    cdef float *latent = d.latents + t * d.latent_dim
+    cdef float *q = d.q + t * d.n_heads * (d.nope_dim + d.rope_dim) + d.nope_dim
+    cdef const float *cosine = d.cosine + t * d.rope_pairs
+    cdef const float *sine = d.sine + t * d.rope_pairs
+    cdef long i
+    add_bias(&d.layer.latent, latent)
+    mer_rms_norm(latent, d.layer.latent_norm, latent, d.kv_rank, d.latent_eps)
+    mer_rope(latent + d.kv_rank, cosine, sine, d.rope_pairs, d.interleaved)
+    for i in range(d.n_heads):
+        mer_rope(q + i * (d.nope_dim + d.rope_dim), cosine, sine, d.rope_pairs, d.interleaved)
+    mer_latent_store(d.block_of(t), d.f16, d.positions[t] % MER_KV_BLOCK, latent, d.latent_dim)
+
+
+cdef void absorb_task(Decoder d, long head, int thread) noexcept nogil:
+    """One head's queries of a part, taken into the latent's space: score = (q W_k) . latent + q_rope . k_rope."""
+    cdef Matrix *m = &d.layer.k_up
+    cdef const void **acts = d.act_pointers + thread * d.part_tokens
+    cdef long n = d.end_token - d.first_token, t, stride = d.n_heads * d.latent_dim
+    cdef float *out = d.q_wide + head * d.latent_dim
+    cdef const float *q
+    for t in range(n):
+        q = d.q + ((d.first_token + t) * d.n_heads + head) * (d.nope_dim + d.rope_dim)
+        acts[t] = d.acts + (thread * d.part_tokens + t) * d.acts_bytes
+        d.kernels.prepare(m.format, q, <void *>acts[t], d.nope_dim)
+        memcpy(out + t * stride + d.kv_rank, q + d.nope_dim, d.rope_dim * sizeof(float))
+    d.kernels.matmul(m.format, m.w + head * d.kv_rank * m.row_bytes, m.cols, 0, d.kv_rank, acts, n, out, stride)
+
+
+cdef void unfold_task(Decoder d, long head, int thread) noexcept nogil:
+    """One head's mean latents of a part, made into values."""
+    cdef Matrix *m = &d.layer.v_up
+    cdef const void **acts = d.act_pointers + thread * d.part_tokens
+    cdef long n = d.end_token - d.first_token, t, stride = d.n_heads * d.value_dim
+    for t in range(n):
+        acts[t] = d.acts + (thread * d.part_tokens + t) * d.acts_bytes
+        d.kernels.prepare(m.format, d.out_wide + (t * d.n_heads + head) * d.kv_rank, <void *>acts[t], d.kv_rank)
+    d.kernels.matmul(m.format, m.w + head * d.value_dim * m.row_bytes, m.cols, 0, d.value_dim, acts, n,
+                     d.attended + d.first_token * stride + head * d.value_dim, stride)
+
+
+cdef void attend_task(Decoder d, long task, int thread) noexcept nogil:
+    cdef long chunks = d.n_heads // d.heads_per_task
+    cdef int64_t *span = d.spans + (d.first_span + task // chunks) * 3
+    cdef long head = task % chunks * d.heads_per_task
+    mer_attend(&d.attention, d.tables + span[0] * d.table_stride, span[1] - d.first_token,
+               span[2] - d.first_token, head, head + d.heads_per_task, thread)
+
+
+cdef void swiglu_task(Decoder d, long t, int thread) noexcept nogil:
+    cdef float *gate = d.gate + t * d.inter
+    d.kernels.swiglu(gate, d.up + t * d.inter, gate, d.inter)
+
+
+cdef void route_task(Decoder d, long t, int thread) noexcept nogil:
+    mer_route(&d.router, d.router_logits + t * d.router.n_experts, d.choice + thread * d.router.n_experts,
+              d.expert_ids + t * d.router.top_k, d.expert_weights + t * d.router.top_k)
+
+
+cdef void finish_task(Decoder d, long t, int thread) noexcept nogil:
+    cdef float *y = d.y + t * d.hidden
+    if d.layer.shared_gate.w is not NULL:
+        mer_add_scaled(y, d.shared + t * d.hidden, mer_sigmoid(d.router_logits[t]), d.hidden)
+    elif d.layer.gate.w is not NULL:
+        mer_add(y, d.shared + t * d.hidden, d.hidden)
+    mer_add(d.x + t * d.hidden, y, d.hidden)
+
+
+cdef void last_task(Decoder d, long i, int thread) noexcept nogil:
+    mer_rms_norm(d.x + d.rows[i] * d.hidden, d.final_norm, d.last + i * d.hidden, d.hidden, d.eps)
+
+
+cdef class Decoder:
+    """A model's decoder.
+
+    spec: mer.model.spec.ModelSpec. buffers: of mer.model.scratch. weights: 'head' (a matrix) and 'final_norm'.
+    f16: whether KV blocks hold F16, else F32.
+
+    A matrix is an object with `data` uint8 [rows, row_bytes], `format` (id) and `cols`; everything else
+    is a f32 vector.
+    """
+
+    def __cinit__(self, spec, Kernels kernels not None, Pool pool not None, buffers, weights, bint f16):
+        self.kernels, self.pool, self.f16 = kernels, pool, f16
+        self.kept = [buffers]
+        self.max_layers = len(spec.layers)
+        self.layers = <Layer *>calloc(self.max_layers, sizeof(Layer))
+        if self.layers is NULL:
+            raise MemoryError
+        self.hidden, self.vocab, self.eps = spec.hidden, spec.vocab, spec.norm_eps
+        self.inv_freq = self.floats(spec.rope.inv_freq)
+        self.rope_pairs, self.rope_scale = len(spec.rope.inv_freq), spec.rope.scale
+        self.interleaved = spec.rope.interleaved
+        a, r = spec.attention, spec.router
+        self.n_heads, self.attention_scale = a.n_heads, a.scale
+        self.latent = hasattr(a, "kv_rank")
+        if self.latent:
+            self.nope_dim, self.rope_dim, self.value_dim = a.nope_dim, a.rope_dim, a.value_dim
+            self.kv_rank, self.latent_dim, self.query_rank = a.kv_rank, a.latent_dim, a.query_rank or 0
+            self.latent_eps = a.norm_eps
+            self.acts_bytes, self.part_tokens = buffers["acts"].shape[2], buffers["acts"].shape[1]
+        else:
+            self.n_kv, self.head_dim = a.n_kv_heads, a.head_dim
+            self.qk_norm = {"none": 0, "head": 1, "vector": 2}[a.qk_norm]
+            self.clips, self.clip = a.clip is not None, a.clip or 0.0
+        self.router = mer_router(r.n_experts, r.top_k, r.n_groups, r.top_groups, r.score == "sigmoid",
+                                 r.normalise, r.scale, r.epsilon, NULL)
+        self.final_norm = self.floats(weights["final_norm"])
+        self.head = self.matrix(weights, "head")
+        self.take_buffers(buffers)
+
+    def __dealloc__(self):
+        free(self.layers)
+
+    cdef void *buffer(self, buffers, str name):
+        return <void *><uintptr_t>buffers[name].ctypes.data if name in buffers else NULL
+
+    cdef take_buffers(self, buffers):
+        self.x = <float *>self.buffer(buffers, "x")
+        self.h = <float *>self.buffer(buffers, "h")
+        self.y = <float *>self.buffer(buffers, "y")
+        self.shared = <float *>self.buffer(buffers, "shared")
+        self.gate = <float *>self.buffer(buffers, "gate")
+        self.up = <float *>self.buffer(buffers, "up")
+        self.cosine = <float *>self.buffer(buffers, "cos")
+        self.sine = <float *>self.buffer(buffers, "sin")
+        self.q = <float *>self.buffer(buffers, "q")
+        self.k = <float *>self.buffer(buffers, "k")
+        self.v = <float *>self.buffer(buffers, "v")
+        self.attended = <float *>self.buffer(buffers, "attended")
+        self.q_latent = <float *>self.buffer(buffers, "q_latent")
+        self.latents = <float *>self.buffer(buffers, "latent")
+        self.q_wide = <float *>self.buffer(buffers, "q_wide")
+        self.out_wide = <float *>self.buffer(buffers, "out_wide")
+        self.router_logits = <float *>self.buffer(buffers, "router_logits")
+        self.choice = <float *>self.buffer(buffers, "choice")
+        self.expert_ids = <int32_t *>self.buffer(buffers, "expert_ids")
+        self.expert_weights = <float *>self.buffer(buffers, "expert_weights")
+        self.last = <float *>self.buffer(buffers, "last")
+        self.logit_rows = <float *>self.buffer(buffers, "logits")
+        self.attention_scratch = <float *>self.buffer(buffers, "attention_scratch")
+        self.attention_floats = buffers["attention_scratch"].shape[1]
+        self.spans = <int64_t *>self.buffer(buffers, "spans")
+        self.sequence_of = <int32_t *>self.buffer(buffers, "sequence_of")
+        self.acts = <uint8_t *>self.buffer(buffers, "acts")
+        self.act_pointers = <const void **>self.buffer(buffers, "act_pointers")
+        self.linear_scratch = self.buffer(buffers, "linear_scratch")
+
+    cdef const float *floats(self, values) except? NULL:
+        """values as f32 that live as long as this object."""
+        array = np.ascontiguousarray(values, np.float32)
+        self.kept.append(array)
+        return <const float *><uintptr_t>array.ctypes.data
+
+    cdef const float *vector(self, weights, str name) except? NULL:
+        return self.floats(weights[name]) if name in weights else NULL
+
+    cdef Matrix matrix(self, weights, str name) except *:
+        cdef Matrix m = Matrix(NULL, NULL, 0, 0, 0, 0)
+        if name in weights:
+            weight = weights[name]
+            self.kept.append(weight.data)
+            m.w = <const uint8_t *><uintptr_t>weight.data.ctypes.data
+            m.bias = self.vector(weights, name + "_bias")
+            m.format, m.cols = weight.format, weight.cols
+            m.rows, m.row_bytes = weight.data.shape[0], weight.data.shape[1]
+        return m
+
+    def add_layer(self, weights, blocks, long window, bint is_moe):
+        """The next layer. weights: by the canonical names of mer.model.dense. blocks: KV, [n_blocks, elements]."""
+        cdef Layer *layer = &self.layers[self.n_layers]
+        if self.n_layers == self.max_layers:
+            raise ValueError(f"the model has {self.max_layers} layers")
+        self.kept.append(blocks)
+        layer.blocks, layer.block_bytes = <char *><uintptr_t>blocks.ctypes.data, blocks.strides[0]
+        layer.window, layer.is_moe = window, is_moe
+        layer.attention_norm = self.floats(weights["attention_norm"])
+        layer.mlp_norm = self.floats(weights["mlp_norm"])
+        layer.q_norm, layer.k_norm = self.vector(weights, "q_norm"), self.vector(weights, "k_norm")
+        layer.q_latent_norm = self.vector(weights, "q_latent_norm")
+        layer.latent_norm = self.vector(weights, "latent_norm")
+        layer.q, layer.k = self.matrix(weights, "q"), self.matrix(weights, "k")
+        layer.v, layer.o = self.matrix(weights, "v"), self.matrix(weights, "o")
+        layer.q_latent, layer.latent = self.matrix(weights, "q_latent"), self.matrix(weights, "latent")
+        layer.k_up, layer.v_up = self.matrix(weights, "k_up"), self.matrix(weights, "v_up")
+        layer.gate, layer.up = self.matrix(weights, "gate"), self.matrix(weights, "up")
+        layer.down = self.matrix(weights, "down")
+        layer.router, layer.router_bias = self.matrix(weights, "router"), self.vector(weights, "router_choice_bias")
+        layer.shared_gate = self.matrix(weights, "shared_gate")
+        self.n_layers += 1
+
+    cdef void linear(self, const Matrix *m, const float *x, long n, float *y) noexcept nogil:
+        self.kernels.linear(self.pool, m.format, m.w, m.rows, m.cols, x, n, y, self.linear_scratch)
+
+    cdef void run(self, decoder_task task, long n) noexcept nogil:
+        # An argument of class Decoder is a pointer, as the pool's void * is.
+        self.pool.run(<mer_task_fn>task, <void *>self, n)
+
+    cdef char *block_of(self, long token) noexcept nogil:
+        """The block where a token's key and value belong, in the layer under way."""
+        cdef const int32_t *table = self.tables + self.sequence_of[token] * self.table_stride
+        return self.layer.blocks + <size_t>table[self.positions[token] // MER_KV_BLOCK] * self.layer.block_bytes
+
+    def begin(self, const int32_t[::1] positions, const int32_t[::1] query_offsets,
+              const int32_t[:, ::1] block_tables):
+        """Take up a batch (see mer.model.batch); the embeddings stand in `x` already."""
+        cdef long s, t, end
+        self.batch_arrays = (positions, query_offsets, block_tables)
+        self.positions, self.tables = &positions[0], &block_tables[0, 0]
+        self.n_tokens, self.table_stride, self.n_spans = positions.shape[0], block_tables.shape[1], 0
+        for s in range(block_tables.shape[0]):
+            t = query_offsets[s]
+            while t < query_offsets[s + 1]:
+                end = min(t + SPAN_TOKENS, <long>query_offsets[s + 1])
+                self.spans[self.n_spans * 3] = s
+                self.spans[self.n_spans * 3 + 1] = t
+                self.spans[self.n_spans * 3 + 2] = end
+                self.n_spans += 1
+                while t < end:
+                    self.sequence_of[t] = <int32_t>s
+                    t += 1
+        with nogil:
+            self.run(angles_task, self.n_tokens)
+
+    def attend(self, long index):
+        """x += attention(norm(x)), the tokens' keys and values being written to the cache first."""
+        self.layer = &self.layers[index]
+        with nogil:
+            self.norm_weights = self.layer.attention_norm
+            self.run(norm_task, self.n_tokens)
+            if self.latent:
+                self.attend_latent()
+            else:
+                self.attend_grouped()
+            self.linear(&self.layer.o, self.attended, self.n_tokens, self.y)
+            self.run(attended_task, self.n_tokens)
+
+    cdef void attend_grouped(self) noexcept nogil:
+        cdef Layer *layer = self.layer
+        cdef long group = self.n_heads // self.n_kv
+        self.linear(&layer.q, self.h, self.n_tokens, self.q)
+        self.linear(&layer.k, self.h, self.n_tokens, self.k)
+        self.linear(&layer.v, self.h, self.n_tokens, self.v)
+        self.run(grouped_task, self.n_tokens)
+        # Heads that share a key stay in one task, unless threads would be idle then.
+        self.heads_per_task = group
+        if self.n_spans * self.n_kv < self.pool.n_threads:
+            self.heads_per_task = 1
+        self.first_token = 0
+        self.attention = mer_attention(
+            self.q, self.attended, layer.blocks, self.positions, self.attention_scratch, layer.block_bytes,
+            self.attention_floats, self.n_heads, self.n_kv, self.head_dim, self.head_dim, layer.window,
+            self.attention_scale, self.f16, 0)
+        self.attend_spans(0, self.n_spans)
+
+    cdef void attend_latent(self) noexcept nogil:
+        cdef Layer *layer = self.layer
+        cdef long first = 0, end, chunk
+        if layer.q_latent.w is NULL:
+            self.linear(&layer.q, self.h, self.n_tokens, self.q)
+        else:
+            self.linear(&layer.q_latent, self.h, self.n_tokens, self.q_latent)
+            self.run(query_latent_task, self.n_tokens)
+            self.linear(&layer.q, self.q_latent, self.n_tokens, self.q)
+        self.linear(&layer.latent, self.h, self.n_tokens, self.latents)
+        self.run(latent_task, self.n_tokens)
+        # Some heads share a block that was converted once; a divisor of the number of heads, up to 16.
+        chunk = 16
+        while self.n_heads % chunk or (chunk > 1 and self.n_heads < chunk * self.pool.n_threads):
+            chunk -= 1
+        self.heads_per_task = chunk
+        while first < self.n_spans:
+            self.first_token = self.spans[first * 3 + 1]
+            end = first
+            while end < self.n_spans and self.spans[end * 3 + 2] - self.first_token <= self.part_tokens:
+                end += 1
+            self.end_token = self.spans[end * 3 - 1]
+            self.attention = mer_attention(
+                self.q_wide, self.out_wide, layer.blocks, self.positions + self.first_token,
+                self.attention_scratch, layer.block_bytes, self.attention_floats, self.n_heads, 1,
+                self.latent_dim, self.kv_rank, layer.window, self.attention_scale, self.f16, 1)
+            self.run(absorb_task, self.n_heads)
+            self.attend_spans(first, end)
+            self.run(unfold_task, self.n_heads)
+            first = end
+
+    cdef void attend_spans(self, long first, long end) noexcept nogil:
+        self.first_span = first
+        self.run(attend_task, (end - first) * (self.n_heads // self.heads_per_task))
+
+    cdef void feed_forward(self, float *out) noexcept nogil:
+        """out = down(silu(gate(h)) * up(h))"""
+        self.inter = self.layer.gate.rows
+        self.linear(&self.layer.gate, self.h, self.n_tokens, self.gate)
+        self.linear(&self.layer.up, self.h, self.n_tokens, self.up)
+        self.run(swiglu_task, self.n_tokens)
+        self.linear(&self.layer.down, self.gate, self.n_tokens, out)
+
+    def feed(self, long index):
+        """x += the plain feed-forward block of norm(x)."""
+        self.layer = &self.layers[index]
+        with nogil:
+            self.norm_weights = self.layer.mlp_norm
+            self.run(norm_task, self.n_tokens)
+            self.feed_forward(self.y)
+            self.run(fed_task, self.n_tokens)
+
+    def route(self, long index):
+        """h = norm(x), and the router's choice for it: expert_ids and expert_weights."""
+        self.layer = &self.layers[index]
+        self.router.bias = self.layer.router_bias
+        with nogil:
+            self.norm_weights = self.layer.mlp_norm
+            self.run(norm_task, self.n_tokens)
+            self.linear(&self.layer.router, self.h, self.n_tokens, self.router_logits)
+            self.run(route_task, self.n_tokens)
+
+    def finish(self, long index):
+        """x += y + shared expert(h), y being the routed experts' sum."""
+        self.layer = &self.layers[index]
+        with nogil:
+            if self.layer.gate.w is not NULL:
+                self.feed_forward(self.shared)
+                if self.layer.shared_gate.w is not NULL:
+                    self.linear(&self.layer.shared_gate, self.h, self.n_tokens, self.router_logits)
+            self.run(finish_task, self.n_tokens)
+
+    def logits(self, const int32_t[::1] rows):
+        """logits[i] = head(norm(x[rows[i]]))"""
+        if rows.shape[0] == 0:
+            return
+        self.rows = &rows[0]
+        with nogil:
+            self.run(last_task, rows.shape[0])
+            self.linear(&self.head, self.last, rows.shape[0], self.logit_rows)

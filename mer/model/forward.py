@@ -1,0 +1,105 @@
+"""The forward pass: Python walks over the layers, `_ext` does the mathematics without the GIL."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mer._ext.decoder import Decoder
+from mer._ext.kernels import Kernels, Pool
+from mer.model import scratch
+from mer.model.batch import Batch
+from mer.model.dense import DenseWeights
+from mer.model.kv import KVCache
+from mer.model.spec import ModelSpec
+
+
+class Experts(Protocol):
+    """Multiplies the experts that a router chose; `mer._ext.moe.ExpertStreamer` is one."""
+
+    def forward(
+        self,
+        layer: int,
+        x: NDArray[np.float32],
+        ids: NDArray[np.int32],
+        weights: NDArray[np.float32],
+        out: NDArray[np.float32],
+    ) -> None:
+        """x f32 [T, hidden], ids i32 [T, top_k], weights f32 [T, top_k] -> out f32 [T, hidden], overwritten.
+
+        `layer` counts MoE layers only. May raise DeviceReadError; the next call may succeed.
+        """
+
+
+class Forward:
+    """One model on one set of blocks. It takes all its memory when made; one thread at a time may `step`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dense: DenseWeights,
+        moe: Experts,
+        kv: KVCache,
+        pool: Pool,
+        kernels: Kernels,
+        *,
+        max_tokens: int,
+        max_rows: int,
+    ) -> None:
+        """max_tokens: most tokens of one step. max_rows: most tokens of one step whose logits are wanted."""
+        self.spec = spec
+        self.max_tokens = max_tokens
+        self.max_rows = max_rows
+        self._dense = dense
+        self._moe = moe
+        self._kv = kv
+        self._buffers = scratch.allocate(spec, max_tokens, max_rows, pool.n_threads)
+        self._decoder = Decoder(spec, kernels, pool, self._buffers, dense.model, kv.dtype == "f16")
+        for layer, weights, blocks in zip(spec.layers, dense.layers, kv.layers, strict=True):
+            self._decoder.add_layer(weights, blocks, layer.window or 0, layer.moe_index is not None)
+        self._tokens = 0
+
+    @staticmethod
+    def scratch_bytes(spec: ModelSpec, max_tokens: int, max_rows: int, n_threads: int) -> int:
+        """Bytes that a Forward of this size takes, besides dense weights and KV cache."""
+        return scratch.total_bytes(spec, max_tokens, max_rows, n_threads)
+
+    @property
+    def hidden(self) -> NDArray[np.float32]:
+        """f32 [T, hidden] of the last step, before the final norm; overwritten by the next step."""
+        return self._buffers["x"][: self._tokens]
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        """Run the batch: f32 [R, vocab], logits of `batch.logit_rows`; overwritten by the next step.
+
+        Raises ValueError for a batch that doesn't fit, and whatever the experts raise. After an error the
+        keys and values of the batch's own positions are undefined; those before them are intact.
+        """
+        batch.check(
+            vocab=self.spec.vocab,
+            max_tokens=self.max_tokens,
+            max_rows=self.max_rows,
+            n_blocks=self._kv.n_blocks,
+        )
+        n = self._tokens = len(batch.tokens)
+        buffers, decoder = self._buffers, self._decoder
+        self._dense.embed(batch.tokens, buffers["x"][:n])
+        decoder.begin(batch.positions, batch.query_offsets, batch.block_tables)
+        for index, layer in enumerate(self.spec.layers):
+            decoder.attend(index)
+            if layer.moe_index is None:
+                decoder.feed(index)
+                continue
+            decoder.route(index)
+            self._moe.forward(
+                layer.moe_index,
+                buffers["h"][:n],
+                buffers["expert_ids"][:n],
+                buffers["expert_weights"][:n],
+                buffers["y"][:n],
+            )
+            decoder.finish(index)
+        decoder.logits(batch.logit_rows)
+        return buffers["logits"][: len(batch.logit_rows)]

@@ -1,0 +1,106 @@
+"""The buffers of a forward pass: their sizes for the planner, and their allocation."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mer._ext.decoder import SPAN
+from mer.model.spec import LatentAttentionSpec, ModelSpec
+
+# Latent attention goes through this many tokens at a time: its queries are wide (heads x latent).
+LATENT_TOKENS: Final = 64
+_ALIGN: Final = 64
+
+Shapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]
+
+
+def _shapes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> Shapes:
+    a, f32 = spec.attention, np.float32
+    inter = max(spec.dense_inter, spec.shared_inter)
+    pairs = len(spec.rope.inv_freq)
+    shapes: Shapes = {
+        "x": ((tokens, spec.hidden), f32),
+        "h": ((tokens, spec.hidden), f32),
+        "y": ((tokens, spec.hidden), f32),
+        "shared": ((tokens, spec.hidden), f32),
+        "gate": ((tokens, inter), f32),
+        "up": ((tokens, inter), f32),
+        "cos": ((tokens, pairs), f32),
+        "sin": ((tokens, pairs), f32),
+        "router_logits": ((tokens, spec.router.n_experts), f32),
+        "choice": ((n_threads, spec.router.n_experts), f32),
+        "expert_ids": ((tokens, spec.router.top_k), np.int32),
+        "expert_weights": ((tokens, spec.router.top_k), f32),
+        "spans": ((tokens, 3), np.int64),
+        "sequence_of": ((tokens,), np.int32),
+        "last": ((rows, spec.hidden), f32),
+        "logits": ((rows, spec.vocab), f32),
+    }
+    widest = max(spec.hidden, inter)
+    if isinstance(a, LatentAttentionSpec):
+        part = min(tokens, LATENT_TOKENS)
+        q_width, out_width = a.n_heads * (a.nope_dim + a.rope_dim), a.n_heads * a.value_dim
+        shapes |= {
+            "q_latent": ((tokens, a.query_rank or 0), f32),
+            "latent": ((tokens, a.latent_dim), f32),
+            "q_wide": ((part, a.n_heads, a.latent_dim), f32),
+            "out_wide": ((part, a.n_heads, a.kv_rank), f32),
+            # One head's activations, prepared for the product, and the pointers to them.
+            "acts": ((n_threads, part, _prepared_bytes(max(a.nope_dim, a.kv_rank))), np.uint8),
+            "act_pointers": ((n_threads, part), np.uint64),
+        }
+        block = 16 * a.latent_dim
+        widest = max(widest, a.query_rank or 0, a.kv_rank)
+    else:
+        q_width = out_width = a.n_heads * a.head_dim
+        shapes |= {
+            "k": ((tokens, a.n_kv_heads * a.head_dim), f32),
+            "v": ((tokens, a.n_kv_heads * a.head_dim), f32),
+        }
+        block = 32 * a.head_dim
+    shapes |= {
+        "q": ((tokens, q_width), f32),
+        "attended": ((tokens, out_width), f32),
+        "attention_scratch": ((n_threads, _round(block + 2 * SPAN * a.n_heads, 16)), f32),
+        "linear_scratch": ((linear_scratch_bytes(max(widest, out_width), max(tokens, rows)),), np.uint8),
+    }
+    return shapes
+
+
+def linear_scratch_bytes(cols: int, tokens: int) -> int:
+    """What a product with a matrix of this many columns needs, whatever its format."""
+    return tokens * (_prepared_bytes(cols) + 8) + 2 * _ALIGN
+
+
+def _prepared_bytes(cols: int) -> int:
+    # f32 is the largest form of an activation, but for the padding of the int8 one's four arrays.
+    return _round(4 * cols, _ALIGN) + 4 * _ALIGN
+
+
+def _round(n: int, unit: int) -> int:
+    return (n + unit - 1) // unit * unit
+
+
+def _nbytes(shape: tuple[int, ...], dtype: type[np.generic]) -> int:
+    return _round(prod(shape) * np.dtype(dtype).itemsize, _ALIGN)
+
+
+def total_bytes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> int:
+    """Bytes of all buffers."""
+    return sum(_nbytes(*each) for each in _shapes(spec, tokens, rows, n_threads).values()) + _ALIGN
+
+
+def allocate(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> dict[str, NDArray[Any]]:
+    """All buffers by name, in one block of memory, each on a boundary of 64 bytes."""
+    memory = np.zeros(total_bytes(spec, tokens, rows, n_threads), np.uint8)
+    at = -memory.ctypes.data % _ALIGN
+    buffers = {}
+    for name, (shape, dtype) in _shapes(spec, tokens, rows, n_threads).items():
+        size = prod(shape) * np.dtype(dtype).itemsize
+        buffers[name] = memory[at : at + size].view(dtype).reshape(shape)
+        at += _nbytes(shape, dtype)
+    return buffers

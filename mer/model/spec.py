@@ -1,0 +1,110 @@
+"""What the forward pass must know about a model: numbers only, no tensor names and no files."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from attrs import frozen
+
+
+@frozen
+class RopeSpec:
+    """Rotary embedding: pair i at position p turns by p * inv_freq[i]; cos and sin are times `scale`."""
+
+    inv_freq: tuple[float, ...]
+    scale: float = 1.0
+    # True: pairs are neighbours (2i, 2i+1); False: pairs are (i, i + dim/2).
+    interleaved: bool = False
+
+
+@frozen
+class AttentionSpec:
+    """Grouped-query attention: query head h reads key/value head h // (n_heads / n_kv_heads)."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float
+    # RMS norm of query and key: over each head, or over the whole projected vector.
+    qk_norm: Literal["none", "head", "vector"] = "none"
+    clip: float | None = None
+
+
+@frozen
+class LatentAttentionSpec:
+    """Multi-head latent attention (MLA): a token has one latent and one rotary key for all heads."""
+
+    n_heads: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    kv_rank: int
+    # None: queries come from one projection of the hidden state.
+    query_rank: int | None
+    scale: float
+    # The latents' own norms have an eps of their own.
+    norm_eps: float = 1e-6
+
+    @property
+    def latent_dim(self) -> int:
+        """What one token leaves in the cache: the latent and the rotary key, in elements."""
+        return self.kv_rank + self.rope_dim
+
+
+@frozen
+class RouterSpec:
+    """How a token's experts are chosen and weighted. Ties go to the lowest index."""
+
+    n_experts: int
+    top_k: int
+    score: Literal["softmax", "sigmoid"]
+    # Weights of the chosen experts are divided by their sum (plus `epsilon`), then multiplied by `scale`.
+    normalise: bool
+    scale: float = 1.0
+    epsilon: float = 0.0
+    # Experts form n_groups equal groups; only the `top_groups` best ones take part (by the sum of
+    # their two best experts).
+    n_groups: int = 1
+    top_groups: int = 1
+
+
+@frozen
+class LayerSpec:
+    """One decoder layer."""
+
+    # Positions a token sees, itself included; None: all before it.
+    window: int | None
+    # Index among the MoE layers, None where the layer has a plain feed-forward block.
+    moe_index: int | None
+
+
+@frozen
+class ModelSpec:
+    """One model, as the forward pass and the budget planner see it. Sizes are in elements."""
+
+    family: str
+    vocab: int
+    hidden: int
+    norm_eps: float
+    # A prompt with its answer may not be longer than this.
+    max_positions: int
+    attention: AttentionSpec | LatentAttentionSpec
+    rope: RopeSpec
+    layers: tuple[LayerSpec, ...]
+    router: RouterSpec
+    moe_inter: int
+    # Of the plain feed-forward layers; 0 where there is none.
+    dense_inter: int
+    # Width of the expert that every token passes; 0 where there is none.
+    shared_inter: int
+    # The shared expert's output is multiplied by a sigmoid gate of its own.
+    shared_gate: bool = False
+    tied_embeddings: bool = False
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def n_moe_layers(self) -> int:
+        return sum(layer.moe_index is not None for layer in self.layers)
