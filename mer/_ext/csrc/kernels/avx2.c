@@ -8,6 +8,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h> /* before the pragma: its functions carry their own targets */
 #pragma GCC target("avx2,fma,f16c")
+#include "ahead.h"
 #include "elementwise.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -47,7 +48,8 @@ INLINE __m256i dot_nibbles(const __m256i first[4], const __m256i second[4], cons
     return _mm256_madd_epi16(s4, _mm256_set1_epi16(1));
 }
 
-INLINE void tile_q4_0(const char *const row[ROWS], const void *const *acts, int n_tok, long cols, __m256 *acc) {
+INLINE void tile_q4_0(const char *const row[ROWS], const mer_ahead *ahead, const void *const *acts, int n_tok,
+                      long cols, __m256 *acc) {
     const __m256i mask = _mm256_set1_epi8(15);
     mer_act_q8 a[TOKENS];
     for (int t = 0; t < n_tok; t++) {
@@ -56,6 +58,7 @@ INLINE void tile_q4_0(const char *const row[ROWS], const void *const *acts, int 
     }
     for (long b = 0; b < cols / 32; b++) {
         const size_t at = (size_t)b * sizeof(mer_block_q4_0);
+        if (ahead) ahead_step(*ahead, row[0] + ROWS * at, ROWS * sizeof(mer_block_q4_0));
         const __m256 d = load_scales(row, at);
         __m256i lo[4], hi[4];
         for (int p = 0; p < 4; p++) {
@@ -78,7 +81,8 @@ INLINE __m256i dot_bytes(__m256i w, __m256i q) {
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
-INLINE void tile_q8_0(const char *const row[ROWS], const void *const *acts, int n_tok, long cols, __m256 *acc) {
+INLINE void tile_q8_0(const char *const row[ROWS], const mer_ahead *ahead, const void *const *acts, int n_tok,
+                      long cols, __m256 *acc) {
     mer_act_q8 a[TOKENS];
     for (int t = 0; t < n_tok; t++) {
         a[t] = mer_act_view(acts[t], cols);
@@ -86,6 +90,7 @@ INLINE void tile_q8_0(const char *const row[ROWS], const void *const *acts, int 
     }
     for (long b = 0; b < cols / 32; b++) {
         const size_t at = (size_t)b * sizeof(mer_block_q8_0);
+        if (ahead) ahead_step(*ahead, row[0] + ROWS * at, ROWS * sizeof(mer_block_q8_0));
         const __m256 d = load_scales(row, at);
         __m256i first[4], second[4];
         for (int p = 0; p < 4; p++) {
@@ -142,7 +147,8 @@ INLINE void load_q4_k_head(const char *const row[ROWS], size_t at, struct q4_k_h
     }
 }
 
-INLINE void tile_q4_k(const char *const row[ROWS], const void *const *acts, int n_tok, long cols, __m256 *acc) {
+INLINE void tile_q4_k(const char *const row[ROWS], const mer_ahead *ahead, const void *const *acts, int n_tok,
+                      long cols, __m256 *acc) {
     const __m256i mask = _mm256_set1_epi8(15);
     mer_act_q8 a[TOKENS];
     for (int t = 0; t < n_tok; t++) {
@@ -157,6 +163,8 @@ INLINE void tile_q4_k(const char *const row[ROWS], const void *const *acts, int 
         for (int t = 0; t < n_tok; t++) sum[t] = min[t] = _mm256_setzero_ps();
         for (int j = 0; j < 8; j++) {
             const size_t qs = at + 16 + (size_t)(j / 2 * 32);
+            if (ahead)
+                ahead_step(*ahead, row[0] + ROWS * at + (size_t)j * sizeof(mer_block_q4_k), sizeof(mer_block_q4_k));
             __m256i first[4], second[4];
             for (int p = 0; p < 4; p++) {
                 first[p] = load_pair(row[p] + qs, row[p + 4] + qs);
@@ -188,18 +196,20 @@ INLINE void tile_q4_k(const char *const row[ROWS], const void *const *acts, int 
     static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, \
                      float *y, long y_stride) {                                                         \
         const size_t bytes = mer_row_bytes(FMT, cols);                                                  \
+        const mer_ahead run = ahead_begin((const char *)w + (size_t)r0 * bytes, ROWS * bytes);          \
         for (long r = r0; r < r1; r += ROWS) {                                                          \
             const char *row[ROWS];                                                                      \
             for (long i = 0; i < ROWS; i++)                                                             \
                 row[i] = (const char *)w + (size_t)(r + i < r1 ? r + i : r1 - 1) * bytes;               \
             for (long t = 0; t < n_tok; t += TOKENS) {                                                  \
                 const int n = (int)(n_tok - t < TOKENS ? n_tok - t : TOKENS);                           \
+                const mer_ahead *const ahead = t == 0 ? &run : NULL;                                    \
                 __m256 acc[TOKENS];                                                                     \
                 switch (n) {                                                                            \
-                case 1: TILE(row, acts + t, 1, cols, acc); break;                                       \
-                case 2: TILE(row, acts + t, 2, cols, acc); break;                                       \
-                case 3: TILE(row, acts + t, 3, cols, acc); break;                                       \
-                default: TILE(row, acts + t, 4, cols, acc);                                             \
+                case 1: TILE(row, ahead, acts + t, 1, cols, acc); break;                                       \
+                case 2: TILE(row, ahead, acts + t, 2, cols, acc); break;                                       \
+                case 3: TILE(row, ahead, acts + t, 3, cols, acc); break;                                       \
+                default: TILE(row, ahead, acts + t, 4, cols, acc);                                             \
                 }                                                                                       \
                 for (int i = 0; i < n; i++) store_rows(y + (t + i) * y_stride + r, acc[i], r1 - r);     \
             }                                                                                           \
@@ -237,13 +247,15 @@ INLINE float sum_lanes(__m256 lo, __m256 hi) {
     return _mm_cvtss_f32(_mm_add_ss(v2, _mm_movehdup_ps(v2)));
 }
 
-INLINE void tile_float(int fmt, const char *w, size_t bytes, int n_rows, const void *const *acts, int n_tok,
-                       long cols, float *y, long y_stride) {
+INLINE void tile_float(int fmt, const char *w, size_t bytes, const mer_ahead *ahead, int n_rows,
+                       const void *const *acts, int n_tok, long cols, float *y, long y_stride) {
+    const size_t step = (size_t)n_rows * LANES * (fmt == MER_F32 ? 4 : 2);
     __m256 lo[4][4], hi[4][4];
     for (int i = 0; i < n_rows; i++)
         for (int t = 0; t < n_tok; t++) lo[i][t] = hi[i][t] = _mm256_setzero_ps();
     long k = 0;
-    for (; k + LANES <= cols; k += LANES)
+    for (; k + LANES <= cols; k += LANES) {
+        if (ahead) ahead_step(*ahead, w + (size_t)k / LANES * step, step);
         for (int i = 0; i < n_rows; i++) {
             const char *row = w + (size_t)i * bytes;
             const __m256 w0 = load8(fmt, row, k), w1 = load8(fmt, row, k + 8);
@@ -253,6 +265,7 @@ INLINE void tile_float(int fmt, const char *w, size_t bytes, int n_rows, const v
                 hi[i][t] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x + 8), hi[i][t]);
             }
         }
+    }
     if (k < cols)
         for (int i = 0; i < n_rows; i++) {
             char tail[4 * LANES] = {0};
@@ -275,22 +288,28 @@ INLINE void tile_float(int fmt, const char *w, size_t bytes, int n_rows, const v
     static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, \
                      float *y, long y_stride) {                                                         \
         const size_t bytes = mer_row_bytes(FMT, cols);                                                  \
+        const mer_ahead run = ahead_begin((const char *)w + (size_t)r0 * bytes, 4 * bytes);             \
         for (long r = r0; r < r1; r += 4) {                                                             \
             const int n = (int)(r1 - r < 4 ? r1 - r : 4);                                               \
-            const char *row = (const char *)w + (size_t)r * bytes;                                      \
-            long t = 0;                                                                                 \
-            for (; t + 4 <= n_tok; t += 4)                                                              \
-                for (int i = 0; i < n; i++)                                                             \
-                    tile_float(FMT, row + (size_t)i * bytes, bytes, 1, acts + t, 4, cols,               \
-                               y + t * y_stride + r + i, y_stride);                                     \
-            for (; t < n_tok; t++) {                                                                    \
+            const char *const row = (const char *)w + (size_t)r * bytes;                                \
+            for (long t = 0; t < n_tok;) {                                                              \
+                const mer_ahead *const ahead = t == 0 ? &run : NULL;                                    \
                 float *const out = y + t * y_stride + r;                                                \
-                if (n == 4) {                                                                           \
-                    tile_float(FMT, row, bytes, 4, acts + t, 1, cols, out, y_stride);                   \
-                    continue;                                                                           \
+                const void *const *const x = acts + t;                                                  \
+                if (t + 4 <= n_tok) {                                                                   \
+                    for (int i = 0; i < n; i++)                                                         \
+                        tile_float(FMT, row + (size_t)i * bytes, bytes, ahead, 1, x, 4, cols, out + i,  \
+                                   y_stride);                                                           \
+                    t += 4;                                                                             \
+                } else if (n == 4) {                                                                    \
+                    tile_float(FMT, row, bytes, ahead, 4, x, 1, cols, out, y_stride);                   \
+                    t++;                                                                                \
+                } else {                                                                                \
+                    for (int i = 0; i < n; i++)                                                         \
+                        tile_float(FMT, row + (size_t)i * bytes, bytes, NULL, 1, x, 1, cols, out + i,   \
+                                   y_stride);                                                           \
+                    t++;                                                                                \
                 }                                                                                       \
-                for (int i = 0; i < n; i++)                                                             \
-                    tile_float(FMT, row + (size_t)i * bytes, bytes, 1, acts + t, 1, cols, out + i, 0);  \
             }                                                                                           \
         }                                                                                               \
     }
