@@ -7,7 +7,11 @@
  */
 #if defined(__x86_64__)
 #include <immintrin.h> /* before the pragma: its functions carry their own targets */
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma,f16c")
+#endif
 #include "ahead.h"
 #include "elementwise.h"
 
@@ -403,4 +407,7 @@ const mer_isa mer_isa_avx2 = {
             [MER_Q4_K] = matmul_q4_k,
         },
 };
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
 #endif

@@ -1,0 +1,174 @@
+/* Random shapes through every kernel this CPU can run, in heap buffers of the exact size and at odd
+ * addresses, for the sanitizers to watch; results against plain C, and parts of products against the
+ * whole byte for byte. Then the dispatcher's choice for CPUs that are not this one. */
+#include "mer_kernels.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#define CHECK(ok, ...)                                                 \
+    do {                                                               \
+        if (!(ok)) {                                                   \
+            fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #ok);   \
+            fprintf(stderr, __VA_ARGS__);                              \
+            fputc('\n', stderr);                                       \
+            exit(1);                                                   \
+        }                                                              \
+    } while (0)
+
+static uint64_t state = 88172645463325252u;
+
+static uint32_t next_random(void) {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return (uint32_t)(state >> 16);
+}
+
+static long between(long low, long high) { return low + (long)(next_random() % (uint32_t)(high - low + 1)); }
+
+static float unit(void) { return (float)next_random() * 0x1p-31f - 1.0f; }
+
+static const int formats[] = {MER_F32, MER_F16, MER_BF16, MER_Q4_0, MER_Q8_0, MER_Q4_K};
+enum { N_FORMATS = 6 };
+
+/* Sane weights: random quants, scales and floats of moderate size. */
+static void fill_weights(int fmt, char *w, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++) w[i] = (char)next_random();
+    const size_t block = fmt == MER_F32 ? 4 : mer_row_bytes(fmt, mer_block_len(fmt));
+    for (size_t i = 0; i < bytes; i += block) {
+        if (fmt == MER_F32) {
+            const float f = unit();
+            memcpy(w + i, &f, 4);
+        } else if (fmt == MER_BF16) {
+            const uint16_t h = (uint16_t)(mer_f32_bits(unit()) >> 16);
+            memcpy(w + i, &h, 2);
+        } else { /* F16 elements or scales: keep the exponent below 1 */
+            w[i + 1] = (char)(w[i + 1] & 0xb7);
+            if (fmt == MER_Q4_K) w[i + 3] = (char)(w[i + 3] & 0xb7);
+        }
+    }
+}
+
+static float *whole_product(const mer_isa *isa, int fmt, const char *w, long rows, long cols, const float *x,
+                            long n_tok) {
+    const size_t bytes = mer_act_bytes(fmt, cols);
+    char *acts = aligned_alloc(64, bytes * (size_t)n_tok);
+    const void **ptrs = malloc(sizeof *ptrs * (size_t)n_tok);
+    float *y = malloc(sizeof *y * (size_t)(rows * n_tok));
+    for (long t = 0; t < n_tok; t++) {
+        ptrs[t] = acts + (size_t)t * bytes;
+        mer_prepare(isa, fmt, x + t * cols, acts + (size_t)t * bytes, cols);
+    }
+    isa->matmul[fmt](w, cols, 0, rows, ptrs, n_tok, y, rows);
+
+    const long r0 = between(0, rows - 1), r1 = between(r0 + 1, rows), t0 = between(0, n_tok - 1);
+    const long part_rows = r1 - r0, part_tok = between(1, n_tok - t0);
+    float *part = malloc(sizeof *part * (size_t)(part_rows * part_tok));
+    isa->matmul[fmt](w, cols, r0, r1, ptrs + t0, part_tok, part - r0, part_rows);
+    for (long t = 0; t < part_tok; t++)
+        CHECK(!memcmp(part + t * part_rows, y + (t0 + t) * rows + r0, sizeof *y * (size_t)part_rows),
+              "%s format %d: %ld x %ld, %ld tokens, rows %ld to %ld", isa->name, fmt, rows, cols, n_tok, r0, r1);
+    free(part);
+    free(acts);
+    free(ptrs);
+    return y;
+}
+
+static void products(const mer_isa *isa, mer_pool *pool) {
+    for (int round = 0; round < 40; round++) {
+        const int fmt = formats[round % N_FORMATS];
+        const long block = mer_block_len(fmt);
+        const long rows = between(1, 40), n_tok = between(1, 11);
+        const long cols = block == 1 ? between(1, 200) : block * between(1, 256 / block + 3);
+        const size_t bytes = mer_row_bytes(fmt, cols) * (size_t)rows, shift = (size_t)between(0, 3);
+        char *room = malloc(bytes + shift), *w = room + shift; /* the last row ends with the buffer */
+        float *x = malloc(sizeof *x * (size_t)(cols * n_tok));
+        fill_weights(fmt, w, bytes);
+        for (long i = 0; i < cols * n_tok; i++) x[i] = unit();
+        float *y = whole_product(isa, fmt, w, rows, cols, x, n_tok);
+        float *want = whole_product(&mer_isa_scalar, fmt, w, rows, cols, x, n_tok);
+        for (long i = 0; i < rows * n_tok; i++) {
+            const float slack = mer_act_is_q8(fmt) ? 0 : 1e-6f * (float)cols * (fmt == MER_F16 ? 2.0f : 1.0f);
+            CHECK(fabsf(y[i] - want[i]) <= slack, "%s format %d: %g, not %g", isa->name, fmt, (double)y[i],
+                  (double)want[i]);
+        }
+        void *scratch = malloc(mer_linear_scratch_bytes(fmt, cols, n_tok));
+        float *threaded = malloc(sizeof *threaded * (size_t)(rows * n_tok));
+        mer_linear(isa, pool, fmt, w, rows, cols, x, n_tok, threaded, scratch);
+        CHECK(!memcmp(y, threaded, sizeof *y * (size_t)(rows * n_tok)), "%s format %d", isa->name, fmt);
+        free(threaded);
+        free(scratch);
+        free(want);
+        free(y);
+        free(x);
+        free(room);
+    }
+}
+
+/* NaN, infinity, zero, the largest and the smallest, where undefined conversions would show. */
+static void odd_values(const mer_isa *isa) {
+    static const float odd[] = {NAN, INFINITY, -INFINITY, 0.0f, -0.0f, 3.4e38f, -3.4e38f, 1e-45f, 1e-31f, 1.0f};
+    for (int round = 0; round < 200; round++) {
+        float x[64], h[64];
+        for (int i = 0; i < 64; i++) x[i] = next_random() % 4 ? unit() * 100 : odd[next_random() % 10];
+        char *act = aligned_alloc(64, mer_act_bytes(MER_Q8_0, 64)), *ref = aligned_alloc(64, mer_act_bytes(MER_Q8_0, 64));
+        memset(act, 0, mer_act_bytes(MER_Q8_0, 64));
+        memset(ref, 0, mer_act_bytes(MER_Q8_0, 64));
+        isa->quantise(x, act, 64);
+        mer_isa_scalar.quantise(x, ref, 64);
+        CHECK(!memcmp(act, ref, mer_act_bytes(MER_Q8_0, 64)), "%s quantise", isa->name);
+        const long n = between(1, 64);
+        float *gate = malloc(sizeof *gate * (size_t)n);
+        memcpy(gate, x, sizeof *gate * (size_t)n);
+        isa->swiglu(gate, gate, h, n);
+        for (long i = 0; i < n; i++) {
+            float want;
+            mer_isa_scalar.swiglu(gate + i, gate + i, &want, 1);
+            CHECK(want != want ? h[i] != h[i] : mer_f32_bits(want) == mer_f32_bits(h[i]), "%s swiglu(%g)",
+                  isa->name, (double)gate[i]);
+        }
+        free(gate);
+        free(act);
+        free(ref);
+    }
+}
+
+static void choices(void) {
+    enum { FMA = 1u << 12, OSXSAVE = 1u << 27, AVX = 1u << 28, F16C = 1u << 29, AVX2 = 1u << 5 };
+    const unsigned leaf1 = FMA | OSXSAVE | AVX | F16C;
+    const struct {
+        mer_cpuid cpu;
+        const char *best;
+    } cases[] = {
+        {{0, 0, 0, 0}, "scalar"},
+        {{leaf1, AVX2, 0, 7}, "avx2"},
+        {{leaf1, AVX2, 0, 3}, "scalar"}, /* the system does not keep the upper halves */
+        {{leaf1 & ~(unsigned)OSXSAVE, AVX2, 0, 7}, "scalar"},
+        {{leaf1 & ~(unsigned)FMA, AVX2, 0, 7}, "scalar"},
+        {{leaf1 & ~(unsigned)F16C, AVX2, 0, 7}, "scalar"},
+        {{leaf1, 0, 0, 7}, "scalar"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const mer_isa *found[8];
+        const int n = mer_isas_for(&cases[i].cpu, found, 8);
+        CHECK(!strcmp(found[0]->name, cases[i].best), "case %zu: %s", i, found[0]->name);
+        CHECK(!strcmp(found[n - 1]->name, "scalar"), "case %zu", i);
+        CHECK(mer_isas_for(&cases[i].cpu, found, 1) == 1, "case %zu", i);
+    }
+}
+
+int main(void) {
+    const mer_isa *found[8];
+    const int n = mer_isas(found, 8);
+    mer_pool *pool = mer_pool_new(3, 10);
+    for (int i = 0; i < n; i++) {
+        products(found[i], pool);
+        odd_values(found[i]);
+        printf("passed: %s\n", found[i]->name);
+    }
+    mer_pool_free(pool);
+    choices();
+    return 0;
+}

@@ -1,0 +1,46 @@
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, the pool under ThreadSanitizer too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mer._ext.kernels import isas
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "mer/_ext/csrc"
+
+
+def run_sanitized(tmp_path: Path, compiler: str, stress: str, sanitizer: str) -> str:
+    """Builds a stress program with all of the kernels' C and runs it; returns what it prints."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    program = tmp_path / "stress"
+    sources = [ROOT / "tests" / stress, *sorted((CSRC / "kernels").glob("*.c"))]
+    flags = ["-std=gnu11", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror", "-fno-math-errno"]
+    flags += ["-ffp-contract=off", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{CSRC}"]
+    made = subprocess.run([compiler, *flags, "-o", program, *sources, "-lm"], capture_output=True, text=True)
+    if made.returncode and "cannot find" in made.stderr:
+        pytest.skip(f"no runtime for -fsanitize={sanitizer}")
+    assert made.returncode == 0, made.stderr
+    # the addresses of a sanitized program must not be randomised too widely
+    command = ["setarch", "-R", program] if shutil.which("setarch") else [program]
+    options = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | options)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_kernels_touch_nothing_but_their_own(tmp_path: Path, compiler: str) -> None:
+    printed = run_sanitized(tmp_path, compiler, "kernels_stress.c", "address,undefined")
+    assert printed.split() == [word for isa in isas() for word in ("passed:", isa)]
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_pool_has_no_races(tmp_path: Path, sanitizer: str) -> None:
+    assert run_sanitized(tmp_path, "gcc", "pool_stress.c", sanitizer) == "passed\n"
