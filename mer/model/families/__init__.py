@@ -1,0 +1,57 @@
+"""Model families: how a config.json becomes a ModelSpec, and which tensor plays which part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from attrs import frozen
+
+from mer.errors import UnsupportedModelError
+from mer.model.families import deepseek_v3, mixtral, olmoe, qwen_moe
+from mer.model.families.config import Config
+from mer.model.families.tensors import Tensors
+from mer.model.spec import ModelSpec
+from mer.weights.checkpoint import Checkpoint
+from mer.weights.experts import MoeLayerSource
+
+# By `model_type` of config.json.
+FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
+    "deepseek_v3": deepseek_v3.read,
+    "mixtral": mixtral.read,
+    "olmoe": olmoe.read,
+    "qwen2_moe": qwen_moe.read_qwen2,
+    "qwen3_moe": qwen_moe.read_qwen3,
+}
+
+
+@frozen
+class Architecture:
+    """A checkpoint, understood.
+
+    dense: part ('embedding', '3.q', ...) -> tensor name. experts: one entry per MoE layer, in order.
+    """
+
+    spec: ModelSpec
+    dense: dict[str, str]
+    experts: list[MoeLayerSource]
+
+
+def load(checkpoint: Checkpoint) -> Architecture:
+    """Understand a checkpoint; reads no weights.
+
+    Raises UnsupportedModelError for an architecture that is not known, CheckpointError for a config.json that
+    contradicts itself or the tensors.
+    """
+    config = Config(checkpoint.path, checkpoint.config)
+    kind = config.get("model_type")
+    if kind is None:
+        raise config.wrong("the key model_type is missing, so the architecture is not known")
+    read = FAMILIES.get(kind)
+    if read is None:
+        raise config.unsupported(
+            f"model_type {kind!r} is not supported; known are {', '.join(sorted(FAMILIES))}"
+        )
+    tensors = Tensors(checkpoint)
+    spec = read(config, tensors)
+    return Architecture(spec, tensors.dense, tensors.experts)

@@ -1,0 +1,133 @@
+"""The always-needed weights: read once into memory, matrices in the format they are stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from mer.model.families import Architecture
+from mer.model.spec import LatentAttentionSpec, ModelSpec
+from mer.weights import formats
+from mer.weights.checkpoint import Checkpoint, TensorInfo
+
+_ALIGN = 64
+# Parts that are vectors: kept as f32. All others are matrices.
+_VECTORS = ("norm", "bias")
+
+
+class Source(Protocol):
+    """Reads extents of the checkpoint's files; `mer._ext.uring.Reader` is one."""
+
+    def read_into(self, pieces: Sequence[tuple[int, int, int, NDArray[np.uint8], int]]) -> None:
+        """Each (file, offset, length, array, place in the array); raises DeviceReadError."""
+
+
+@frozen(eq=False)
+class Matrix:
+    """A weight matrix. data: uint8 [rows, row_bytes]. format: ggml's number."""
+
+    data: NDArray[np.uint8]
+    format: int
+    cols: int
+
+
+@frozen(eq=False)
+class DenseWeights:
+    """Weights of the whole model ('head', 'final_norm') and of each layer, by part."""
+
+    model: dict[str, Any]
+    layers: list[dict[str, Any]]
+    embedding: Matrix
+
+    def embed(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
+        """Rows of the embedding for i32 [T] into out, f32 [T, hidden]."""
+        out[:] = formats.by_id(self.embedding.format).dequantize(self.embedding.data[tokens])
+
+
+def _is_vector(part: str) -> bool:
+    return part.endswith(_VECTORS)
+
+
+def _size(part: str, info: TensorInfo) -> int:
+    return 4 * info.shape[0] if _is_vector(part) else info.nbytes
+
+
+def _parts(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, TensorInfo]:
+    """Parts to read; a head that is the embedding is not read twice."""
+    parts = {part: checkpoint.tensors[name] for part, name in architecture.dense.items()}
+    if architecture.spec.tied_embeddings:
+        del parts["head"]
+    return parts
+
+
+def dense_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
+    """Bytes that the dense weights take in memory."""
+    total = 0
+    for part, info in _parts(checkpoint, architecture).items():
+        total += _size(part, info)
+        if part.endswith(".kv_up"):
+            total += _size(part, info)
+    return total
+
+
+def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Source) -> DenseWeights:
+    """Read every dense tensor. Raises DeviceReadError, or CheckpointError for a format without a kernel."""
+    parts = _parts(checkpoint, architecture)
+    raw = {part: _aligned(info.nbytes) for part, info in parts.items()}
+    source.read_into([(info.file, info.offset, info.nbytes, raw[part], 0) for part, info in parts.items()])
+    spec = architecture.spec
+    model: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = [{} for _ in spec.layers]
+    for part, info in parts.items():
+        data = raw.pop(part)
+        layer, _, name = part.rpartition(".")
+        target = layers[int(layer)] if layer else model
+        if _is_vector(part):
+            target[name] = info.format.dequantize(data).astype(np.float32)
+        elif name == "kv_up":
+            target.update(_split_kv_up(spec, info, data))
+        else:
+            rows, cols = info.shape
+            target[name] = Matrix(data.reshape(rows, -1), info.format.id, cols)
+    embedding = model.pop("embedding")
+    model.setdefault("head", embedding)
+    return DenseWeights(model, layers, embedding)
+
+
+def _split_kv_up(spec: ModelSpec, info: TensorInfo, data: NDArray[np.uint8]) -> dict[str, Matrix]:
+    """What makes keys and values of a latent, as latent attention uses it.
+
+    v_up [heads * value_dim, kv_rank] turns a mean latent into a value; k_up [heads * kv_rank, nope_dim], each
+    head transposed, takes a query to the latent's space. A format of blocks along the row can't be
+    transposed, it becomes F16.
+    """
+    a = spec.attention
+    assert isinstance(a, LatentAttentionSpec)
+    per_head = data.reshape(a.n_heads, a.nope_dim + a.value_dim, -1)
+    v_up = _copy(per_head[:, a.nope_dim :].reshape(a.n_heads * a.value_dim, -1))
+    form = info.format if info.format.block == 1 else formats.F16
+    k_up = _aligned(a.n_heads * a.kv_rank * form.row_bytes(a.nope_dim)).reshape(a.n_heads, a.kv_rank, -1)
+    for head in range(a.n_heads):
+        keys = info.format.dequantize(np.ascontiguousarray(per_head[head, : a.nope_dim]))
+        k_up[head] = form.quantize(np.ascontiguousarray(keys.T))
+    return {
+        "v_up": Matrix(v_up, info.format.id, a.kv_rank),
+        "k_up": Matrix(k_up.reshape(a.n_heads * a.kv_rank, -1), form.id, a.nope_dim),
+    }
+
+
+def _aligned(size: int) -> NDArray[np.uint8]:
+    """`size` bytes that start on a boundary of a cache line."""
+    memory = np.empty(size + _ALIGN, np.uint8)
+    start = -memory.ctypes.data % _ALIGN
+    return memory[start : start + size]
+
+
+def _copy(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    copy = _aligned(values.nbytes).reshape(values.shape)
+    copy[:] = values
+    return copy

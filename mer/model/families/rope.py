@@ -1,0 +1,119 @@
+"""Rotary embedding from config.json: today's `rope_parameters`, or `rope_theta` with `rope_scaling` as before."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mer.model.families.config import Config
+from mer.model.spec import RopeSpec
+
+Array = NDArray[np.float64]
+
+
+class Rope:
+    """The rotary parameters of a model."""
+
+    def __init__(self, config: Config, *, default_theta: float = 10000.0) -> None:
+        found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(found, dict):
+            raise config.wrong(f"rope_parameters is {found!r}, it must be an object")
+        self._config = config
+        self._values: dict[str, Any] = {k: v for k, v in found.items() if v is not None}
+        self.type = str(self._values.get("rope_type") or self._values.get("type") or "default")
+        theta = self._values.get("rope_theta", config.get("rope_theta"))
+        self.theta = config.as_number("rope_theta", default_theta if theta is None else theta)
+        if any(isinstance(value, dict) for value in self._values.values()):
+            raise config.unsupported("rope_parameters differ by layer type, which is not supported")
+        if (
+            float(self._values.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0))
+            != 1.0
+        ):
+            raise config.unsupported("partial_rotary_factor other than 1 is not supported")
+        if self.type not in ("default", "linear", "dynamic", "llama3", "yarn"):
+            raise config.unsupported(
+                f"rope_type is {self.type!r}; default, linear, dynamic, llama3 and yarn are supported"
+            )
+        self._positions = config.integer("max_position_embeddings", default=4096)
+        self._original = self._positions
+        if "original_max_position_embeddings" in self._values:
+            self._original = int(self._number("original_max_position_embeddings"))
+
+    def _number(self, key: str, default: float | None = None) -> float:
+        value = self._values.get(key, default)
+        if value is None:
+            raise self._config.wrong(f"rope_parameters.{key} is missing, rope_type {self.type} needs it")
+        return self._config.as_number(f"rope_parameters.{key}", value)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence. With YaRN's factor, as far as it stretches the original context."""
+        if self.type == "yarn":
+            return max(self._positions, int(self._original * self._yarn_factor()))
+        return self._positions
+
+    @property
+    def score_factor(self) -> float:
+        """What DeepSeek multiplies attention scores by, besides cos and sin."""
+        if self.type == "default" or not self._values.get("mscale_all_dim"):
+            return 1.0
+        return _mscale(self._number("factor"), self._number("mscale_all_dim")) ** 2
+
+    def spec(self, dim: int, *, interleaved: bool = False) -> RopeSpec:
+        """Frequencies for a head (or the part of it that turns) of `dim` elements."""
+        if dim % 2:
+            raise self._config.wrong(f"rotary embedding turns pairs, so a head of {dim} elements can't be")
+        frequencies = self.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+        scale = 1.0
+        if self.type == "linear":
+            frequencies = frequencies / self._number("factor")
+        elif self.type == "llama3":
+            frequencies = self._llama3(frequencies)
+        elif self.type == "yarn":
+            frequencies, scale = self._yarn(frequencies, dim)
+        # `dynamic` changes nothing up to max_position_embeddings, and further a sequence may not go.
+        return RopeSpec(tuple(frequencies.astype(np.float32).tolist()), scale, interleaved)
+
+    def _llama3(self, frequencies: Array) -> Array:
+        factor = self._number("factor")
+        low, high = self._number("low_freq_factor"), self._number("high_freq_factor")
+        if low >= high:
+            raise self._config.wrong("rope_parameters.low_freq_factor must be below high_freq_factor")
+        # Turns that a pair makes over the original context: many stay, few are stretched, between is between.
+        turns = self._original * frequencies / (2 * math.pi)
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return (1 - smooth) * frequencies / factor + smooth * frequencies
+
+    def _yarn_factor(self) -> float:
+        return self._number("factor", self._positions / self._original)
+
+    def _yarn(self, frequencies: Array, dim: int) -> tuple[Array, float]:
+        factor = self._yarn_factor()
+        fast, slow = self._number("beta_fast", 32.0), self._number("beta_slow", 1.0)
+
+        def pair_that_turns(times: float) -> float:
+            return dim * math.log(self._original / (times * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = pair_that_turns(fast), pair_that_turns(slow)
+        if self._values.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        if low == high:
+            high += 0.001
+        stretched = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
+        frequencies = frequencies / factor * stretched + frequencies * (1 - stretched)
+        if "attention_factor" in self._values:
+            return frequencies, self._number("attention_factor")
+        mscale, all_dim = self._values.get("mscale"), self._values.get("mscale_all_dim")
+        if mscale and all_dim:
+            return frequencies, _mscale(factor, self._number("mscale")) / _mscale(
+                factor, self._number("mscale_all_dim")
+            )
+        return frequencies, _mscale(factor, 1.0)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,0 +1,87 @@
+"""Which tensor of a checkpoint plays which part, each with its shape checked."""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+from mer.errors import CheckpointError
+from mer.weights.checkpoint import Checkpoint
+from mer.weights.experts import ExpertExtents, MoeLayerSource, fused, per_expert, stored
+
+
+@frozen
+class ExpertNames:
+    """How a family names expert weights, relative to the layer; `{e}` stands for the expert."""
+
+    gate: str
+    up: str
+    down: str
+    # Also as two tensors of all experts: [experts, 2 inter, hidden] and [experts, hidden, inter].
+    fused_gate_up: str = "mlp.experts.gate_up_proj"
+    fused_down: str = "mlp.experts.down_proj"
+
+
+class Tensors:
+    """Collects a model's parts. Methods raise CheckpointError for a tensor that is missing or has another shape."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._infos = checkpoint.tensors
+        self.dense: dict[str, str] = {}
+        self.experts: list[MoeLayerSource] = []
+
+    def has(self, name: str) -> bool:
+        return name in self._infos
+
+    def take(self, part: str, name: str, *shape: int) -> None:
+        """The dense tensor `name`, of this shape, is the model's `part`."""
+        self._check(name, shape)
+        self.dense[part] = name
+
+    def take_linear(self, part: str, name: str, rows: int, cols: int, *, bias: bool = False) -> None:
+        """`name`.weight [rows, cols], and `name`.bias [rows]."""
+        self.take(part, f"{name}.weight", rows, cols)
+        if bias:
+            self.take(f"{part}_bias", f"{name}.bias", rows)
+
+    def take_experts(self, layer: int, names: ExpertNames, n_experts: int, hidden: int, inter: int) -> None:
+        """The routed experts of the next MoE layer, which is layer `layer` of the model."""
+        prefix = f"model.layers.{layer}."
+        gate_up, down = prefix + names.fused_gate_up, prefix + names.fused_down
+        extents: list[ExpertExtents]
+        if self._checkpoint.kind == "store":
+            extents = [stored(self._checkpoint, layer, e) for e in range(n_experts)]
+        elif gate_up in self._infos:
+            self._check(gate_up, (n_experts, 2 * inter, hidden))
+            self._check(down, (n_experts, hidden, inter))
+            extents = [fused(self._checkpoint, gate_up, down, e) for e in range(n_experts)]
+        else:
+            extents = []
+            for e in range(n_experts):
+                triple = [prefix + each.format(e=e) for each in (names.gate, names.up, names.down)]
+                for name, shape in zip(
+                    triple, ((inter, hidden), (inter, hidden), (hidden, inter)), strict=True
+                ):
+                    self._check(name, shape)
+                extents.append(per_expert(self._checkpoint, *triple))
+        for e, extent in enumerate(extents):
+            shapes = [(m.rows, m.cols) for m in (extent.gate, extent.up, extent.down)]
+            if shapes != [(inter, hidden), (inter, hidden), (hidden, inter)]:
+                raise CheckpointError(
+                    f"{self._checkpoint.path}: expert {e} of layer {layer} has gate, up, down of {shapes}, "
+                    f"config.json says {inter} x {hidden}"
+                )
+        self.experts.append(MoeLayerSource(layer, extents))
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        info = self._infos.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: the tensor {name} is missing; config.json asks for it, "
+                "so the download may be incomplete"
+            )
+        if tuple(info.shape) != shape:
+            raise CheckpointError(
+                f"{self._checkpoint.files[info.file]}: tensor {name} has shape {list(info.shape)}, "
+                f"by config.json it must be {list(shape)}"
+            )

@@ -1,0 +1,128 @@
+"""Runs a checkpoint through mer's forward pass, with routed experts that are read at once and kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mer._ext.kernels import Kernels, Pool
+from mer._ext.uring import Reader
+from mer.model.batch import Batch
+from mer.model.dense import load_dense
+from mer.model.families import load
+from mer.model.forward import Forward
+from mer.model.kv import BLOCK, KVCache
+from mer.weights.checkpoint import open_checkpoint
+
+
+class ResidentExperts:
+    """All experts in memory; each (token, expert) product by the kernels, so that it is batch-invariant."""
+
+    def __init__(self, checkpoint, sources, kernels):
+        self.kernels = kernels
+        self.layers = []
+        for source in sources:
+            experts = []
+            for extents in source.experts:
+                pieces = []
+                for piece in extents.pieces:
+                    with open(checkpoint.files[piece.file], "rb") as file:
+                        raw = os.pread(file.fileno(), piece.nbytes, piece.offset)
+                    pieces.append(np.frombuffer(raw, np.uint8))
+                matrices = []
+                for m in (extents.gate, extents.up, extents.down):
+                    size = m.format.row_bytes(m.cols)
+                    data = pieces[m.piece][m.offset : m.offset + m.rows * size].reshape(m.rows, size)
+                    matrices.append((m.format.id, data))
+                experts.append(matrices)
+            self.layers.append(experts)
+
+    def forward(self, layer, x, ids, weights, out):
+        assert out.shape == x.shape
+        assert len(set(map(len, map(set, ids.tolist())))) == 1, "an expert is chosen twice"
+        outputs = np.zeros((*ids.shape, x.shape[1]), np.float32)
+        product = self.kernels.matmul_py
+        for e in np.unique(ids):
+            (fg, gate), (fu, up), (fd, down) = self.layers[layer][e]
+            tokens, places = np.nonzero(ids == e)
+            g, u = product(fg, gate, x[tokens]), product(fu, up, x[tokens])
+            h = np.stack([self.kernels.swiglu_py(a, b) for a, b in zip(g, u, strict=True)])
+            outputs[tokens, places] = product(fd, down, h)
+        out[:] = 0
+        for k in range(ids.shape[1]):
+            out += weights[:, k : k + 1] * outputs[:, k]
+
+
+class Runner:
+    """A model with its KV blocks; sequences are known by a number and keep what they have seen."""
+
+    def __init__(
+        self, path: Path, *, threads: int = 2, kv_dtype="f32", isa=None, n_blocks=160, max_tokens=400
+    ) -> None:
+        self.checkpoint = open_checkpoint(path)
+        self.architecture = load(self.checkpoint)
+        self.spec = self.architecture.spec
+        kernels, pool = Kernels(isa), Pool(threads)
+        with Reader([str(file) for file in self.checkpoint.files], backend="preadv") as reader:
+            dense = load_dense(self.checkpoint, self.architecture, reader)
+        experts = ResidentExperts(self.checkpoint, self.architecture.experts, kernels)
+        kv = KVCache(self.spec, n_blocks, kv_dtype)
+        for layer in kv.layers:  # what nobody wrote must not be read
+            layer.fill(np.nan)
+        self.model = Forward(
+            self.spec, dense, experts, kv, pool, kernels, max_tokens=max_tokens, max_rows=max_tokens
+        )
+        # Blocks are given out in an order that is neither ascending nor contiguous.
+        self.free = np.random.default_rng(7).permutation(n_blocks).astype(np.int32).tolist()
+        self.tables: dict[int, list[int]] = {}
+        self.seen: dict[int, int] = {}
+
+    def step(self, work: dict[int, list[int]]) -> dict[int, NDArray[np.float32]]:
+        """The next tokens of some sequences, in one step -> logits of each of them, f32 [tokens, vocab]."""
+        tokens, positions, offsets, tables = [], [], [0], []
+        for sequence, new in work.items():
+            start = self.seen.get(sequence, 0)
+            end = self.seen[sequence] = start + len(new)
+            table = self.tables.setdefault(sequence, [])
+            while len(table) * BLOCK < end:
+                table.append(self.free.pop())
+            tables.append(table)
+            tokens += new
+            positions += range(start, end)
+            offsets.append(offsets[-1] + len(new))
+        width = max(map(len, tables)) + 1
+        table_array = np.full((len(tables), width), -1, np.int32)
+        for row, table in zip(table_array, tables, strict=True):
+            row[: len(table)] = table
+        batch = Batch(
+            tokens=np.array(tokens, np.int32),
+            positions=np.array(positions, np.int32),
+            query_offsets=np.array(offsets, np.int32),
+            block_tables=table_array,
+            logit_rows=np.arange(len(tokens), dtype=np.int32),
+        )
+        logits = self.model.step(batch).copy()
+        return {s: logits[offsets[i] : offsets[i + 1]] for i, s in enumerate(work)}
+
+    def logits(self, prompt: list[int], chunks: list[int] | None = None, sequence: int = 0):
+        """Logits of every token of a new sequence, the prompt being cut into chunks of these sizes, over and over."""
+        self.tables.pop(sequence, None)
+        self.seen.pop(sequence, None)
+        parts, at, i = [], 0, 0
+        while at < len(prompt):
+            size = chunks[i % len(chunks)] if chunks else len(prompt)
+            parts.append(self.step({sequence: prompt[at : at + size]})[sequence])
+            at, i = at + size, i + 1
+        return np.concatenate(parts)
+
+    def greedy(self, prompt: list[int], n: int) -> list[int]:
+        """n tokens after the prompt, each the likeliest."""
+        last = self.logits(prompt)[-1]
+        tokens = []
+        for _ in range(n):
+            tokens.append(int(last.argmax()))
+            last = self.step({0: tokens[-1:]})[0][-1]
+        return tokens

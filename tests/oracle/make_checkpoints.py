@@ -1,0 +1,101 @@
+"""Small checkpoints with random weights, written by transformers: the oracle's own models."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+# model_type -> transformers' class names, and what each small model of the family has unless a case says other.
+CLASSES = {
+    "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen2Moe",
+    "qwen3_moe": "Qwen3Moe",
+    "olmoe": "Olmoe",
+    "deepseek_v3": "DeepseekV3",
+}
+COMMON: dict[str, Any] = {
+    "vocab_size": 211,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+FAMILY: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 48},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 80,
+        "shared_expert_intermediate_size": 40,
+    },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 80,
+        "head_dim": 32,
+        "norm_topk_prob": True,
+    },
+    "olmoe": {"num_experts": 8, "intermediate_size": 32, "num_key_value_heads": 4},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 80,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 20,
+    },
+}
+
+
+def make(
+    path: Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
+    """Write a checkpoint of this family to `path`; returns the model, in float32, ready to be asked.
+
+    Every tensor is random, norms, biases and the router's choice bias included: what a model ignores or applies
+    twice must show.
+    """
+    torch.manual_seed(seed)
+    name = CLASSES[family]
+    config = getattr(transformers, f"{name}Config")(**(COMMON | FAMILY[family] | changes))
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, value in [*model.named_parameters(), *model.named_buffers()]:
+            noise = torch.randn(value.shape, generator=generator)
+            if "norm" in key:
+                value.copy_(1.0 + 0.2 * noise)
+            elif "inv_freq" in key:
+                continue
+            elif value.dim() == 1:
+                value.copy_(0.2 * noise)
+            else:
+                # Large enough for attention and router to be far from uniform.
+                value.copy_(noise * (2.0 if "embed" in key else 1.6) / value.shape[-1] ** 0.5)
+            value.copy_(value.to(dtype))
+    copy.deepcopy(model).to(dtype).save_pretrained(path)
+    return model
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    """Set keys of a checkpoint's config.json; a value of None removes the key."""
+    file = path / "config.json"
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
