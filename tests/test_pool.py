@@ -1,4 +1,4 @@
-"""The compute pool from Python: sizes, names, sleep, the end. Its races are hunted by test_kernels_sanitized.py."""
+"""The compute pool from Python: sizes, names, sleep, the end. For its races see test_kernels_sanitized.py."""
 
 from __future__ import annotations
 

@@ -42,14 +42,26 @@ INLINE __m256 load_scales(const char *const row[ROWS], size_t at) {
                                          load16(row[1] + at), load16(row[0] + at)));
 }
 
-/* Sums of 32 products of nibbles [0, 15] and int8 per row. No 16-bit sum exceeds 8 * 15 * 127 < 2^15. */
+/* Within each half: sums of a's 64-bit parts, then of b's. Here and below shuffles and an addition, not
+ * the horizontal add, which many CPUs take two cycles over. */
+#define FOLD_64(ADD, a, b) ADD(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b))
+
+INLINE __m256i pick_32(__m256i a, __m256i b, const int odd) {
+    const __m256 x = _mm256_castsi256_ps(a), y = _mm256_castsi256_ps(b);
+    return _mm256_castps_si256(odd ? _mm256_shuffle_ps(x, y, 0xdd) : _mm256_shuffle_ps(x, y, 0x88));
+}
+
+/* Within each half: sums of a's neighbouring 32-bit parts, then of b's. */
+#define FOLD_32(ADD, a, b) ADD(pick_32(a, b, 0), pick_32(a, b, 1))
+
+/* Sums of 32 products of nibbles [0, 15] and int8 per row. No 16-bit sum exceeds 16 * 15 * 127 < 2^15. */
 INLINE __m256i dot_nibbles(const __m256i first[4], const __m256i second[4], const int8_t *q) {
     const __m256i q0 = both_halves(q), q1 = both_halves(q + 16);
     __m256i s[4];
     for (int p = 0; p < 4; p++)
         s[p] = _mm256_add_epi16(_mm256_maddubs_epi16(first[p], q0), _mm256_maddubs_epi16(second[p], q1));
-    const __m256i s4 = _mm256_hadd_epi16(_mm256_hadd_epi16(s[0], s[1]), _mm256_hadd_epi16(s[2], s[3]));
-    return _mm256_madd_epi16(s4, _mm256_set1_epi16(1));
+    const __m256i s01 = FOLD_64(_mm256_add_epi16, s[0], s[1]), s23 = FOLD_64(_mm256_add_epi16, s[2], s[3]);
+    return _mm256_madd_epi16(FOLD_32(_mm256_add_epi16, s01, s23), _mm256_set1_epi16(1));
 }
 
 INLINE void tile_q4_0(const char *const row[ROWS], const mer_ahead *ahead, const void *const *acts, int n_tok,
@@ -106,7 +118,8 @@ INLINE void tile_q8_0(const char *const row[ROWS], const mer_ahead *ahead, const
             __m256i s[4];
             for (int p = 0; p < 4; p++)
                 s[p] = _mm256_add_epi32(dot_bytes(first[p], q0), dot_bytes(second[p], q1));
-            const __m256i n = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
+            const __m256i s01 = FOLD_64(_mm256_add_epi32, s[0], s[1]), s23 = FOLD_64(_mm256_add_epi32, s[2], s[3]);
+            const __m256i n = FOLD_32(_mm256_add_epi32, s01, s23);
             const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(a[t].d[b]));
             acc[t] = _mm256_add_ps(acc[t], _mm256_mul_ps(scale, _mm256_cvtepi32_ps(n)));
         }
@@ -254,19 +267,18 @@ INLINE float sum_lanes(__m256 lo, __m256 hi) {
 INLINE void tile_float(int fmt, const char *w, size_t bytes, const mer_ahead *ahead, int n_rows,
                        const void *const *acts, int n_tok, long cols, float *y, long y_stride) {
     const size_t step = (size_t)n_rows * LANES * (fmt == MER_F32 ? 4 : 2);
-    __m256 lo[4][4], hi[4][4];
+    __m256 acc[2][4][4]; /* half, row, token */
     for (int i = 0; i < n_rows; i++)
-        for (int t = 0; t < n_tok; t++) lo[i][t] = hi[i][t] = _mm256_setzero_ps();
+        for (int t = 0; t < n_tok; t++) acc[0][i][t] = acc[1][i][t] = _mm256_setzero_ps();
     long k = 0;
     for (; k + LANES <= cols; k += LANES) {
         if (ahead) ahead_step(*ahead, w + (size_t)k / LANES * step, step);
-        for (int i = 0; i < n_rows; i++) {
-            const char *row = w + (size_t)i * bytes;
-            const __m256 w0 = load8(fmt, row, k), w1 = load8(fmt, row, k + 8);
+        for (int half = 0; half < 2; half++) {
+            __m256 v[4];
+            for (int i = 0; i < n_rows; i++) v[i] = load8(fmt, w + (size_t)i * bytes, k + 8 * half);
             for (int t = 0; t < n_tok; t++) {
-                const float *x = (const float *)acts[t] + k;
-                lo[i][t] = _mm256_fmadd_ps(w0, _mm256_loadu_ps(x), lo[i][t]);
-                hi[i][t] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x + 8), hi[i][t]);
+                const __m256 x = _mm256_loadu_ps((const float *)acts[t] + k + 8 * half);
+                for (int i = 0; i < n_rows; i++) acc[half][i][t] = _mm256_fmadd_ps(v[i], x, acc[half][i][t]);
             }
         }
     }
@@ -275,19 +287,29 @@ INLINE void tile_float(int fmt, const char *w, size_t bytes, const mer_ahead *ah
             char tail[4 * LANES] = {0};
             const size_t element = fmt == MER_F32 ? 4 : 2, rest = (size_t)(cols - k);
             memcpy(tail, w + (size_t)i * bytes + (size_t)k * element, rest * element);
-            const __m256 w0 = load8(fmt, tail, 0), w1 = load8(fmt, tail, 8);
             for (int t = 0; t < n_tok; t++) {
                 float x[LANES] = {0};
                 memcpy(x, (const float *)acts[t] + k, rest * sizeof *x);
-                lo[i][t] = _mm256_fmadd_ps(w0, _mm256_loadu_ps(x), lo[i][t]);
-                hi[i][t] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x + 8), hi[i][t]);
+                for (int half = 0; half < 2; half++)
+                    acc[half][i][t] = _mm256_fmadd_ps(load8(fmt, tail, 8 * half), _mm256_loadu_ps(x + 8 * half),
+                                                      acc[half][i][t]);
             }
         }
     for (int i = 0; i < n_rows; i++)
-        for (int t = 0; t < n_tok; t++) y[t * y_stride + i] = sum_lanes(lo[i][t], hi[i][t]);
+        for (int t = 0; t < n_tok; t++) y[t * y_stride + i] = sum_lanes(acc[0][i][t], acc[1][i][t]);
 }
 
-/* Eight sums in flight in either case: four rows by a token, or a row by four tokens. */
+/* Four rows by one to three tokens: with three, two rows at a time keep their twelve sums in registers. */
+INLINE void group_float(int fmt, const char *w, size_t bytes, const mer_ahead *ahead, int n_rows,
+                        const void *const *acts, int n_tok, long cols, float *y, long y_stride) {
+    const int together = n_tok == 1 ? 4 : 2;
+    int i = 0;
+    for (; i + together <= n_rows; i += together)
+        tile_float(fmt, w + (size_t)i * bytes, bytes, ahead, together, acts, n_tok, cols, y + i, y_stride);
+    for (; i < n_rows; i++)
+        tile_float(fmt, w + (size_t)i * bytes, bytes, NULL, 1, acts, n_tok, cols, y + i, y_stride);
+}
+
 #define FLOAT_MATMUL(NAME, FMT)                                                                         \
     static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, \
                      float *y, long y_stride) {                                                         \
@@ -296,23 +318,13 @@ INLINE void tile_float(int fmt, const char *w, size_t bytes, const mer_ahead *ah
         for (long r = r0; r < r1; r += 4) {                                                             \
             const int n = (int)(r1 - r < 4 ? r1 - r : 4);                                               \
             const char *const row = (const char *)w + (size_t)r * bytes;                                \
-            for (long t = 0; t < n_tok;) {                                                              \
+            for (long t = 0; t < n_tok; t += 3) {                                                       \
                 const mer_ahead *const ahead = t == 0 ? &run : NULL;                                    \
                 float *const out = y + t * y_stride + r;                                                \
-                const void *const *const x = acts + t;                                                  \
-                if (t + 4 <= n_tok) {                                                                   \
-                    for (int i = 0; i < n; i++)                                                         \
-                        tile_float(FMT, row + (size_t)i * bytes, bytes, ahead, 1, x, 4, cols, out + i,  \
-                                   y_stride);                                                           \
-                    t += 4;                                                                             \
-                } else if (n == 4) {                                                                    \
-                    tile_float(FMT, row, bytes, ahead, 4, x, 1, cols, out, y_stride);                   \
-                    t++;                                                                                \
-                } else {                                                                                \
-                    for (int i = 0; i < n; i++)                                                         \
-                        tile_float(FMT, row + (size_t)i * bytes, bytes, NULL, 1, x, 1, cols, out + i,   \
-                                   y_stride);                                                           \
-                    t++;                                                                                \
+                switch (n_tok - t) {                                                                    \
+                case 1: group_float(FMT, row, bytes, ahead, n, acts + t, 1, cols, out, 0); break;       \
+                case 2: group_float(FMT, row, bytes, ahead, n, acts + t, 2, cols, out, y_stride); break;\
+                default: group_float(FMT, row, bytes, ahead, n, acts + t, 3, cols, out, y_stride);      \
                 }                                                                                       \
             }                                                                                           \
         }                                                                                               \
