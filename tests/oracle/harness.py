@@ -108,7 +108,7 @@ class Runner:
         return {s: logits[offsets[i] : offsets[i + 1]] for i, s in enumerate(work)}
 
     def logits(self, prompt: list[int], chunks: list[int] | None = None, sequence: int = 0):
-        """Logits of every token of a new sequence, the prompt being cut into chunks of these sizes, over and over."""
+        """Logits of each token of a new sequence; its prompt comes in chunks of these sizes, in turn."""
         self.tables.pop(sequence, None)
         self.seen.pop(sequence, None)
         parts, at, i = [], 0, 0

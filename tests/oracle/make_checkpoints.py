@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-# model_type -> transformers' class names, and what each small model of the family has unless a case says other.
+# model_type -> the beginning of transformers' class names.
 CLASSES = {
     "mixtral": "Mixtral",
     "qwen2_moe": "Qwen2Moe",
@@ -68,13 +68,13 @@ def make(
 ) -> Any:
     """Write a checkpoint of this family to `path`; returns the model, in float32, ready to be asked.
 
-    Every tensor is random, norms, biases and the router's choice bias included: what a model ignores or applies
-    twice must show.
+    Every tensor is random, norms, biases and the router's choice bias included: what a model ignores or
+    applies twice must show.
     """
     torch.manual_seed(seed)
     name = CLASSES[family]
     config = getattr(transformers, f"{name}Config")(**(COMMON | FAMILY[family] | changes))
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

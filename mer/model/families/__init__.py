@@ -7,7 +7,6 @@ from typing import Final
 
 from attrs import frozen
 
-from mer.errors import UnsupportedModelError
 from mer.model.families import deepseek_v3, mixtral, olmoe, qwen_moe
 from mer.model.families.config import Config
 from mer.model.families.tensors import Tensors
@@ -49,9 +48,8 @@ def load(checkpoint: Checkpoint) -> Architecture:
         raise config.wrong("the key model_type is missing, so the architecture is not known")
     read = FAMILIES.get(kind)
     if read is None:
-        raise config.unsupported(
-            f"model_type {kind!r} is not supported; known are {', '.join(sorted(FAMILIES))}"
-        )
+        known = ", ".join(sorted(FAMILIES))
+        raise config.unsupported(f"model_type {kind!r} is not supported; known are {known}")
     tensors = Tensors(checkpoint)
     spec = read(config, tensors)
     return Architecture(spec, tensors.dense, tensors.experts)

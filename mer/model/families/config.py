@@ -10,7 +10,7 @@ from mer.errors import CheckpointError, UnsupportedModelError
 
 
 class Config:
-    """config.json of the checkpoint at `path`. Every method raises CheckpointError naming the file and the key."""
+    """config.json of the checkpoint at `path`. Methods raise CheckpointError naming file and key."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""DeepSeek-V3: latent attention, sigmoid routing in groups with a choice bias, a shared expert, first layers plain."""
+"""DeepSeek-V3: latent attention; sigmoid routing in groups; a shared expert; the first layers plain."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _take_attention(tensors: Tensors, i: int, hidden: int, a: LatentAttentionSpe
 
 
 def read(config: Config, tensors: Tensors) -> ModelSpec:
-    """ModelSpec of a DeepSeek-V3, its parts taken from `tensors`. Layers for multi-token prediction are left out."""
+    """ModelSpec of a DeepSeek-V3, without the layers for multi-token prediction."""
     config.expect("hidden_act", "silu")
     config.expect("moe_layer_freq", 1)
     hidden, inter = config.integer("hidden_size"), config.integer("moe_intermediate_size")

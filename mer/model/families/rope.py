@@ -1,4 +1,4 @@
-"""Rotary embedding from config.json: today's `rope_parameters`, or `rope_theta` with `rope_scaling` as before."""
+"""Rotary embedding from config.json: `rope_parameters`, or as before `rope_theta` and `rope_scaling`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,8 @@ class Rope:
         self.theta = config.as_number("rope_theta", default_theta if theta is None else theta)
         if any(isinstance(value, dict) for value in self._values.values()):
             raise config.unsupported("rope_parameters differ by layer type, which is not supported")
-        if (
-            float(self._values.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0))
-            != 1.0
-        ):
+        partial = self._values.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        if partial not in (None, 1):
             raise config.unsupported("partial_rotary_factor other than 1 is not supported")
         if self.type not in ("default", "linear", "dynamic", "llama3", "yarn"):
             raise config.unsupported(
@@ -66,7 +64,10 @@ class Rope:
         """Frequencies for a head (or the part of it that turns) of `dim` elements."""
         if dim % 2:
             raise self._config.wrong(f"rotary embedding turns pairs, so a head of {dim} elements can't be")
-        frequencies = self.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+        # Exponent and power are rounded to f32 first, as where the models were trained: far out it shows.
+        exponents = (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
+        powers = (self.theta**exponents).astype(np.float32)
+        frequencies = (np.float32(1.0) / powers).astype(np.float64)
         scale = 1.0
         if self.type == "linear":
             frequencies = frequencies / self._number("factor")
@@ -109,9 +110,8 @@ class Rope:
             return frequencies, self._number("attention_factor")
         mscale, all_dim = self._values.get("mscale"), self._values.get("mscale_all_dim")
         if mscale and all_dim:
-            return frequencies, _mscale(factor, self._number("mscale")) / _mscale(
-                factor, self._number("mscale_all_dim")
-            )
+            whole = _mscale(factor, self._number("mscale_all_dim"))
+            return frequencies, _mscale(factor, self._number("mscale")) / whole
         return frequencies, _mscale(factor, 1.0)
 
 

@@ -22,7 +22,7 @@ class ExpertNames:
 
 
 class Tensors:
-    """Collects a model's parts. Methods raise CheckpointError for a tensor that is missing or has another shape."""
+    """Collects a model's parts. Raises CheckpointError for a tensor that is missing or of another shape."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -48,6 +48,7 @@ class Tensors:
         """The routed experts of the next MoE layer, which is layer `layer` of the model."""
         prefix = f"model.layers.{layer}."
         gate_up, down = prefix + names.fused_gate_up, prefix + names.fused_down
+        wanted = [(inter, hidden), (inter, hidden), (hidden, inter)]
         extents: list[ExpertExtents]
         if self._checkpoint.kind == "store":
             extents = [stored(self._checkpoint, layer, e) for e in range(n_experts)]
@@ -59,14 +60,12 @@ class Tensors:
             extents = []
             for e in range(n_experts):
                 triple = [prefix + each.format(e=e) for each in (names.gate, names.up, names.down)]
-                for name, shape in zip(
-                    triple, ((inter, hidden), (inter, hidden), (hidden, inter)), strict=True
-                ):
+                for name, shape in zip(triple, wanted, strict=True):
                     self._check(name, shape)
                 extents.append(per_expert(self._checkpoint, *triple))
         for e, extent in enumerate(extents):
             shapes = [(m.rows, m.cols) for m in (extent.gate, extent.up, extent.down)]
-            if shapes != [(inter, hidden), (inter, hidden), (hidden, inter)]:
+            if shapes != wanted:
                 raise CheckpointError(
                     f"{self._checkpoint.path}: expert {e} of layer {layer} has gate, up, down of {shapes}, "
                     f"config.json says {inter} x {hidden}"

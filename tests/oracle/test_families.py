@@ -1,0 +1,138 @@
+"""The forward pass against transformers, float32, on small random models of every family and many shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from harness import Runner
+from make_checkpoints import edit_config, make
+
+# Largest difference of a logit, relative to the largest logit.
+TOLERANCE = 1e-4
+PROMPT = np.random.default_rng(3).integers(0, 211, 300).tolist()
+
+
+def rope(kind: str, theta: float, **more: float) -> dict[str, object]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
+
+
+ORIGINAL = {"original_max_position_embeddings": 64}
+LLAMA3 = rope("llama3", 500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, **ORIGINAL)
+YARN = {"factor": 8.0, **ORIGINAL}
+ODD_YARN = {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3, "truncate": False}
+
+# The first of each family also generates 64 tokens.
+CASES = {
+    "mixtral": {
+        "plain": {},
+        "mha-tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+        "one-kv-head": {"num_key_value_heads": 1, "num_experts_per_tok": 4},
+        "window": {"sliding_window": 37},
+        "window-of-blocks": {"sliding_window": 32, "num_experts_per_tok": 1},
+        "odd": {"hidden_size": 60, "num_attention_heads": 6, "head_dim": 14, "intermediate_size": 37},
+        "llama3": LLAMA3,
+        "linear": rope("linear", 1e4, factor=3.0),
+        "dynamic": rope("dynamic", 1e4, factor=2.0) | {"head_dim": 16},
+    },
+    "qwen3_moe": {
+        "plain": {},
+        "odd-heads": {"head_dim": 22, "num_attention_heads": 6, "num_key_value_heads": 3},
+        "mixed": {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+        "bias": {"attention_bias": True, "norm_topk_prob": False},
+        "window-yarn": rope("yarn", 1e4, **YARN) | {"use_sliding_window": True, "sliding_window": 50},
+        "odd-yarn": rope("yarn", 1e4, **ODD_YARN) | {"tie_word_embeddings": True},
+    },
+    "qwen2_moe": {
+        "plain": {},
+        "window": {
+            "num_hidden_layers": 5,
+            "use_sliding_window": True,
+            "sliding_window": 21,
+            "max_window_layers": 3,
+            "mlp_only_layers": [1],
+        },
+        "normalised": {"norm_topk_prob": True, "num_experts_per_tok": 4},
+        "no-bias": {"qkv_bias": False, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    },
+    "olmoe": {
+        "plain": {},
+        "clip": {"clip_qkv": 0.7, "num_key_value_heads": 2, "attention_bias": True},
+        "normalised": {"norm_topk_prob": True, "num_experts_per_tok": 8, "hidden_size": 40},
+    },
+    "deepseek_v3": {
+        "plain": {},
+        "direct-queries": {"q_lora_rank": None, "first_k_dense_replace": 0},
+        "yarn": rope("yarn", 1e4, **YARN, mscale=1.0, mscale_all_dim=1.0) | {"attention_bias": True},
+        "yarn-mscale": rope("yarn", 1e4, **YARN, mscale=0.7, mscale_all_dim=1.2),
+        "odd": {
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "kv_lora_rank": 27,
+            "qk_nope_head_dim": 11,
+            "qk_rope_head_dim": 6,
+            "v_head_dim": 9,
+            "rope_interleave": False,
+        },
+        "one-group": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "n_shared_experts": 2},
+        "many-chosen": {"num_experts_per_tok": 4, "topk_group": 3, "routed_scaling_factor": 0.7},
+    },
+}
+
+
+def oracle(model: torch.nn.Module, tokens: list[int]) -> np.ndarray:
+    """transformers' logits of every token, f32 [tokens, vocab]."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference relative to the largest logit; infinite where something is not a number."""
+    worst = float(np.abs(found - expected).max() / np.abs(expected).max())
+    return worst if np.isfinite(worst) else np.inf
+
+
+@pytest.mark.parametrize(
+    ("family", "case"), [(family, case) for family, cases in CASES.items() for case in cases]
+)
+def test_logits(family, case, tmp_path):
+    model = make(tmp_path, family, **CASES[family][case])
+    runner = Runner(tmp_path)
+    expected, found = oracle(model, PROMPT), runner.logits(PROMPT)
+    assert error(found, expected) < TOLERANCE
+    assert np.array_equal(runner.logits(PROMPT, [1, 7, 64, 33]), found)
+    if case == "plain":
+        tokens = runner.greedy(PROMPT[:40], 64)
+        logits = oracle(model, PROMPT[:40] + tokens)[39:-1]
+        assert logits.argmax(-1).tolist() == tokens
+
+
+def test_f16_cache_changes_little(tmp_path):
+    """Keys and values rounded to F16: an error, but of F16's size."""
+    for family in ("mixtral", "deepseek_v3"):
+        model = make(tmp_path / family, family)
+        expected = oracle(model, PROMPT)
+        found = Runner(tmp_path / family, kv_dtype="f16").logits(PROMPT)
+        assert 1e-6 < error(found, expected) < 1e-2
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_bf16_weights(family, tmp_path):
+    """BF16 files are widened exactly, so the oracle with the same weights in float32 agrees as closely."""
+    model = make(tmp_path, family, dtype=torch.bfloat16)
+    assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
+
+
+def test_config_as_published_before_transformers_5(tmp_path):
+    """rope_theta and rope_scaling (with `type`) at the top level, the names of older files."""
+    model = make(tmp_path, "deepseek_v3", **rope("yarn", 1e4, **YARN, mscale=1.0, mscale_all_dim=1.0))
+    edit_config(
+        tmp_path,
+        rope_parameters=None,
+        rope_theta=10000,
+        rope_scaling={"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0, **YARN},
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        moe_layer_freq=1,
+    )
+    assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
