@@ -80,8 +80,13 @@ class Runner:
         self.tables: dict[int, list[int]] = {}
         self.seen: dict[int, int] = {}
 
-    def step(self, work: dict[int, list[int]]) -> dict[int, NDArray[np.float32]]:
-        """The next tokens of some sequences, in one step -> logits of each of them, f32 [tokens, vocab]."""
+    def step(
+        self, work: dict[int, list[int]], rows: list[int] | None = None
+    ) -> dict[int, NDArray[np.float32]]:
+        """The next tokens of some sequences, in one step -> logits of each of them, f32 [tokens, vocab].
+
+        rows: with one sequence, those of its tokens whose logits are wanted.
+        """
         tokens, positions, offsets, tables = [], [], [0], []
         for sequence, new in work.items():
             start = self.seen.get(sequence, 0)
@@ -102,7 +107,7 @@ class Runner:
             positions=np.array(positions, np.int32),
             query_offsets=np.array(offsets, np.int32),
             block_tables=table_array,
-            logit_rows=np.arange(len(tokens), dtype=np.int32),
+            logit_rows=np.arange(len(tokens), dtype=np.int32) if rows is None else np.array(rows, np.int32),
         )
         logits = self.model.step(batch).copy()
         return {s: logits[offsets[i] : offsets[i + 1]] for i, s in enumerate(work)}

@@ -50,7 +50,8 @@ void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, 
         softmax(logits, n);
     for (long i = 0; i < n; i++) {
         choice[i] = r->bias ? logits[i] + r->bias[i] : logits[i];
-        if (!(choice[i] > -INFINITY)) choice[i] = -3e38f; /* a NaN is a bad choice, but an expert all the same */
+        /* A NaN is a bad choice, but an expert all the same; two of them have a finite sum. */
+        if (!(choice[i] > -1e38f)) choice[i] = -1e38f;
     }
     if (r->n_groups > 1) keep_best_groups(r, choice);
     float sum = r->epsilon;

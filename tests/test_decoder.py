@@ -1,0 +1,213 @@
+"""The decoder's C functions against numpy, compiled here and called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CSRC = Path(__file__).parent.parent / "mer" / "_ext" / "csrc"
+POINTER, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+
+
+class Router(ctypes.Structure):
+    _fields_ = (
+        *((name, LONG) for name in ("n_experts", "top_k", "n_groups", "top_groups")),
+        *((name, INT) for name in ("sigmoid", "normalise")),
+        *((name, FLOAT) for name in ("scale", "epsilon")),
+        ("bias", POINTER),
+    )
+
+
+class Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, POINTER) for name in ("q", "out", "blocks", "positions", "scratch")),
+        *((name, ctypes.c_size_t) for name in ("block_bytes", "scratch_floats")),
+        *((name, LONG) for name in ("n_heads", "n_kv", "key_dim", "value_dim", "window")),
+        ("scale", FLOAT),
+        ("f16", INT),
+        ("latent", INT),
+    )
+
+
+@pytest.fixture(scope="module")
+def lib(tmp_path_factory):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    target = tmp_path_factory.mktemp("decoder") / "decoder.so"
+    sources = sorted(map(str, (CSRC / "decoder").glob("*.c")))
+    flags = ["-O3", "-std=gnu11", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, f"-I{CSRC}", "-o", str(target), *sources, "-lm"], check=True)
+    found = ctypes.CDLL(str(target))
+    found.mer_attend_scratch.restype = ctypes.c_size_t
+    return found
+
+
+def at(array: np.ndarray) -> ctypes.c_void_p:
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def route(lib, logits, top_k, *, groups=1, top_groups=1, sigmoid=0, normalise=0, scale=1.0, bias=None):
+    logits = np.array(logits, np.float32)
+    bias = None if bias is None else np.array(bias, np.float32)
+    router = Router(len(logits), top_k, groups, top_groups, sigmoid, normalise, scale, 0.0, None)
+    if bias is not None:
+        router.bias = bias.ctypes.data
+    choice, ids, weights = np.zeros_like(logits), np.full(top_k, -1, np.int32), np.zeros(top_k, np.float32)
+    lib.mer_route(ctypes.byref(router), at(logits), at(choice), at(ids), at(weights))
+    return ids.tolist(), weights
+
+
+def test_router_takes_the_lowest_index_of_equals(lib):
+    assert route(lib, [1, 3, 3, 0, 3], 2)[0] == [1, 2]
+    assert route(lib, [5, 5, 5, 5], 4)[0] == [0, 1, 2, 3]
+    assert route(lib, [0] * 8, 2, sigmoid=1, groups=4, top_groups=2)[0] == [0, 1]
+
+
+def test_router_softmax(lib):
+    logits = np.random.default_rng(0).normal(size=60).astype(np.float32) * 3
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")[:6]
+    ids, weights = route(lib, logits, 6)
+    assert ids == order.tolist()
+    np.testing.assert_allclose(weights, p[order], rtol=1e-5)
+    ids, weights = route(lib, logits, 6, normalise=1, scale=2.5)
+    np.testing.assert_allclose(weights, 2.5 * p[order] / p[order].sum(), rtol=1e-5)
+
+
+def test_router_bias_chooses_but_does_not_weigh(lib):
+    ids, weights = route(lib, [0.0, 1.0, 2.0, 3.0], 2, sigmoid=1, bias=[9, 0, 0, 8])
+    assert ids == [0, 3]
+    np.testing.assert_allclose(weights, [0.5, 1 / (1 + np.exp(-3))], rtol=1e-6)
+
+
+def test_router_groups_count_their_two_best(lib):
+    # The best single expert, 7, stands in a group whose second is poor.
+    logits = [2.0, 2.0, 0.0, 1.9, 1.9, 0.0, -9.0, 3.0, -9.0]
+    assert route(lib, logits, 2, sigmoid=1, groups=3, top_groups=1)[0] == [0, 1]
+    assert route(lib, logits, 3, sigmoid=1, groups=3, top_groups=2)[0] == [0, 1, 3]
+
+
+@pytest.mark.parametrize("sigmoid", [0, 1])
+def test_router_survives_what_is_no_number(lib, sigmoid):
+    for bad in ([np.nan] * 6, [np.inf] * 6, [-np.inf] * 6, [1, np.nan, 2, -np.inf, np.inf, 0]):
+        ids = route(lib, bad, 4, sigmoid=sigmoid, groups=2, top_groups=2)[0]
+        assert len(set(ids)) == 4
+        assert all(0 <= each < 6 for each in ids)
+
+
+def softmax_attention(q, keys, values, scale):
+    s = (keys.astype(np.float64) @ q.astype(np.float64)) * scale
+    p = np.exp(s - s.max())
+    return (p / p.sum()) @ values.astype(np.float64)
+
+
+@pytest.mark.parametrize("latent", [0, 1])
+@pytest.mark.parametrize("f16", [0, 1])
+@pytest.mark.parametrize(("dim", "length", "window"), [(8, 16, 0), (33, 61, 0), (64, 100, 7), (20, 50, 16)])
+def test_attention(lib, latent, f16, dim, length, window):
+    """Keys written one by one to scattered blocks, then queries of the last positions."""
+    rng = np.random.default_rng(dim)
+    heads, kv_heads, queries = 6, 1 if latent else 2, 9
+    value_dim = dim - 3 if latent else dim
+    dtype = np.float16 if f16 else np.float32
+    k = rng.normal(size=(length, kv_heads, dim)).astype(dtype).astype(np.float32)
+    v = k[..., :value_dim] if latent else rng.normal(size=k.shape).astype(dtype).astype(np.float32)
+    q = (rng.normal(size=(queries, heads, dim)) * 3).astype(np.float32)
+    elements = 16 * dim * (1 if latent else 2 * kv_heads)
+    blocks = np.full((20, elements), np.nan, dtype)
+    table = rng.permutation(20).astype(np.int32)
+    for i in range(length):
+        block = ctypes.c_void_p(blocks[table[i // 16]].ctypes.data)
+        if latent:
+            lib.mer_latent_store(block, f16, LONG(i % 16), at(k[i]), LONG(dim))
+        else:
+            lib.mer_kv_store(block, f16, LONG(i % 16), at(k[i]), at(v[i]), LONG(kv_heads), LONG(dim))
+    positions = np.arange(length - queries, length, dtype=np.int32)
+    out = np.full((queries, heads, value_dim), np.nan, np.float32)
+    a = Attention(
+        q.ctypes.data, out.ctypes.data, blocks.ctypes.data, positions.ctypes.data, None,
+        blocks.strides[0], 0, heads, kv_heads, dim, value_dim, window, 0.3, f16, latent,
+    )  # fmt: skip
+    group = heads // kv_heads
+    a.scratch_floats = lib.mer_attend_scratch(ctypes.byref(a), LONG(queries), LONG(group))
+    scratch = np.full(a.scratch_floats, np.nan, np.float32)
+    a.scratch = scratch.ctypes.data
+    for h in range(0, heads, group):
+        lib.mer_attend(ctypes.byref(a), at(table), LONG(0), LONG(queries), LONG(h), LONG(h + group), INT(0))
+    for t, position in enumerate(positions):
+        first = max(0, position - window + 1) if window else 0
+        seen = slice(first, position + 1)
+        for h in range(heads):
+            expected = softmax_attention(q[t, h], k[seen, h // group], v[seen, h // group], 0.3)
+            np.testing.assert_allclose(out[t, h], expected, rtol=2e-5, atol=2e-6)
+
+
+def test_every_f16_value_is_kept(lib):
+    """Narrowed by the store, widened by attention over one position (weight 1): each comes back."""
+    every = np.arange(0x10000, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)].astype(np.float32)
+    block = np.zeros(16 * len(every), np.float16)
+    lib.mer_latent_store(at(block), 1, LONG(0), at(every), LONG(len(every)))
+    np.testing.assert_array_equal(block[: len(every)].astype(np.float32), every)
+    assert block[: len(every)].tobytes() == every.astype(np.float16).tobytes()
+
+    out, q = np.zeros_like(every), np.zeros_like(every)
+    scratch, zero = np.zeros(16 * len(every) + 64, np.float32), np.zeros(1, np.int32)
+    a = Attention(
+        q.ctypes.data, out.ctypes.data, block.ctypes.data, zero.ctypes.data, scratch.ctypes.data,
+        block.nbytes, 0, 1, 1, len(every), len(every), 0, 1.0, 1, 1,
+    )  # fmt: skip
+    lib.mer_attend(ctypes.byref(a), at(zero), LONG(0), LONG(1), LONG(0), LONG(1), INT(0))
+    np.testing.assert_array_equal(out, every)
+
+
+def test_f16_rounds_to_even_and_saturates(lib):
+    values = np.random.default_rng(5).uniform(-30, 30, 4000)
+    floats = (np.sign(values) * np.exp2(np.abs(values) - 20)).astype(np.float32)
+    halfway = np.float32([2049.0, 2051.0, 1.5 * 2**-24, 2.5 * 2**-24, 0.5 * 2**-24, 65519.0])
+    floats = np.concatenate([floats[np.abs(floats) < 65504], halfway])
+    block = np.zeros(16 * len(floats), np.float16)
+    lib.mer_latent_store(at(block), 1, LONG(0), at(floats), LONG(len(floats)))
+    np.testing.assert_array_equal(block[: len(floats)], np.clip(floats, -65504, 65504).astype(np.float16))
+    wild = np.float32([1e6, -1e30, np.inf, np.nan])
+    lib.mer_latent_store(at(block), 1, LONG(0), at(wild), LONG(4))
+    np.testing.assert_array_equal(block[:4], np.float16([65504, -65504, 65504, np.nan]))
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 47, 2048])
+def test_rms_norm(lib, n):
+    rng = np.random.default_rng(n)
+    x, w = rng.normal(size=(2, n)).astype(np.float32)
+    y = np.zeros_like(x)
+    lib.mer_rms_norm(at(x), at(w), at(y), LONG(n), FLOAT(1e-5))
+    np.testing.assert_allclose(y, w * x / np.sqrt((x.astype(np.float64) ** 2).mean() + 1e-5), rtol=2e-6)
+
+
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_rope_turns_pairs(lib, interleaved):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=14).astype(np.float32)
+    frequencies = np.float32(10000.0 ** (-np.arange(7) / 7))
+    cosine, sine = np.zeros(7, np.float32), np.zeros(7, np.float32)
+    lib.mer_rope_angles(INT(123), at(frequencies), LONG(7), FLOAT(1.5), at(cosine), at(sine))
+    pairs = x.reshape(7, 2) if interleaved else x.reshape(2, 7).T
+    turned = (
+        (pairs[:, 0] + 1j * pairs[:, 1]) * 1.5 * np.exp(1j * (np.float32(123) * frequencies).astype(float))
+    )
+    lib.mer_rope(at(x), at(cosine), at(sine), LONG(7), INT(interleaved))
+    pairs = x.reshape(7, 2) if interleaved else x.reshape(2, 7).T
+    np.testing.assert_allclose(pairs, np.stack([turned.real, turned.imag], -1), atol=1e-5)
+
+
+def test_clip(lib):
+    x = np.float32([-3, -1, 0, 0.5, 2, np.inf, -np.inf])
+    lib.mer_clip(at(x), FLOAT(1.0), LONG(len(x)))
+    assert x.tolist() == [-1, -1, 0, 0.5, 1, 1, -1]
