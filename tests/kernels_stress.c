@@ -137,6 +137,7 @@ static void odd_values(const mer_isa *isa) {
 
 static void choices(void) {
     enum { FMA = 1u << 12, OSXSAVE = 1u << 27, AVX = 1u << 28, F16C = 1u << 29, AVX2 = 1u << 5 };
+    const unsigned avx512 = AVX2 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, vnni = 1u << 11;
     const unsigned leaf1 = FMA | OSXSAVE | AVX | F16C;
     const struct {
         mer_cpuid cpu;
@@ -149,6 +150,11 @@ static void choices(void) {
         {{leaf1 & ~(unsigned)FMA, AVX2, 0, 7}, "scalar"},
         {{leaf1 & ~(unsigned)F16C, AVX2, 0, 7}, "scalar"},
         {{leaf1, 0, 0, 7}, "scalar"},
+        {{leaf1, avx512, vnni, 0xe7}, "avx512"},
+        {{leaf1, avx512, 0, 0xe7}, "avx2"}, /* the first generation, without VNNI */
+        {{leaf1, avx512, vnni, 0x07}, "avx2"},
+        {{leaf1, avx512 & ~(1u << 31), vnni, 0xe7}, "avx2"},
+        {{leaf1, avx512 & ~(unsigned)AVX2, vnni, 0xe7}, "scalar"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const mer_isa *found[8];

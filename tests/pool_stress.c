@@ -48,13 +48,13 @@ static int stress(mer_pool *pool, unsigned seed, int rounds) {
     return 0;
 }
 
-static void *caller(void *pool) { return stress(pool, 77, 300) ? pool : NULL; }
+static void *caller(void *pool) { return stress(pool, 77, 100) ? pool : NULL; }
 
 int main(void) {
     for (int threads = 1; threads <= 5; threads++)
         for (int spin = 0; spin <= 40; spin += 20) {
             mer_pool *pool = mer_pool_new(threads, spin);
-            if (!pool || stress(pool, (unsigned)threads, 500)) return 1;
+            if (!pool || stress(pool, (unsigned)threads, 300)) return 1;
             pthread_t others[2];
             for (int i = 0; i < 2; i++) pthread_create(&others[i], NULL, caller, pool);
             for (int i = 0; i < 2; i++) {

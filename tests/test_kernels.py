@@ -155,6 +155,16 @@ def test_integer_formats_give_the_same_bytes_on_every_instruction_set(fmt: int) 
         assert len({Kernels(isa).matmul_py(fmt, w, x).tobytes() for isa in isas()}) == 1
 
 
+@pytest.mark.skipif("avx512" not in isas(), reason="this CPU has no AVX-512 with VNNI")
+@FORMATS
+def test_avx512_gives_the_bytes_of_avx2(fmt: int) -> None:
+    for rows, cols, n_tok in shapes(fmt):
+        w, x = make(fmt, rows, cols, n_tok)
+        assert (
+            Kernels("avx512").matmul_py(fmt, w, x).tobytes() == Kernels("avx2").matmul_py(fmt, w, x).tobytes()
+        )
+
+
 @ISAS
 @FORMATS
 def test_weights_at_any_address(isa: str, fmt: int) -> None:

@@ -2,8 +2,8 @@
  *
  * Order of accumulation. For the integer formats (Q4_0, Q8_0, Q4_K) a block's dot product is an exact
  * integer, and the blocks of a row are added in ascending order in one float per (row, token), multiply
- * and add rounded separately. So every instruction set gives the same bytes. For F32, F16 and BF16 each
- * instruction set has its own fixed order. In no case does it depend on how many rows or tokens a call
+ * and add rounded separately. So every instruction set gives the same bytes. For F32, F16 and BF16 the
+ * order is one of plain C and another of AVX2 and AVX-512. In no case does it depend on how many rows or tokens a call
  * holds, or on which of them come first: that is the batch invariance all else rests on.
  */
 #ifndef MER_KERNELS_H
@@ -30,6 +30,7 @@ typedef struct mer_isa {
 extern const mer_isa mer_isa_scalar;
 #if defined(__x86_64__)
 extern const mer_isa mer_isa_avx2;
+extern const mer_isa mer_isa_avx512;
 #endif
 
 /* What CPUID says, and which registers the operating system saves. */

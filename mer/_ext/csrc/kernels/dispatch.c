@@ -9,6 +9,10 @@ int mer_isas_for(const mer_cpuid *cpu, const mer_isa **out, int room) {
     const int ymm_kept = HAS(cpu->leaf1_ecx, 27) && (cpu->xcr0 & 0x06) == 0x06;
     const int avx2 = ymm_kept && HAS(cpu->leaf1_ecx, 28) && HAS(cpu->leaf1_ecx, 12) /* FMA */
                      && HAS(cpu->leaf1_ecx, 29) /* F16C */ && HAS(cpu->leaf7_ebx, 5);
+    /* leaf 7: F, DQ, BW, VL and VNNI */
+    const int avx512 = avx2 && (cpu->xcr0 & 0xe0) == 0xe0 && HAS(cpu->leaf7_ebx, 16) && HAS(cpu->leaf7_ebx, 17)
+                       && HAS(cpu->leaf7_ebx, 30) && HAS(cpu->leaf7_ebx, 31) && HAS(cpu->leaf7_ecx, 11);
+    if (avx512 && n < room) out[n++] = &mer_isa_avx512;
     if (avx2 && n < room) out[n++] = &mer_isa_avx2;
 #else
     (void)cpu;
