@@ -1,0 +1,158 @@
+"""A config.json that lies, and names of tensors other than the usual: errors that say where, or a model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import Runner
+from make_checkpoints import FAMILY, edit_config, make
+from safetensors.numpy import load_file, save_file
+
+from mer.errors import CheckpointError, UnsupportedModelError
+from mer.model.families import FAMILIES, load
+from mer.weights.checkpoint import open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    path = tmp_path_factory.mktemp("originals")
+    for family in FAMILY:
+        make(path / family, family, num_hidden_layers=2)
+    return path
+
+
+@pytest.fixture
+def checkpoint(originals, tmp_path):
+    """Copies of the original checkpoints, to be edited: checkpoint('olmoe', vocab_size=3) -> Path."""
+
+    def copy(family: str, **changes: object) -> Path:
+        shutil.copytree(originals / family, tmp_path / family, dirs_exist_ok=True)
+        edit_config(tmp_path / family, **changes)
+        return tmp_path / family
+
+    return copy
+
+
+def rename(path: Path, change) -> None:
+    """Pass the tensors of a checkpoint of one file through `change`."""
+    (file,) = path.glob("*.safetensors")
+    save_file(change(load_file(file)), file)
+
+
+def test_unknown_architecture_lists_the_known(checkpoint):
+    with pytest.raises(UnsupportedModelError, match="llama_99") as caught:
+        load(open_checkpoint(checkpoint("mixtral", model_type="llama_99")))
+    assert all(family in str(caught.value) for family in FAMILIES)
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("mixtral", {"model_type": None}, "model_type"),
+        ("mixtral", {"hidden_size": None}, "hidden_size is missing|key hidden_size"),
+        ("mixtral", {"hidden_size": "64"}, "hidden_size is '64'"),
+        ("mixtral", {"hidden_size": True}, "hidden_size is True"),
+        ("mixtral", {"hidden_size": 128}, r"embed_tokens.weight has shape \[211, 64\].*\[211, 128\]"),
+        ("mixtral", {"vocab_size": 200}, "embed_tokens.weight"),
+        ("mixtral", {"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
+        ("mixtral", {"num_hidden_layers": 0}, "num_hidden_layers"),
+        ("mixtral", {"num_key_value_heads": 3}, "num_key_value_heads"),
+        ("mixtral", {"num_key_value_heads": 4}, "k_proj.weight"),
+        ("mixtral", {"num_attention_heads": 7}, "num_attention_heads"),
+        ("mixtral", {"head_dim": 15}, "q_proj.weight"),
+        ("mixtral", {"intermediate_size": 32}, "experts.0.w1.weight"),
+        ("mixtral", {"num_local_experts": 5}, r"block_sparse_moe.gate.weight has shape \[4, 64\]"),
+        ("mixtral", {"num_local_experts": 3}, "block_sparse_moe.gate.weight"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, but there are 4 experts"),
+        ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok"),
+        ("mixtral", {"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ("mixtral", {"sliding_window": 0}, "sliding_window"),
+        ("mixtral", {"tie_word_embeddings": 1}, "tie_word_embeddings"),
+        ("mixtral", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor is missing"),
+        ("mixtral", {"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta"),
+        ("mixtral", {"rope_parameters": [1]}, "rope_parameters"),
+        ("qwen3_moe", {"mlp_only_layers": ["x"]}, "mlp_only_layers"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "model.layers.0.mlp.gate_proj.weight is missing"),
+        ("qwen3_moe", {"attention_bias": True}, "q_proj.bias is missing"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 41}, "shared_expert.gate_proj.weight"),
+        (
+            "qwen2_moe",
+            {"use_sliding_window": True, "sliding_window": 9, "layer_types": ["full_attention"]},
+            "layer_types",
+        ),
+        ("olmoe", {"clip_qkv": -2}, "clip_qkv"),
+        ("deepseek_v3", {"n_group": 3}, "n_group"),
+        ("deepseek_v3", {"topk_group": 5}, "topk_group is 5, but n_group is 4"),
+        ("deepseek_v3", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5"),
+        ("deepseek_v3", {"kv_lora_rank": 16}, "kv_a_proj_with_mqa.weight"),
+        ("deepseek_v3", {"q_lora_rank": None}, "q_proj.weight is missing"),
+        ("deepseek_v3", {"v_head_dim": 21}, "kv_b_proj.weight"),
+        ("deepseek_v3", {"first_k_dense_replace": 0}, "model.layers.0.mlp.gate.weight is missing"),
+    ],
+)
+def test_config_that_lies(checkpoint, family, changes, named):
+    with pytest.raises(CheckpointError, match=named) as caught:
+        load(open_checkpoint(checkpoint(family, **changes)))
+    assert str(caught.value).startswith(("/", str(Path.cwd()))), "the message begins with the file"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("mixtral", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+    ],
+)
+def test_mathematics_that_is_not_known(checkpoint, family, changes, named):
+    with pytest.raises(UnsupportedModelError, match=named):
+        load(open_checkpoint(checkpoint(family, **changes)))
+
+
+@pytest.mark.parametrize(
+    "lost", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.experts.7.up_proj.weight"]
+)
+def test_missing_tensor_is_named(checkpoint, lost):
+    path = checkpoint("olmoe")
+    rename(path, lambda tensors: {name: t for name, t in tensors.items() if name != lost})
+    with pytest.raises(CheckpointError, match=lost):
+        load(open_checkpoint(path))
+
+
+def fuse(tensors, expert: str, gate: str, up: str, down: str, target: str):
+    """Per-expert tensors -> [experts, 2 inter, hidden] and [experts, hidden, inter], as in transformers 5."""
+    kept = {name: t for name, t in tensors.items() if ".experts." not in name}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}."
+        names = [n for n in tensors if n.startswith(prefix + expert) and n.endswith(gate)]
+        if not names:
+            continue
+        each = [f"{prefix}{expert}.{e}." for e in range(len(names))]
+        kept[f"{prefix}{target}.gate_up_proj"] = np.stack(
+            [np.concatenate([tensors[e + gate], tensors[e + up]]) for e in each]
+        )
+        kept[f"{prefix}{target}.down_proj"] = np.stack([tensors[e + down] for e in each])
+    return kept
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_fused_experts(checkpoint, originals, family):
+    """The same logits, byte for byte, from fused expert tensors."""
+    prompt = np.random.default_rng(2).integers(0, 211, 40).tolist()
+    expected = Runner(originals / family).logits(prompt)
+    path = checkpoint(family)
+    if family == "mixtral":
+        parts = ("w1.weight", "w3.weight", "w2.weight")
+        rename(path, lambda t: fuse(t, "block_sparse_moe.experts", *parts, "mlp.experts"))
+        rename(path, lambda t: {name.replace("block_sparse_moe", "mlp"): each for name, each in t.items()})
+    else:
+        parts = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+        rename(path, lambda t: fuse(t, "mlp.experts", *parts, "mlp.experts"))
+    assert any("gate_up_proj" in name for name in open_checkpoint(path).tensors)
+    assert Runner(path).logits(prompt).tobytes() == expected.tobytes()
