@@ -94,16 +94,63 @@ MER_INLINE void score_by_element(const float *q, const float *keys, long dim, v1
     *out = (a + b) + (c + e);
 }
 
-MER_INLINE void score_by_position(const float *q, const float *keys, long dim, long j0, long j1, v16 *out) {
-    float s[16] = {0};
-    for (long j = j0; j < j1; j++) s[j] = dot(q, keys + j * dim, dim);
+/* q times 16 keys that are stored by position, four at a time. */
+MER_INLINE void score_by_position(const float *q, const float *keys, long dim, v16 *out) {
+    float s[16];
+    for (long j = 0; j < 16; j += 4) {
+        const float *k0 = keys + j * dim, *k1 = k0 + dim, *k2 = k1 + dim, *k3 = k2 + dim;
+        v16 a = {0}, b = {0}, c = {0}, e = {0};
+        long d = 0;
+        for (; d + 16 <= dim; d += 16) {
+            V16_LOAD(x, q + d);
+            V16_LOAD(y0, k0 + d);
+            V16_LOAD(y1, k1 + d);
+            V16_LOAD(y2, k2 + d);
+            V16_LOAD(y3, k3 + d);
+            a += x * y0;
+            b += x * y1;
+            c += x * y2;
+            e += x * y3;
+        }
+        s[j] = v16_sum(&a);
+        s[j + 1] = v16_sum(&b);
+        s[j + 2] = v16_sum(&c);
+        s[j + 3] = v16_sum(&e);
+        for (; d < dim; d++) {
+            s[j] += q[d] * k0[d];
+            s[j + 1] += q[d] * k1[d];
+            s[j + 2] += q[d] * k2[d];
+            s[j + 3] += q[d] * k3[d];
+        }
+    }
     memcpy(out, s, sizeof s);
 }
 
-/* out += the sum over j in [j0, j1) of p[j] * values[j] */
+/* out += the sum over j in [j0, j1) of p[j] * values[j], for each element in ascending order of j. */
 MER_INLINE void add_values(float *out, const float *p, const float *values, long stride, long dim, long j0,
                            long j1) {
     long d = 0;
+    for (; d + 64 <= dim; d += 64) {
+        V16_LOAD(a, out + d);
+        V16_LOAD(b, out + d + 16);
+        V16_LOAD(c, out + d + 32);
+        V16_LOAD(e, out + d + 48);
+        for (long j = j0; j < j1; j++) {
+            const float *v = values + j * stride + d;
+            V16_LOAD(v0, v);
+            V16_LOAD(v1, v + 16);
+            V16_LOAD(v2, v + 32);
+            V16_LOAD(v3, v + 48);
+            a += p[j] * v0;
+            b += p[j] * v1;
+            c += p[j] * v2;
+            e += p[j] * v3;
+        }
+        V16_STORE(out + d, a);
+        V16_STORE(out + d + 16, b);
+        V16_STORE(out + d + 32, c);
+        V16_STORE(out + d + 48, e);
+    }
     for (; d + 16 <= dim; d += 16) {
         V16_LOAD(sum, out + d);
         for (long j = j0; j < j1; j++) {
@@ -116,29 +163,31 @@ MER_INLINE void add_values(float *out, const float *p, const float *values, long
         for (long j = j0; j < j1; j++) out[d] += p[j] * values[j * stride + d];
 }
 
-/* One query, one block: places [j0, j1) of it count. */
+/* One query, one block: places [j0, j1) of it count, the others may hold anything. */
 MER_INLINE void attend_block(const mer_attention *a, const float *q, const float *keys, const float *values,
                              long j0, long j1, float *max, float *sum, float *out) {
+    const v16i place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const v16i counts = (place >= (int32_t)j0) & (place < (int32_t)j1);
+    const v16 nothing = (v16){0} - INFINITY;
     v16 scores;
     if (a->latent)
-        score_by_position(q, keys, a->key_dim, j0, j1, &scores);
+        score_by_position(q, keys, a->key_dim, &scores);
     else
         score_by_element(q, keys, a->key_dim, &scores);
-    scores *= a->scale;
-    float s[16], p[16];
-    memcpy(s, &scores, sizeof s);
-    float top = *max;
-    for (long j = j0; j < j1; j++) top = s[j] > top ? s[j] : top;
+    scores = (v16)(((v16i)(scores * a->scale) & counts) | ((v16i)nothing & ~counts));
+    const float top = v16_max(&scores);
     if (top > *max) {
         const float shrink = expf(*max - top);
         for (long d = 0; d < a->value_dim; d++) out[d] *= shrink;
         *sum *= shrink;
         *max = top;
     }
-    scores -= top;
+    scores -= *max;
     v16_exp(&scores);
+    scores = (v16)((v16i)scores & counts);
+    *sum += v16_sum(&scores);
+    float p[16];
     memcpy(p, &scores, sizeof p);
-    for (long j = j0; j < j1; j++) *sum += p[j];
     add_values(out, p, values, a->latent ? a->key_dim : a->value_dim, a->value_dim, j0, j1);
 }
 

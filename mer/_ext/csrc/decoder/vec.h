@@ -5,9 +5,11 @@
 #include <stdint.h>
 #include <string.h>
 
-/* The sanitizers run before ifunc resolvers may. */
-#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-#define MER_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+/* The compiler's own dispatch by CPUID, by levels: a name such as "haswell" would mean just that CPU. Resolvers
+ * run too early for the sanitizers. */
+#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__SANITIZE_THREAD__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define MER_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define MER_CLONES
 #endif
@@ -15,7 +17,11 @@
 #define MER_INLINE static inline __attribute__((always_inline))
 
 typedef float v16 __attribute__((vector_size(64)));
+typedef float v8 __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
 typedef int32_t v16i __attribute__((vector_size(64)));
+typedef int32_t v8i __attribute__((vector_size(32)));
+typedef int32_t v4i __attribute__((vector_size(16)));
 
 /* Macros, because passing a vector by value would depend on the ABI of the clone. */
 #define V16_LOAD(name, p) \
@@ -27,13 +33,26 @@ typedef int32_t v16i __attribute__((vector_size(64)));
         memcpy((p), &kept, sizeof(v16));  \
     } while (0)
 
-/* The lanes added pairwise. */
+#define V16_HALF(v, first) __builtin_shufflevector(v, v, first, first + 1, first + 2, first + 3, \
+                                                   first + 4, first + 5, first + 6, first + 7)
+#define V8_HALF(v, first) __builtin_shufflevector(v, v, first, first + 1, first + 2, first + 3)
+
+/* The lanes added pairwise: i and i + 8, then i and i + 4, ... */
 MER_INLINE float v16_sum(const v16 *v) {
-    float a[16];
-    memcpy(a, v, sizeof a);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) a[i] += a[i + width];
-    return a[0];
+    const v8 a = V16_HALF(*v, 0) + V16_HALF(*v, 8);
+    const v4 b = V8_HALF(a, 0) + V8_HALF(a, 4);
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+MER_INLINE float v16_max(const v16 *v) {
+    const v8 a = V16_HALF(*v, 0), b = V16_HALF(*v, 8);
+    const v8i first = a > b;
+    const v8 c = (v8)(((v8i)a & first) | ((v8i)b & ~first));
+    const v4 d = V8_HALF(c, 0), e = V8_HALF(c, 4);
+    const v4i second = d > e;
+    const v4 f = (v4)(((v4i)d & second) | ((v4i)e & ~second));
+    const float g = f[0] > f[1] ? f[0] : f[1], h = f[2] > f[3] ? f[2] : f[3];
+    return g > h ? g : h;
 }
 
 MER_INLINE float dot(const float *a, const float *b, long n) {
