@@ -60,7 +60,7 @@ def encode_q4_0(values: Floats) -> Bytes:
     # Of two values of equal magnitude GGUF takes the first.
     first = np.take_along_axis(values, np.abs(values).argmax(axis=1, keepdims=True), axis=1)
     extreme = np.where(high == -low, first, np.where(high > -low, high, low))
-    scale: Floats = extreme / np.float32(-8)
+    scale = (extreme / np.float32(-8)).astype(np.float32)
     scaled = _scaled(values, scale)
     scaled += np.float32(8.5)
     codes = np.clip(scaled, 0, 15, out=scaled).astype(np.uint8)

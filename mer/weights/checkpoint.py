@@ -1,0 +1,182 @@
+"""Opening a checkpoint: a Hugging Face directory of safetensors, or an expert store."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from attrs import evolve
+
+from mer.errors import CheckpointError, UnsupportedModelError
+from mer.weights import expert_store
+from mer.weights.extents import Scales
+from mer.weights.formats import F8_E4M3
+from mer.weights.safetensors import RawTensor, read_header
+from mer.weights.tensors import Checkpoint, TensorInfo, format_of_dtype
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "require_streamable"]
+
+INDEX: Final = "model.safetensors.index.json"
+_SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+# DeepSeek's, where config.json does not say.
+_FP8_BLOCK: Final = (128, 128)
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open the directory `path` and check every header; reads no weights.
+
+    Raises CheckpointError, naming file and tensor, for what is missing or damaged, UnsupportedModelError for
+    what `mer` can't read.
+    """
+    path = Path(path)
+    _check_directory(path)
+    config = read_config(path)
+    if expert_store.is_store(path):
+        return expert_store.open_store(path, config)
+    _check_quantisation(path, config)
+    files, index = _find_files(path)
+    tensors: dict[str, TensorInfo] = {}
+    for number, file in enumerate(files):
+        for raw in read_header(file).tensors:
+            if raw.name in tensors:
+                other = files[tensors[raw.name].file]
+                raise CheckpointError(
+                    f"{file}: the tensor {raw.name} is also in {other.name}; remove the file that does not "
+                    f"belong to the model, or write {INDEX}"
+                )
+            tensors[raw.name] = _info(raw, number)
+    for name, shard in index.items():
+        info = tensors.get(name)
+        if info is None or files[info.file].name != shard:
+            raise CheckpointError(
+                f"{path / shard}: the tensor {name} is missing, {INDEX} says it is here; "
+                "the files are of different downloads, fetch them again"
+            )
+    _attach_scales(path, config, files, tensors)
+    return Checkpoint(path, "hf", config, files, tensors)
+
+
+def require_streamable(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError when some weights can't be used where they lie and need `mer convert`."""
+    for info in checkpoint.tensors.values():
+        if info.weights is F8_E4M3:
+            raise CheckpointError(
+                f"{checkpoint.files[info.file]}: tensor {info.name} is F8_E4M3, which is not run in place; "
+                f"convert the model first: mer convert {checkpoint.path} NEW_DIRECTORY"
+            )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of the model in directory `path`. Raises CheckpointError."""
+    return _read_json(path / "config.json", "every checkpoint needs it; download it with the weights")
+
+
+def _check_directory(path: Path) -> None:
+    try:
+        if path.is_dir():
+            return
+        exists = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
+    if not exists:
+        hint = " (for a model of a hub, download it first: hf download NAME --local-dir DIR)"
+        raise CheckpointError(f"{path} does not exist; name the directory of a model{hint}")
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path} is one file of a model; name its directory: {path.parent}")
+    raise UnsupportedModelError(
+        f"{path} is no directory; name the directory with config.json and *.safetensors"
+    )
+
+
+def _read_json(path: Path, advice: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; {advice}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON: {error}; fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: must be a JSON object, it is a {type(value).__name__}; fetch it again"
+        )
+    return value
+
+
+def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
+    quantisation = config.get("quantization_config")
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    if method not in (None, "fp8"):
+        raise UnsupportedModelError(
+            f"{path / 'config.json'}: the weights are quantised by {method!r}; mer reads BF16, F16, F32 and "
+            "FP8 with block scales: take the model's original weights and run `mer convert`"
+        )
+
+
+def _find_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files, sorted by name, and the index (tensor -> file name), empty when there is none."""
+    index: dict[str, str] = {}
+    if (path / INDEX).exists():
+        index = _read_json(path / INDEX, "fetch it again").get("weight_map", {})
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            raise CheckpointError(f"{path / INDEX}: weight_map must map tensors to files; fetch it again")
+        names = sorted(set(index.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise CheckpointError(f"{path / INDEX}: {name!r} is no plain file name; fetch it again")
+    elif (path / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    else:
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+        for match in filter(None, map(_SHARD.fullmatch, list(names))):
+            stem, _, total = match.groups()
+            names += [f"{stem}-{n:05d}-of-{total}.safetensors" for n in range(1, int(total) + 1)]
+        names = sorted(set(names))
+    if not names:
+        other = next(
+            (file.name for suffix in ("*.bin", "*.gguf", "*.pt") for file in path.glob(suffix)), None
+        )
+        found = f" (there is {other}, which is not read)" if other else ""
+        raise CheckpointError(f"{path}: no *.safetensors file{found}; download the model's safetensors")
+    missing = [name for name in names if not (path / name).exists()]
+    if missing:
+        more = f" and {len(missing) - 1} more of {len(names)}" if len(missing) > 1 else f" (of {len(names)})"
+        raise CheckpointError(
+            f"{path / missing[0]} is missing{more}; the download is incomplete, fetch it again"
+        )
+    return [path / name for name in names], index
+
+
+def _info(raw: RawTensor, file: int) -> TensorInfo:
+    form = format_of_dtype(raw.dtype)
+    return TensorInfo(raw.name, file, raw.offset, raw.nbytes, raw.shape, raw.dtype, form)
+
+
+def _attach_scales(
+    path: Path, config: dict[str, Any], files: list[Path], tensors: dict[str, TensorInfo]
+) -> None:
+    """Tell each F8_E4M3 matrix where its block scales are: `NAME.weight_scale_inv` beside `NAME.weight`."""
+    block = _FP8_BLOCK
+    quantisation = config.get("quantization_config")
+    given = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None
+    if given is not None:
+        if not (isinstance(given, list) and len(given) == 2 and all(type(n) is int and n > 0 for n in given)):
+            raise CheckpointError(
+                f"{path / 'config.json'}: weight_block_size is {given!r}, it must be two sizes"
+            )
+        block = (given[0], given[1])
+    for name, info in list(tensors.items()):
+        scale = tensors.get(f"{name}_scale_inv")
+        if info.weights is not F8_E4M3 or scale is None or len(info.shape) != 2:
+            continue
+        wanted = -(-info.shape[0] // block[0]), -(-info.shape[1] // block[1])
+        if scale.shape != wanted or scale.format.block != 1:
+            raise CheckpointError(
+                f"{files[scale.file]}: tensor {scale.name} is {scale.dtype} {list(scale.shape)}; "
+                f"for blocks of {block[0]} x {block[1]} of {list(info.shape)} it must be F32 {list(wanted)}"
+            )
+        found = Scales(scale.file, scale.offset, scale.format, *wanted, *block)
+        tensors[name] = evolve(info, scales=found)
