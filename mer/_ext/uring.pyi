@@ -4,7 +4,7 @@ from typing import Any, Self
 
 BACKENDS: tuple[str, ...]
 
-def memory_bandwidth(threads: int, nbytes: int, seconds: float) -> float: ...
+def dio_alignment(path: str | PathLike[str]) -> tuple[int, int] | None: ...
 
 class Reader:
     paths: list[str]

@@ -11,7 +11,7 @@ import stat
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
@@ -55,20 +55,24 @@ cdef extern from "mer_io.h" nogil:
     void mer_io_get_stats(mer_io *io, mer_io_stats *out)
     int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds,
                        int64_t *bytes, double *elapsed)
-    double mer_memory_bandwidth(int threads, size_t bytes, double seconds)
+    int mer_dio_alignment(const char *path, uint32_t *memory, uint32_t *offset)
 
 
 BACKENDS = ("auto", "uring", "preadv", "buffered")
 
 
-def memory_bandwidth(int threads, size_t nbytes, double seconds):
-    """Bytes per second that `threads` threads read together, each from `nbytes` of memory of its own."""
-    cdef double rate
-    with nogil:
-        rate = mer_memory_bandwidth(threads, nbytes, seconds)
-    if rate < 0:
-        raise MemoryError(os.strerror(<int>-rate))
-    return rate
+def dio_alignment(path):
+    """(of addresses, of offsets) that O_DIRECT needs for the file at `path`, bytes; (0, 0) where it is refused.
+
+    None where the kernel (before 6.1) or the file system does not say. Raises OSError.
+    """
+    cdef uint32_t memory = 0, offset = 0
+    cdef int rc = mer_dio_alignment(os.fsencode(path), &memory, &offset)
+    if rc == -errno.EOPNOTSUPP:
+        return None
+    if rc < 0:
+        raise OSError(-rc, os.strerror(-rc), path)
+    return memory, offset
 
 
 def _open_all(paths, bint direct):

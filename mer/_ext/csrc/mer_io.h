@@ -97,7 +97,8 @@ void mer_io_get_stats(mer_io *io, mer_io_stats *out);
 /* Random aligned reads of `block` bytes at `depth` for `seconds`; 0 or -errno. */
 int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds,
                    int64_t *bytes, double *elapsed);
-/* Bytes per second that `threads` threads read from `bytes` of memory each; negative: -errno. */
-double mer_memory_bandwidth(int threads, size_t bytes, double seconds);
+/* What O_DIRECT asks of addresses and offsets in the file at `path` (0: it refuses), as statx says.
+ * 0, or -errno; -EOPNOTSUPP where the kernel (before 6.1) or the file system does not say. */
+int mer_dio_alignment(const char *path, uint32_t *memory, uint32_t *offset);
 
 #endif

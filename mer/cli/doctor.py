@@ -1,0 +1,163 @@
+"""`mer doctor`: what this machine allows, how fast it is, and what `mer` does because of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+from attrs import asdict
+from rich.console import Console
+from rich.table import Table
+
+from mer._ext.cpus import usable_cpus
+from mer._ext.kernels import Kernels, Pool, isas
+from mer.errors import MerError
+from mer.streaming.machine import Machine, describe
+from mer.streaming.probe import Device, probe, uring_refusal
+
+_UNITS = {"": 1, "KIB": 1 << 10, "K": 1 << 10, "MIB": 1 << 20, "M": 1 << 20}
+
+
+def _block(_ctx: click.Context, _param: click.Parameter, value: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([a-z]*)", value.strip(), re.IGNORECASE)
+    if match is None or match[2].upper() not in _UNITS:
+        raise click.BadParameter(f"{value!r} is not a size; write 1MiB, 512KiB or a number of bytes")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), default=".")
+@click.option(
+    "--block", default="1MiB", show_default=True, callback=_block, help="Bytes per read: an expert's size."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(path: Path, block: int, as_json: bool) -> None:
+    """Show what this machine allows and how fast it is.
+
+    PATH is where the weights lie: a large file is read as it is; in a directory (default: this one)
+    a temporary file of up to 1 GiB is written, read and removed.
+    """
+    messages = Console(stderr=True)
+    with messages.status("looking at this machine") as status:
+        try:
+            machine = describe()
+            refusal = uring_refusal()
+            device = probe(path, block=block, report=lambda text: status.update(text))
+            status.update("reading memory")
+            pool = Pool()
+            memory_rate = pool.memory_bandwidth()
+        except (MerError, OSError) as e:
+            raise click.ClickException(str(e)) from None
+    facts = _facts(machine, refusal, device, pool.n_threads, memory_rate)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        _print(Console(), machine, device, facts)
+
+
+def _facts(
+    machine: Machine, refusal: str | None, device: Device, threads: int, memory_rate: float
+) -> dict[str, Any]:
+    return {
+        "machine": asdict(machine),
+        "io_uring": {"available": refusal is None, "refusal": refusal},
+        "cpus": usable_cpus(),
+        "instruction_sets": isas(),
+        "device": asdict(device),
+        "memory_bytes_per_second": memory_rate,
+        "uses": {
+            "backend": device.backend,
+            "why": device.why,
+            "queue_depth": device.depth,
+            "device_bytes_per_second": device.best,
+            "kernels": Kernels().isa,
+            "threads": threads,
+        },
+    }
+
+
+def _print(console: Console, machine: Machine, device: Device, facts: dict[str, Any]) -> None:
+    table = Table(title="This machine", title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _machine_rows(machine, device, facts):
+        table.add_row(name, value)
+    console.print(table)
+
+    cached = " (not O_DIRECT: the page cache answers)" if not device.direct else ""
+    rates = Table(
+        title=f"Random reads of {_size(device.block)} under {device.path}{cached}", title_justify="left"
+    )
+    rates.add_column("at once", justify="right")
+    rates.add_column("bandwidth", justify="right")
+    rates.add_column("reads/s", justify="right")
+    for rate in device.rates:
+        chosen = "bold green" if rate.depth == device.depth else ""
+        speed = rate.bytes_per_second
+        rates.add_row(str(rate.depth), _rate(speed), f"{speed / device.block:.0f}", style=chosen)
+    console.print(rates)
+
+    uses = facts["uses"]
+    console.print("mer will use here", style="bold", highlight=False)
+    for line in (
+        f"I/O      {uses['backend']}: {uses['why']}",
+        f"device   {_rate(uses['device_bytes_per_second'])}, from {uses['queue_depth']} reads at once",
+        f"memory   {_rate(facts['memory_bytes_per_second'])} with {uses['threads']} threads",
+        f"kernels  {uses['kernels']}",
+    ):
+        console.print(f"  {line}", highlight=False, markup=False)
+
+
+def _machine_rows(machine: Machine, device: Device, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    memory = machine.memory
+    limit = "no control group limits it"
+    if memory.limit is not None:
+        limit = f"limited to {_size(memory.limit)} by {memory.limit_from}"
+    memlock = "unlimited" if machine.memlock is None else _size(machine.memlock)
+    if machine.memlock is not None and machine.may_exceed_memlock:
+        memlock += ", which this process may exceed (CAP_IPC_LOCK)"
+    return [
+        ("kernel", machine.kernel),
+        ("io_uring", _uring_row(machine, facts["io_uring"]["refusal"])),
+        ("file system", f"{device.file_system} ({device.path})"),
+        ("O_DIRECT", _direct_row(device)),
+        ("huge pages", f"transparent: {machine.huge_pages or 'none'}"),
+        ("memlock limit", memlock),
+        ("processor", machine.cpu_model),
+        ("instruction sets", ", ".join(facts["instruction_sets"])),
+        ("usable CPUs", f"{facts['cpus']} (affinity and control groups)"),
+        ("memory", f"{_size(memory.available)} of {_size(memory.total)} available; {limit}"),
+    ]
+
+
+def _uring_row(machine: Machine, refusal: str | None) -> str:
+    sysctl = {0: "allowed to all", 1: "allowed to one group", 2: "forbidden"}
+    setting = ""
+    if machine.io_uring_disabled is not None:
+        said = sysctl.get(machine.io_uring_disabled, "?")
+        setting = f" (kernel.io_uring_disabled={machine.io_uring_disabled}: {said})"
+    return (refusal or "works") + setting
+
+
+def _direct_row(device: Device) -> str:
+    if not device.direct:
+        return device.why
+    if device.dio_alignment is None:
+        return "works; the kernel does not say which alignment it needs, mer uses 4096"
+    memory, offset = device.dio_alignment
+    return f"works; asks for addresses aligned to {memory}, offsets to {offset}; mer uses 4096"
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.3g} {unit}"
+        n /= 1024
+    return f"{n:.1f} GiB"
+
+
+def _rate(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:.2f} GB/s"

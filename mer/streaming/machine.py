@@ -1,0 +1,146 @@
+"""What the machine and the control groups of this process allow: memory, huge pages, memlock, processor."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from pathlib import Path, PurePosixPath
+
+from attrs import frozen
+
+_CAP_IPC_LOCK = 14
+# Version 1 writes "no limit" as the largest multiple of a page.
+_NO_LIMIT = 1 << 60
+
+
+@frozen
+class Memory:
+    """Bytes. `limit` and `limit_from` are None where no control group limits this process."""
+
+    total: int
+    available: int  # to this process: what the machine has free, or what its control group leaves
+    limit: int | None
+    limit_from: str | None
+
+
+@frozen
+class Machine:
+    """Facts about this machine; sizes in bytes, None where it does not say."""
+
+    kernel: str
+    cpu_model: str
+    io_uring_disabled: int | None  # the sysctl: 0 allowed, 1 for a group only, 2 forbidden
+    huge_pages: str | None  # transparent huge pages: 'always', 'madvise' or 'never'
+    memlock: int | None  # None: unlimited
+    may_exceed_memlock: bool
+    memory: Memory
+
+
+def describe(root: Path = Path("/")) -> Machine:
+    """The facts. root: where /proc and /sys are found."""
+    disabled = _read(root / "proc/sys/kernel/io_uring_disabled")
+    modes = _read(root / "sys/kernel/mm/transparent_hugepage/enabled") or ""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    capabilities = int(_field(root / "proc/self/status", "CapEff") or "0", 16)
+    return Machine(
+        kernel=platform.release(),
+        cpu_model=_field(root / "proc/cpuinfo", "model name") or platform.machine(),
+        io_uring_disabled=int(disabled) if disabled and disabled.isdigit() else None,
+        huge_pages=modes.partition("[")[2].partition("]")[0] or None,
+        memlock=None if limit == resource.RLIM_INFINITY else limit,
+        may_exceed_memlock=bool(capabilities >> _CAP_IPC_LOCK & 1),
+        memory=memory(root),
+    )
+
+
+def memory(root: Path = Path("/")) -> Memory:
+    """Memory of the machine, and what this process's control groups (version 1 or 2) leave of it."""
+    total, available = (_kilobytes(root, key) for key in ("MemTotal", "MemAvailable"))
+    tightest, tightest_from = None, None
+    for directory, version in _groups(root):
+        limit_file, used_file, cache_key = _FILES[version]
+        limit = _number(directory / limit_file)
+        if limit is None or limit >= min(total or _NO_LIMIT, _NO_LIMIT):
+            continue
+        used = (_number(directory / used_file) or 0) - _reclaimable(directory / "memory.stat", cache_key)
+        available = min(available, max(limit - used, 0))
+        if tightest is None or limit < tightest:
+            tightest, tightest_from = limit, str(directory / limit_file)
+    return Memory(total=total, available=available, limit=tightest, limit_from=tightest_from)
+
+
+# Limit, usage, and the part of the usage that is page cache which the kernel gives back.
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+
+
+def _groups(root: Path) -> list[tuple[Path, int]]:
+    """This process's memory groups and all above them, each of which may have a limit.
+
+    In a container the path may be the host's; its own group is then the mount itself.
+    """
+    mounts = root / "sys/fs/cgroup"
+    found = [(mounts / "memory", 1), (mounts, 2)]
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        relative = PurePosixPath(path.lstrip("/"))
+        for part in [relative, *relative.parents][:-1]:
+            if "memory" in controllers.split(","):
+                found.append((mounts / "memory" / part, 1))
+            elif controllers == "":
+                found.append((mounts / part, 2))
+    return found
+
+
+def _reclaimable(stat: Path, key: str) -> int:
+    for line in (_read(stat) or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name == key and value.isdigit():
+            return int(value)
+    return 0
+
+
+def _kilobytes(root: Path, key: str) -> int:
+    words = (_field(root / "proc/meminfo", key) or "0 kB").split()
+    return int(words[0]) * 1024
+
+
+def _field(path: Path, key: str) -> str | None:
+    for line in (_read(path) or "").splitlines():
+        name, colon, value = line.partition(":")
+        if colon and name.strip() == key:
+            return value.strip()
+    return None
+
+
+def _number(path: Path) -> int | None:
+    text = _read(path)
+    return int(text) if text and text.isdigit() else None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def file_system(path: Path, root: Path = Path("/")) -> str:
+    """The type of the file system that holds `path`, such as 'ext4'; 'unknown' where /proc does not say."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    best, best_length = "unknown", -1
+    for line in (_read(root / "proc/self/mountinfo") or "").splitlines():
+        mount, _, rest = line.partition(" - ")
+        fields = mount.split()
+        if len(fields) < 5 or not rest:
+            continue
+        # btrfs and overlays give files another device number than their mount: then the longest path counts
+        inside = path.resolve().is_relative_to(fields[4])
+        rank = len(fields[4]) + (10_000 if fields[2] == wanted else 0)
+        if inside and rank > best_length:
+            best, best_length = rest.split()[0], rank
+    return best
