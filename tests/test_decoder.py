@@ -150,6 +150,25 @@ def test_attention(lib, latent, f16, dim, length, window):
             np.testing.assert_allclose(out[t, h], expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_exponential(lib, seed):
+    """Weights of one block, seen through one-hot values: the softmax of the scores to the last bits."""
+    rng = np.random.default_rng(seed)
+    scores = rng.uniform(-5 * seed - 1, 0, 16).astype(np.float32)
+    scores[seed % 16] = 0.0
+    block = np.concatenate([scores, np.eye(16, dtype=np.float32).ravel()])
+    q, out, position = np.ones(1, np.float32), np.zeros(16, np.float32), np.full(1, 15, np.int32)
+    scratch, table = np.zeros(400, np.float32), np.zeros(1, np.int32)
+    a = Attention(
+        q.ctypes.data, out.ctypes.data, block.ctypes.data, position.ctypes.data, scratch.ctypes.data,
+        block.nbytes, 0, 1, 1, 1, 16, 0, 1.0, 0, 0,
+    )  # fmt: skip
+    lib.mer_attend(ctypes.byref(a), at(table), LONG(0), LONG(1), LONG(0), LONG(1), INT(0))
+    expected = np.exp(scores.astype(np.float64))
+    expected[scores < -87] = np.exp(-87)
+    np.testing.assert_allclose(out, expected / expected.sum(), rtol=5e-7)
+
+
 def test_every_f16_value_is_kept(lib):
     """Narrowed by the store, widened by attention over one position (weight 1): each comes back."""
     every = np.arange(0x10000, dtype=np.uint16).view(np.float16)

@@ -9,6 +9,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from mer.errors import CheckpointError
 from mer.model.families import Architecture
 from mer.model.spec import LatentAttentionSpec, ModelSpec
 from mer.weights import formats
@@ -77,6 +78,12 @@ def dense_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
 def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Source) -> DenseWeights:
     """Read every dense tensor. Raises DeviceReadError, or CheckpointError for a format without a kernel."""
     parts = _parts(checkpoint, architecture)
+    for info in parts.values():
+        if info.format not in formats.FORMATS:
+            raise CheckpointError(
+                f"{checkpoint.files[info.file]}: tensor {info.name} is stored as {info.format.name}, "
+                "which can't be multiplied directly: make a store of this checkpoint with `mer convert`"
+            )
     raw = {part: _aligned(info.nbytes) for part, info in parts.items()}
     source.read_into([(info.file, info.offset, info.nbytes, raw[part], 0) for part, info in parts.items()])
     spec = architecture.spec

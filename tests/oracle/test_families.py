@@ -123,6 +123,26 @@ def test_bf16_weights(family, tmp_path):
     assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
 
 
+# What transformers 5 writes and older files, or files with nothing but the necessary, leave out.
+OPTIONAL = (
+    "attention_bias", "attention_dropout", "clip_qkv", "decoder_sparse_step", "hidden_act", "layer_types",
+    "mlp_only_layers", "norm_topk_prob", "qkv_bias", "rms_norm_eps", "rope_interleave", "rope_parameters",
+    "routed_scaling_factor", "tie_word_embeddings",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_config_without_what_has_a_default(family, tmp_path):
+    changes = {"head_dim": 16} if family == "qwen3_moe" else {}
+    if family == "qwen2_moe":
+        changes = {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 2}
+    if family == "qwen3_moe":
+        changes |= {"norm_topk_prob": False}
+    model = make(tmp_path, family, **changes)
+    edit_config(tmp_path, **dict.fromkeys(OPTIONAL))
+    assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
+
+
 def test_config_as_published_before_transformers_5(tmp_path):
     """rope_theta and rope_scaling (with `type`) at the top level, the names of older files."""
     model = make(tmp_path, "deepseek_v3", **rope("yarn", 1e4, **YARN, mscale=1.0, mscale_all_dim=1.0))
