@@ -53,10 +53,6 @@ def _is_vector(part: str) -> bool:
     return part.endswith(_VECTORS)
 
 
-def _size(part: str, info: TensorInfo) -> int:
-    return 4 * info.shape[0] if _is_vector(part) else info.nbytes
-
-
 def _parts(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, TensorInfo]:
     """Parts to read; a head that is the embedding is not read twice."""
     parts = {part: checkpoint.tensors[name] for part, name in architecture.dense.items()}
@@ -66,13 +62,15 @@ def _parts(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Tens
 
 
 def dense_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
-    """Bytes that the dense weights take in memory."""
-    total = 0
+    """Bytes that the dense weights take in memory, at the worst moment of loading them."""
+    total = spare = 0
     for part, info in _parts(checkpoint, architecture).items():
-        total += _size(part, info)
         if part.endswith(".kv_up"):
-            total += _size(part, info)
-    return total
+            total += _kv_up_bytes(architecture.spec, info)
+            spare = max(spare, info.nbytes)
+        else:
+            total += 4 * info.shape[0] if _is_vector(part) else info.nbytes
+    return total + spare
 
 
 def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Source) -> DenseWeights:
@@ -116,7 +114,7 @@ def _split_kv_up(spec: ModelSpec, info: TensorInfo, data: NDArray[np.uint8]) -> 
     assert isinstance(a, LatentAttentionSpec)
     per_head = data.reshape(a.n_heads, a.nope_dim + a.value_dim, -1)
     v_up = _copy(per_head[:, a.nope_dim :].reshape(a.n_heads * a.value_dim, -1))
-    form = info.format if info.format.block == 1 else formats.F16
+    form = _transposable(info)
     k_up = _aligned(a.n_heads * a.kv_rank * form.row_bytes(a.nope_dim)).reshape(a.n_heads, a.kv_rank, -1)
     for head in range(a.n_heads):
         keys = info.format.dequantize(np.ascontiguousarray(per_head[head, : a.nope_dim]))
@@ -125,6 +123,17 @@ def _split_kv_up(spec: ModelSpec, info: TensorInfo, data: NDArray[np.uint8]) -> 
         "v_up": Matrix(v_up, info.format.id, a.kv_rank),
         "k_up": Matrix(k_up.reshape(a.n_heads * a.kv_rank, -1), form.id, a.nope_dim),
     }
+
+
+def _transposable(info: TensorInfo) -> formats.Format:
+    return info.format if info.format.block == 1 else formats.F16
+
+
+def _kv_up_bytes(spec: ModelSpec, info: TensorInfo) -> int:
+    a = spec.attention
+    assert isinstance(a, LatentAttentionSpec)
+    values = a.value_dim * info.format.row_bytes(a.kv_rank)
+    return a.n_heads * (values + a.kv_rank * _transposable(info).row_bytes(a.nope_dim))
 
 
 def _aligned(size: int) -> NDArray[np.uint8]:

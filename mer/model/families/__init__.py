@@ -35,6 +35,12 @@ class Architecture:
     dense: dict[str, str]
     experts: list[MoeLayerSource]
 
+    @property
+    def kept(self) -> frozenset[str]:
+        """Names of dense tensors that are small and that much hangs on: no conversion may change them."""
+        ends = ("norm", "bias", "router", "shared_gate")
+        return frozenset(name for part, name in self.dense.items() if part.endswith(ends))
+
 
 def load(checkpoint: Checkpoint) -> Architecture:
     """Understand a checkpoint; reads no weights.
