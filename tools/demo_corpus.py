@@ -83,10 +83,7 @@ def paragraphs(lines: list[str]) -> list[str]:
     for block in re.split(r"\n\s*\n", text):
         joined = re.sub(r"\s+", " ", block).strip().replace("_", "").replace("--", "—")
         joined = joined.replace("“", '"').replace("”", '"').replace("’", "'").replace("‘", "'")
-        heading = re.fullmatch(
-            r"(chapter|volume|letter|the end|finis|by jane|\(?1[78]\d\d).{0,40}", joined, re.I
-        )
-        if joined and not heading and len(joined) > 3:
+        if len(joined) > 3 and not HEADING.fullmatch(joined):
             kept.append(joined)
     return kept
 

@@ -1,10 +1,12 @@
 """Train the bundled model: a small Mixtral on Jane Austen's novels. Development only; needs torch.
 
-    python tools/train_demo.py --out /tmp/demo --minutes 80
+    python tools/train_demo.py --out /tmp/demo/hf --minutes 80
+    mer convert /tmp/demo/hf mer/demo/model --experts q8_0 --dense q8_0
+    python tools/demo_card.py /tmp/demo/hf mer/demo/model
 
-Everything is made here: the corpus (a Debian package), the tokenizer, the weights, the figures of the model
-card. The learning rate falls to zero at the given wall-clock time; a Hugging Face directory is exported
-every few minutes and at the end. `mer convert` then makes the store that ships.
+Everything is made here: the corpus (a Debian package), the tokenizer, the weights. The learning rate falls to
+zero at the given wall-clock time; a Hugging Face directory is exported every few minutes and at the end.
+Each worker is one process with one thread: at these sizes threads would mostly wait for each other.
 """
 
 from __future__ import annotations
@@ -12,19 +14,46 @@ from __future__ import annotations
 import json
 import math
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
+import attrs
 import click
 import demo_corpus
 import numpy as np
 import torch
 from demo_model import CONFIG, Mixtral
-from safetensors.torch import save_file
+from demo_optim import Share
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F  # noqa: N812 (everybody's name for it)
 
 HELD_OUT = 0.03  # the end of each novel
+SHORT, LONG_FROM = 256, 0.7  # tokens a sequence; the model's whole context from this part of the time on
+MUON_LR, ADAM_LR, LEVEL = 0.02, 3e-3, 0.3  # the rates stay level for this part of the time, then fall
+SAMPLES = ("Emma was", "It is a truth", "Mr. Darcy")
+
+
+@attrs.frozen
+class Job:
+    """What the workers share; model, gradients, clock [1] and steps [1] lie in shared memory."""
+
+    model: Mixtral
+    tokenizer: Tokenizer
+    train: torch.Tensor
+    held: torch.Tensor
+    gradients: list[list[torch.Tensor]]
+    clock: torch.Tensor
+    steps: torch.Tensor
+    barrier: Barrier
+    out: Path
+    start: float
+    minutes: float
+    batch: int
+    balance: float
+    every: float
+    seed: int
 
 
 def split(novels: list[list[str]]) -> tuple[list[str], list[str]]:
@@ -101,13 +130,6 @@ def sample(model: Mixtral, tokenizer: Tokenizer, prompt: str, tokens: int, seed:
     return tokenizer.decode(ids)
 
 
-def optimizer_for(model: Mixtral, lr: float) -> torch.optim.Optimizer:
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
-
-
 def export(model: Mixtral, out: Path, report: dict[str, Any]) -> None:
     save_file(model.export(), out / "model.safetensors.part", metadata={"format": "pt"})
     (out / "model.safetensors.part").rename(out / "model.safetensors")
@@ -115,67 +137,106 @@ def export(model: Mixtral, out: Path, report: dict[str, Any]) -> None:
     (out / "training.json").write_text(json.dumps(report, indent=2))
 
 
-@click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the export.")
-@click.option("--minutes", type=float, default=80, show_default=True, help="Wall-clock time of training.")
-@click.option("--batch", type=int, default=6, show_default=True, help="Sequences a step.")
-@click.option("--length", type=int, default=384, show_default=True, help="Tokens a sequence.")
-@click.option("--lr", type=float, default=2e-3, show_default=True)
-@click.option("--dropout", type=float, default=0.1, show_default=True)
-@click.option("--balance", type=float, default=0.01, show_default=True, help="Weight of the balance loss.")
-@click.option("--seed", type=int, default=0, show_default=True)
-def main(
-    out: Path, minutes: float, batch: int, length: int, lr: float, dropout: float, balance: float, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    train_text, held_text = split(demo_corpus.novels(out.parent / "corpus"))
-    tokenizer = train_tokenizer(train_text, out)
-    train, held = encode(tokenizer, train_text), encode(tokenizer, held_text)
-    model = Mixtral(CONFIG, dropout)
-    optimizer = optimizer_for(model, lr)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{len(train)} training tokens, {len(held)} held out, {parameters / 1e6:.2f} M parameters", flush=True
-    )
-    start, step, seen, exported = time.monotonic(), 0, 0, 0.0
-    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = (
-                lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-            )
-        at = torch.randint(0, len(train) - length - 1, (batch,))
-        windows = torch.stack([train[a : a + length + 1] for a in at.tolist()])
+def rates(done: float, step: int) -> float:
+    """The learning rate's factor: warm-up, level, then linearly down to nothing at the deadline."""
+    return min(1.0, (step + 1) / 20) * min(1.0, max(0.0, (1 - done) / (1 - LEVEL)))
+
+
+def work(rank: int, job: Job) -> None:
+    """One single-threaded process of the training; process 0 also keeps the clock, reports and exports."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(job.seed * 1000 + rank)
+    torch.manual_seed(job.seed * 1000 + rank)
+    model, share = job.model, Share(job.model, job.gradients, rank)
+    for p, g in zip(model.parameters(), job.gradients[rank], strict=True):
+        p.grad = g
+    step, exported = 0, 0.0
+    while (done := job.clock[0].item()) < 1:
+        length = SHORT if done < LONG_FROM else CONFIG["max_position_embeddings"]
+        at = torch.randint(0, len(job.train) - length - 1, (job.batch // length,), generator=generator)
+        windows = torch.stack([job.train[a : a + length + 1] for a in at.tolist()])
+        for g in job.gradients[rank]:
+            g.zero_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits, uneven, _ = model(windows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-        optimizer.zero_grad(set_to_none=True)
-        (loss + balance * uneven).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step, seen = step + 1, seen + batch * length
-        if step % 50 == 0:
-            rate = seen / (time.monotonic() - start)
-            print(
-                f"{step:6d} {done:6.1%} loss {loss.item():.3f} uneven {uneven.item():.3f} {rate:.0f}/s",
-                flush=True,
-            )
-        if time.monotonic() - start - exported > 600:
-            exported = time.monotonic() - start
-            perplexity, _ = evaluate(model, held, length)
-            print(f"held-out perplexity {perplexity:.2f}", flush=True)
-            print(sample(model, tokenizer, "Emma was", 60, seed), flush=True)
-            export(model, out, {"steps": step, "tokens": seen, "held_out_perplexity": perplexity})
-    perplexity, shares = evaluate(model, held, length)
+        (loss + job.balance * uneven).backward()
+        step += 1
+        if rank == 0:
+            elapsed = time.time() - job.start
+            job.clock[0] = elapsed / (60 * job.minutes)
+        job.barrier.wait()  # every gradient is there
+        factor = rates(job.clock[0].item(), step)
+        share.step(MUON_LR * factor, ADAM_LR * factor)
+        job.barrier.wait()  # every parameter is new
+        if rank == 0:
+            seen = step * len(job.gradients) * job.batch
+            if step % 20 == 0:
+                line = f"{step:6d} {done:6.1%} loss {loss.item():.3f} uneven {uneven.item():.3f}"
+                print(f"{line} {seen} tokens {seen / elapsed:.0f}/s", flush=True)
+            if elapsed - exported > 60 * job.every:
+                exported = elapsed
+                perplexity, _ = evaluate(model, job.held, SHORT)
+                print(f"held-out perplexity {perplexity:.2f}", flush=True)
+                print(sample(model, job.tokenizer, "Emma was", 60, job.seed), flush=True)
+                export(model, job.out, {"steps": step, "tokens": seen, "held_out_perplexity": perplexity})
+    job.steps.fill_(step)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the export.")
+@click.option("--minutes", type=float, default=60, show_default=True, help="Wall-clock time of training.")
+@click.option("--workers", type=int, default=2, show_default=True, help="Processes, one thread each.")
+@click.option("--batch", type=int, default=2560, show_default=True, help="Tokens a step and worker.")
+@click.option("--dropout", type=float, default=0.1, show_default=True)
+@click.option("--balance", type=float, default=0.03, show_default=True, help="Weight of the balance loss.")
+@click.option("--every", type=float, default=5, show_default=True, help="Minutes between exports.")
+@click.option("--init", type=click.Path(path_type=Path), help="An earlier export to continue from.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(
+    out: Path,
+    minutes: float,
+    workers: int,
+    batch: int,
+    dropout: float,
+    balance: float,
+    every: float,
+    init: Path | None,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    train_text, held_text = split(demo_corpus.novels(out.parent / "corpus"))
+    tokenizer = train_tokenizer(train_text, out)
+    train, held = encode(tokenizer, train_text), encode(tokenizer, held_text)
+    model = Mixtral(CONFIG, dropout).share_memory()
+    if init is not None:
+        model.load(load_file(init / "model.safetensors"))
+    parameters = sum(p.numel() for p in model.parameters())
+    line = f"{len(train)} training tokens, {len(held)} held out, {parameters / 1e6:.2f} M parameters"
+    print(line, flush=True)
+    gradients = [
+        [torch.zeros_like(p.data).share_memory_() for p in model.parameters()] for _ in range(workers)
+    ]
+    steps, clock = torch.zeros(1, dtype=torch.long).share_memory_(), torch.zeros(1).share_memory_()
+    barrier = torch.multiprocessing.get_context("fork").Barrier(workers)
+    job = Job(
+        model, tokenizer, train, held, gradients, clock, steps, barrier, out, time.time(),
+        minutes, batch, balance, every, seed,
+    )  # fmt: skip
+    torch.multiprocessing.start_processes(work, (job,), nprocs=workers, start_method="fork")
+    perplexity, shares = evaluate(model, held, SHORT)
     report = {
         "parameters": parameters,
-        "steps": step,
-        "tokens": seen,
+        "steps": int(steps),
+        "tokens": int(steps) * workers * batch,
         "training_tokens": len(train),
         "held_out_tokens": len(held),
         "minutes": minutes,
+        "tokens_per_second": round(int(steps) * workers * batch / (60 * minutes)),
         "held_out_perplexity": perplexity,
         "expert_shares": np.round(shares, 4).tolist(),
-        "samples": [sample(model, tokenizer, p, 100, seed) for p in ("Emma was", "It is a truth")],
+        "samples": [sample(model, tokenizer, p, 100, seed) for p in SAMPLES],
     }
     export(model, out, report)
     print(json.dumps(report, indent=2))
