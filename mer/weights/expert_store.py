@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from mer.errors import CheckpointError
+from mer.errors import CheckpointError, MerError
 from mer.weights import formats
 from mer.weights.extents import ExpertExtents, Matrix, Piece
 from mer.weights.safetensors import Header, RawTensor, read_header
@@ -118,7 +118,7 @@ class _StoreFile:
     def _checked(self, what: str, read: Callable[[Any], Any], value: Any) -> Any:
         try:
             return read(value)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, IndexError, MerError) as error:
             raise self.wrong(f"the description of {what} makes no sense ({error})") from error
 
     def expert(

@@ -1,0 +1,197 @@
+"""Converting a checkpoint to an expert store: a slab of rows at a time, in the same bytes on every run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from mer.errors import CheckpointError, ConfigError
+from mer.weights.formats import Format
+from mer.weights.partial import PartialStore
+from mer.weights.plan import Plan, Segment, Substitution, TensorJob, Work, lay_out
+from mer.weights.store_layout import MAX_FILE, TensorPlace, new_checksum
+from mer.weights.tensors import Checkpoint
+
+# Elements of a slab: with the slabs in flight and numpy's temporaries, memory stays below some 200 MB.
+_SLAB: Final = 2 << 20
+_COPIED: Final = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+
+Progress = Callable[[int, int], None]
+
+
+@frozen(eq=False)
+class Report:
+    """What was written. nbytes: of all files. formats: bytes of weights by format.
+
+    left_out: tensors of the source that the model does not use. resumed: tensors that an earlier, interrupted
+    run had finished.
+    """
+
+    path: Path
+    nbytes: int
+    formats: dict[str, int]
+    substitutions: list[Substitution]
+    left_out: list[str]
+    resumed: int
+
+
+def convert(
+    checkpoint: Checkpoint,
+    dst: Path,
+    plan: Plan,
+    *,
+    experts: Format | None,
+    dense: Format | None,
+    restart: bool = False,
+    progress: Progress | None = None,
+    max_file: int = MAX_FILE,
+) -> Report:
+    """Write the expert store `dst` from `checkpoint`, with experts and dense tensors in these formats.
+
+    None leaves the source's own format (8-bit floats become BF16). `progress` is called with (bytes done,
+    bytes in all). An interrupted conversion leaves `dst`.partial, and the same call goes on where it ended;
+    `restart` throws that away. Raises ConfigError when `dst` exists or `dst`.partial is of another
+    conversion, CheckpointError for a source that is damaged, MerError when writing fails: `dst`
+    then does not exist.
+    """
+    if dst.exists() or dst.is_symlink():
+        raise ConfigError(f"{dst} exists already; name a new directory, or remove it first")
+    work = lay_out(checkpoint, plan, experts, dense, max_file)
+    if restart:
+        _throw_away(dst.with_name(dst.name + ".partial"))
+    with PartialStore(dst, [layout for layout, _ in work.files], _identity(checkpoint)) as store:
+        resumed = len(store.done)
+        _write(store, work, progress or (lambda done, total: None))
+        extra = [checkpoint.path / name for name in _COPIED]
+        store.finish([file for file in extra if file.is_file()])
+    used = {*plan.dense, *_tensors_of_experts(checkpoint, plan)}
+    left_out = sorted(name for name in checkpoint.tensors if name not in used)
+    nbytes = sum(file.stat().st_size for file in dst.iterdir())
+    return Report(dst, nbytes, work.formats, work.substitutions, left_out, resumed)
+
+
+def _throw_away(partial: Path) -> None:
+    try:
+        shutil.rmtree(partial)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"{partial}: can't be removed: {error.strerror}") from error
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells this source from another one: names, sizes and times of its files, its config.json."""
+    try:
+        stats = [file.stat() for file in checkpoint.files]
+        config = (checkpoint.path / "config.json").read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: can't be read: {error.strerror}") from error
+    files = [[f.name, s.st_size, s.st_mtime_ns] for f, s in zip(checkpoint.files, stats, strict=True)]
+    return {"journal": 1, "source": files, "config": hashlib.sha256(config).hexdigest()}
+
+
+def _tensors_of_experts(checkpoint: Checkpoint, plan: Plan) -> set[str]:
+    """Names of the tensors that hold routed experts or their scales."""
+    starts = set()
+    runs = []
+    for layer in plan.layers:
+        for expert in layer.experts:
+            runs += [(p.file, p.offset, p.offset + p.nbytes) for p in expert.pieces]
+            starts |= {(m.scales.file, m.scales.offset) for m in expert.matrices if m.scales}
+    for name in plan.dense:
+        scales = checkpoint.tensors[name].scales
+        if scales:
+            starts.add((scales.file, scales.offset))
+    runs.sort()
+    inside = set()
+    infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.offset))
+    position = 0
+    for info in infos:
+        while position < len(runs) and (runs[position][0], runs[position][2]) <= (info.file, info.offset):
+            position += 1
+        if position < len(runs):
+            file, start, stop = runs[position]
+            if file == info.file and start < info.offset + info.nbytes and info.offset < stop:
+                inside.add(info.name)
+        if (info.file, info.offset) in starts:
+            inside.add(info.name)
+    return inside
+
+
+def _write(store: PartialStore, work: Work, progress: Progress) -> None:
+    total = sum(layout.data_bytes for layout, _ in work.files)
+    done = 0
+    workers = max(1, min(4, len(os.sched_getaffinity(0))))
+    with ThreadPoolExecutor(workers, "mer-convert") as pool:
+        for layout, jobs in work.files:
+            for place, job in zip(layout.tensors, jobs, strict=True):
+                if (layout.name, job.name) not in store.done:
+                    _write_tensor(store, pool, workers + 1, layout.name, place, job)
+                done += place.nbytes
+                progress(done, total)
+
+
+def _write_tensor(
+    store: PartialStore, pool: ThreadPoolExecutor, depth: int, file: str, place: TensorPlace, job: TensorJob
+) -> None:
+    checksum = new_checksum()
+    position = 0
+
+    def put(data: NDArray[np.uint8]) -> None:
+        nonlocal position
+        view = data.reshape(-1).data
+        store.write(file, place.offset + position, view)
+        checksum.update(view)
+        position += len(view)
+
+    for segment in job.segments:
+        put(np.zeros(segment.offset - position, np.uint8))
+        for data in _in_order(pool, depth, segment):
+            put(data)
+    put(np.zeros(place.nbytes - position, np.uint8))
+    store.record(file, job.name, checksum.hexdigest())
+
+
+def _in_order(pool: ThreadPoolExecutor, depth: int, segment: Segment) -> Iterator[NDArray[np.uint8]]:
+    """The segment's encoded slabs, in order, while at most `depth` are being made."""
+    rows, step = segment.source.rows, max(1, _SLAB // max(1, segment.source.cols))
+    running: deque[Future[NDArray[np.uint8]]] = deque()
+    try:
+        for start in range(0, rows, step):
+            if len(running) == depth:
+                yield running.popleft().result()
+            running.append(pool.submit(_encode, segment, start, min(rows, start + step)))
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _encode(segment: Segment, start: int, stop: int) -> NDArray[np.uint8]:
+    """Rows in the new format: uint8 [stop - start, row_bytes]; untouched where the format stays."""
+    source = segment.source
+    if segment.format is source.format:
+        return source.raw(start, stop)
+    values = source.read(start, stop)
+    if not np.isfinite(values).all():
+        path = source.checkpoint.files[source.file]
+        raise CheckpointError(
+            f"{path}: {source.name} holds NaN or infinity, which no weight may be; "
+            "the file is damaged, fetch it again"
+        )
+    return segment.format.quantize(values)
