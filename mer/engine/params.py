@@ -1,0 +1,123 @@
+"""What a request may ask of the sampler, checked at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from attrs import Attribute, field, frozen
+
+from mer.errors import RequestError
+
+MAX_LOGPROBS = 20  # as OpenAI's API
+
+_T = TypeVar("_T")
+_Check = Callable[[Any, "Attribute[Any]", Any], None]
+
+
+def _number(value: float) -> float:
+    """An int where a float is meant becomes one, unless it's too large: then the check below refuses it."""
+    return float(value) if type(value) is int and abs(value) <= sys.float_info.max else value
+
+
+def _items(value: Iterable[_T]) -> tuple[_T, ...]:
+    """A tuple of the items; what is no list of items stays as it is, for the check below to refuse."""
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else value  # type: ignore[return-value]
+
+
+def _strings(value: str | Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else _items(value)
+
+
+def _tokens(value: Iterable[int]) -> tuple[int, ...]:
+    return _items(value)
+
+
+def _refuse(name: str, wanted: str, value: object) -> None:
+    shown = repr(value)
+    raise RequestError(f"{name} must be {wanted}, not {shown[:40]}{'...' if len(shown) > 40 else ''}", name)
+
+
+def _real(low: float, high: float, wanted: str) -> _Check:
+    """A check for a float in [low, high]; NaN lies in no interval."""
+
+    def check(_: Any, attribute: Attribute[Any], value: Any) -> None:
+        if type(value) is bool or not isinstance(value, int | float) or not low <= value <= high:
+            _refuse(attribute.name, wanted, value)
+
+    return check
+
+
+def _whole(low: int, high: int, wanted: str, optional: bool = False) -> _Check:
+    """A check for an int in [low, high], or None where that is allowed."""
+
+    def check(_: Any, attribute: Attribute[Any], value: Any) -> None:
+        if optional and value is None:
+            return
+        if type(value) is bool or not isinstance(value, int) or not low <= value <= high:
+            _refuse(attribute.name, wanted, value)
+
+    return check
+
+
+def _check_strings(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
+        _refuse(attribute.name, "a string or several, none of them empty", value)
+
+
+def _check_tokens(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not isinstance(value, tuple) or not all(
+        isinstance(item, int) and type(item) is not bool and item >= 0 for item in value
+    ):
+        _refuse(attribute.name, "a list of token ids, integers of at least 0", value)
+
+
+def _check_flag(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if type(value) is not bool:
+        _refuse(attribute.name, "true or false", value)
+
+
+_INT64 = 2**63
+_COUNT = _whole(1, _INT64 - 1, "a whole number of at least 1, or left out", optional=True)
+_TOP_K = _whole(0, _INT64 - 1, "a whole number of at least 0 (0 switches it off)")
+_SEED = _whole(-_INT64, _INT64 - 1, "a whole number that fits in 64 bits, or left out", optional=True)
+_LOGPROBS = _whole(0, MAX_LOGPROBS, f"a whole number from 0 to {MAX_LOGPROBS}, or left out", optional=True)
+_TEMPERATURE = _real(0, sys.float_info.max, "a finite number of at least 0 (0 takes the likeliest token)")
+_PROBABILITY = _real(0, 1, "a number from 0 to 1")
+_REPETITION = _real(0.01, 100, "a number from 0.01 to 100 (1 switches it off)")
+_PENALTY = _real(-2, 2, "a number from -2 to 2")
+
+
+@frozen(kw_only=True)
+class SamplingParams:
+    """How an answer is drawn and when it ends.
+
+    Raises RequestError, whose `param` is the field's name, for a value of the wrong type or out of range.
+    `top_p` = 0 keeps the likeliest token alone. The limits of the presence and frequency penalties, of
+    `logprobs` and of `seed` are those of OpenAI's API; those of the repetition penalty keep it computable
+    in float32.
+    """
+
+    max_tokens: int | None = field(default=None, validator=_COUNT)
+    """None: until the model's context (or the KV budget) is full."""
+    temperature: float = field(default=1.0, converter=_number, validator=_TEMPERATURE)
+    """0: greedy."""
+    top_k: int = field(default=0, validator=_TOP_K)
+    """0: off."""
+    top_p: float = field(default=1.0, converter=_number, validator=_PROBABILITY)
+    min_p: float = field(default=0.0, converter=_number, validator=_PROBABILITY)
+    repetition_penalty: float = field(default=1.0, converter=_number, validator=_REPETITION)
+    """transformers' definition, over prompt and answer."""
+    presence_penalty: float = field(default=0.0, converter=_number, validator=_PENALTY)
+    """OpenAI's definition, over the answer."""
+    frequency_penalty: float = field(default=0.0, converter=_number, validator=_PENALTY)
+    """OpenAI's definition, over the answer."""
+    seed: int | None = field(default=None, validator=_SEED)
+    """None: drawn from the operating system; `Sampler.seed` reports it."""
+    stop: tuple[str, ...] = field(default=(), converter=_strings, validator=_check_strings)
+    """The answer ends before the first of these."""
+    stop_token_ids: tuple[int, ...] = field(default=(), converter=_tokens, validator=_check_tokens)
+    ignore_eos: bool = field(default=False, validator=_check_flag)
+    logprobs: int | None = field(default=None, validator=_LOGPROBS)
+    """None: none; n: the log-probability of the chosen token and of the n likeliest."""

@@ -1,0 +1,198 @@
+"""From logits to a token.
+
+The steps, in the order of transformers' `generate`: repetition penalty, then presence and frequency penalties
+(where vLLM has them), temperature, top-k, top-p, min-p. Each filter sees the distribution that the one before
+it left, and at least the likeliest token survives. Ties: greedy takes the lowest index; top-k keeps every
+token that equals the k-th, as transformers does; of equal tokens at its edge top-p keeps those of the lowest
+indices, so that it never loses greedy's choice.
+
+Log-probabilities are natural logarithms of the model's own distribution, before penalties and temperature, as
+OpenAI and vLLM report them.
+
+A token's draw is a function of (seed, number of tokens drawn before) alone: Philox4x64-10 (Salmon et al.,
+'Parallel random numbers: as easy as 1, 2, 3', 2011) keyed by the seed, with that number as the counter. So
+neither preemption, nor the batch, nor speculation can change it. One uniform number is enough, since the
+token is found by inverting the cumulative distribution in index order; Gumbel's trick needs one per token of
+the vocabulary. Weights and sums are float64, so an exp that rounds differently on another machine hardly
+ever changes a draw.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from mer.engine.params import SamplingParams
+from mer.errors import MerError
+
+_TINY = float(np.nextafter(0.0, 1.0))
+_BINS, _BINS_PER_NAT = 4096, 64
+
+
+@frozen
+class Sampled:
+    """A token, with log-probabilities where they were asked for.
+
+    `top`: (token, log-probability) of the likeliest tokens, best first, the lower index first among equals;
+    a token that the model excludes (a logit of -inf) has -inf.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+class Sampler:
+    """Draws one request's tokens; holds its random state and the counts that penalties need.
+
+    Only `sample` changes the state, so whoever computes logits again (after a preemption, or beyond a
+    rejected draft) must not sample from them again. Where penalties are in use they take, per token of the
+    vocabulary, one byte (repetition) and four (presence, frequency).
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab: int) -> None:
+        """`vocab`: the length of the logits; tokens of the prompt beyond it can't be drawn."""
+        self.params = params
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self._drawn = 0
+        self._seen: NDArray[np.bool_] | None = None
+        self._counts: NDArray[np.uint32] | None = None
+        if params.repetition_penalty != 1:
+            tokens = np.asarray(prompt, dtype=np.int64)
+            self._seen = np.zeros(vocab, dtype=np.bool_)
+            self._seen[tokens[tokens < vocab]] = True
+        if params.presence_penalty or params.frequency_penalty:
+            self._counts = np.zeros(vocab, dtype=np.uint32)
+
+    def sample(self, logits: NDArray[np.float32]) -> Sampled:
+        """The next token. `logits`: f32 [vocab], neither kept nor changed.
+
+        Raises MerError when the largest logit is not finite.
+        """
+        adjusted = self._penalised(logits)
+        if self.params.temperature == 0:
+            token = _likeliest(adjusted)
+        else:
+            ids, probs = distribution(adjusted, self.params)
+            cumulative = probs.cumsum()
+            # below the last sum, since the uniform number is at most 1 - 2**-53; a weight of 0 is never found
+            point = _uniform(self.seed, self._drawn) * cumulative[-1]
+            token = int(ids[cumulative.searchsorted(point, side="right")])
+        self._drawn += 1
+        if self._seen is not None:
+            self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
+        if self.params.logprobs is None:
+            return Sampled(token, None, ())
+        return _with_logprobs(token, logits, self.params.logprobs)
+
+    def _penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits after the penalties; the same array where there are none."""
+        if self._seen is None and self._counts is None:
+            return logits
+        logits = logits.copy()
+        if self._seen is not None:
+            ids, penalty = np.flatnonzero(self._seen), self.params.repetition_penalty
+            scores = logits[ids]
+            with np.errstate(over="ignore"):
+                logits[ids] = np.where(scores < 0, scores * penalty, scores / penalty)
+        if self._counts is not None:
+            ids = np.flatnonzero(self._counts)
+            logits[ids] -= self._counts[ids] * self.params.frequency_penalty + self.params.presence_penalty
+        return logits
+
+
+def distribution(
+    logits: NDArray[np.float32], params: SamplingParams
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The tokens that survive temperature, top-k, top-p and min-p, ascending, and their probabilities.
+
+    `logits`: f32 [vocab], after penalties. Raises MerError when the largest is not finite.
+    """
+    best = _likeliest(logits)
+    if params.temperature == 0:
+        return np.array([best]), np.ones(1)
+    if 0 < params.top_k < logits.size:
+        ids = _top_k(logits, params.top_k)
+        scores = logits[ids]
+    else:
+        ids, scores = np.arange(logits.size), logits
+    # from the largest, so that it has weight 1 and no temperature overflows into NaN
+    with np.errstate(over="ignore", under="ignore"):
+        nats = np.subtract(scores, logits[best], dtype=np.float64)
+        nats /= params.temperature
+        weights = np.exp(nats)
+    if params.top_p < 1:
+        kept = _top_p(scores, nats, weights, params.top_p)
+        ids, weights = ids[kept], weights[kept]
+    kept = np.flatnonzero(weights >= max(params.min_p, _TINY))
+    if kept.size < ids.size:
+        ids, weights = ids[kept], weights[kept]
+    return ids, weights / weights.sum()
+
+
+def _likeliest(logits: NDArray[np.float32]) -> int:
+    """The index of the largest logit, the lowest among equals."""
+    best = int(logits.argmax())  # a NaN counts as the largest
+    if not np.isfinite(logits[best]):
+        value = "NaN" if np.isnan(logits[best]) else f"{logits[best]} as its largest logit"
+        raise MerError(f"the model gave {value}: its weights may be damaged, `mer verify` checks them")
+    return best
+
+
+def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """The indices, ascending, of the k largest logits and of those that equal the k-th; k <= logits.size."""
+    # The k-th largest of any groups' maxima is a lower bound of the k-th largest: few logits pass it.
+    groups = min(logits.size, max(1024, 8 * k))
+    rows = logits.size // groups
+    maxima = logits[: rows * groups].reshape(rows, groups).max(axis=0)
+    ids: NDArray[np.int64] = np.flatnonzero(logits >= np.partition(maxima, groups - k)[groups - k])
+    scores = logits[ids]
+    return ids[np.flatnonzero(scores >= np.partition(scores, ids.size - k)[ids.size - k])]
+
+
+def _top_p(
+    scores: NDArray[np.float32], nats: NDArray[np.float64], weights: NDArray[np.float64], p: float
+) -> NDArray[np.int64]:
+    """The positions, ascending, of the fewest tokens whose share of the weights reaches p, likeliest first.
+
+    `nats` <= 0 falls with `scores`; `weights` = exp(nats). Instead of sorting everything, weigh narrow bins
+    of `nats` and sort the one bin in which p is reached.
+    """
+    depth = nats * -_BINS_PER_NAT
+    np.minimum(depth, _BINS - 1, out=depth)
+    bins = depth.astype(np.int32)
+    reached = np.bincount(bins, weights, _BINS).cumsum()
+    goal = p * reached[-1]
+    edge = int(reached.searchsorted(goal))
+    inside = np.flatnonzero(bins == edge)
+    inside = inside[np.argsort(-scores[inside], kind="stable")]
+    sums = weights[inside].cumsum() + (reached[edge - 1] if edge else 0.0)
+    kept = bins < edge
+    kept[inside[: int(sums.searchsorted(goal)) + 1]] = True
+    return np.flatnonzero(kept)
+
+
+def _with_logprobs(token: int, logits: NDArray[np.float32], count: int) -> Sampled:
+    """`token` with its log-probability and those of the `count` likeliest tokens."""
+    peak = logits[_likeliest(logits)]
+    total = float(peak) + float(np.log(np.exp(np.subtract(logits, peak, dtype=np.float64)).sum()))
+    top: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+    if count:
+        top = _top_k(logits, min(count, logits.size))
+        top = top[np.argsort(-logits[top], kind="stable")[:count]]
+    return Sampled(
+        token, float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in top)
+    )
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number of [0, 1), a multiple of 2**-53, from Philox with key `seed` and counter `position`."""
+    # the raw stream: numpy keeps it the same from version to version (NEP 19), unlike Generator's methods
+    raw = int(np.random.Philox(key=seed % 2**64, counter=position).random_raw())
+    return (raw >> 11) * 2.0**-53
