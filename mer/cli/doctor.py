@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,20 @@ from rich.table import Table
 
 from mer._ext.cpus import usable_cpus
 from mer._ext.kernels import Kernels, Pool, isas
-from mer.errors import MerError
+from mer.cli.common import messages, output, rate, size, size_option
 from mer.streaming.machine import Machine, describe
 from mer.streaming.probe import Device, probe, uring_refusal
-
-_UNITS = {"": 1, "KIB": 1 << 10, "K": 1 << 10, "MIB": 1 << 20, "M": 1 << 20}
-
-
-def _block(_ctx: click.Context, _param: click.Parameter, value: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([a-z]*)", value.strip(), re.IGNORECASE)
-    if match is None or match[2].upper() not in _UNITS:
-        raise click.BadParameter(f"{value!r} is not a size; write 1MiB, 512KiB or a number of bytes")
-    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), default=".")
 @click.option(
-    "--block", default="1MiB", show_default=True, callback=_block, help="Bytes per read: an expert's size."
+    "--block",
+    default="1MiB",
+    show_default=True,
+    callback=size_option,
+    metavar="SIZE",
+    help="Bytes per read: an expert's size.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(path: Path, block: int, as_json: bool) -> None:
@@ -40,22 +35,18 @@ def doctor(path: Path, block: int, as_json: bool) -> None:
     PATH is where the weights lie: a large file is read as it is; in a directory (default: this one)
     a temporary file of up to 1 GiB is written, read and removed.
     """
-    messages = Console(stderr=True)
-    with messages.status("looking at this machine") as status:
-        try:
-            machine = describe()
-            refusal = uring_refusal()
-            device = probe(path, block=block, report=lambda text: status.update(text))
-            status.update("reading memory")
-            pool = Pool()
-            memory_rate = pool.memory_bandwidth()
-        except (MerError, OSError) as e:
-            raise click.ClickException(str(e)) from None
+    with messages().status("looking at this machine") as status:
+        machine = describe()
+        refusal = uring_refusal()
+        device = probe(path, block=block, report=lambda text: status.update(text))
+        status.update("reading memory")
+        pool = Pool()
+        memory_rate = pool.memory_bandwidth()
     facts = _facts(machine, refusal, device, pool.n_threads, memory_rate)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
-        _print(Console(), machine, device, facts)
+        _print(output(), machine, device, facts)
 
 
 def _facts(
@@ -89,23 +80,23 @@ def _print(console: Console, machine: Machine, device: Device, facts: dict[str, 
 
     cached = " (not O_DIRECT: the page cache answers)" if not device.direct else ""
     rates = Table(
-        title=f"Random reads of {_size(device.block)} under {device.path}{cached}", title_justify="left"
+        title=f"Random reads of {size(device.block)} under {device.path}{cached}", title_justify="left"
     )
     rates.add_column("at once", justify="right")
     rates.add_column("bandwidth", justify="right")
     rates.add_column("reads/s", justify="right")
-    for rate in device.rates:
-        chosen = "bold green" if rate.depth == device.depth else ""
-        speed = rate.bytes_per_second
-        rates.add_row(str(rate.depth), _rate(speed), f"{speed / device.block:.0f}", style=chosen)
+    for each in device.rates:
+        chosen = "bold green" if each.depth == device.depth else ""
+        speed = each.bytes_per_second
+        rates.add_row(str(each.depth), rate(speed), f"{speed / device.block:.0f}", style=chosen)
     console.print(rates)
 
     uses = facts["uses"]
     console.print("mer will use here", style="bold", highlight=False)
     for line in (
         f"I/O      {uses['backend']}: {uses['why']}",
-        f"device   {_rate(uses['device_bytes_per_second'])}, from {uses['queue_depth']} reads at once",
-        f"memory   {_rate(facts['memory_bytes_per_second'])} with {uses['threads']} threads",
+        f"device   {rate(uses['device_bytes_per_second'])}, from {uses['queue_depth']} reads at once",
+        f"memory   {rate(facts['memory_bytes_per_second'])} with {uses['threads']} threads",
         f"kernels  {uses['kernels']}",
     ):
         console.print(f"  {line}", highlight=False, markup=False)
@@ -115,8 +106,8 @@ def _machine_rows(machine: Machine, device: Device, facts: dict[str, Any]) -> li
     memory = machine.memory
     limit = "no control group limits it"
     if memory.limit is not None:
-        limit = f"limited to {_size(memory.limit)} by {memory.limit_from}"
-    memlock = "unlimited" if machine.memlock is None else _size(machine.memlock)
+        limit = f"limited to {size(memory.limit)} by {memory.limit_from}"
+    memlock = "unlimited" if machine.memlock is None else size(machine.memlock)
     if machine.memlock is not None and machine.may_exceed_memlock:
         memlock += ", which this process may exceed (CAP_IPC_LOCK)"
     return [
@@ -129,7 +120,7 @@ def _machine_rows(machine: Machine, device: Device, facts: dict[str, Any]) -> li
         ("processor", machine.cpu_model),
         ("instruction sets", ", ".join(facts["instruction_sets"])),
         ("usable CPUs", f"{facts['cpus']} (affinity and control groups)"),
-        ("memory", f"{_size(memory.available)} of {_size(memory.total)} available; {limit}"),
+        ("memory", f"{size(memory.available)} of {size(memory.total)} available; {limit}"),
     ]
 
 
@@ -149,15 +140,3 @@ def _direct_row(device: Device) -> str:
         return "works; the kernel does not say which alignment it needs, mer uses 4096"
     memory, offset = device.dio_alignment
     return f"works; asks for addresses aligned to {memory}, offsets to {offset}; mer uses 4096"
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.3g} {unit}"
-        n /= 1024
-    return f"{n:.1f} GiB"
-
-
-def _rate(bytes_per_second: float) -> str:
-    return f"{bytes_per_second / 1e9:.2f} GB/s"

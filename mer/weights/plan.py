@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from attrs import field, frozen
+from attrs import frozen
 
 from mer.errors import CheckpointError
 from mer.weights.extents import ExpertExtents, MoeLayerSource
@@ -35,7 +35,7 @@ class Plan:
 
     layers: list[MoeLayerSource]
     dense: tuple[str, ...]
-    kept: frozenset[str] = field(default=frozenset(), converter=frozenset)
+    kept: frozenset[str] = frozenset()
 
 
 @frozen

@@ -1,0 +1,144 @@
+"""`mer convert`: a model written as an expert store, in formats of one's choice."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from mer.cli.common import messages, model_argument, output, progress_bar, size
+from mer.cli.summary import Summary, summarise
+from mer.model import families
+from mer.weights import convert as conversion
+from mer.weights import formats
+from mer.weights.checkpoint import open_checkpoint
+from mer.weights.formats import FORMATS, Format
+from mer.weights.plan import Plan
+
+_SAME: Final = "same"
+
+
+def _format_option(_ctx: click.Context, _param: click.Parameter, value: str) -> Format | None:
+    """A weight format in any case; None for 'same'."""
+    known = {form.name: form for form in FORMATS} | {_SAME: None}
+    if value.lower() not in known:
+        raise click.BadParameter(f"the format {value!r} is not known; known are {', '.join(known)}")
+    return known[value.lower()]
+
+
+@click.command()
+@click.argument("src", callback=model_argument)
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--experts",
+    callback=_format_option,
+    metavar="FORMAT",
+    default="q4_k",
+    show_default=True,
+    help="Format of the routed experts.",
+)
+@click.option(
+    "--dense",
+    callback=_format_option,
+    metavar="FORMAT",
+    default="q8_0",
+    show_default=True,
+    help="Format of all other matrices.",
+)
+@click.option("--restart", is_flag=True, help="Throw away what an interrupted conversion has done.")
+def convert(src: Path, dst: Path, experts: Format | None, dense: Format | None, restart: bool) -> None:
+    """Write the model SRC as an expert store to the new directory DST.
+
+    Formats: f32, f16, bf16, q8_0 (8.5 bits a weight), q4_0 and q4_k (4.5 bits), as GGUF defines them, or
+    same: as SRC has it, 8-bit floats as bf16. Norms, biases and routers are never changed.
+
+    SRC may be an expert store, too. What is quantised in it already is then rounded a second time, which
+    loses more than converting the original model; mer says so.
+
+    An interrupted conversion leaves DST.partial; the same command goes on where it ended.
+    """
+    checkpoint = open_checkpoint(src)
+    architecture = families.load(checkpoint)
+    before = summarise(checkpoint, architecture)
+    _warn(before, experts, dense)
+    plan = Plan(architecture.experts, tuple(architecture.dense.values()), architecture.kept)
+    with progress_bar() as bar:
+        task = bar.add_task("preparing", total=None)
+        try:
+            report = conversion.convert(
+                checkpoint,
+                dst,
+                plan,
+                experts=experts,
+                dense=dense,
+                restart=restart,
+                progress=lambda done, total: bar.update(
+                    task, description="converting", completed=done, total=total
+                ),
+            )
+        except KeyboardInterrupt:
+            messages().print(f"{dst}.partial is kept: the same command goes on from there", soft_wrap=True)
+            raise
+    written = open_checkpoint(dst)
+    _print(output(), before, summarise(written, families.load(written)), report, architecture.spec.n_layers)
+
+
+def _warn(before: Summary, experts: Format | None, dense: Format | None) -> None:
+    """Say where weights that were rounded to blocks will be rounded again."""
+    for each in before.stored:
+        wanted = experts if each.kind == "experts" else dense
+        if wanted is not None and formats.by_name(each.format).block > 1 and wanted.name != each.format:
+            messages().print(
+                f"note: {each.kind} in {each.format} are rounded a second time, to {wanted.name}; "
+                "converting the original model loses less",
+                soft_wrap=True,
+            )
+
+
+def _print(
+    console: Console, before: Summary, after: Summary, report: conversion.Report, n_layers: int
+) -> None:
+    n_files = sum(1 for _ in report.path.iterdir())
+    console.print(
+        f"{report.path}: {n_files} files, {size(report.nbytes)}, from {size(before.file_bytes)} of weights",
+        soft_wrap=True,
+    )
+    if report.resumed:
+        console.print(f"resumed: {report.resumed:,} tensors were there from an earlier run")
+    table = Table()
+    table.add_column("written")
+    table.add_column("format")
+    for name in ("matrices and vectors", "size"):
+        table.add_column(name, justify="right")
+    for each in after.stored:
+        table.add_row(each.kind, each.format, f"{each.tensors:,}", size(each.nbytes))
+    console.print(table)
+    for s in report.substitutions:
+        console.print(
+            f"{s.what}: rows of {s.cols:,} do not fit {s.wanted.name}, stored as {s.got.name}, "
+            f"{s.count:,} {'matrix' if s.count == 1 else 'matrices'}",
+            soft_wrap=True,
+        )
+    for name, count in _grouped(report.left_out, n_layers):
+        console.print(
+            f"left out: {name}, {count:,} {'tensor' if count == 1 else 'tensors'} that mer does not use",
+            soft_wrap=True,
+        )
+
+
+def _grouped(names: Iterable[str], n_layers: int) -> list[tuple[str, int]]:
+    """Left-out tensors and their number: a layer after the last (for multi-token prediction) is one entry."""
+    found: Counter[str] = Counter()
+    for name in names:
+        layer = re.match(r"(.*\blayers\.(\d+))\.", name)
+        if layer and int(layer[2]) >= n_layers:
+            found[f"{layer[1]}.* (multi-token prediction)"] += 1
+        else:
+            found[re.sub(r"\.\d+(?=\.|$)", ".*", name)] += 1
+    return sorted(found.items())

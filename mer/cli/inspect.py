@@ -1,0 +1,187 @@
+"""`mer inspect`: what a model is, and what it needs of memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from attrs import asdict, evolve, frozen
+from rich.console import Console
+from rich.table import Table
+
+from mer.cli import summary
+from mer.cli.common import at_least, model_argument, output, parameters, size, size_option
+from mer.cli.summary import Summary, summarise
+from mer.config import EngineConfig
+from mer.engine.budget import Budget, measure
+from mer.errors import MerError
+from mer.model import families
+from mer.model.families import Architecture
+from mer.streaming.experts import expert_tables
+from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
+
+# More than any machine has.
+_PLENTY: Final = 1 << 62
+
+
+@frozen
+class _Row:
+    """One budget: what it is, whether it is enough, how many experts it caches."""
+
+    what: str
+    ram: int
+    runs: bool
+    slots: int
+    share: float
+
+
+@click.command()
+@click.argument("model", callback=model_argument)
+@click.option(
+    "--ram", callback=size_option, metavar="SIZE", help="Also show what this much memory would hold."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(model: Path, ram: int | None, as_json: bool) -> None:
+    """Show what MODEL is and what memory it needs. No weights are read.
+
+    Parameters are counted as model cards do: embedding and head in full, in both numbers. Active are those
+    that a token meets: all but the routed experts, and of these the chosen ones of each layer.
+
+    Memory is counted as `mer run` does: the program, the weights that every token needs, keys and values of
+    the context, the buffers of a step; the rest of --ram is slots of the expert cache.
+    """
+    checkpoint = open_checkpoint(model)
+    architecture = families.load(checkpoint)
+    facts = summarise(checkpoint, architecture)
+    full: Budget | None = None
+    rows: list[_Row] = []
+    refusal = None
+    try:
+        require_streamable(checkpoint)
+        tables = expert_tables(architecture.experts)
+        # With all experts in memory; the other parts are the same in any budget.
+        full = measure(checkpoint, architecture, tables, EngineConfig(ram=_PLENTY))
+        given = measure(checkpoint, architecture, tables, EngineConfig(ram=ram)) if ram else None
+        rows = _rows(full, given)
+    except MerError as error:
+        refusal = str(error)
+    if as_json:
+        click.echo(json.dumps(_json(checkpoint, architecture, facts, full, rows, refusal), indent=2))
+        return
+    console = output()
+    _print_model(console, checkpoint, architecture, facts)
+    if full is not None:
+        _print_memory(console, full, rows)
+    else:
+        console.print(f"It does not run as it is: {refusal}", soft_wrap=True)
+
+
+def _rows(full: Budget, given: Budget | None) -> list[_Row]:
+    def with_slots(what: str, slots: int) -> _Row:
+        return _Row(what, evolve(full, least_slots=slots).least, True, slots, slots / full.experts)
+
+    rows = [with_slots("the least that works", full.least_slots)]
+    if given is None:
+        shares = [with_slots(f"{percent} %", full.experts * percent // 100) for percent in (25, 50)]
+        rows += [row for row in shares if row.slots > full.least_slots]
+    else:
+        runs = given.slots >= given.least_slots
+        rows.append(_Row("as given", given.ram, runs, given.slots, given.slots / given.experts))
+    return sorted([*rows, with_slots("all", full.experts)], key=lambda row: row.ram)
+
+
+def _json(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    facts: Summary,
+    full: Budget | None,
+    rows: list[_Row],
+    refusal: str | None,
+) -> dict[str, Any]:
+    spec = asdict(architecture.spec)
+    del spec["rope"]["inv_freq"]
+    memory = None
+    if full is not None:
+        names = ("interpreter", "dense", "kv", "kv_dtype", "buffers", "context", "slot", "experts")
+        memory = {name: getattr(full, name) for name in names} | {"budgets": [asdict(row) for row in rows]}
+    return {
+        "path": str(checkpoint.path),
+        "kind": checkpoint.kind,
+        "spec": spec,
+        **asdict(facts),
+        "memory": memory,
+        "refusal": refusal,
+    }
+
+
+def _print_model(
+    console: Console, checkpoint: Checkpoint, architecture: Architecture, facts: Summary
+) -> None:
+    spec = architecture.spec
+    table = Table(title=str(checkpoint.path), title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    kind = "expert store" if checkpoint.kind == "store" else "Hugging Face safetensors"
+    n_experts = spec.n_moe_layers * spec.router.n_experts
+    n_files = len(checkpoint.files)
+    for name, value in (
+        ("family", spec.family),
+        ("files", f"{kind}, {n_files} {'file' if n_files == 1 else 'files'}, {size(facts.file_bytes)}"),
+        (
+            "parameters",
+            f"{parameters(facts.parameters)}, {parameters(facts.active_parameters)} active per token",
+        ),
+        ("layers", summary.layers(spec)),
+        ("hidden size", f"{spec.hidden:,}"),
+        ("vocabulary", f"{spec.vocab:,}" + (", head and embedding are one" if spec.tied_embeddings else "")),
+        ("context", f"{spec.max_positions:,} tokens"),
+        ("attention", summary.attention(spec)),
+        ("KV per token", f"{size(facts.kv_bytes_per_token)} in {facts.kv_dtype}"),
+        ("experts", summary.experts(spec)),
+        ("shared expert", summary.shared_expert(spec)),
+        ("expert weights", _stored(facts, "experts")),
+        (
+            "an expert",
+            f"{size(facts.expert_bytes)}; all {n_experts:,}: {size(facts.experts_bytes)}",
+        ),
+        ("other weights", _stored(facts, "dense")),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _stored(facts: Summary, kind: str) -> str:
+    return ", ".join(f"{each.format} {size(each.nbytes)}" for each in facts.stored if each.kind == kind)
+
+
+def _print_memory(console: Console, full: Budget, rows: list[_Row]) -> None:
+    fixed = (
+        ("weights that every token needs", full.dense),
+        (f"keys and values of {full.context:,} tokens in {full.kv_dtype}", full.kv),
+        ("buffers of a step", full.buffers),
+        ("the program itself, about", full.interpreter),
+    )
+    console.print()
+    table = Table(title="Memory that is always needed", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, nbytes in fixed:
+        table.add_row(name, size(nbytes))
+    console.print(table)
+    table = Table(title="Memory for experts", title_justify="left")
+    table.add_column("experts cached")
+    for name in ("--ram", "slots", "of all", "cache"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        share = f"{100 * row.share:.1f} %" if row.runs else "too little"
+        table.add_row(
+            row.what,
+            at_least(row.ram),
+            f"{row.slots:,}",
+            share,
+            size(row.slots * full.slot),
+            style="bold" if row.what == "as given" else "",
+        )
+    console.print(table)

@@ -1,0 +1,97 @@
+"""The program `mer`: its commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib import import_module
+from typing import Final
+
+import click
+
+from mer.errors import MerError
+
+# Command -> its line in `mer --help`. Command X is `X` in mer/cli/X.py, which is imported when X is run:
+# help and `mer doctor` need not wait for what only others use.
+COMMANDS: Final = {
+    "run": "Generate text from a prompt.",
+    "chat": "Talk with a model.",
+    "convert": "Write a model in other formats, laid out for streaming.",
+    "verify": "Read every weight of a model and say which are damaged.",
+    "inspect": "Show what a model is and what memory it needs.",
+    "doctor": "Show what this machine allows and how fast it is.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"mer.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mer", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Run Mixture-of-Experts language models that are larger than memory.
+
+    MODEL is the directory of a model: a Hugging Face checkpoint of safetensors, or what `mer convert` made
+    of one. The name demo means the small model that comes with mer.
+    """
+
+
+def main() -> None:
+    """Run the command line; exits with 0, 1 (an error), 2 (wrong usage) or 130 (interrupted)."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        status = cli.main(prog_name="mer", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except click.UsageError as error:
+        error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        return _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except MerError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        _forget_output()
+        return 1
+    except MemoryError as error:
+        return _fail(f"out of memory ({error}); give a smaller --ram or close other programs")
+    except OSError as error:
+        _forget_output()
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except Exception as error:
+        return _fail(
+            f"{type(error).__name__}: {error}\nThis is a bug of mer: please report it, with the command and "
+            "what MER_DEBUG=1 in the environment prints."
+        )
+
+
+def _fail(message: str) -> int:
+    if os.environ.get("MER_DEBUG") == "1":
+        traceback.print_exc()
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    return 1
+
+
+def _forget_output() -> None:
+    """What is still in the buffer of stdout can't be written; Python must not try again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
