@@ -1,0 +1,91 @@
+"""What the files beside a tokenizer say about it: any of them may be missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from mer.errors import CheckpointError
+
+
+def read_optional(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty when there is no such file. Raises CheckpointError."""
+    text = read_text(path)
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON: {error}; fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: must be a JSON object, it is a {type(value).__name__}; fetch it again"
+        )
+    return value
+
+
+def read_text(path: Path) -> str | None:
+    """The text in `path`, UTF-8; None when there is no such file. Raises CheckpointError."""
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: is not UTF-8 text: {error}; fetch it again") from error
+
+
+def special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Named special tokens ('bos_token', ...) of the model in directory `path`.
+
+    config: its tokenizer_config.json. Where that lists no tokens, special_tokens_map.json counts as well,
+    as in transformers.
+    """
+    found = dict(config)
+    if "added_tokens_decoder" not in config:
+        found |= read_optional(path / "special_tokens_map.json")
+    contents = {name: _content(value) for name, value in found.items() if name.endswith("_token")}
+    return {name: content for name, content in contents.items() if content is not None}
+
+
+def added_tokens(path: Path, config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
+    """Tokens added to the vocabulary, by id: tokenizer_config.json's, else added_tokens.json's.
+
+    Raises CheckpointError.
+    """
+    if "added_tokens_decoder" in config:
+        file, entries = path / "tokenizer_config.json", config["added_tokens_decoder"]
+    else:
+        file = path / "added_tokens.json"
+        entries = {id: {"content": content} for content, id in read_optional(file).items()}
+    try:
+        return sorted(
+            ((int(id), _added_token(entry)) for id, entry in entries.items()), key=lambda entry: entry[0]
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: the added tokens must map ids to tokens, that is not so: {error}; fetch it again"
+        ) from error
+
+
+def _added_token(entry: Mapping[str, Any]) -> AddedToken:
+    special = entry.get("special") is True
+    return AddedToken(
+        entry["content"],
+        single_word=entry.get("single_word", False),
+        lstrip=entry.get("lstrip", False),
+        rstrip=entry.get("rstrip", False),
+        normalized=entry.get("normalized", not special),
+        special=special,
+    )
+
+
+def _content(value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None

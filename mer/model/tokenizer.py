@@ -1,0 +1,169 @@
+"""Text to token ids and back, from the tokenizer files of a model directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from mer.errors import CheckpointError, RequestError
+from mer.model import sentencepiece
+from mer.model.chat import ChatTemplate
+from mer.model.detokenizer import Detokenizer, Vocabulary, stages
+from mer.model.settings import added_tokens, read_optional, special_tokens
+
+
+class Tokenizer:
+    """The tokenizer of one model.
+
+    vocab_size: ids are below it; at least the vocab_size of config.json, since models pad their embedding
+    (such an id has no text). eos_ids: tokens that end an answer, from the first of generation_config.json,
+    config.json (both eos_token_id, as in transformers) and tokenizer_config.json (eos_token) that names
+    any. chat_template: None when the model has none.
+    """
+
+    @classmethod
+    def open(cls, path: Path) -> Tokenizer | None:
+        """From tokenizer.json, else SentencePiece's tokenizer.model; None when there is neither.
+
+        Raises CheckpointError for a damaged file, ConfigError when the sentencepiece package is missing.
+        """
+        config = read_optional(path / "tokenizer_config.json")
+        if (path / "tokenizer.json").exists():
+            special = special_tokens(path, config)
+            return cls(path, config, special, JsonVocabulary(path, config, special))
+        if (path / "tokenizer.model").exists():
+            special = special_tokens(path, config)
+            vocabulary = sentencepiece.SentencePieceVocabulary(path, config, special)
+            return cls(path, config, vocabulary.special_tokens, vocabulary)
+        return None
+
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], special: Mapping[str, str], vocabulary: Vocabulary
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._stages = stages(vocabulary.decoder)
+        # The strings of tokens seen so far; None for those that have no text.
+        self._tokens: dict[int, str | None] = {}
+        model_config = read_optional(path / "config.json")
+        size = model_config.get("vocab_size")
+        self.vocab_size: int = max(vocabulary.size, size if type(size) is int else 0)
+        self.eos_ids: frozenset[int] = _eos_ids(path, model_config, special, vocabulary)
+        self.chat_template: ChatTemplate | None = ChatTemplate.open(path, config, special)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        Special tokens that are written out in the text become those tokens, as in transformers. special: add
+        what opens and closes every text (BOS ...); False for the output of a chat template, which has it.
+        Raises RequestError for text that is not Unicode (half a surrogate pair).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"prompt: {text[error.start]!r} at position {error.start} is half a surrogate pair",
+                "prompt",
+            ) from None
+        return self._vocabulary.encode(text, special)
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD.
+
+        Spaces are never "cleaned up", whatever tokenizer_config.json says: that would destroy text
+        (transformers 5 ignores the setting for BPE, too). Raises RequestError for an id outside
+        0..vocab_size - 1.
+        """
+        piece = self._shown if skip_special else self._token
+        stream = Detokenizer(piece, self._vocabulary.decoder, ())
+        return "".join(map(stream.push, ids)) + stream.finish()
+
+    def token_text(self, id: int) -> str:
+        """Text of one token within a text; incomplete characters as U+FFFD. Raises RequestError."""
+        return self.token_bytes(id).decode(errors="replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """UTF-8 bytes of one token within a text; may be part of a character. Raises RequestError."""
+        piece: bytes | str = self._token(id) or ""
+        for stage in self._stages:
+            piece = stage.alone(piece)
+        return piece if isinstance(piece, bytes) else piece.encode()
+
+    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+        """For one answer to this prompt; special tokens are not shown. Raises RequestError."""
+        return Detokenizer(self._shown, self._vocabulary.decoder, prompt_ids)
+
+    def _token(self, id: int) -> str | None:
+        try:
+            return self._tokens[id]
+        except KeyError:
+            pass
+        if not 0 <= id < self.vocab_size:
+            raise RequestError(f"token id {id} is outside 0..{self.vocab_size - 1}", "prompt")
+        token = self._tokens[id] = self._vocabulary.token(id)
+        return token
+
+    def _shown(self, id: int) -> str | None:
+        return None if id in self._vocabulary.special_ids else self._token(id)
+
+
+class JsonVocabulary:
+    """tokenizer.json, run by the `tokenizers` package."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
+        file = path / "tokenizer.json"
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises bare Exception, too
+            raise CheckpointError(f"{file}: can't be read as a tokenizer: {error}; fetch it again") from error
+        # What the file says about batches for training is nothing to a prompt.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        self._tokenizer.add_tokens([t for _, t in added_tokens(path, config) if t.content not in known])
+        # Named in the settings only: special if in the vocabulary; the model has no weights for others.
+        self._tokenizer.add_special_tokens(
+            [
+                AddedToken(t, special=True, normalized=False)
+                for t in special.values()
+                if t not in known and self.id(t) is not None
+            ]
+        )
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
+        decoder = self._tokenizer.decoder
+        self.decoder: dict[str, Any] | None = None if decoder is None else json.loads(decoder.__getstate__())
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=special).ids
+
+    def token(self, id: int) -> str | None:
+        return self._tokenizer.id_to_token(id)
+
+    def id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+
+def _eos_ids(
+    path: Path, config: Mapping[str, Any], special: Mapping[str, str], vocabulary: Vocabulary
+) -> frozenset[int]:
+    generation = read_optional(path / "generation_config.json")
+    for file, values in ("generation_config.json", generation), ("config.json", config):
+        ids = values.get("eos_token_id")
+        if ids is None:
+            continue
+        found = ids if isinstance(ids, list) else [ids]
+        if not all(type(id) is int for id in found):
+            raise CheckpointError(
+                f"{path / file}: eos_token_id is {ids!r}, it must be one token id or a list of them"
+            )
+        # -1 stands for "none" in some files.
+        return frozenset(id for id in found if id >= 0)
+    id = vocabulary.id(special.get("eos_token", ""))
+    return frozenset() if id is None else frozenset([id])
