@@ -27,6 +27,10 @@ class DeviceReadError(MerError):
     """A read of weights that failed while running: the requests that needed it fail, no others."""
 
 
+class EngineClosedError(MerError):
+    """The engine was closed before it could answer."""
+
+
 class RequestError(MerError):
     """A request whose parameters make no sense; `param` names the first such parameter."""
 

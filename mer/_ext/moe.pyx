@@ -3,35 +3,42 @@
 Tokens are grouped by expert, so an expert is read at most once and its weights pass the processor once per
 step. Experts in the cache are pinned first, then all missing ones are submitted as one batch of reads; what is
 resident is computed while they are under way, and each further expert as its reads complete. When a step needs
-more experts than the cache has slots, it goes on in waves.
+more experts than the cache has slots, it goes on in waves: one slot is enough.
 
 The result does not depend on any of that: every (token, choice) pair has an output row of its own, and the rows
 of a token are added in the router's order.
 """
+import numpy as np
+
 from libc.errno cimport ENOSPC
-from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec, nanosleep
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 
-from mer._ext.cache cimport ACQ_BUSY, ACQ_FULL, ACQ_HIT, ACQ_MISS, ExpertCache, STATE_RESIDENT, STATE_LOADING
+from mer._ext.cache cimport ACQ_BUSY, ACQ_HIT, ACQ_MISS, ExpertCache, STATE_LOADING, STATE_RESIDENT
 from mer._ext.kernels cimport Kernels, Pool, mer_task_fn
 from mer._ext.uring cimport Reader, ReadOp, mer_read_done
 
 from mer.errors import BudgetError
 
+cdef extern from "mer_formats.h" nogil:
+    long mer_block_len(int fmt)
+    size_t mer_row_bytes(int fmt, long cols)
+    size_t mer_act_bytes(int fmt, long cols)
+
 cdef enum:
-    WAITING          # not yet acquired
+    WAITING          # not acquired, or refused: the slots are in use
     LOADING          # our own reads are under way
-    BUSY             # somebody else is reading it
+    BUSY             # somebody else is reading it; pinned
     READY            # resident and pinned
     COMPUTING
     DONE
     N_STATES
-    # No more (token, expert) pairs than this are computed between two looks at the reads, so that a long
-    # prefill keeps the device's queue full.
-    MAX_READY_PAIRS = 256
+    # Once this many (token, expert) pairs are ready they are computed, and then the reads looked at again:
+    # so a long prefill keeps the device's queue full, and its middle rows stay in the processor's cache.
+    BATCH_ROWS = 256
 
 
 cdef inline int64_t now() noexcept nogil:
@@ -60,12 +67,37 @@ cdef void combine_task(void *arg, long task, int thread) noexcept nogil:
     (<ExpertStreamer>arg).combine(task)
 
 
-def scratch_bytes(int64_t n_experts, int64_t top_k, int64_t hidden, int64_t inter, int64_t act_bytes,
-                  int64_t mid_bytes, int64_t max_tokens):
-    """Bytes of the buffers that an ExpertStreamer allocates beside the cache, for the memory budget."""
-    cdef int64_t pairs = max_tokens * top_k
-    return (n_experts * 128 + max_tokens * act_bytes
-            + pairs * (mid_bytes + 8 * inter + 4 * hidden + 3 * 8) + (64 << 10))
+cdef list _sizes(const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads, int64_t top_k, int64_t max_tokens):
+    """Bytes of a streamer's buffers, in the order in which it lays them out. Raises ValueError."""
+    cdef int64_t i, hidden = 0, inter = 0, act = 0, mid = 0
+    if not (layers.shape[0] > 0 and layers.shape[1] == 4 and reads.shape[0] > 0 and reads.shape[1] > 0
+            and reads.shape[2] == 5 and reads.shape[0] % layers.shape[0] == 0):
+        raise ValueError(f"tables do not fit: layers {np.shape(layers)} must be [n_layers, 4], "
+                         f"reads {np.shape(reads)} [n_layers * n_experts, max_reads, 5]")
+    cdef int64_t n_experts = reads.shape[0] // layers.shape[0]
+    if not 1 <= top_k <= n_experts or max_tokens < 1:
+        raise ValueError(f"top_k {top_k} must be in 1..{n_experts} and max_tokens {max_tokens} above 0")
+    for i in range(layers.shape[0]):
+        for fmt, cols in ((layers[i, 0], layers[i, 2]), (layers[i, 1], layers[i, 3])):
+            if cols < 1 or mer_block_len(fmt) == 0 or cols % mer_block_len(fmt):
+                raise ValueError(f"layer {i}: no kernel for weights of format {fmt} with {cols} columns")
+        hidden, inter = max(hidden, layers[i, 2]), max(inter, layers[i, 3])
+        act = max(act, <int64_t>mer_act_bytes(<int>layers[i, 0], layers[i, 2]))
+        mid = max(mid, <int64_t>mer_act_bytes(<int>layers[i, 1], layers[i, 3]))
+    cdef int64_t pairs = max_tokens * top_k, keys = reads.shape[0]
+    cdef int64_t rows = min(pairs, BATCH_ROWS + max_tokens)
+    sizes = (
+        layers.shape[0] * sizeof(LayerShape), keys * reads.shape[1] * sizeof(ReadPlan), keys * 3 * 8,
+        n_experts * reads.shape[1] * sizeof(ReadOp), n_experts * sizeof(Expert), n_experts * sizeof(Ready),
+        (n_experts + 1) * 8, pairs * 8, pairs * sizeof(void *), rows * sizeof(void *), max_tokens * act, rows * mid,
+        rows * inter * 4, rows * inter * 4, pairs * hidden * 4,
+    )
+    return [(size + 63) // 64 * 64 for size in sizes]
+
+
+def scratch_bytes(const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads, int64_t top_k, int64_t max_tokens):
+    """Bytes that an ExpertStreamer with these arguments allocates beside the cache. Raises ValueError as it does."""
+    return sum(_sizes(layers, reads, top_k, max_tokens))
 
 
 cdef class ExpertStreamer:
@@ -73,110 +105,127 @@ cdef class ExpertStreamer:
 
     layers: int64 [n_layers, 4]: format id of gate and up, format id of down, hidden, intermediate size.
     reads: int64 [n_layers * n_experts, max_reads, 5]: file, aligned offset, aligned length, bytes needed,
-    offset in the slot. matrices: int64 [n_layers * n_experts, 3]: offsets in the slot of gate, up and down.
-    At most max_tokens tokens a call, each with top_k distinct experts. One caller at a time.
+    offset in the slot; length 0 ends the list. matrices: int64 [n_layers * n_experts, 3]: offsets in the slot of
+    gate, up and down. At most max_tokens tokens a call, each with top_k distinct experts.
+
+    Row r of the tables is expert r of the cache; others may use that and the reader at the same time, if they let
+    go of what they pin. One caller of `forward` at a time. Raises ValueError for tables that do not fit.
     """
 
-    def __init__(self, ExpertCache cache not None, Reader reader not None, Kernels kernels not None,
-                 Pool pool not None, const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads,
-                 const int64_t[:, ::1] matrices, int64_t top_k, int64_t max_tokens):
-        cdef int64_t i, j, act = 0, mid = 0, inter = 0, hidden = 0, pairs = max_tokens * top_k
+    def __cinit__(self, ExpertCache cache not None, Reader reader not None, Kernels kernels not None,
+                  Pool pool not None, const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads,
+                  const int64_t[:, ::1] matrices, int64_t top_k, int64_t max_tokens):
+        cdef int64_t i, act = 0, mid = 0, rows
+        sizes = _sizes(layers, reads, top_k, max_tokens)
         self.cache, self.reader, self.kernels, self.pool = cache, reader, kernels, pool
-        self.n_layers = layers.shape[0]
-        self.n_experts = reads.shape[0] // max(self.n_layers, 1)
-        self.max_reads = reads.shape[1]
-        self.top_k, self.max_tokens = top_k, max_tokens
+        self.n_layers, self.max_reads = layers.shape[0], reads.shape[1]
+        self.n_experts = reads.shape[0] // self.n_layers
+        self.top_k, self.max_tokens, self.scratch_bytes = top_k, max_tokens, sum(sizes)
+        if matrices.shape[0] != reads.shape[0] or matrices.shape[1] != 3 or cache.n_experts < reads.shape[0]:
+            raise ValueError(f"tables do not fit: matrices {np.shape(matrices)} must be [{reads.shape[0]}, 3], and "
+                             f"the cache made for as many experts, not {cache.n_experts}")
+        if posix_memalign(&self.memory, 64, <size_t>self.scratch_bytes):
+            raise MemoryError(f"no memory for {self.scratch_bytes} bytes of expert buffers")
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        cdef char *memory = <char *>self.memory
+        self.layers = <LayerShape *>(memory + <int64_t>starts[0])
+        self.reads = <ReadPlan *>(memory + <int64_t>starts[1])
+        self.matrices = <int64_t *>(memory + <int64_t>starts[2])
+        self.ops = <ReadOp *>(memory + <int64_t>starts[3])
+        self.active = <Expert *>(memory + <int64_t>starts[4])
+        self.ready = <Ready *>(memory + <int64_t>starts[5])
+        self.first = <int64_t *>(memory + <int64_t>starts[6])
+        self.position = <int64_t *>(memory + <int64_t>starts[7])
+        self.act_pointers = <const void **>(memory + <int64_t>starts[8])
+        self.mid_pointers = <const void **>(memory + <int64_t>starts[9])
+        self.acts = <uint8_t *>(memory + <int64_t>starts[10])
+        self.mids = <uint8_t *>(memory + <int64_t>starts[11])
+        self.gate_rows = <float *>(memory + <int64_t>starts[12])
+        self.up_rows = <float *>(memory + <int64_t>starts[13])
+        self.out_rows = <float *>(memory + <int64_t>starts[14])
         for i in range(self.n_layers):
-            inter = max(inter, layers[i, 3])
-            hidden = max(hidden, layers[i, 2])
-            act = max(act, <int64_t>kernels.act_bytes(<int>layers[i, 0], layers[i, 2]))
-            mid = max(mid, <int64_t>kernels.act_bytes(<int>layers[i, 1], layers[i, 3]))
-        sizes = [
-            self.n_layers * sizeof(LayerShape), reads.shape[0] * self.max_reads * sizeof(ReadPlan),
-            reads.shape[0] * 3 * 8, self.n_experts * self.max_reads * sizeof(ReadOp),
-            (self.n_experts + 1) * 8, pairs * 8, self.n_experts * 8, self.n_experts * 8, self.n_experts,
-            self.n_experts * sizeof(Ready), pairs * 8, pairs * 8, max_tokens * act, pairs * mid,
-            pairs * inter * 4, pairs * inter * 4, pairs * hidden * 4,
-        ]
-        starts, total = [], 0
-        for size in sizes:
-            starts.append(total)
-            total += (int(size) + 63) // 64 * 64
-        if posix_memalign(&self.arena, 64, <size_t>total):
-            raise MemoryError(f"no memory for {total} bytes of expert buffers")
-        places = [<uintptr_t>self.arena + start for start in starts]
-        self.layers = <LayerShape *><uintptr_t>places[0]
-        self.reads = <ReadPlan *><uintptr_t>places[1]
-        self.matrices = <int64_t *><uintptr_t>places[2]
-        self.ops = <ReadOp *><uintptr_t>places[3]
-        self.first = <int64_t *><uintptr_t>places[4]
-        self.position = <int64_t *><uintptr_t>places[5]
-        self.active = <int64_t *><uintptr_t>places[6]
-        self.slots = <int64_t *><uintptr_t>places[7]
-        self.states = <uint8_t *><uintptr_t>places[8]
-        self.ready = <Ready *><uintptr_t>places[9]
-        self.act_pointers = <const void **><uintptr_t>places[10]
-        self.mid_pointers = <const void **><uintptr_t>places[11]
-        self.acts = <uint8_t *><uintptr_t>places[12]
-        self.mids = <uint8_t *><uintptr_t>places[13]
-        self.gate_rows = <float *><uintptr_t>places[14]
-        self.up_rows = <float *><uintptr_t>places[15]
-        self.out_rows = <float *><uintptr_t>places[16]
-        for i in range(self.n_layers):
-            self.layers[i] = LayerShape(
-                <int>layers[i, 0], <int>layers[i, 1], layers[i, 2], layers[i, 3],
-                <int64_t>kernels.act_bytes(<int>layers[i, 0], layers[i, 2]),
-                <int64_t>kernels.act_bytes(<int>layers[i, 1], layers[i, 3]))
+            self.layers[i] = LayerShape(<int>layers[i, 0], <int>layers[i, 1], layers[i, 2], layers[i, 3])
+            act = max(act, <int64_t>mer_act_bytes(<int>layers[i, 0], layers[i, 2]))
+            mid = max(mid, <int64_t>mer_act_bytes(<int>layers[i, 1], layers[i, 3]))
+        self.act_stride = act
+        rows = min(max_tokens * top_k, BATCH_ROWS + max_tokens)
+        for i in range(rows):
+            self.mid_pointers[i] = self.mids + i * mid
         for i in range(reads.shape[0]):
-            for j in range(self.max_reads):
-                self.reads[i * self.max_reads + j] = ReadPlan(
-                    reads[i, j, 0], reads[i, j, 1], reads[i, j, 2], reads[i, j, 3], reads[i, j, 4])
-            for j in range(3):
-                self.matrices[i * 3 + j] = matrices[i, j]
+            self.add_expert(i, reads[i], matrices[i])
 
     def __dealloc__(self):
-        free(self.arena)
+        free(self.memory)
+
+    cdef int add_expert(self, int64_t key, const int64_t[:, ::1] reads, const int64_t[::1] matrices) except -1:
+        """Checks and copies one row of the tables."""
+        cdef LayerShape *shape = &self.layers[key // self.n_experts]
+        cdef int64_t sizes[3]
+        cdef int64_t j, room = self.cache.slot_bytes
+        cdef ReadPlan *plan
+        sizes[0] = sizes[1] = shape.inter * <int64_t>mer_row_bytes(shape.gate_format, shape.hidden)
+        sizes[2] = shape.hidden * <int64_t>mer_row_bytes(shape.down_format, shape.inter)
+        for j in range(3):
+            if not 0 <= matrices[j] <= room - sizes[j]:
+                raise ValueError(f"expert {key}: a matrix of {sizes[j]} bytes at {matrices[j]} is not inside a slot of "
+                                 f"{room} bytes")
+            self.matrices[key * 3 + j] = matrices[j]
+        for j in range(self.max_reads):
+            plan = &self.reads[key * self.max_reads + j]
+            plan[0] = ReadPlan(reads[j, 0], reads[j, 1], reads[j, 2], reads[j, 3], reads[j, 4])
+            if plan.length == 0 and j > 0:
+                break
+            if not (0 <= plan.file < len(self.reader.paths) and plan.offset >= 0 and 0 < plan.needed <= plan.length
+                    and 0 <= plan.slot_offset <= room - plan.length
+                    and (plan.offset | plan.length | plan.slot_offset) % self.reader.alignment == 0):
+                raise ValueError(f"expert {key}: a read can't be {np.asarray(reads[j]).tolist()} with "
+                                 f"{len(self.reader.paths)} files, alignment {self.reader.alignment}, slots of {room} bytes")
+        return 0
 
     def forward(self, int64_t layer, const float[:, ::1] x, const int32_t[:, ::1] ids,
                 const float[:, ::1] weights, float[:, ::1] out):
         """x f32 [T, hidden], ids i32 [T, top_k], weights f32 [T, top_k] -> out f32 [T, hidden] (overwritten).
 
-        layer counts MoE layers only. Raises DeviceReadError when an expert can't be read; the cache is then
-        as if the call had not been made, and the next call may succeed.
+        layer counts MoE layers only. Raises DeviceReadError or CheckpointError when an expert can't be read: no
+        read is under way then, nothing pinned, and the next call may succeed. BudgetError when the cache's pinned
+        set leaves no slot, ValueError for shapes or ids that do not fit, IndexError for a layer.
         """
         cdef int error
         if not 0 <= layer < self.n_layers:
-            raise IndexError(f"layer {layer} of {self.n_layers}")
+            raise IndexError(f"layer {layer} is outside 0..{self.n_layers - 1}")
         self.shape = &self.layers[layer]
         self.tokens = x.shape[0]
         if not (0 < self.tokens <= self.max_tokens and x.shape[1] == self.shape.hidden
                 and ids.shape[0] == self.tokens and ids.shape[1] == self.top_k
                 and weights.shape[0] == self.tokens and weights.shape[1] == self.top_k
                 and out.shape[0] == self.tokens and out.shape[1] == self.shape.hidden):
-            raise ValueError(f"shapes do not fit: x {x.shape[:2]}, ids {ids.shape[:2]}, out {out.shape[:2]}")
+            raise ValueError(
+                f"shapes do not fit: x {np.shape(x)}, ids {np.shape(ids)}, weights {np.shape(weights)}, "
+                f"out {np.shape(out)}; hidden {self.shape.hidden}, top_k {self.top_k}, max_tokens {self.max_tokens}")
+        if not self.group(&ids[0, 0]):
+            raise ValueError(f"the ids of a token must be distinct and in 0..{self.n_experts - 1}")
         self.x, self.weights, self.out = &x[0, 0], &weights[0, 0], &out[0, 0]
         with nogil:
-            error = self.group(&ids[0, 0])
-            if error == 0:
-                self.run_tokens(input_task)
-                error = self.stream(layer)
-            if error == 0:
+            self.run_tokens(input_task)
+            error = self.stream(layer * self.n_experts)
+            if error == 0 and self.failed is NULL:
                 self.run_tokens(combine_task)
-        if error == 0:
-            return
         if error == ENOSPC:
-            raise BudgetError(f"no slot of the expert cache is free ({self.cache.n_slots} in all): raise --ram")
-        if error < 0:
-            raise ValueError(f"an expert id is outside 0..{self.n_experts - 1}")
-        raise self.reader.error(<int>self.failed_file, self.failed_offset, self.failed_length, -error)
+            raise BudgetError(f"all {self.cache.n_slots} slots of the expert cache hold experts of its pinned set: "
+                              "raise --ram, or pin fewer")
+        if self.failed is not NULL:
+            raise self.reader.error(self.failed.file, self.failed.offset, self.failed.needed, self.failed.result)
 
-    cdef int group(self, const int32_t *ids) noexcept nogil:
-        """Counting sort of (token, choice) pairs by expert; -1 when an id is out of range."""
-        cdef int64_t pairs = self.tokens * self.top_k, i, e, p
+    cdef bint group(self, const int32_t *ids) noexcept nogil:
+        """Counting sort of the (token, choice) pairs by expert; False for ids that make no sense."""
+        cdef int64_t pairs = self.tokens * self.top_k, i, j, e, p
         memset(self.first, 0, (self.n_experts + 1) * sizeof(int64_t))
         for i in range(pairs):
             if ids[i] < 0 or ids[i] >= self.n_experts:
-                return -1
+                return False
+            for j in range(i - i % self.top_k, i):
+                if ids[j] == ids[i]:
+                    return False
             self.first[ids[i] + 1] += 1
         for e in range(self.n_experts):
             self.first[e + 1] += self.first[e]
@@ -184,160 +233,147 @@ cdef class ExpertStreamer:
             p = self.first[ids[i]]
             self.first[ids[i]] = p + 1
             self.position[i] = p
-            self.act_pointers[p] = self.acts + (i // self.top_k) * self.shape.gate_act_bytes
-            self.mid_pointers[p] = self.mids + p * self.shape.down_act_bytes
+            self.act_pointers[p] = self.acts + (i // self.top_k) * self.act_stride
         for e in range(self.n_experts, 0, -1):
             self.first[e] = self.first[e - 1]
         self.first[0] = 0
-        return 0
+        return True
 
-    cdef void start_read(self, int64_t key, int64_t place) noexcept nogil:
-        cdef ReadOp *op
-        cdef ReadPlan *plan
-        cdef int64_t j, n = 0
-        cdef char *slot = self.cache.slot_ptr(self.slots[place])
-        for j in range(self.max_reads):
-            plan = &self.reads[key * self.max_reads + j]
-            if plan.length == 0:
-                break
-            op = &self.ops[place * self.max_reads + j]
-            memset(op, 0, sizeof(ReadOp))
-            op.file = <int>plan.file
-            op.offset = plan.offset
-            op.length = plan.length
-            op.needed = plan.needed
-            op.dest = slot + plan.slot_offset
-            self.bytes_read += plan.length
-            n += 1
-        self.reader.submit(&self.ops[place * self.max_reads], n)
-
-    cdef int poll_read(self, int64_t key, int64_t place) noexcept nogil:
-        """0: all read, 1: not yet, else -errno (only once none of its reads is under way any more)."""
+    cdef void plan_reads(self, Expert *e) noexcept nogil:
+        """Appends an expert's reads to `ops`: in one step it is read once at most, so there is room."""
+        cdef ReadPlan *plan = &self.reads[e.key * self.max_reads]
+        cdef char *slot = self.cache.slot_ptr(e.slot)
         cdef ReadOp *op
         cdef int64_t j
-        cdef int error = 0
+        e.first_op = self.n_ops
         for j in range(self.max_reads):
-            if self.reads[key * self.max_reads + j].length == 0:
+            if plan[j].length == 0:
                 break
-            op = &self.ops[place * self.max_reads + j]
-            if not mer_read_done(op):
-                return 1
-            if op.result < 0 and error == 0:
-                error = op.result
-                self.failed_file, self.failed_offset, self.failed_length = op.file, op.offset, op.needed
-        return error
+            op = &self.ops[self.n_ops]
+            memset(op, 0, sizeof(ReadOp))
+            op.file, op.offset = <int>plan[j].file, plan[j].offset
+            op.length, op.needed = plan[j].length, plan[j].needed
+            op.dest = slot + plan[j].slot_offset
+            self.bytes_read += op.length
+            self.n_ops += 1
+        e.end_op = self.n_ops
 
-    cdef void try_acquire(self, int64_t key, int64_t place) noexcept nogil:
-        cdef int status = self.cache.acquire(key, &self.slots[place])
+    cdef void end_reads(self, Expert *e) noexcept nogil:
+        """LOADING -> READY, or DONE and `failed`; only once none of its reads is under way any more."""
+        cdef int64_t j
+        cdef ReadOp *failed = NULL
+        for j in range(e.first_op, e.end_op):
+            if not mer_read_done(&self.ops[j]):
+                return
+            if self.ops[j].result < 0:
+                failed = &self.ops[j]
+        if failed is NULL:
+            self.cache.publish(e.key)
+            e.state = READY
+        else:
+            self.cache.fail(e.key)
+            self.cache.release(e.key)
+            e.state = DONE
+            self.failed = failed
+
+    cdef void try_acquire(self, Expert *e) noexcept nogil:
+        cdef int status = self.cache.acquire(e.key, &e.slot)
         if status == ACQ_HIT:
-            self.states[place] = READY
+            e.state = READY
             self.hits += 1
         elif status == ACQ_MISS:
-            self.states[place] = LOADING
+            e.state = LOADING
             self.misses += 1
-            self.start_read(key, place)
+            self.plan_reads(e)
         elif status == ACQ_BUSY:
-            self.states[place] = BUSY
+            e.state = BUSY
 
-    cdef int advance(self, int64_t key, int64_t place) noexcept nogil:
-        """Move an expert on from LOADING or BUSY if it can; 0, or the errno of its failed read."""
+    cdef void advance(self, Expert *e) noexcept nogil:
+        """On to the next state, where that is possible now. After a failed read nothing new is begun."""
         cdef int status
-        if self.states[place] == LOADING:
-            status = self.poll_read(key, place)
-            if status == 0:
-                self.cache.publish(key)
-                self.states[place] = READY
-            elif status < 0:
-                self.cache.fail(key)
-                self.cache.release(key)
-                self.states[place] = DONE
-                return -status
-        elif self.states[place] == BUSY:
-            status = self.cache.state(key)
+        if e.state == LOADING:
+            self.end_reads(e)
+        elif e.state == BUSY:
+            status = self.cache.state(e.key)
             if status == STATE_RESIDENT:
-                self.states[place] = READY
+                e.state = READY
                 self.hits += 1
-            elif status != STATE_LOADING:            # the one who read it failed: try ourselves
-                self.cache.release(key)
-                self.states[place] = WAITING
-                self.try_acquire(key, place)
-        return 0
+            elif status != STATE_LOADING or self.failed is not NULL:
+                self.cache.release(e.key)            # whoever read it failed: try ourselves
+                e.state = WAITING
+        if e.state == WAITING:
+            if self.failed is not NULL:
+                e.state = DONE
+            else:
+                self.try_acquire(e)
 
-    cdef void add_ready(self, int64_t key, int64_t place) noexcept nogil:
-        cdef int64_t e = self.active[place]
-        cdef const uint8_t *slot = <const uint8_t *>self.cache.slot_ptr(self.slots[place])
-        cdef Ready *r = &self.ready[self.n_ready]
-        r.gate = slot + self.matrices[key * 3]
-        r.up = slot + self.matrices[key * 3 + 1]
-        r.down = slot + self.matrices[key * 3 + 2]
-        r.first = self.first[e]
-        r.count = self.first[e + 1] - self.first[e]
+    cdef void add_ready(self, Expert *e) noexcept nogil:
+        cdef const uint8_t *slot = <const uint8_t *>self.cache.slot_ptr(e.slot)
+        cdef int64_t *places = &self.matrices[e.key * 3]
+        self.ready[self.n_ready] = Ready(slot + places[0], slot + places[1], slot + places[2], e.first, e.count,
+                                         self.n_rows)
         self.n_ready += 1
+        self.n_rows += e.count
+        e.state = COMPUTING
 
-    cdef int stream(self, int64_t layer) noexcept nogil:
-        """Acquire, read and compute every expert of this step; 0, ENOSPC, or the errno of a failed read."""
-        cdef int64_t base = layer * self.n_experts, n = 0, e, i, pairs, mark
+    cdef int stream(self, int64_t base) noexcept nogil:
+        """Acquires, reads and computes every expert of this step. 0 (see `failed`), or ENOSPC."""
+        cdef int64_t n = 0, e, i, mark, submitted = 0
         cdef int64_t under_way[N_STATES]
-        cdef int error = 0, status
+        cdef uint64_t seen
         cdef timespec pause
-        pause.tv_sec, pause.tv_nsec = 0, 20000
+        self.failed = NULL
+        self.n_ops = 0
         for e in range(self.n_experts):
             if self.first[e + 1] > self.first[e]:
-                self.active[n] = e
-                self.states[n] = WAITING
+                self.active[n] = Expert(base + e, self.first[e], self.first[e + 1] - self.first[e], -1, 0, 0, WAITING)
                 n += 1
         for i in range(n):                           # what is resident is pinned before a miss may evict it
-            if self.cache.state(base + self.active[i]) == STATE_RESIDENT:
-                self.try_acquire(base + self.active[i], i)
+            if self.cache.state(self.active[i].key) == STATE_RESIDENT:
+                self.try_acquire(&self.active[i])
         while True:
             memset(under_way, 0, sizeof(under_way))
-            self.n_ready = pairs = 0
+            seen = self.reader.completed()           # before the look at the reads: none ends unnoticed
+            self.n_ready = self.n_rows = 0
             for i in range(n):
-                if self.states[i] == WAITING:
-                    if error:
-                        self.states[i] = DONE
-                    else:
-                        self.try_acquire(base + self.active[i], i)
-                status = self.advance(base + self.active[i], i)
-                if status:
-                    error = status
-                if self.states[i] == READY and pairs < MAX_READY_PAIRS:
-                    pairs += self.first[self.active[i] + 1] - self.first[self.active[i]]
-                    self.add_ready(base + self.active[i], i)
-                    self.states[i] = COMPUTING
-                under_way[self.states[i]] += 1
+                self.advance(&self.active[i])
+                if self.active[i].state == READY and self.n_rows < BATCH_ROWS:
+                    self.add_ready(&self.active[i])
+                under_way[self.active[i].state] += 1
+            if self.n_ops > submitted:
+                self.reader.submit(&self.ops[submitted], self.n_ops - submitted)
+                submitted = self.n_ops
+            mark = now()
             if self.n_ready:
-                if error == 0:
+                if self.failed is NULL:
                     self.compute_ready()
                 for i in range(n):
-                    if self.states[i] == COMPUTING:
-                        self.cache.release(base + self.active[i])
-                        self.states[i] = DONE
+                    if self.active[i].state == COMPUTING:
+                        self.cache.release(self.active[i].key)
+                        self.active[i].state = DONE
+                self.compute_ns += now() - mark
                 self.reader.wait(0)
             elif under_way[LOADING]:
-                mark = now()
-                self.reader.wait(1)
+                self.reader.wait_past(seen)
                 self.io_wait_ns += now() - mark
-            elif under_way[BUSY]:
-                mark = now()
-                self.reader.wait(0)
+            elif under_way[BUSY] or under_way[WAITING]:
+                if not under_way[BUSY] and self.cache.all_protected():
+                    return ENOSPC
+                # It hangs on others, who read it or hold the slots; nothing here is pinned but what they read.
+                pause.tv_sec, pause.tv_nsec = 0, 50000
                 nanosleep(&pause, NULL)
                 self.io_wait_ns += now() - mark
-            elif under_way[WAITING] and error == 0:
-                return ENOSPC                        # nothing of ours is pinned: others hold every slot
             else:
-                return error
+                return 0
 
     cdef void compute_ready(self) noexcept nogil:
         """Everything in `ready`, as three passes over all of its experts at once."""
         cdef LayerShape *shape = self.shape
-        cdef int64_t mark = now()
         # Rows per task: enough tasks for every thread, enough rows to be worth a turn at the counter.
         self.chunk = max(<int64_t>16, min(<int64_t>128, shape.inter * self.n_ready // (8 * self.pool.n_threads)))
         self.pool.run(gate_up_task, <void *>self, self.n_ready * ((shape.inter + self.chunk - 1) // self.chunk))
-        self.pool.run(middle_task, <void *>self, self.n_ready)
+        self.pool.run(middle_task, <void *>self, self.n_rows)
         self.pool.run(down_task, <void *>self, self.n_ready * ((shape.hidden + self.chunk - 1) // self.chunk))
-        self.compute_ns += now() - mark
 
     cdef void run_tokens(self, mer_task_fn task) noexcept nogil:
         cdef int64_t mark = now()
@@ -346,7 +382,7 @@ cdef class ExpertStreamer:
 
     cdef void prepare_input(self, int64_t token) noexcept nogil:
         self.kernels.prepare(self.shape.gate_format, self.x + token * self.shape.hidden,
-                             self.acts + token * self.shape.gate_act_bytes, self.shape.hidden)
+                             self.acts + token * self.act_stride, self.shape.hidden)
 
     cdef void gate_up(self, int64_t task) noexcept nogil:
         """Some rows of one expert's gate and up for all of its tokens, then silu(gate) * up in place of gate."""
@@ -355,21 +391,19 @@ cdef class ExpertStreamer:
         cdef Ready *e = &self.ready[task // chunks]
         cdef int64_t r0 = (task % chunks) * self.chunk
         cdef int64_t r1 = min(r0 + self.chunk, shape.inter)
-        cdef float *gate = self.gate_rows + e.first * shape.inter
-        cdef float *up = self.up_rows + e.first * shape.inter
+        cdef float *gate = self.gate_rows + e.row * shape.inter
+        cdef float *up = self.up_rows + e.row * shape.inter
         cdef const void **acts = self.act_pointers + e.first
         cdef int64_t i
         self.kernels.matmul(shape.gate_format, e.gate, shape.hidden, r0, r1, acts, e.count, gate, shape.inter)
         self.kernels.matmul(shape.gate_format, e.up, shape.hidden, r0, r1, acts, e.count, up, shape.inter)
-        for i in range(r0, r0 + e.count * shape.inter, shape.inter):
-            self.kernels.swiglu(gate + i, up + i, gate + i, r1 - r0)
+        for i in range(e.count):
+            self.kernels.swiglu(gate + i * shape.inter + r0, up + i * shape.inter + r0,
+                                gate + i * shape.inter + r0, r1 - r0)
 
-    cdef void prepare_middle(self, int64_t task) noexcept nogil:
-        cdef Ready *e = &self.ready[task]
-        cdef int64_t i
-        for i in range(e.first, e.first + e.count):
-            self.kernels.prepare(self.shape.down_format, self.gate_rows + i * self.shape.inter,
-                                 self.mids + i * self.shape.down_act_bytes, self.shape.inter)
+    cdef void prepare_middle(self, int64_t row) noexcept nogil:
+        self.kernels.prepare(self.shape.down_format, self.gate_rows + row * self.shape.inter,
+                             <void *>self.mid_pointers[row], self.shape.inter)
 
     cdef void down(self, int64_t task) noexcept nogil:
         cdef LayerShape *shape = self.shape
@@ -377,7 +411,7 @@ cdef class ExpertStreamer:
         cdef Ready *e = &self.ready[task // chunks]
         cdef int64_t r0 = (task % chunks) * self.chunk
         self.kernels.matmul(shape.down_format, e.down, shape.inter, r0, min(r0 + self.chunk, shape.hidden),
-                            self.mid_pointers + e.first, e.count, self.out_rows + e.first * shape.hidden,
+                            self.mid_pointers + e.row, e.count, self.out_rows + e.first * shape.hidden,
                             shape.hidden)
 
     cdef void combine(self, int64_t token) noexcept nogil:
@@ -394,7 +428,8 @@ cdef class ExpertStreamer:
                 out[i] += w * row[i]
 
     def stats(self):
-        """Totals since the start: seconds waiting for reads and computing, bytes read, hits and misses."""
+        """Totals since the start: seconds waiting for reads and computing, bytes asked of the device,
+        and experts found in the cache (hits) or read (misses), each counted once a call."""
         return {
             "io_wait_s": self.io_wait_ns / 1e9,
             "compute_s": self.compute_ns / 1e9,

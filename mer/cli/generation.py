@@ -1,0 +1,145 @@
+"""What `run` and `chat` share: their options, and the summary of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import attrs
+import click
+from rich.console import Console
+
+from mer._ext.uring import BACKENDS
+from mer.cli.common import size, size_option
+from mer.config import EngineConfig
+from mer.engine.engine import Engine
+from mer.engine.outputs import Timings, Usage
+from mer.engine.params import SamplingParams
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_ENGINE: Final = (
+    click.option(
+        "--ram", callback=size_option, help="Memory of the whole process (8GiB); default: what is free."
+    ),
+    click.option("--context", type=int, help="Tokens of KV cache; default: the model's, at most 4096."),
+    click.option(
+        "--cache-experts", metavar="N|P%", help="Experts kept in memory; default: what --ram holds."
+    ),
+    click.option("--threads", type=int, help="Compute threads; default: the CPUs this process may use."),
+    click.option(
+        "--kv",
+        "kv_dtype",
+        type=click.Choice(["auto", "f32", "f16"]),
+        default="auto",
+        show_default=True,
+        help="Precision of keys and values; auto: f16 beside quantised weights, else f32.",
+    ),
+    click.option(
+        "--io",
+        "io_backend",
+        type=click.Choice(BACKENDS),
+        default="auto",
+        show_default=True,
+        help="How experts are read.",
+    ),
+)
+_SAMPLING: Final = (
+    click.option("-n", "--max-tokens", type=int, help="Most tokens of an answer; default: a full context."),
+    click.option(
+        "--temperature", type=float, default=1.0, show_default=True, help="0: the likeliest token each time."
+    ),
+    click.option("--top-k", type=int, default=0, help="Draw from the K likeliest tokens; 0: all."),
+    click.option("--top-p", type=float, default=1.0, help="Draw from the likeliest that make up P; 1: all."),
+    click.option(
+        "--min-p", type=float, default=0.0, help="Drop tokens below P times the likeliest; 0: none."
+    ),
+    click.option("--repetition-penalty", type=float, default=1.0, help="As in transformers; 1: none."),
+    click.option("--presence-penalty", type=float, default=0.0, help="As in OpenAI's API."),
+    click.option("--frequency-penalty", type=float, default=0.0, help="As in OpenAI's API."),
+    click.option("--seed", type=int, help="Makes the draws repeatable."),
+    click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times."),
+    click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, help="Token that ends it."),
+    click.option("--ignore-eos", is_flag=True, help="Go on behind the model's end token."),
+)
+
+
+def engine_options(command: _F) -> _F:
+    """The options that EngineConfig takes."""
+    for option in reversed(_ENGINE):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: _F) -> _F:
+    """The options that SamplingParams takes."""
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return command
+
+
+def split(options: dict[str, Any]) -> tuple[EngineConfig, SamplingParams]:
+    """Options of both kinds -> what they mean. Raises ConfigError or RequestError, naming the option."""
+    known = {field.name for field in attrs.fields(EngineConfig)}
+    engine = {name: value for name, value in options.items() if name in known}
+    sampling = {name: value for name, value in options.items() if name not in known}
+    return EngineConfig(**engine), SamplingParams(**sampling)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever held (VmHWM: unlike getrusage, nothing of its parent)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def describe(engine: Engine, usage: Usage, timings: Timings) -> dict[str, Any]:
+    """Usage and timings as `--json` prints them. Seconds and bytes."""
+    steps = timings.steps
+    return {
+        "usage": {**attrs.asdict(usage), "total_tokens": usage.total_tokens},
+        "timings": {
+            "queue_s": timings.queue_s,
+            "prefill_s": timings.prefill_s,
+            "decode_s": timings.decode_s,
+            **attrs.asdict(steps),
+            "hit_rate": timings.hit_rate,
+            "prefill_tokens_per_s": _rate(usage.prompt_tokens, timings.prefill_s),
+            "decode_tokens_per_s": _rate(usage.completion_tokens - 1, timings.decode_s),
+        },
+        "engine": {**engine.facts(), "ram": engine.budget.ram, "peak_bytes": peak_bytes()},
+    }
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count > 0 and seconds > 0 else None
+
+
+def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timings) -> None:
+    """Speed, where the time went, the cache, reads and memory."""
+    steps, budget = timings.steps, engine.budget
+    total = timings.prefill_s + timings.decode_s
+    rest = max(steps.step_s - steps.expert_s - steps.io_wait_s, 0.0)
+    tokens = usage.prompt_tokens + usage.completion_tokens - 1
+
+    def share(seconds: float) -> str:
+        return f"{seconds:.2f} s ({seconds / total:.0%})" if total else "0 s"
+
+    speed = _rate(usage.completion_tokens - 1, timings.decode_s)
+    prefill = _rate(usage.prompt_tokens, timings.prefill_s)
+    facts = engine.facts()
+    lines = {
+        "speed": (f"{speed:.1f} tokens/s" if speed else f"{usage.completion_tokens} token")
+        + (f" ({usage.completion_tokens} tokens), prompt {prefill:.1f} tokens/s" if prefill else "")
+        + f" ({usage.prompt_tokens} tokens)",
+        "time": f"experts {share(steps.expert_s)}, attention and dense {share(rest)}, waiting for reads "
+        f"{share(steps.io_wait_s)}, sampling and text {share(max(total - steps.step_s, 0.0))}",
+        "experts": f"hit rate {timings.hit_rate:.1%}, {size(steps.bytes_read)} read "
+        f"({size(steps.bytes_read / tokens)} per token), cache of {budget.slots} of {budget.experts} experts",
+        "memory": f"peak {size(peak_bytes())}, allowed {size(budget.ram)}",
+        "uses": f"{facts['io_backend']} reads, {facts['isa']} kernels, {facts['threads']} threads",
+    }
+    for name, text in lines.items():
+        console.print(f"  {name:8} {text}", style="dim", soft_wrap=True)

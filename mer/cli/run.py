@@ -1,0 +1,97 @@
+"""`mer run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import attrs
+import click
+
+from mer.cli.common import messages, model_argument
+from mer.cli.generation import describe, engine_options, print_summary, sampling_options, split
+from mer.config import EngineConfig
+from mer.engine.engine import Engine
+from mer.engine.outputs import join
+from mer.engine.params import SamplingParams
+from mer.errors import RequestError
+
+
+@click.command()
+@click.argument("model", callback=model_argument)
+@click.argument("prompt")
+@click.option(
+    "--chat", is_flag=True, help="Send the prompt as a user's message, by the model's chat template."
+)
+@click.option("--ids", is_flag=True, help="PROMPT is token ids, separated by spaces or commas.")
+@click.option("--logprobs", type=int, help="With --json: log-probabilities of this many likeliest tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+@click.option("-q", "--quiet", is_flag=True, help="No summary.")
+@engine_options
+@sampling_options
+def run(model: Path, prompt: str, chat: bool, ids: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Generate text that continues PROMPT (- for standard input).
+
+    The text goes to standard output as it is made, a summary of what it took to standard error.
+    """
+    config, params = split(options)
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    asyncio.run(_run(model, prompt, chat, ids, as_json, quiet, config, params))
+
+
+async def _run(
+    model: Path,
+    text: str,
+    chat: bool,
+    ids: bool,
+    as_json: bool,
+    quiet: bool,
+    config: EngineConfig,
+    params: SamplingParams,
+) -> None:
+    async with Engine.open(model, config) as engine:
+        prompt = _prompt(engine, text, chat, ids)
+        if as_json:
+            result = await engine.generate(prompt, params)
+            answer = {
+                "text": result.text,
+                "token_ids": result.token_ids,
+                "logprobs": None
+                if result.logprobs is None
+                else [attrs.asdict(each) for each in result.logprobs],
+                "finish_reason": result.finish_reason,
+                "seed": result.seed,
+                **describe(engine, result.usage, result.timings),
+            }
+            click.echo(json.dumps(answer, indent=2))
+            return
+        if not chat and isinstance(prompt, str):
+            click.echo(prompt, nl=False)
+        deltas = []
+        async for delta in engine.stream(prompt, params):
+            shown = delta.text if engine.tokenizer else "".join(f" {token}" for token in delta.token_ids)
+            click.echo(shown, nl=False)
+            sys.stdout.flush()
+            deltas.append(delta)
+        click.echo()
+        if not quiet:
+            result = join(deltas, seed=0)
+            print_summary(messages(), engine, result.usage, result.timings)
+
+
+def _prompt(engine: Engine, text: str, chat: bool, ids: bool) -> str | list[int]:
+    if chat and ids:
+        raise click.UsageError("--chat and --ids can't be combined")
+    if chat:
+        return engine.chat_prompt([{"role": "user", "content": text}])
+    if not ids:
+        return text
+    try:
+        return [int(word) for word in re.split(r"[\s,]+", text.strip()) if word]
+    except ValueError as error:
+        raise RequestError(f"--ids: {error}; write numbers separated by spaces", "prompt") from None

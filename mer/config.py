@@ -1,0 +1,76 @@
+"""Settings of an engine, checked where they are made."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, Literal
+
+from attrs import Attribute, field, frozen, validators
+
+from mer.errors import ConfigError
+
+_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+KVChoice = Literal["auto", "f32", "f16"]
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of '8GiB', '512 MiB', '1.5G' or '4096': units are powers of 1024. Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(text), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"{text!r} is not a size; write 8GiB, 512MiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _share(text: Any) -> int | float | None:
+    """A number of experts, or a share of all such as '25%' or 0.25."""
+    if text is None or (isinstance(text, int | float) and not isinstance(text, bool)):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", str(text))
+    if match is None or (not match[2] and "." in match[1]):
+        raise ConfigError(f"cache_experts {text!r}: write a number of experts or a share such as 25%")
+    return float(match[1]) / 100 if match[2] else int(match[1])
+
+
+def _check_share(_: Any, attribute: Attribute[Any], value: int | float | None) -> None:
+    if value is not None and (value <= 0 or (isinstance(value, float) and value > 1)):
+        raise ConfigError(f"{attribute.name} {value!r}: must be above 0, and a share at most 100%")
+
+
+def _at_least(least: int) -> Any:
+    def check(_: Any, attribute: Attribute[Any], value: int | None) -> None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ConfigError(f"{attribute.name} {value!r}: must be a whole number of at least {least}")
+
+    return check
+
+
+def _ram(value: str | int | None) -> int | None:
+    return None if value is None else parse_size(value)
+
+
+@frozen(kw_only=True)
+class EngineConfig:
+    """How an engine uses the machine. Nothing here changes what a model answers, but for `kv_dtype`.
+
+    Raises ConfigError for a value that can't be, naming the setting.
+    """
+
+    # Bytes that the whole process may hold (or '8GiB'); None: what is free, less a margin.
+    ram: int | None = field(default=None, converter=_ram)
+    # Tokens that the KV cache holds, of all requests together; None: the model's context, at most 4096.
+    context: int | None = field(default=None, validator=_at_least(16))
+    # Compute threads; None: the CPUs that affinity and control groups leave.
+    threads: int | None = field(default=None, validator=_at_least(1))
+    # Most tokens of one step: the size of a prompt's chunks.
+    step_tokens: int = field(default=512, validator=_at_least(1))
+    # Most requests that are computed at the same time; further ones wait.
+    max_running: int = field(default=16, validator=_at_least(1))
+    # Keys and values. auto: f16 beside quantised weights, f32 beside others, so that nothing is rounded.
+    kv_dtype: KVChoice = field(default="auto", validator=validators.in_(("auto", "f32", "f16")))
+    # Slots of the expert cache: a number, or a share of all experts (0.25, '25%'). None: what `ram` leaves.
+    cache_experts: int | float | None = field(default=None, converter=_share, validator=_check_share)
+    cache_policy: str = "lru"
+    # 'auto', 'uring', 'preadv' or 'buffered'.
+    io_backend: str = "auto"
+    queue_depth: int = field(default=64, validator=_at_least(1))

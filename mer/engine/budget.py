@@ -1,0 +1,191 @@
+"""Who gets which part of `--ram`: everything but the expert cache has its size, the cache gets the rest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from attrs import frozen
+
+from mer._ext.cpus import usable_cpus
+from mer._ext.moe import scratch_bytes
+from mer.config import EngineConfig
+from mer.engine.scheduler import blocks_for
+from mer.errors import BudgetError, ConfigError
+from mer.model.dense import dense_bytes
+from mer.model.families import Architecture
+from mer.model.forward import Forward
+from mer.model.kv import BLOCK, KVCache, KVDtype
+from mer.streaming.experts import ExpertTables
+from mer.streaming.machine import memory
+from mer.weights.checkpoint import Checkpoint
+
+DEFAULT_CONTEXT: Final = 4096
+# Of what is free, this much is left to others where no --ram is given.
+_LEFT_FREE: Final = (512 << 20, 0.1)
+# What grows while running and is not counted below: the interpreter's heap, thread stacks, sampling.
+_MARGIN: Final = 48 << 20
+# A page-table entry takes 8 bytes for 4096, and the kernel charges them to the process's control group.
+_PAGE_TABLES: Final = 512
+
+
+@frozen
+class Budget:
+    """How memory is divided. All sizes in bytes; they add up to `total`, which is at most `ram`."""
+
+    ram: int
+    interpreter: int  # what the process held when this was made: Python, libraries, tokenizer, tables
+    dense: int
+    kv: int
+    buffers: int  # of one step, and what grows
+    slot: int
+    slots: int
+    experts: int  # of all layers
+    least_slots: int
+    kv_blocks: int
+    kv_dtype: KVDtype
+    step_tokens: int
+    threads: int
+
+    @property
+    def cache(self) -> int:
+        """The expert cache's arena."""
+        return self.slot * self.slots
+
+    @property
+    def fixed(self) -> int:
+        """Everything but the cache."""
+        return self.interpreter + self.dense + self.kv + self.buffers
+
+    @property
+    def total(self) -> int:
+        return self.fixed + self.cache
+
+    @property
+    def least(self) -> int:
+        """The smallest `ram` that works."""
+        return _with_page_tables(self.fixed + self.slot * self.least_slots)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.kv_blocks * BLOCK
+
+
+def _with_page_tables(size: int) -> int:
+    return size + -(-size // (_PAGE_TABLES - 1))
+
+
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def default_ram() -> int:
+    """What this process holds and what the machine or its control group has free, less a margin."""
+    free = memory().available
+    return resident_bytes() + free - int(max(_LEFT_FREE[0], _LEFT_FREE[1] * free))
+
+
+def plan(
+    checkpoint: Checkpoint, architecture: Architecture, tables: ExpertTables, config: EngineConfig
+) -> Budget:
+    """Divide `config.ram`. Raises BudgetError, with the least that works and what takes it, if too small.
+
+    Also ConfigError for a context or a number of cached experts that makes no sense for this model.
+    """
+    budget = measure(checkpoint, architecture, tables, config)
+    if budget.slots < budget.least_slots:
+        raise BudgetError(_too_small(budget))
+    wanted = _wanted_slots(config, budget.experts)
+    if wanted is not None and budget.slots < wanted:
+        raise BudgetError(
+            f"cache_experts {config.cache_experts}: {wanted} experts take {_mib(wanted * budget.slot)}, but "
+            f"ram {_mib(budget.ram)} has room for {budget.slots} ({_mib(budget.cache)}); ask for fewer, or "
+            "raise --ram"
+        )
+    return budget
+
+
+def measure(
+    checkpoint: Checkpoint, architecture: Architecture, tables: ExpertTables, config: EngineConfig
+) -> Budget:
+    """The same division, with less than `least_slots` slots where `config.ram` is too small."""
+    spec = architecture.spec
+    limit = config.context or min(spec.max_positions, DEFAULT_CONTEXT)
+    if limit > spec.max_positions * config.max_running:
+        raise ConfigError(
+            f"context {limit}: {config.max_running} requests of this model's {spec.max_positions} positions "
+            f"never fill more than {spec.max_positions * config.max_running}; ask for less"
+        )
+    threads = config.threads or usable_cpus()
+    step = min(config.step_tokens, blocks_for(limit) * BLOCK)
+    rows = min(config.max_running, step)
+    dtype = kv_dtype(checkpoint, architecture, config)
+    buffers = (
+        Forward.scratch_bytes(spec, step, rows, threads)
+        + scratch_bytes(tables.layers, tables.reads, spec.router.top_k, step)
+        + 24 * spec.vocab  # sampling copies a row of logits some times
+        + _MARGIN
+    )
+    ram = config.ram or default_ram()
+    kv = blocks_for(limit) * KVCache.bytes_per_block(spec, dtype)
+    least_slots = min(spec.router.top_k, tables.total)
+    interpreter, dense = resident_bytes(), dense_bytes(checkpoint, architecture)
+    left = ram - ram // _PAGE_TABLES - (interpreter + dense + kv + buffers)
+    slots = max(0, min(tables.total, left // tables.slot_bytes))
+    wanted = _wanted_slots(config, tables.total)
+    if wanted is not None:
+        if wanted < least_slots:
+            raise ConfigError(
+                f"cache_experts {config.cache_experts}: {wanted} of {tables.total} experts; "
+                f"one layer of one token needs {least_slots}"
+            )
+        slots = min(slots, wanted)
+    return Budget(
+        ram=ram,
+        interpreter=interpreter,
+        dense=dense,
+        kv=kv,
+        buffers=buffers,
+        slot=tables.slot_bytes,
+        slots=slots,
+        experts=tables.total,
+        least_slots=least_slots,
+        kv_blocks=blocks_for(limit),
+        kv_dtype=dtype,
+        step_tokens=step,
+        threads=threads,
+    )
+
+
+def kv_dtype(checkpoint: Checkpoint, architecture: Architecture, config: EngineConfig) -> KVDtype:
+    """The precision of keys and values: with `auto` nothing is rounded unless weights were."""
+    if config.kv_dtype != "auto":
+        return config.kv_dtype
+    weights = {checkpoint.tensors[name].format for name in architecture.dense.values()}
+    weights |= {m.format for source in architecture.experts for m in source.experts[0].matrices}
+    return "f16" if any(form.block > 1 for form in weights) else "f32"
+
+
+def _wanted_slots(config: EngineConfig, total: int) -> int | None:
+    wanted = config.cache_experts
+    if isinstance(wanted, float):
+        wanted = max(round(wanted * total), 1)
+    return None if wanted is None else min(wanted, total)
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // (1 << 20)):,} MiB"
+
+
+def _too_small(b: Budget) -> str:
+    return (
+        f"ram {_mib(b.ram)} is too little for this model: it needs at least {_mib(b.least)} "
+        f"(dense weights {_mib(b.dense)}, KV cache of {b.context} tokens {_mib(b.kv)}, buffers "
+        f"{_mib(b.buffers)}, the program itself {_mib(b.interpreter)}, {b.least_slots} experts "
+        f"{_mib(b.slot * b.least_slots)}); "
+        "raise --ram, or lower --context"
+    )

@@ -1,0 +1,238 @@
+"""The engine as Python programs use it: open a model, await answers, iterate over streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Generator, Mapping
+from contextlib import aclosing
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import attrs
+
+from mer.config import EngineConfig
+from mer.engine.budget import Budget
+from mer.engine.outputs import Delta, Result, join
+from mer.engine.params import SamplingParams
+from mer.engine.request import Request
+from mer.engine.runner import Runner, StepStats
+from mer.engine.sampling import Sampler
+from mer.engine.scheduler import Scheduler
+from mer.engine.worker import Worker
+from mer.errors import ConfigError, EngineClosedError, RequestError
+from mer.model.spec import ModelSpec
+from mer.model.tokenizer import Tokenizer
+from mer.weights.checkpoint import Checkpoint
+
+Prompt = str | list[int]
+
+
+class _Opening:
+    """What `Engine.open` returns: `async with` opens and closes the engine, `await` just opens it."""
+
+    def __init__(self, path: Path, config: EngineConfig) -> None:
+        self._path = path
+        self._config = config
+        self._engine: Engine | None = None
+
+    def __await__(self) -> Generator[Any, None, Engine]:
+        return self._open().__await__()
+
+    async def _open(self) -> Engine:
+        # Shielded: an open that is cancelled midway would leave files and memory behind.
+        task = asyncio.ensure_future(asyncio.to_thread(Engine._load, self._path, self._config))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            engine = await task
+            await engine.close(drain=False)
+            raise
+
+    async def __aenter__(self) -> Engine:
+        self._engine = await self._open()
+        return self._engine
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._engine is not None
+        await self._engine.close(drain=error is None)
+
+
+class Engine:
+    """A model that answers any number of requests at once.
+
+    async with Engine.open("path/to/model", ram="8GiB") as engine:
+        result = await engine.generate("Once upon a time", SamplingParams(max_tokens=50))
+        async for delta in engine.stream("Once upon a time"):
+            print(delta.text, end="")
+    """
+
+    def __init__(self, runner: Runner, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._closed = False
+        budget = runner.budget
+        scheduler = Scheduler(
+            n_blocks=budget.kv_blocks, step_tokens=budget.step_tokens, max_running=config.max_running
+        )
+        self._worker = Worker(runner, scheduler)
+
+    @classmethod
+    def open(cls, path: str | PathLike[str], config: EngineConfig | None = None, **settings: Any) -> _Opening:
+        """Open the model in directory `path`; use with `async with` or `await`.
+
+        Settings are those of EngineConfig (`ram="8GiB"`, `context=4096`, ...). Raises ConfigError at once,
+        and when awaited CheckpointError, UnsupportedModelError, BudgetError or DeviceReadError.
+        """
+        known = {field.name for field in attrs.fields(EngineConfig)}
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}; known are {', '.join(sorted(known))}")
+        config = attrs.evolve(config, **settings) if config else EngineConfig(**settings)
+        return _Opening(Path(path), config)
+
+    @classmethod
+    def _load(cls, path: Path, config: EngineConfig) -> Self:
+        tokenizer: Tokenizer | None = None
+
+        def prepare(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+            nonlocal tokenizer
+            tokenizer = Tokenizer.open(checkpoint.path)
+
+        runner = Runner.open(path, config, prepare)
+        return cls(runner, tokenizer, config)
+
+    async def close(self, *, drain: bool = True) -> None:
+        """End all requests (drain) or drop them, then give everything back. Closing twice is allowed."""
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.to_thread(self._worker.close, drain=drain)
+        self._runner.close()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's sizes."""
+        return self._runner.spec
+
+    @property
+    def budget(self) -> Budget:
+        """How memory was divided."""
+        return self._runner.budget
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None for a model that came without: prompts are token ids then, and texts empty."""
+        return self._tokenizer
+
+    @property
+    def stats(self) -> StepStats:
+        """Seconds, bytes and counts of all steps since the engine was opened."""
+        return self._runner.stats
+
+    def facts(self) -> Mapping[str, Any]:
+        """What this engine uses: back end and why, instruction set, threads, slots."""
+        reader, budget = self._runner.reader, self._runner.budget
+        return {
+            "io_backend": reader.backend,
+            "io_backend_why": reader.why,
+            "isa": self._runner.isa,
+            "threads": budget.threads,
+            "cache_slots": budget.slots,
+            "experts": budget.experts,
+            "kv_dtype": budget.kv_dtype,
+        }
+
+    def chat_prompt(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
+        """Token ids of a conversation, by the model's chat template, up to where the answer begins.
+
+        Raises RequestError when the model has no template or the template refuses the messages.
+        """
+        template = self._tokenizer.chat_template if self._tokenizer else None
+        if self._tokenizer is None or template is None:
+            raise RequestError("this model has no chat template; send a plain prompt", "messages")
+        return self._tokenizer.encode(template.render(messages, **variables), special=False)
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Result:
+        """The whole answer to a text or to token ids. Raises as `stream` does."""
+        request, items = self._start(prompt, params or SamplingParams())
+        async with aclosing(self._follow(request, items)) as deltas:
+            return join([delta async for delta in deltas], request.sampler.seed)
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[Delta, None]:
+        """The answer piece by piece, at least one piece a token; leaving the iterator early ends the request.
+
+        Raises RequestError for a prompt or parameters that make no sense, DeviceReadError when an expert that
+        the answer needs can't be read, EngineClosedError.
+        """
+        request, items = self._start(prompt, params or SamplingParams())
+        async with aclosing(self._follow(request, items)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def _follow(
+        self, request: Request, items: asyncio.Queue[Delta | BaseException]
+    ) -> AsyncGenerator[Delta, None]:
+        ended = False
+        try:
+            while not ended:
+                item = await items.get()
+                if isinstance(item, BaseException):
+                    ended = True
+                    raise item
+                ended = item.finish_reason is not None
+                yield item
+        finally:
+            if not ended:
+                self._worker.cancel(request)
+
+    def _start(
+        self, prompt: Prompt, params: SamplingParams
+    ) -> tuple[Request, asyncio.Queue[Delta | BaseException]]:
+        if self._closed:
+            raise EngineClosedError("the engine is closed and takes no more requests")
+        tokens = self._tokens(prompt)
+        loop, items = asyncio.get_running_loop(), asyncio.Queue[Delta | BaseException]()
+
+        def deliver(item: Delta | BaseException) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(items.put_nowait, item)
+
+        limit = min(self.spec.max_positions, self.budget.context)
+        if len(tokens) >= limit:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens; with at least one of answer {limit} is the most here "
+                f"(the model's context is {self.spec.max_positions}, the KV cache holds "
+                f"{self.budget.context})",
+                "prompt",
+            )
+        if params.max_tokens is not None:
+            limit = min(limit, len(tokens) + params.max_tokens)
+        request = Request(
+            tokens=tokens,
+            params=params,
+            sampler=Sampler(params, tokens, self.spec.vocab),
+            tokenizer=self._tokenizer,
+            limit=limit,
+            deliver=deliver,
+        )
+        self._worker.submit(request)
+        return request, items
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise RequestError("this model came without a tokenizer; send token ids", "prompt")
+            tokens = self._tokenizer.encode(prompt)
+        else:
+            tokens = list(prompt)
+        if not tokens:
+            raise RequestError("the prompt is empty", "prompt")
+        vocab = self.spec.vocab
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+                raise RequestError(f"token id {token!r} is not a whole number in 0..{vocab - 1}", "prompt")
+        return tokens

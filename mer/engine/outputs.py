@@ -1,0 +1,124 @@
+"""What a request gives back: pieces of a stream, and the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from attrs import frozen
+
+from mer.engine.runner import StepStats
+
+FinishReason = Literal["stop", "length"]
+
+
+@frozen
+class TokenLogprob:
+    """A drawn token. logprob: natural logarithm of its probability in the model's own distribution.
+
+    top: the likeliest tokens at this place, likeliest first, as (token id, text, logprob).
+    """
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...]
+
+
+@frozen
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@frozen
+class Timings:
+    """Seconds, bytes and counts of one request.
+
+    Steps are shared by the requests of a batch, so the reads and waits of a step count for each of them.
+    """
+
+    queue_s: float  # until its first step began
+    prefill_s: float  # from then to its first token
+    decode_s: float  # from there to its last token
+    steps: StepStats
+
+    @property
+    def io_wait_s(self) -> float:
+        """Time in which there was nothing to compute because reads were not there yet."""
+        return self.steps.io_wait_s
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of experts that were read from disk."""
+        return self.steps.bytes_read
+
+    @property
+    def hits(self) -> int:
+        """Experts that were found in the cache."""
+        return self.steps.hits
+
+    @property
+    def misses(self) -> int:
+        """Experts that had to be read."""
+        return self.steps.misses
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of hits; 1 when no expert was needed."""
+        wanted = self.hits + self.misses
+        return self.hits / wanted if wanted else 1.0
+
+
+@frozen
+class Delta:
+    """The next piece of a stream. finish_reason, usage and timings come with the last one.
+
+    text: what became certain with these tokens; it may be empty, and never holds half a character or the
+    beginning of what may turn out to be a stop string.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
+@frozen
+class Result:
+    """A whole answer. token_ids: as drawn, the token that ended it included; text: without that."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    seed: int
+
+
+def join(deltas: Iterable[Delta], seed: int) -> Result:
+    """The whole of a finished stream."""
+    pieces = list(deltas)
+    last = pieces[-1]
+    assert last.finish_reason is not None
+    assert last.usage is not None
+    assert last.timings is not None
+    logprobs = None
+    if last.logprobs is not None:
+        logprobs = tuple(each for piece in pieces for each in piece.logprobs or ())
+    return Result(
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        logprobs=logprobs,
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        timings=last.timings,
+        seed=seed,
+    )

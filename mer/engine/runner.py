@@ -1,0 +1,152 @@
+"""One model in memory, ready to compute steps; memory, files and threads are taken and given back here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from attrs import astuple, define, field, frozen
+from numpy.typing import NDArray
+
+from mer._ext.cache import ExpertCache
+from mer._ext.kernels import Kernels, Pool
+from mer._ext.moe import ExpertStreamer
+from mer._ext.uring import Reader
+from mer.config import EngineConfig
+from mer.engine import budget as budgets
+from mer.engine.budget import Budget
+from mer.engine.scheduler import Chunk
+from mer.model.batch import Batch
+from mer.model.dense import load_dense
+from mer.model.families import load
+from mer.model.forward import Forward
+from mer.model.kv import KVCache
+from mer.model.spec import ModelSpec
+from mer.streaming.experts import expert_tables
+from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
+
+
+@frozen
+class StepStats:
+    """Totals since the start; the difference of two is what happened in between.
+
+    step_s: all of the steps; of it io_wait_s went by with nothing to compute because reads were not there
+    yet, and expert_s with computing experts; the rest is attention, router, head and what lies between.
+    """
+
+    step_s: float = 0.0
+    io_wait_s: float = 0.0
+    expert_s: float = 0.0
+    bytes_read: int = 0
+    hits: int = 0
+    misses: int = 0
+
+    def __sub__(self, other: StepStats) -> StepStats:
+        return StepStats(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __add__(self, other: StepStats) -> StepStats:
+        return StepStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+@define(eq=False)
+class Runner:
+    """Computes steps of one model. One thread at a time."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    budget: Budget
+    reader: Reader
+    cache: ExpertCache
+    isa: str
+    _forward: Forward = field(alias="forward")
+    _streamer: ExpertStreamer = field(alias="streamer")
+    _step_s: float = field(default=0.0, init=False)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        config: EngineConfig,
+        prepare: Callable[[Checkpoint, ModelSpec], None] = lambda checkpoint, spec: None,
+    ) -> Runner:
+        """Open the model at `path` and load its dense weights.
+
+        `prepare` is called before memory is divided: what it loads is counted. Raises CheckpointError,
+        UnsupportedModelError, BudgetError, ConfigError or DeviceReadError.
+        """
+        checkpoint = open_checkpoint(path)
+        require_streamable(checkpoint)
+        architecture = load(checkpoint)
+        spec = architecture.spec
+        tables = expert_tables(architecture.experts)
+        prepare(checkpoint, spec)
+        kernels = Kernels()
+        budget = budgets.plan(checkpoint, architecture, tables, config)
+        reader = Reader(checkpoint.files, backend=config.io_backend, queue_depth=config.queue_depth)
+        try:
+            dense = load_dense(checkpoint, architecture, reader)
+            pool = Pool(budget.threads)
+            kv = KVCache(spec, budget.kv_blocks, budget.kv_dtype)
+            cache = ExpertCache(tables.total, budget.slots, budget.slot, policy=config.cache_policy)
+            streamer = ExpertStreamer(
+                cache, reader, kernels, pool, tables.layers, tables.reads, tables.matrices,
+                spec.router.top_k, budget.step_tokens,
+            )  # fmt: skip
+            forward = Forward(
+                spec, dense, streamer, kv, pool, kernels,
+                max_tokens=budget.step_tokens, max_rows=min(config.max_running, budget.step_tokens),
+            )  # fmt: skip
+        except BaseException:
+            reader.close()
+            raise
+        return cls(checkpoint, spec, budget, reader, cache, kernels.isa, forward, streamer)
+
+    def close(self) -> None:
+        """Give the files back; no step may be under way."""
+        self.reader.close()
+
+    @property
+    def stats(self) -> StepStats:
+        s = self._streamer.stats()
+        return StepStats(
+            step_s=self._step_s,
+            io_wait_s=s["io_wait_s"],
+            expert_s=s["compute_s"],
+            bytes_read=int(s["bytes_read"]),
+            hits=int(s["hits"]),
+            misses=int(s["misses"]),
+        )
+
+    def step(self, chunks: list[Chunk]) -> NDArray[np.float32]:
+        """Compute the chunks: f32 [R, vocab], the logits after each that is its sequence's last, in order.
+
+        Overwritten by the next step. Raises DeviceReadError or CheckpointError when an expert can't be read;
+        the chunks can then be computed again.
+        """
+        tokens: list[int] = []
+        positions: list[NDArray[np.int32]] = []
+        offsets, rows = [0], []
+        tables = np.zeros((len(chunks), max(len(c.sequence.blocks) for c in chunks)), np.int32)
+        for row, chunk in zip(tables, chunks, strict=True):
+            sequence = chunk.sequence
+            start, end = sequence.computed, sequence.computed + chunk.count
+            tokens += sequence.tokens[start:end]
+            positions.append(np.arange(start, end, dtype=np.int32))
+            offsets.append(len(tokens))
+            row[: len(sequence.blocks)] = sequence.blocks
+            if chunk.last:
+                rows.append(len(tokens) - 1)
+        batch = Batch(
+            tokens=np.array(tokens, np.int32),
+            positions=np.concatenate(positions),
+            query_offsets=np.array(offsets, np.int32),
+            block_tables=tables,
+            logit_rows=np.array(rows, np.int32),
+        )
+        started = time.perf_counter()
+        try:
+            return self._forward.step(batch)
+        finally:
+            self._step_s += time.perf_counter() - started

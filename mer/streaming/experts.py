@@ -1,0 +1,99 @@
+"""Expert tables: what to read for each expert, and where gate, up and down land in its slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from mer.errors import CheckpointError, UnsupportedModelError
+from mer.weights import formats
+from mer.weights.extents import ExpertExtents, MoeLayerSource
+
+_ALIGN: Final = 4096
+
+
+@frozen(eq=False)
+class ExpertTables:
+    """The arrays that `mer._ext.moe.ExpertStreamer` takes; expert e of MoE layer l is row l * n_experts + e.
+
+    slot_bytes: what the largest expert needs, a multiple of 4096. layers i64 [n_layers, 4], reads i64
+    [n_layers * n_experts, max_reads, 5], matrices i64 [n_layers * n_experts, 3].
+    """
+
+    n_experts: int
+    slot_bytes: int
+    layers: NDArray[np.int64]
+    reads: NDArray[np.int64]
+    matrices: NDArray[np.int64]
+
+    @property
+    def total(self) -> int:
+        """Experts of all layers."""
+        return len(self.reads)
+
+
+def slot_bytes(extents: ExpertExtents) -> int:
+    """Bytes of the aligned supersets of all pieces of an expert."""
+    return sum(_aligned(piece.offset, piece.nbytes)[1] for piece in extents.pieces)
+
+
+def expert_tables(sources: Sequence[MoeLayerSource]) -> ExpertTables:
+    """Tables of every MoE layer, in order; reads no weights.
+
+    Raises UnsupportedModelError for a format without a kernel or for gate and up in different ones,
+    CheckpointError when the experts of a layer differ in format or shape.
+    """
+    n_experts = len(sources[0].experts)
+    max_reads = max(len(e.pieces) for source in sources for e in source.experts)
+    layers = np.zeros((len(sources), 4), np.int64)
+    reads = np.zeros((len(sources) * n_experts, max_reads, 5), np.int64)
+    matrices = np.zeros((len(sources) * n_experts, 3), np.int64)
+    largest = 0
+    for index, source in enumerate(sources):
+        layers[index] = _layer(source)
+        for e, extents in enumerate(source.experts):
+            row = index * n_experts + e
+            starts, at = [], 0
+            for i, piece in enumerate(extents.pieces):
+                start, length = _aligned(piece.offset, piece.nbytes)
+                inside = piece.offset - start
+                reads[row, i] = (piece.file, start, length, inside + piece.nbytes, at)
+                starts.append(at + inside)
+                at += length
+            matrices[row] = [starts[m.piece] + m.offset for m in extents.matrices]
+            largest = max(largest, at)
+    return ExpertTables(n_experts, largest, layers, reads, matrices)
+
+
+def _aligned(offset: int, nbytes: int) -> tuple[int, int]:
+    """(start, length) of the aligned superset of an extent."""
+    start = offset // _ALIGN * _ALIGN
+    return start, -(-(offset + nbytes) // _ALIGN) * _ALIGN - start
+
+
+def _layer(source: MoeLayerSource) -> tuple[int, int, int, int]:
+    first = source.experts[0]
+    for e, extents in enumerate(source.experts):
+        for name, m, wanted in zip(("gate", "up", "down"), extents.matrices, first.matrices, strict=True):
+            if (m.format, m.rows, m.cols) != (wanted.format, wanted.rows, wanted.cols):
+                raise CheckpointError(
+                    f"layer {source.layer}: {name} of expert {e} is {m.format.name} {m.rows} x {m.cols}, "
+                    f"that of expert 0 {wanted.format.name} {wanted.rows} x {wanted.cols}; "
+                    "fetch or convert the model again"
+                )
+    for m in first.matrices:
+        if m.format not in formats.FORMATS:
+            raise UnsupportedModelError(
+                f"layer {source.layer}: experts in {m.format.name} can't be multiplied where they lie; "
+                "make a store of this checkpoint with `mer convert`"
+            )
+    if first.gate.format is not first.up.format:
+        raise UnsupportedModelError(
+            f"layer {source.layer}: gate is {first.gate.format.name} and up {first.up.format.name}; they "
+            "must be in one format: convert the model's original weights with `mer convert`"
+        )
+    return first.gate.format.id, first.down.format.id, first.gate.cols, first.gate.rows
