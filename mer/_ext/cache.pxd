@@ -26,10 +26,12 @@ cdef class ExpertCache:
 
     # Experts in [0, n_experts), slots in [0, n_slots): not checked. *slot is set unless ACQ_FULL is returned.
     cdef int acquire(self, int64_t expert, int64_t *slot) noexcept nogil
-    # 0, or -1 where the call makes no sense: not loading, not pinned.
+    # 0, or -1 where the call makes no sense: not loading; not pinned, or the last pin of a read under way.
     cdef int publish(self, int64_t expert) noexcept nogil
     cdef int fail(self, int64_t expert) noexcept nogil
     cdef int release(self, int64_t expert) noexcept nogil
     cdef int state(self, int64_t expert) noexcept nogil
+    # Whether every slot holds a member of the pinned set, so that a miss can't be served.
+    cdef bint all_protected(self) noexcept nogil
     cdef char *slot_ptr(self, int64_t slot) noexcept nogil
     cdef int64_t _check(self, int64_t expert) except -1

@@ -45,6 +45,7 @@ cdef extern from "mer_cache.h" nogil:
     int mer_cache_state(const mer_cache *c, int64_t expert)
     int64_t mer_cache_pins(const mer_cache *c, int64_t expert)
     void mer_cache_protect(mer_cache *c, int64_t expert, int on)
+    int mer_cache_all_protected(mer_cache *c)
     int64_t mer_cache_clear(mer_cache *c)
     void mer_cache_get_stats(const mer_cache *c, mer_cache_stats *out)
     void mer_cache_reset_stats(mer_cache *c)
@@ -93,6 +94,9 @@ cdef class ExpertCache:
 
     cdef int state(self, int64_t expert) noexcept nogil:
         return mer_cache_state(self._cache, expert)
+
+    cdef bint all_protected(self) noexcept nogil:
+        return mer_cache_all_protected(self._cache)
 
     cdef char *slot_ptr(self, int64_t slot) noexcept nogil:
         return self._arena + slot * self.slot_bytes
@@ -146,9 +150,9 @@ cdef class ExpertCache:
             raise ValueError(f"expert {expert} is {self.state_py(expert)}, not loading")
 
     def release_py(self, int64_t expert):
-        """Drop one pin. Raises ValueError when there is none."""
+        """Drop one pin. Raises ValueError when there is none, or when it is the last one of an expert being read."""
         if self.release(self._check(expert)):
-            raise ValueError(f"expert {expert} is not pinned")
+            raise ValueError(f"expert {expert} is {'not pinned' if not self.pins(expert) else 'still loading'}")
 
     def state_py(self, int64_t expert):
         """One of STATES."""

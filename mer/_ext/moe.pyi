@@ -6,7 +6,7 @@ from mer._ext.kernels import Kernels, Pool
 from mer._ext.uring import Reader
 
 def scratch_bytes(
-    n_experts: int, top_k: int, hidden: int, inter: int, act_bytes: int, mid_bytes: int, max_tokens: int
+    layers: NDArray[np.int64], reads: NDArray[np.int64], top_k: int, max_tokens: int
 ) -> int: ...
 
 class ExpertStreamer:
@@ -15,6 +15,7 @@ class ExpertStreamer:
     top_k: int
     max_tokens: int
     max_reads: int
+    scratch_bytes: int
     def __init__(
         self,
         cache: ExpertCache,

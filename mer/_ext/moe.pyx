@@ -167,8 +167,8 @@ cdef class ExpertStreamer:
         sizes[2] = shape.hidden * <int64_t>mer_row_bytes(shape.down_format, shape.inter)
         for j in range(3):
             if not 0 <= matrices[j] <= room - sizes[j]:
-                raise ValueError(f"expert {key}: a matrix of {sizes[j]} bytes at {matrices[j]} is not inside a slot of "
-                                 f"{room} bytes")
+                raise ValueError(f"expert {key}: a matrix of {sizes[j]} bytes at {matrices[j]} is not inside a slot "
+                                 f"of {room} bytes")
             self.matrices[key * 3 + j] = matrices[j]
         for j in range(self.max_reads):
             plan = &self.reads[key * self.max_reads + j]
@@ -179,7 +179,8 @@ cdef class ExpertStreamer:
                     and 0 <= plan.slot_offset <= room - plan.length
                     and (plan.offset | plan.length | plan.slot_offset) % self.reader.alignment == 0):
                 raise ValueError(f"expert {key}: a read can't be {np.asarray(reads[j]).tolist()} with "
-                                 f"{len(self.reader.paths)} files, alignment {self.reader.alignment}, slots of {room} bytes")
+                                 f"{len(self.reader.paths)} files, alignment {self.reader.alignment}, "
+                                 f"slots of {room} bytes")
         return 0
 
     def forward(self, int64_t layer, const float[:, ::1] x, const int32_t[:, ::1] ids,

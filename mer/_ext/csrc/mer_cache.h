@@ -62,7 +62,7 @@ int mer_cache_acquire(mer_cache *c, int64_t expert, int64_t *slot);
 /* By the one who got MER_ACQ_MISS, once its read has ended; the pin stays. 0, or -1: it was not loading. */
 int mer_cache_publish(mer_cache *c, int64_t expert);
 int mer_cache_fail(mer_cache *c, int64_t expert);
-/* Drops one pin. 0, or -1: it had none. */
+/* Drops one pin. 0, or -1: it had none, or it was the last while loading (its loader publishes or fails first). */
 int mer_cache_release(mer_cache *c, int64_t expert);
 /* enum mer_expert_state. Resident: whoever holds a pin may read the slot. */
 int mer_cache_state(const mer_cache *c, int64_t expert);
@@ -72,6 +72,8 @@ int64_t mer_cache_pins(const mer_cache *c, int64_t expert);
 void mer_cache_protect(mer_cache *c, int64_t expert, int on);
 /* Drops every resident expert that is neither in use nor in the pinned set; returns how many. */
 int64_t mer_cache_clear(mer_cache *c);
+/* Whether every slot holds a resident member of the pinned set: MER_ACQ_FULL then lasts until one is taken out. */
+int mer_cache_all_protected(mer_cache *c);
 
 void mer_cache_get_stats(const mer_cache *c, mer_cache_stats *out);
 void mer_cache_reset_stats(mer_cache *c);

@@ -241,8 +241,9 @@ int mer_cache_release(mer_cache *c, int64_t expert) {
     word *const w = &c->words[expert];
     uint64_t seen = atomic_load_explicit(w, memory_order_relaxed);
     for (;;) {
-        if (!(seen & PINS)) return -1;
-        if (state_of(seen) != MER_STATE_FAILED || (seen & PINS) != PIN) {
+        const int last = (seen & PINS) == PIN, state = state_of(seen);
+        if (!(seen & PINS) || (last && state == MER_STATE_LOADING)) return -1;
+        if (!last || state != MER_STATE_FAILED) {
             if (swap(w, &seen, seen - PIN, memory_order_release)) return 0;
             continue;
         }
@@ -280,6 +281,17 @@ int64_t mer_cache_clear(mer_cache *c) {
         }
     pthread_mutex_unlock(&c->mutex);
     return dropped;
+}
+
+int mer_cache_all_protected(mer_cache *c) {
+    pthread_mutex_lock(&c->mutex);
+    int all = !c->n_free;
+    for (int64_t slot = 0; all && slot < c->n_slots; slot++) {
+        const uint64_t w = atomic_load_explicit(&c->words[c->owner[slot]], memory_order_relaxed);
+        all = (w & (PROTECTED | STATE_MASK)) == (PROTECTED | STATE(MER_STATE_RESIDENT));
+    }
+    pthread_mutex_unlock(&c->mutex);
+    return all;
 }
 
 /* ---- statistics ---- */

@@ -1,0 +1,120 @@
+"""A small mixture of experts on disk in an awkward layout, and what its output must be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from mer._ext.kernels import Kernels
+from mer.streaming.experts import expert_tables
+from mer.weights import formats
+from mer.weights.extents import ExpertExtents, Matrix, MoeLayerSource, Piece
+
+EXPERTS, TOP_K = 8, 3
+Floats = NDArray[np.float32]
+
+
+class Model:
+    """Layers of (gate format, down format, hidden, intermediate size); the experts lie in two files.
+
+    An expert is one piece, or three, at any offset; between them lie bytes that belong to nobody, and both
+    files end where an expert does.
+    """
+
+    def __init__(self, folder: Path, layers: list[tuple[formats.Format, formats.Format, int, int]]) -> None:
+        rng = np.random.default_rng([17, *(form.id for layer in layers for form in layer[:2])])
+        self.weights: list[list[list[NDArray[np.uint8]]]] = []
+        self.formats: list[tuple[int, int, int]] = []
+        files, sources = [bytearray(), bytearray()], []
+        for index, (gate, down, hidden, inter) in enumerate(layers):
+            self.formats.append((gate.id, gate.id, down.id))
+            self.weights.append([])
+            found = []
+            for e in range(EXPERTS):
+                parts = [(gate, inter, hidden), (gate, inter, hidden), (down, hidden, inter)]
+                raw = [
+                    form.quantize(rng.standard_normal((r, c), np.float32) * c**-0.5) for form, r, c in parts
+                ]
+                self.weights[-1].append(raw)
+                pieces: list[Piece] = []
+                matrices = []
+                apart = e % 2 == 1
+                for (form, r, c), data in zip(parts, raw, strict=True):
+                    if apart or not pieces:
+                        file = int(rng.integers(2))
+                        gap = int(rng.choice([1, 333, 4096, 5000])) if e else -len(files[file]) % 4096
+                        files[file] += rng.bytes(gap)
+                        pieces.append(Piece(file, len(files[file]), 0))
+                    last = pieces[-1]
+                    matrices.append(Matrix(len(pieces) - 1, last.nbytes, form, r, c))
+                    files[last.file] += data.tobytes()
+                    pieces[-1] = Piece(last.file, last.offset, last.nbytes + data.nbytes)
+                found.append(ExpertExtents(tuple(pieces), *matrices))
+            sources.append(MoeLayerSource(index, found))
+        self.paths = [folder / "a.bin", folder / "b.bin"]
+        for path, content in zip(self.paths, files, strict=True):
+            path.write_bytes(content)
+        self.layers = layers
+        self.tables = expert_tables(sources)
+
+    def inputs(self, layer: int, tokens: int, seed: int = 0, top_k: int = TOP_K):
+        """(x, ids, weights) of some tokens; some experts are chosen more often than others."""
+        rng = np.random.default_rng([seed, layer, tokens])
+        x = rng.standard_normal((tokens, self.layers[layer][2]), np.float32)
+        liking = np.arange(1, EXPERTS + 1) / (EXPERTS * (EXPERTS + 1) / 2)
+        ids = np.stack([rng.choice(EXPERTS, top_k, replace=False, p=liking) for _ in range(tokens)])
+        return x, ids.astype(np.int32), rng.random((tokens, top_k), np.float32)
+
+    def length(self, key: int) -> int:
+        """Bytes that are read for one expert."""
+        return int(self.tables.reads[key, :, 2].sum())
+
+    def exact(self, kernels: Kernels, layer: int, x: Floats, ids, weights) -> Floats:
+        """Each (token, expert) product by itself, added in the router's order: the bytes that must come."""
+        out = np.zeros_like(x)
+        product = kernels.matmul_py
+        for t, chosen in enumerate(ids):
+            for k, e in enumerate(chosen):
+                (fg, fu, fd), (gate, up, down) = self.formats[layer], self.weights[layer][e]
+                g, u = product(fg, gate, x[t : t + 1]), product(fu, up, x[t : t + 1])
+                h = kernels.swiglu_py(g[0], u[0])
+                out[t] += weights[t, k] * product(fd, down, h[None])[0]
+        return out
+
+    def reference(
+        self, layer: int, x: Floats, ids, weights
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(output in float64 with weights that gguf decodes, bound of the error).
+
+        The bound is that of rounding activations to int8 in blocks of 32 where the format asks for it (half a
+        step: the block's largest magnitude / 254), carried through the formula, and 1e-5 of all magnitudes.
+        """
+        out, bound = np.zeros(x.shape), np.zeros(x.shape)
+        (fg, fu, fd) = self.formats[layer]
+        for t, chosen in enumerate(ids):
+            for k, e in enumerate(chosen):
+                gate, up, down = (
+                    gguf.quants.dequantize(data, gguf.GGMLQuantizationType(f)).astype(np.float64)
+                    for f, data in zip((fg, fu, fd), self.weights[layer][e], strict=True)
+                )
+                row = x[t].astype(np.float64)
+                g, dg = gate @ row, np.abs(gate) @ _rounding(fg, row)
+                u, du = up @ row, np.abs(up) @ _rounding(fu, row)
+                silu = g / (1 + np.exp(-g))
+                h = silu * u
+                dh = 1.1 * dg * (np.abs(u) + du) + np.abs(silu) * du  # the slope of silu is below 1.1
+                w = float(weights[t, k])
+                out[t] += w * (down @ h)
+                bound[t] += w * (np.abs(down) @ (dh + _rounding(fd, np.abs(h) + dh)))
+        return out, bound
+
+
+def _rounding(fmt: int, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far the prepared form of x may be from x, element by element."""
+    slack = 1e-5 * np.abs(x)
+    if fmt in (formats.F32.id, formats.F16.id, formats.BF16.id):
+        return slack
+    return slack + np.repeat(np.abs(x).reshape(-1, 32).max(axis=1) / 254, 32)
