@@ -1,4 +1,4 @@
-"""A small mixture of experts on disk in an awkward layout, and what its output must be."""
+"""A small mixture of experts on disk in an awkward layout, what its output must be, and a streamer of it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
-from mer._ext.kernels import Kernels
+from mer._ext.cache import ExpertCache
+from mer._ext.kernels import Kernels, Pool
+from mer._ext.moe import ExpertStreamer
+from mer.errors import ConfigError
 from mer.streaming.experts import expert_tables
+from mer.streaming.reader import Reader
 from mer.weights import formats
 from mer.weights.extents import ExpertExtents, Matrix, MoeLayerSource, Piece
 
-EXPERTS, TOP_K = 8, 3
+EXPERTS, TOP_K, MAX_TOKENS = 8, 3, 40
+KERNELS = Kernels()
 Floats = NDArray[np.float32]
 
 
@@ -118,3 +124,49 @@ def _rounding(fmt: int, x: NDArray[np.float64]) -> NDArray[np.float64]:
     if fmt in (formats.F32.id, formats.F16.id, formats.BF16.id):
         return slack
     return slack + np.repeat(np.abs(x).reshape(-1, 32).max(axis=1) / 254, 32)
+
+
+def open_reader(model: Model, backend: str = "auto", **options: int) -> Reader:
+    try:
+        return Reader(model.paths, backend=backend, **options)
+    except ConfigError as e:
+        pytest.skip(f"this machine can't: {e}")
+
+
+class Streamed:
+    """A streamer with a cache and a reader of its own, unless they are given."""
+
+    def __init__(
+        self,
+        model: Model,
+        slots: int | None = None,
+        *,
+        reader: Reader | None = None,
+        cache: ExpertCache | None = None,
+        threads: int = 2,
+        max_tokens: int = MAX_TOKENS,
+    ) -> None:
+        tables = self.tables = model.tables
+        self.model = model
+        self.reader = reader or open_reader(model)
+        self.cache = cache or ExpertCache(tables.total, slots or tables.total, tables.slot_bytes)
+        self.streamer = ExpertStreamer(
+            self.cache, self.reader, KERNELS, Pool(threads), tables.layers, tables.reads, tables.matrices,
+            TOP_K, max_tokens,
+        )  # fmt: skip
+
+    def forward(self, layer, x, ids, weights):
+        out = np.full(x.shape, np.nan, np.float32)
+        self.streamer.forward(layer, x, ids, weights, out)
+        return out
+
+    def check(self, layer: int, tokens: int, seed: int = 0) -> None:
+        inputs = self.model.inputs(layer, tokens, seed)
+        assert self.forward(layer, *inputs).tobytes() == self.model.exact(KERNELS, layer, *inputs).tobytes()
+        assert_idle(self.cache)
+
+
+def assert_idle(cache: ExpertCache) -> None:
+    """Nobody holds anything: what a call that has returned, or raised, must leave behind."""
+    now = cache.stats()
+    assert (now["in_use"], now["loading"], now["failed"]) == (0, 0, 0)
