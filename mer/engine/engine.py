@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+from contextlib import aclosing, suppress
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,8 @@ from mer.engine.runner import Runner, StepStats
 from mer.engine.sampling import Sampler
 from mer.engine.scheduler import Scheduler
 from mer.engine.worker import Worker
-from mer.errors import ConfigError, EngineClosedError, RequestError
+from mer.errors import ConfigError, EngineClosedError, MerError, RequestError
+from mer.model.settings import eos_ids
 from mer.model.spec import ModelSpec
 from mer.model.tokenizer import Tokenizer
 from mer.weights.checkpoint import Checkpoint
@@ -46,8 +48,8 @@ class _Opening:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            engine = await task
-            await engine.close(drain=False)
+            with suppress(MerError):
+                await (await task).close(drain=False)
             raise
 
     async def __aenter__(self) -> Engine:
@@ -70,9 +72,12 @@ class Engine:
             print(delta.text, end="")
     """
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer | None, ends: frozenset[int], config: EngineConfig
+    ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
+        self._eos_ids = ends
         self._closed = False
         budget = runner.budget
         scheduler = Scheduler(
@@ -97,20 +102,26 @@ class Engine:
     @classmethod
     def _load(cls, path: Path, config: EngineConfig) -> Self:
         tokenizer: Tokenizer | None = None
+        ends: frozenset[int] = frozenset()
 
         def prepare(checkpoint: Checkpoint, spec: ModelSpec) -> None:
-            nonlocal tokenizer
+            nonlocal tokenizer, ends
             tokenizer = Tokenizer.open(checkpoint.path)
+            # Known also for a model that came without a tokenizer.
+            found = tokenizer.eos_ids if tokenizer else eos_ids(checkpoint.path, checkpoint.config)
+            ends = found or frozenset()
 
         runner = Runner.open(path, config, prepare)
-        return cls(runner, tokenizer, config)
+        return cls(runner, tokenizer, ends, config)
 
     async def close(self, *, drain: bool = True) -> None:
         """End all requests (drain) or drop them, then give everything back. Closing twice is allowed."""
-        if self._closed:
-            return
         self._closed = True
-        await asyncio.to_thread(self._worker.close, drain=drain)
+        await asyncio.to_thread(self._close, drain)
+
+    def _close(self, drain: bool) -> None:
+        # All of it on one thread: who stops waiting for it does not stop it.
+        self._worker.close(drain=drain)
         self._runner.close()
 
     @property
@@ -162,7 +173,9 @@ class Engine:
         async with aclosing(self._follow(request, items)) as deltas:
             return join([delta async for delta in deltas], request.sampler.seed)
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[Delta, None]:
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """The answer piece by piece, at least one piece a token; leaving the iterator early ends the request.
 
         Raises RequestError for a prompt or parameters that make no sense, DeviceReadError when an expert that
@@ -198,8 +211,10 @@ class Engine:
         loop, items = asyncio.get_running_loop(), asyncio.Queue[Delta | BaseException]()
 
         def deliver(item: Delta | BaseException) -> None:
-            if not loop.is_closed():
+            try:
                 loop.call_soon_threadsafe(items.put_nowait, item)
+            except RuntimeError:  # the loop was closed: nobody waits any more
+                self._worker.cancel(request)
 
         limit = min(self.spec.max_positions, self.budget.context)
         if len(tokens) >= limit:
@@ -216,6 +231,7 @@ class Engine:
             params=params,
             sampler=Sampler(params, tokens, self.spec.vocab),
             tokenizer=self._tokenizer,
+            eos_ids=self._eos_ids,
             limit=limit,
             deliver=deliver,
         )
@@ -227,12 +243,15 @@ class Engine:
             if self._tokenizer is None:
                 raise RequestError("this model came without a tokenizer; send token ids", "prompt")
             tokens = self._tokenizer.encode(prompt)
-        else:
+        elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
             tokens = list(prompt)
+        else:
+            kind = type(prompt).__name__
+            raise RequestError(f"the prompt must be text or a list of token ids, not {kind}", "prompt")
         if not tokens:
             raise RequestError("the prompt is empty", "prompt")
         vocab = self.spec.vocab
         for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+            if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < vocab:
                 raise RequestError(f"token id {token!r} is not a whole number in 0..{vocab - 1}", "prompt")
-        return tokens
+        return [int(token) for token in tokens]

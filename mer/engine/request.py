@@ -14,8 +14,8 @@ from mer.engine.params import SamplingParams
 from mer.engine.runner import StepStats
 from mer.engine.sampling import Sampled, Sampler
 from mer.engine.scheduler import Sequence
-from mer.model.stopping import StopStrings
 from mer.model.detokenizer import Detokenizer
+from mer.model.stopping import StopStrings
 from mer.model.tokenizer import Tokenizer
 
 Deliver = Callable[[Delta | BaseException], None]
@@ -28,6 +28,7 @@ class Request(Sequence):
     params: SamplingParams
     sampler: Sampler
     tokenizer: Tokenizer | None
+    eos_ids: frozenset[int]
     limit: int  # most tokens, prompt and answer together
     deliver: Deliver
     prompt_tokens: int = field(init=False)
@@ -43,10 +44,9 @@ class Request(Sequence):
         self.prompt_tokens = len(self.tokens)
         self._detokenizer = self.tokenizer.detokenizer(self.tokens) if self.tokenizer else None
         self._stops = StopStrings(self.params.stop)
-        ends = frozenset(self.params.stop_token_ids)
-        if self.tokenizer and not self.params.ignore_eos:
-            ends |= self.tokenizer.eos_ids
-        self._end_ids = ends
+        self._end_ids = frozenset(self.params.stop_token_ids)
+        if not self.params.ignore_eos:
+            self._end_ids |= self.eos_ids
 
     def begin_step(self) -> None:
         if self._started_at is None:

@@ -26,28 +26,41 @@ class Worker:
         self._scheduler = scheduler
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._closing = False
+        self._failure = ""  # why the thread ended by itself
+        self._ended = False  # no more commands are obeyed on the thread; changes under the lock
+        self._ending = threading.Lock()
         self._requests: set[Request] = set()
         self._thread = threading.Thread(target=self._run, name="mer-step", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request) -> None:
         """Its `deliver` is called on the worker's thread: with deltas, or with one exception."""
-        self._commands.put(lambda: self._add(request))
+        self._send(lambda: self._add(request))
 
     def cancel(self, request: Request) -> None:
         """Forget it at the next step, if it has not ended by itself; nothing more is delivered."""
-        self._commands.put(lambda: self._remove(request))
+        self._send(lambda: self._remove(request))
 
     def close(self, *, drain: bool) -> None:
-        """Take no more requests, end (drain) or drop those that are there, and end the thread."""
+        """Take no more requests, end (drain) or drop those that are there, and end the thread.
+
+        May be called again, also while it is under way: to drop what it would have drained.
+        """
 
         def begin() -> None:
             self._closing = True
             if not drain:
                 self._fail(set(self._requests), EngineClosedError("the engine was closed"))
 
-        self._commands.put(begin)
+        self._send(begin)
         self._thread.join()
+
+    def _send(self, command: _Command) -> None:
+        with self._ending:
+            if not self._ended:
+                self._commands.put(command)
+                return
+        command()  # nothing is left but to be told so
 
     def _run(self) -> None:
         try:
@@ -58,12 +71,11 @@ class Worker:
         except BaseException as error:
             _log.exception("the engine's thread ended")
             self._closing = True
-            self._fail(set(self._requests), MerError(f"the engine stopped by an error inside mer: {error!r}"))
-        while True:  # who came too late is told so
-            try:
-                self._commands.get_nowait()()
-            except queue.Empty:
-                return
+            self._failure = f"the engine stopped by an error inside mer: {error!r}"
+            self._fail(set(self._requests), MerError(self._failure))
+        with self._ending:
+            self._ended = True
+        self._obey()  # who came too late is told so
 
     def _obey(self) -> None:
         """All commands that are there; waits for one when there is nothing to compute."""
@@ -76,7 +88,8 @@ class Worker:
 
     def _add(self, request: Request) -> None:
         if self._closing:
-            request.deliver(EngineClosedError("the engine is closed and takes no more requests"))
+            text = self._failure or "the engine is closed and takes no more requests"
+            request.deliver(EngineClosedError(text))
             return
         self._requests.add(request)
         self._scheduler.add(request)
@@ -118,6 +131,9 @@ class Worker:
                     self._remove(request)
             except MerError as error:
                 self._fail([request], error)
+            except Exception as error:  # of one answer's tokens or text: the others go on
+                _log.exception("a request ended")
+                self._fail([request], MerError(f"the request ended by an error inside mer: {error!r}"))
 
 
 def _requests(chunks: list[Chunk]) -> list[Request]:

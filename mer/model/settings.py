@@ -73,6 +73,26 @@ def added_tokens(path: Path, config: Mapping[str, Any]) -> list[tuple[int, Added
         ) from error
 
 
+def eos_ids(path: Path, config: Mapping[str, Any]) -> frozenset[int] | None:
+    """Tokens that end an answer, from the first of generation_config.json and config.json that names any.
+
+    config: the model's config.json. None when neither does. Raises CheckpointError.
+    """
+    generation = read_optional(path / "generation_config.json")
+    for file, values in ("generation_config.json", generation), ("config.json", config):
+        ids = values.get("eos_token_id")
+        if ids is None:
+            continue
+        found = ids if isinstance(ids, list) else [ids]
+        if not all(type(id) is int for id in found):
+            raise CheckpointError(
+                f"{path / file}: eos_token_id is {ids!r}, it must be one token id or a list of them"
+            )
+        # -1 stands for "none" in some files.
+        return frozenset(id for id in found if id >= 0)
+    return None
+
+
 def _added_token(entry: Mapping[str, Any]) -> AddedToken:
     special = entry.get("special") is True
     return AddedToken(

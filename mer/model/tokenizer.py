@@ -14,7 +14,7 @@ from mer.errors import CheckpointError, RequestError
 from mer.model import sentencepiece
 from mer.model.chat import ChatTemplate
 from mer.model.detokenizer import Detokenizer, Vocabulary, stages
-from mer.model.settings import added_tokens, read_optional, special_tokens
+from mer.model.settings import added_tokens, eos_ids, read_optional, special_tokens
 
 
 class Tokenizer:
@@ -153,17 +153,8 @@ class JsonVocabulary:
 def _eos_ids(
     path: Path, config: Mapping[str, Any], special: Mapping[str, str], vocabulary: Vocabulary
 ) -> frozenset[int]:
-    generation = read_optional(path / "generation_config.json")
-    for file, values in ("generation_config.json", generation), ("config.json", config):
-        ids = values.get("eos_token_id")
-        if ids is None:
-            continue
-        found = ids if isinstance(ids, list) else [ids]
-        if not all(type(id) is int for id in found):
-            raise CheckpointError(
-                f"{path / file}: eos_token_id is {ids!r}, it must be one token id or a list of them"
-            )
-        # -1 stands for "none" in some files.
-        return frozenset(id for id in found if id >= 0)
+    ids = eos_ids(path, config)
+    if ids is not None:
+        return ids
     id = vocabulary.id(special.get("eos_token", ""))
     return frozenset() if id is None else frozenset([id])
