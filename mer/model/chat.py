@@ -64,7 +64,7 @@ class ChatTemplate:
         for name, source in templates.items():
             try:
                 self._templates[name] = environment.from_string(source)
-            except (TemplateError, RecursionError) as error:
+            except Exception as error:  # jinja's own, or Python's about the code that jinja writes
                 line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
                 raise CheckpointError(
                     f"{file}: the chat template {name!r} is broken{line}: {error}; fetch the file again"
@@ -149,7 +149,7 @@ def _steps_of(value: Iterable[Any]) -> Iterator[Any]:
 class _Environment(ImmutableSandboxedEnvironment):
     """transformers' environment for chat templates, with bounds on what a rendering may take."""
 
-    intercepted_binops = frozenset(["*", "**", "%"])
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -168,7 +168,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         return tree
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
+        if operator == "+":
+            if isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
+                _bounded(len(left) + len(right))
+        elif operator == "*":
             for sized, times in (left, right), (right, left):
                 if isinstance(sized, str | list | tuple) and isinstance(times, int):
                     _bounded(len(sized) * times)
@@ -194,9 +197,9 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class _Dict:
