@@ -56,8 +56,8 @@ class Request(Sequence):
         """A step that it took part in has been computed."""
         self._steps += stats
 
-    def accept(self, logits: NDArray[np.float32]) -> bool:
-        """Draw the next token from f32 [vocab] and pass it on; returns whether the request has ended."""
+    def accept(self, logits: NDArray[np.float32]) -> Delta:
+        """Draw the next token from f32 [vocab]: the piece to deliver, with a finish_reason if it is the last."""
         drawn = self.sampler.sample(logits)
         self.tokens.append(drawn.token)
         now = time.perf_counter()
@@ -67,11 +67,9 @@ class Request(Sequence):
         if self.params.logprobs is not None:
             logprobs = (self._logprob(drawn),)
         if reason is None:
-            self.deliver(Delta(text, (drawn.token,), logprobs))
-            return False
+            return Delta(text, (drawn.token,), logprobs)
         usage = Usage(self.prompt_tokens, len(self.tokens) - self.prompt_tokens)
-        self.deliver(Delta(text, (drawn.token,), logprobs, reason, usage, self._timings(now)))
-        return True
+        return Delta(text, (drawn.token,), logprobs, reason, usage, self._timings(now))
 
     def _read(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that is certain now, and why the answer ends here if it does."""

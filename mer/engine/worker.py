@@ -127,8 +127,12 @@ class Worker:
             request.end_step(stats)
         for row, request in zip(logits, wanted, strict=True):
             try:
-                if request.accept(row):
-                    self._remove(request)
+                delta = request.accept(row)
+                if delta.finish_reason is not None:
+                    self._remove(
+                        request
+                    )  # before anybody knows: its blocks are free when the answer is there
+                request.deliver(delta)
             except MerError as error:
                 self._fail([request], error)
             except Exception as error:  # of one answer's tokens or text: the others go on

@@ -1,0 +1,87 @@
+"""Small models and askers that the engine's tests share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+from oracle.make_checkpoints import make
+from oracle.make_tokenizer import write_tokenizer
+
+from mer import Delta, Engine, SamplingParams
+from mer.engine.request import Request
+from mer.model import families
+from mer.weights import convert as conversion
+from mer.weights import formats
+from mer.weights.checkpoint import open_checkpoint
+from mer.weights.plan import Plan
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def prompt(n: int, seed: int = 0, vocab: int = 211) -> list[int]:
+    """n random token ids, never 0."""
+    return np.random.default_rng([n, seed]).integers(1, vocab, n).tolist()
+
+
+def write_text_model(path: Path, *, chat: bool = False, **changes) -> Path:
+    """A qwen3_moe of 12 experts in all that has a tokenizer; every byte is a token, </s> is 0."""
+    make(path, "qwen3_moe", vocab_size=300, num_hidden_layers=2, num_experts=6, eos_token_id=0, **changes)
+    write_tokenizer(path, chat=chat)
+    return path
+
+
+def convert_to(src: Path, dst: Path, experts: str | None, dense: str | None) -> Path:
+    """The expert store `dst` of `src`; None: formats as they are."""
+    checkpoint = open_checkpoint(src)
+    architecture = families.load(checkpoint)
+    plan = Plan(architecture.experts, tuple(architecture.dense.values()), architecture.kept)
+    form = [formats.by_name(name) if name else None for name in (experts, dense)]
+    conversion.convert(checkpoint, dst, plan, experts=form[0], dense=form[1])
+    return dst
+
+
+@asynccontextmanager
+async def opened(path: Path, **settings) -> AsyncIterator[Engine]:
+    """An engine that must have given back every block and pin when its requests are over."""
+    async with Engine.open(path, **{"context": 512} | settings) as engine:
+        yield engine
+        await settle(engine)
+        check_idle(engine)
+
+
+async def settle(engine: Engine) -> None:
+    """Until all that was asked of the engine's thread before has been done."""
+    await asyncio.sleep(0)
+    await engine.generate([1], SamplingParams(temperature=0, max_tokens=1))
+
+
+def check_idle(engine: Engine) -> None:
+    """Nothing is held for nobody."""
+    scheduler, cache = engine._worker._scheduler, engine._runner.cache.stats()
+    assert not engine._worker._requests
+    assert not scheduler
+    assert scheduler.pool.free == scheduler.pool.n_blocks
+    assert (cache["in_use"], cache["loading"], cache["failed"]) == (0, 0, 0)
+
+
+class Logits:
+    """The raw logits that each request drew its tokens from, recorded while they pass."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.rows: dict[tuple[int, ...], list[bytes]] = {}
+        accept = Request.accept
+
+        def recorded(request: Request, logits: np.ndarray) -> Delta:
+            key = tuple(request.tokens[: request.prompt_tokens])
+            self.rows.setdefault(key, []).append(logits.tobytes())
+            return accept(request, logits)
+
+        monkeypatch.setattr(Request, "accept", recorded)
+
+    def take(self, ids: Iterable[int]) -> bytes:
+        """All rows of the request with this prompt, forgotten here."""
+        return b"".join(self.rows.pop(tuple(ids)))

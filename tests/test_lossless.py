@@ -1,0 +1,159 @@
+"""The same request gives the same bytes, however it is streamed, cut, batched, interrupted or threaded.
+
+Compared are the raw logits that every token was drawn from, the tokens, and the log-probabilities. The
+reference is the engine with all experts resident and each request alone, on a checkpoint that transformers
+wrote; that this reference is right is for tests/oracle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from engine_models import Logits, convert_to, opened, prompt
+from oracle.make_checkpoints import FAMILY, make
+
+from mer import SamplingParams
+
+TOP_K = 2
+GREEDY = SamplingParams(temperature=0, max_tokens=20, logprobs=20, ignore_eos=True)
+DRAWN = SamplingParams(temperature=1.0, seed=11, max_tokens=20, logprobs=20, ignore_eos=True)
+PROMPTS = [prompt(n) for n in (70, 5, 33)]
+
+CACHES = {
+    "one-layers-experts": {"cache_experts": TOP_K},
+    "five-experts": {"cache_experts": 5},
+    "half": {"cache_experts": "50%"},
+}
+BACKENDS = {
+    back_end: {"cache_experts": TOP_K, "io_backend": back_end} for back_end in ("uring", "preadv", "buffered")
+}
+CUTS = {
+    "token-by-token": {"step_tokens": 1, "cache_experts": 3},
+    "sixteen": {"step_tokens": 16, "cache_experts": TOP_K},
+    "seven": {"step_tokens": 7},
+    "one-thread": {"threads": 1},
+    "three-threads": {"threads": 3, "cache_experts": 3},
+    "one-at-a-time": {"max_running": 1},
+    "shallow-queue": {"queue_depth": 1, "cache_experts": TOP_K},
+}
+
+
+async def alone(path, params, logits, **settings):
+    """What each prompt gets, one after the other."""
+    found = []
+    async with opened(path, **settings) as engine:
+        for ids in PROMPTS:
+            result = await engine.generate(ids, params)
+            found.append((result.token_ids, result.logprobs, logits.take(ids)))
+    return found
+
+
+async def together(path, params, logits, **settings):
+    """What each prompt gets when the second joins after three tokens of the first, the third after five."""
+    async with opened(path, **settings) as engine:
+        gates = [asyncio.Event() for _ in PROMPTS]
+
+        async def ask(number):
+            if number:
+                await gates[number].wait()
+            pieces = []
+            async for piece in engine.stream(PROMPTS[number], params):
+                pieces.append(piece)
+                if number == 0:
+                    for late, tokens in ((1, 3), (2, 5)):
+                        if len(pieces) == tokens:
+                            gates[late].set()
+            ids = tuple(token for piece in pieces for token in piece.token_ids)
+            return ids, tuple(each for piece in pieces for each in piece.logprobs)
+
+        answers = await asyncio.gather(*map(ask, range(len(PROMPTS))))
+        preemptions = engine._worker._scheduler.preemptions
+    return [(*a, logits.take(ids)) for a, ids in zip(answers, PROMPTS, strict=True)], preemptions
+
+
+@pytest.fixture
+def logits(monkeypatch):
+    return Logits(monkeypatch)
+
+
+@pytest.fixture(scope="module", params=FAMILY)
+def model(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    more = {"sliding_window": 45} if request.param == "mixtral" else {}
+    make(path, request.param, **more)
+    return path
+
+
+async def test_streamed_cut_batched_and_threaded(model, logits):
+    expected = await alone(model, GREEDY, logits)
+    for tokens, logprobs, rows in expected:
+        assert (len(tokens), len(logprobs), len(rows)) == (20, 20, 20 * 211 * 4)
+    for name, settings in (CACHES | BACKENDS | CUTS).items():
+        if name in CACHES:
+            assert await alone(model, GREEDY, logits, **settings) == expected, name
+        found, _ = await together(model, GREEDY, logits, **settings)
+        assert found == expected, f"{name}, in a batch"
+
+
+async def test_drawn_tokens(model, logits):
+    expected = await alone(model, DRAWN, logits)
+    greedy = await alone(model, GREEDY, logits)
+    assert expected[0][0] != greedy[0][0], "a draw at temperature 1 of a random model"
+    for settings in ({"cache_experts": TOP_K, "step_tokens": 5}, {"cache_experts": TOP_K, "context": 96}):
+        found, _ = await together(model, DRAWN, logits, **settings)
+        assert found == expected, settings
+
+
+async def test_preempted(model, logits):
+    expected = await alone(model, GREEDY, logits)
+    # 90, 25 and 53 tokens in the end: together more than 112.
+    found, preemptions = await together(model, GREEDY, logits, context=112, cache_experts=3)
+    assert preemptions > 0
+    assert found == expected
+
+
+async def test_a_full_cache_of_other_requests_leaves_no_trace(model, logits):
+    """The same engine again and again, with whatever the cache and freed KV blocks hold by then."""
+    expected = await alone(model, GREEDY, logits)
+    async with opened(model, cache_experts="50%", context=112) as engine:
+        for _ in range(3):
+            for ids, wanted in zip(PROMPTS, expected, strict=True):
+                result = await engine.generate(ids, GREEDY)
+                assert (result.token_ids, result.logprobs, logits.take(ids)) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("family", FAMILY)
+async def test_in_place_and_converted(family, dtype, tmp_path, logits):
+    make(tmp_path / "hf", family, dtype=dtype)
+    expected = await alone(tmp_path / "hf", GREEDY, logits)
+    store = convert_to(tmp_path / "hf", tmp_path / "store", None, None)
+    assert (await together(store, GREEDY, logits))[0] == expected
+    assert (await together(store, GREEDY, logits, cache_experts=TOP_K))[0] == expected
+    assert (await together(tmp_path / "hf", GREEDY, logits, cache_experts=TOP_K))[0] == expected
+    if dtype is torch.bfloat16:  # widening is exact
+        wide = convert_to(tmp_path / "hf", tmp_path / "wide", "f32", None)
+        assert [a[0] for a in await alone(wide, GREEDY, logits)] == [a[0] for a in expected]
+
+
+WIDE = {"hidden_size": 256, "num_hidden_layers": 2}
+INTER = {"mixtral": {"intermediate_size": 256}, "qwen3_moe": {"moe_intermediate_size": 256}}
+
+
+@pytest.mark.parametrize("experts", ["q8_0", "q4_0", "q4_k", "f16"])
+@pytest.mark.parametrize("family", INTER)
+async def test_quantised_stores(family, experts, tmp_path, logits):
+    make(tmp_path / "hf", family, **WIDE, **INTER[family])
+    store = convert_to(tmp_path / "hf", tmp_path / "store", experts, "q8_0")
+    expected = await alone(store, GREEDY, logits)
+    for settings in (
+        {"cache_experts": TOP_K, "io_backend": "uring"},
+        {"cache_experts": TOP_K, "io_backend": "preadv", "threads": 3},
+        {"cache_experts": 3, "io_backend": "buffered", "step_tokens": 6, "threads": 1},
+        {"cache_experts": TOP_K, "context": 112},
+    ):
+        found, preemptions = await together(store, GREEDY, logits, **settings)
+        assert found == expected, settings
+    assert preemptions > 0
