@@ -1,0 +1,47 @@
+"""A memory control group around a command: the kernel kills what goes over the limit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+import uuid
+from pathlib import Path
+
+ROOT = Path("/sys/fs/cgroup")
+
+
+class MemoryGroup:
+    """A group of version 1 or 2, removed at the end. Raises OSError where none can be made."""
+
+    def __init__(self, limit: int) -> None:
+        self._old = (ROOT / "memory" / "memory.limit_in_bytes").exists()
+        self.path = (ROOT / "memory" if self._old else ROOT) / f"mer-test-{uuid.uuid4().hex[:8]}"
+        self.path.mkdir()
+        (self.path / ("memory.limit_in_bytes" if self._old else "memory.max")).write_text(str(limit))
+        swap = self.path / ("memory.memsw.limit_in_bytes" if self._old else "memory.swap.max")
+        if swap.exists():
+            swap.write_text(str(limit) if self._old else "0")
+
+    def __enter__(self) -> MemoryGroup:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for _ in range(50):
+            try:
+                self.path.rmdir()
+                return
+            except OSError:
+                time.sleep(0.1)
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that were ever charged to the group, the page cache of its files included."""
+        name = "memory.max_usage_in_bytes" if self._old else "memory.peak"
+        return int((self.path / name).read_text())
+
+    def run(self, command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        def join() -> None:
+            (self.path / "cgroup.procs").write_text(str(os.getpid()))
+
+        return subprocess.run(command, capture_output=True, text=True, preexec_fn=join, **options)  # type: ignore[call-overload,no-any-return]
