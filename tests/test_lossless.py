@@ -16,7 +16,8 @@ from oracle.make_checkpoints import FAMILY, make
 
 from mer import SamplingParams
 
-TOP_K = 2
+# With two experts a token the order in which they are added would not show.
+TOP_K = 3
 GREEDY = SamplingParams(temperature=0, max_tokens=20, logprobs=20, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1.0, seed=11, max_tokens=20, logprobs=20, ignore_eos=True)
 PROMPTS = [prompt(n) for n in (70, 5, 33)]
@@ -30,11 +31,11 @@ BACKENDS = {
     back_end: {"cache_experts": TOP_K, "io_backend": back_end} for back_end in ("uring", "preadv", "buffered")
 }
 CUTS = {
-    "token-by-token": {"step_tokens": 1, "cache_experts": 3},
+    "token-by-token": {"step_tokens": 1, "cache_experts": 4},
     "sixteen": {"step_tokens": 16, "cache_experts": TOP_K},
     "seven": {"step_tokens": 7},
     "one-thread": {"threads": 1},
-    "three-threads": {"threads": 3, "cache_experts": 3},
+    "three-threads": {"threads": 3, "cache_experts": 4},
     "one-at-a-time": {"max_running": 1},
     "shallow-queue": {"queue_depth": 1, "cache_experts": TOP_K},
 }
@@ -82,7 +83,7 @@ def logits(monkeypatch):
 def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     more = {"sliding_window": 45} if request.param == "mixtral" else {}
-    make(path, request.param, **more)
+    make(path, request.param, num_experts_per_tok=TOP_K, **more)
     return path
 
 
@@ -127,7 +128,7 @@ async def test_a_full_cache_of_other_requests_leaves_no_trace(model, logits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("family", FAMILY)
 async def test_in_place_and_converted(family, dtype, tmp_path, logits):
-    make(tmp_path / "hf", family, dtype=dtype)
+    make(tmp_path / "hf", family, num_experts_per_tok=TOP_K, dtype=dtype)
     expected = await alone(tmp_path / "hf", GREEDY, logits)
     store = convert_to(tmp_path / "hf", tmp_path / "store", None, None)
     assert (await together(store, GREEDY, logits))[0] == expected
@@ -138,7 +139,7 @@ async def test_in_place_and_converted(family, dtype, tmp_path, logits):
         assert [a[0] for a in await alone(wide, GREEDY, logits)] == [a[0] for a in expected]
 
 
-WIDE = {"hidden_size": 256, "num_hidden_layers": 2}
+WIDE = {"hidden_size": 256, "num_hidden_layers": 2, "num_experts_per_tok": TOP_K}
 INTER = {"mixtral": {"intermediate_size": 256}, "qwen3_moe": {"moe_intermediate_size": 256}}
 
 
@@ -151,7 +152,7 @@ async def test_quantised_stores(family, experts, tmp_path, logits):
     for settings in (
         {"cache_experts": TOP_K, "io_backend": "uring"},
         {"cache_experts": TOP_K, "io_backend": "preadv", "threads": 3},
-        {"cache_experts": 3, "io_backend": "buffered", "step_tokens": 6, "threads": 1},
+        {"cache_experts": 4, "io_backend": "buffered", "step_tokens": 6, "threads": 1},
         {"cache_experts": TOP_K, "context": 112},
     ):
         found, preemptions = await together(store, GREEDY, logits, **settings)

@@ -57,7 +57,7 @@ class Request(Sequence):
         self._steps += stats
 
     def accept(self, logits: NDArray[np.float32]) -> Delta:
-        """Draw the next token from f32 [vocab]: the piece to deliver, with a finish_reason if it is the last."""
+        """Draw the next token from f32 [vocab]: the piece to deliver; the last one has a finish_reason."""
         drawn = self.sampler.sample(logits)
         self.tokens.append(drawn.token)
         now = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer, trained by `tokenizers` on a few lines, for models that shall have text."""
+"""A small byte-level BPE tokenizer, trained by `tokenizers` on two lines, for models that shall have text."""
 
 from __future__ import annotations
 
