@@ -15,9 +15,10 @@ from rich.table import Table
 from mer.cli.common import messages, model_argument, output, progress_bar, size
 from mer.cli.summary import Summary, summarise
 from mer.model import families
+from mer.model.families import Architecture
 from mer.weights import convert as conversion
 from mer.weights import formats
-from mer.weights.checkpoint import open_checkpoint
+from mer.weights.checkpoint import Checkpoint, open_checkpoint
 from mer.weights.formats import FORMATS, Format
 from mer.weights.plan import Plan
 
@@ -67,26 +68,33 @@ def convert(src: Path, dst: Path, experts: Format | None, dense: Format | None, 
     architecture = families.load(checkpoint)
     before = summarise(checkpoint, architecture)
     _warn(before, experts, dense)
+    try:
+        report = _convert(checkpoint, dst, architecture, experts, dense, restart)
+    except KeyboardInterrupt:
+        messages().print(f"{dst}.partial is kept: the same command goes on from there", soft_wrap=True)
+        raise
+    written = open_checkpoint(dst)
+    _print(output(), before, summarise(written, families.load(written)), report, architecture.spec.n_layers)
+
+
+def _convert(
+    checkpoint: Checkpoint,
+    dst: Path,
+    architecture: Architecture,
+    experts: Format | None,
+    dense: Format | None,
+    restart: bool,
+) -> conversion.Report:
     plan = Plan(architecture.experts, tuple(architecture.dense.values()), architecture.kept)
     with progress_bar() as bar:
         task = bar.add_task("preparing", total=None)
-        try:
-            report = conversion.convert(
-                checkpoint,
-                dst,
-                plan,
-                experts=experts,
-                dense=dense,
-                restart=restart,
-                progress=lambda done, total: bar.update(
-                    task, description="converting", completed=done, total=total
-                ),
-            )
-        except KeyboardInterrupt:
-            messages().print(f"{dst}.partial is kept: the same command goes on from there", soft_wrap=True)
-            raise
-    written = open_checkpoint(dst)
-    _print(output(), before, summarise(written, families.load(written)), report, architecture.spec.n_layers)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, description="converting", completed=done, total=total)
+
+        return conversion.convert(
+            checkpoint, dst, plan, experts=experts, dense=dense, restart=restart, progress=progress
+        )
 
 
 def _warn(before: Summary, experts: Format | None, dense: Format | None) -> None:

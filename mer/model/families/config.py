@@ -38,12 +38,14 @@ class Config:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.wrong(f"{names[0]} is {value!r}, it must be a whole number of at least {minimum}")
+            raise self.wrong(
+                f"{self._present(names)} is {value!r}, it must be a whole number of at least {minimum}"
+            )
         return value
 
     def number(self, *names: str, default: float | None = None, above: float = 0.0) -> float:
         """A finite number greater than `above`; required when there is no default."""
-        return self.as_number(names[0], self._required(names, default), above)
+        return self.as_number(self._present(names), self._required(names, default), above)
 
     def as_number(self, name: str, value: Any, above: float = 0.0) -> float:
         """The same check for a value found elsewhere in the file."""
@@ -71,6 +73,10 @@ class Config:
         if value is not None and value not in known:
             names = " or ".join(repr(each) for each in known)
             raise self.unsupported(f"{name} is {value!r}, only {names} is supported")
+
+    def _present(self, names: tuple[str, ...]) -> str:
+        """That of the names which stands in the file."""
+        return next((name for name in names if self._values.get(name) is not None), names[0])
 
     def _required(self, names: tuple[str, ...], default: Any) -> Any:
         value = self.get(*names)

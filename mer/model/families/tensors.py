@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from mer.errors import CheckpointError
+from mer.errors import CheckpointError, UnsupportedModelError
 from mer.weights.checkpoint import Checkpoint
 from mer.weights.experts import ExpertExtents, MoeLayerSource, fused, per_expert, stored
 
@@ -22,7 +22,7 @@ class ExpertNames:
 
 
 class Tensors:
-    """Collects a model's parts. Raises CheckpointError for a tensor that is missing or of another shape."""
+    """Collects a model's parts. Raises CheckpointError for a tensor that is missing or of wrong shape or dtype."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -83,4 +83,9 @@ class Tensors:
             raise CheckpointError(
                 f"{self._checkpoint.files[info.file]}: tensor {name} has shape {list(info.shape)}, "
                 f"by config.json it must be {list(shape)}"
+            )
+        if info.weights is None:
+            raise UnsupportedModelError(
+                f"{self._checkpoint.files[info.file]}: tensor {name} has dtype {info.dtype}, which "
+                "holds no weights that mer reads; take a checkpoint in BF16, F16, F32 or FP8"
             )

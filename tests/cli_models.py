@@ -1,0 +1,98 @@
+"""A small Mixtral written by hand, and the program `mer` itself, for the tests of the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+MER = str(Path(sys.executable).with_name("mer"))
+
+
+def mer(*arguments, **options):
+    """Run the program to its end; its output as text."""
+    dropped = ("MER_DEBUG", "FORCE_COLOR")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    environment |= {"COLUMNS": "80", "NO_COLOR": "1"}
+    return subprocess.run(
+        [MER, *map(str, arguments)], capture_output=True, text=True, env=environment, **options
+    )
+
+
+def mixtral_config(**changes):
+    config = {
+        "model_type": "mixtral",
+        "vocab_size": 50,
+        "hidden_size": 256,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 512,
+    }
+    return config | changes
+
+
+def mixtral_shapes(config):
+    """Name -> shape, as published checkpoints have them."""
+    hidden, inter = config["hidden_size"], config["intermediate_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (config["vocab_size"], hidden),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}."
+        shapes[name + "input_layernorm.weight"] = shapes[name + "post_attention_layernorm.weight"] = (hidden,)
+        for part, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
+            shapes[f"{name}self_attn.{part}_proj.weight"] = (rows, hidden)
+        block = name + "block_sparse_moe."
+        shapes[block + "gate.weight"] = (config["num_local_experts"], hidden)
+        for e in range(config["num_local_experts"]):
+            for part in ("w1", "w3"):
+                shapes[f"{block}experts.{e}.{part}.weight"] = (inter, hidden)
+            shapes[f"{block}experts.{e}.w2.weight"] = (hidden, inter)
+    return shapes
+
+
+def write_mixtral(path, *, more=(), **changes):
+    """A checkpoint of two F16 shards with an index. more: (name, shape) of tensors that no Mixtral has."""
+    path.mkdir(parents=True)
+    config = mixtral_config(**changes)
+    rng = np.random.default_rng(0)
+    shapes = mixtral_shapes(config) | dict(more)
+    tensors = {
+        name: rng.standard_normal(shape, np.float32).astype(np.float16) for name, shape in shapes.items()
+    }
+    names = list(tensors)
+    half = len(names) // 2
+    weight_map = {}
+    for number, part in enumerate((names[:half], names[half:]), 1):
+        shard = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, path / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "tokenizer.json").write_text("{}")
+    return tensors
+
+
+def write_holes(path, config, dtype="BF16", width=2):
+    """A checkpoint whose weights are holes in the file: of any size, it takes no space."""
+    path.mkdir()
+    header, at = {}, 0
+    for name, shape in mixtral_shapes(config).items():
+        size = width * int(np.prod(shape))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    (path / "config.json").write_text(json.dumps(config))
