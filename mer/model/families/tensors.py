@@ -22,7 +22,7 @@ class ExpertNames:
 
 
 class Tensors:
-    """Collects a model's parts. Raises CheckpointError for a tensor that is missing or of wrong shape or dtype."""
+    """A model's parts. Raises CheckpointError for a tensor that is missing or of wrong shape or dtype."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
