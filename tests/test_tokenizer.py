@@ -164,7 +164,7 @@ def test_text_is_encoded_as_sentencepiece_does(
     sentencepieces: dict[str, tuple[Tokenizer, Any]], model_type: str, text: str
 ) -> None:
     ours, oracle = sentencepieces[model_type]
-    if not any(token in text for token in ("<s>", "</s>", "<unk>")):
+    if not any(token in text for token in ("<s>", "</s>", "<unk>", "[INST]", "[/INST]")):
         assert ours.encode(text, special=False) == oracle.encode(text)
         assert ours.encode(text) == [oracle.bos_id(), *oracle.encode(text)]
 
@@ -180,9 +180,12 @@ def sentencepieces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[
 
 
 @pytest.mark.parametrize("kind", ["spm", "spm-legacy"])
-@given(parts=st.lists(st.sampled_from(made.CORPUS[:2]) | st.sampled_from(["<s>", "</s>"]), max_size=6))
+@given(
+    parts=st.lists(st.sampled_from(made.CORPUS[:2]) | st.sampled_from(["<s>", "</s>", "[INST]"]), max_size=6)
+)
 @example(parts=["<s>", "a", "</s>"])
 @example(parts=["a", "<s>", "<s>", "b"])
+@example(parts=["<s>", "[INST]", "a", "[/INST]"])
 def test_special_tokens_in_text_for_sentencepiece(
     pairs: dict[str, Pair], kind: str, parts: list[str]
 ) -> None:
@@ -221,10 +224,17 @@ def test_tokens_added_to_sentencepiece(tmp_path: Path) -> None:
     assert ours.encode(text) == ids
     for skip in True, False:
         assert ours.decode(ids, skip_special=skip) == oracle.decode(ids, skip_special_tokens=skip)
-    # The older file says the same.
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    # The older files say the same, less how the tokens take spaces.
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "legacy": False}))
+    names = {"bos_token": "<s>", "eos_token": {"content": "<|im_end|>"}, "unk_token": "<unk>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
     (tmp_path / "added_tokens.json").write_text('{"<think>": 482, "<|im_start|>": 480, "<|im_end|>": 481}')
-    assert Tokenizer.open(tmp_path).encode("<|im_start|>a<think>") == oracle.encode("<|im_start|>a<think>")
+    ours, oracle = Tokenizer.open(tmp_path), LlamaTokenizer.from_pretrained(tmp_path)
+    assert ours.eos_ids == {481} == {oracle.eos_token_id}
+    ids = oracle.encode(text)
+    assert ours.encode(text) == ids
+    for skip in True, False:
+        assert ours.decode(ids, skip_special=skip) == oracle.decode(ids, skip_special_tokens=skip)
 
 
 def test_tokens_added_in_settings_only(tmp_path: Path) -> None:

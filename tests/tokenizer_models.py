@@ -143,6 +143,7 @@ def write_sentencepiece(path: Path, model_type: str = "bpe", **settings: Any) ->
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         split_digits=True,
+        control_symbols=["[INST]", "[/INST]"],
         minloglevel=2,
     )
     (path / "tokenizer.model").write_bytes(model.getvalue())

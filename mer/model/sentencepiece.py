@@ -20,10 +20,11 @@ _NO_PREFIX: Final = b"\x1a\x02\x18\x00"
 class SentencePieceVocabulary:
     """tokenizer.model, with the tokens that the settings beside it add.
 
-    Text between special tokens goes to SentencePiece as it is. Its dummy space stands before a text, and
-    before each part between special tokens if tokenizer_config.json says "legacy", as in transformers'
-    LlamaTokenizer. special_tokens: by name ('bos_token', ...), the model's own where the settings name
-    none.
+    Control pieces such as <s> or [INST] that are written out in a text become those tokens, although
+    SentencePiece itself would spell them. Text between special tokens goes to SentencePiece as it is. Its
+    dummy space stands before a text, and before each part between special tokens if tokenizer_config.json
+    says "legacy", as in transformers' LlamaTokenizer. special_tokens: by name ('bos_token', ...), the
+    model's own where the settings name none.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
@@ -47,17 +48,15 @@ class SentencePieceVocabulary:
         pieces = self._model.get_piece_size()
         self._pieces: dict[int, str] = dict(enumerate(self._model.id_to_piece(list(range(pieces)))))
         self.special_tokens = self._own_special() | dict(special)
-        added = dict(added_tokens(path, config))
+        added = dict(added_tokens(path, config, special))
         self._pieces |= {id: token.content for id, token in added.items()}
         self._ids = {piece: id for id, piece in self._pieces.items()}
-        for token in self.special_tokens.values():
-            if token in self._ids:
-                added.setdefault(self._ids[token], AddedToken(token, special=True, normalized=False))
+        control = [id for id in range(pieces) if self._model.is_control(id) or self._model.is_unknown(id)]
+        named = [self._ids[token] for token in self.special_tokens.values() if token in self._ids]
+        for id in control + named:
+            added.setdefault(id, AddedToken(self._pieces[id], special=True, normalized=False))
         self.size = 1 + max(self._pieces, default=-1)
-        self.special_ids = frozenset(
-            [id for id, token in added.items() if token.special]
-            + [id for id in range(pieces) if self._model.is_control(id) or self._model.is_unknown(id)]
-        )
+        self.special_ids = frozenset(control + [id for id, token in added.items() if token.special])
         self._added = {token.content: token for token in added.values()}
         longest = sorted(self._added, key=len, reverse=True)
         self._split = re.compile("|".join(map(re.escape, longest)) or "(?!)")

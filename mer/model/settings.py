@@ -53,16 +53,22 @@ def special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return {name: content for name, content in contents.items() if content is not None}
 
 
-def added_tokens(path: Path, config: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
+def added_tokens(
+    path: Path, config: Mapping[str, Any], special: Mapping[str, str]
+) -> list[tuple[int, AddedToken]]:
     """Tokens added to the vocabulary, by id: tokenizer_config.json's, else added_tokens.json's.
 
-    Raises CheckpointError.
+    special: named special tokens; the older file does not say which are special. Raises CheckpointError.
     """
     if "added_tokens_decoder" in config:
         file, entries = path / "tokenizer_config.json", config["added_tokens_decoder"]
     else:
         file = path / "added_tokens.json"
-        entries = {id: {"content": content} for content, id in read_optional(file).items()}
+        named = set(special.values())
+        entries = {
+            id: {"content": content, "special": content in named}
+            for content, id in read_optional(file).items()
+        }
     try:
         return sorted(
             ((int(id), _added_token(entry)) for id, entry in entries.items()), key=lambda entry: entry[0]

@@ -125,7 +125,9 @@ class JsonVocabulary:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        self._tokenizer.add_tokens([t for _, t in added_tokens(path, config) if t.content not in known])
+        self._tokenizer.add_tokens(
+            [t for _, t in added_tokens(path, config, special) if t.content not in known]
+        )
         # Named in the settings only: special if in the vocabulary; the model has no weights for others.
         self._tokenizer.add_special_tokens(
             [
