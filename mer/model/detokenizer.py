@@ -68,14 +68,8 @@ class Stage:
 class Each(Stage):
     """A decoder that looks at one token at a time."""
 
-    def __init__(self, decoder: decoders.Decoder) -> None:
-        self._decoder = decoder
-        self._known: dict[str, str] = {}
-
-    def _one(self, piece: str) -> str:
-        if piece not in self._known:
-            self._known[piece] = self._decoder.decode([piece])
-        return self._known[piece]
+    def __init__(self, one: Callable[[str], str]) -> None:
+        self._one = one
 
     def push(self, pieces: list[str]) -> list[str]:
         return [self._one(piece) for piece in pieces]
@@ -234,12 +228,9 @@ def stages(decoder: dict[str, Any] | None) -> list[Stage]:
             case "Fuse":
                 fused = True
             case "Replace" if not fused:
-                pattern = each["pattern"]
-                found.append(
-                    Each(decoders.Replace(pattern.get("String") or Regex(pattern["Regex"]), each["content"]))
-                )
+                found.append(Each(_replace(each["pattern"], each["content"])))
             case "Strip" if not fused:
-                found.append(Each(decoders.Strip(each["content"], each["start"], each["stop"])))
+                found.append(Each(_first(decoders.Strip(each["content"], each["start"], each["stop"]))))
             case "Strip" if not each["stop"]:
                 found.append(StripLeft(each["content"], each["start"]))
             case "Metaspace" if not fused:
@@ -250,6 +241,12 @@ def stages(decoder: dict[str, Any] | None) -> list[Stage]:
                     f"tokenizer.json: the decoder {kind!r} is not supported at this place"
                 )
     return found
+
+
+def _replace(pattern: dict[str, str], content: str) -> Callable[[str], str]:
+    if "String" in pattern:
+        return lambda piece: piece.replace(pattern["String"], content)
+    return _first(decoders.Replace(Regex(pattern["Regex"]), content))
 
 
 def _first(rust: decoders.Decoder) -> Callable[[str], str]:
