@@ -21,9 +21,10 @@ from mer.errors import BudgetError, CheckpointError, DeviceReadError
 from mer.weights import formats
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for another thread; a test that waits for ever has failed."""
+def until(condition: Callable[[], bool], thread: threading.Thread) -> None:
+    """Wait for what another thread does before it ends."""
     while not condition():
+        assert thread.is_alive() or condition()
         time.sleep(0.001)
 
 
@@ -275,7 +276,7 @@ def test_waits_for_an_expert_that_somebody_else_reads(streamed: Streamed) -> Non
     slots = [cache.acquire_py(key) for key in keys]
     assert [found for found, _ in slots] == ["miss"] * 3
     thread, results = in_thread(lambda: streamed.forward(0, *inputs))
-    until(lambda: all(cache.pins(key) == 2 for key in keys))
+    until(lambda: all(cache.pins(key) == 2 for key in keys), thread)
     # one arrives, one fails and is read by the streamer itself, one fails and is read by us at the second try
     for file, offset, length, needed, place in model.tables.reads[keys[0]]:
         if length:
@@ -317,7 +318,7 @@ def test_waits_for_slots_that_others_hold(model: Model) -> None:
             assert cache.acquire_py(key)[0] == "miss"
             cache.publish_py(key)
         thread, results = in_thread(lambda: streamed.forward(0, *inputs))
-        until(lambda: cache.stats()["full"] > 10)
+        until(lambda: cache.stats()["full"] > 10, thread)
         cache.release_py(EXPERTS)
         thread.join()
         assert isinstance(results[0], np.ndarray), results
