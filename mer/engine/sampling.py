@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from attrs import frozen
@@ -30,7 +31,8 @@ from mer.engine.params import SamplingParams
 from mer.errors import MerError
 
 _TINY = float(np.nextafter(0.0, 1.0))
-_BINS, _BINS_PER_NAT = 4096, 64
+_BINS = 4096
+_NEAR = (4.0, 8.0, 12.0, 16.0, 32.0, 750.0)  # nats below the likeliest token; exp(-750) is 0: everything
 
 
 @frozen
@@ -78,7 +80,7 @@ class Sampler:
             token = _likeliest(adjusted)
         else:
             ids, probs = distribution(adjusted, self.params)
-            cumulative = probs.cumsum()
+            cumulative = probs.cumsum(out=probs)
             # below the last sum, since the uniform number is at most 1 - 2**-53; a weight of 0 is never found
             point = _uniform(self.seed, self._drawn) * cumulative[-1]
             token = int(ids[cumulative.searchsorted(point, side="right")])
@@ -121,19 +123,29 @@ def distribution(
         ids = _top_k(logits, params.top_k)
         scores = logits[ids]
     else:
-        ids, scores = np.arange(logits.size), logits
-    # from the largest, so that it has weight 1 and no temperature overflows into NaN
+        ids, scores = _all_ids(logits.size), logits
+    # From the largest, so that it has weight 1 and no temperature overflows into NaN. In place, here and
+    # below: pages that the allocator takes from the kernel for a new array cost more than the arithmetic.
     with np.errstate(over="ignore", under="ignore"):
-        nats = np.subtract(scores, logits[best], dtype=np.float64)
-        nats /= params.temperature
-        weights = np.exp(nats)
+        weights = np.subtract(scores, logits[best], dtype=np.float64)
+        weights /= params.temperature
+        np.exp(weights, out=weights)
     if params.top_p < 1:
-        kept = _top_p(scores, nats, weights, params.top_p)
+        kept = _top_p(scores, weights, params)
         ids, weights = ids[kept], weights[kept]
-    kept = np.flatnonzero(weights >= max(params.min_p, _TINY))
-    if kept.size < ids.size:
+    alive = weights >= max(params.min_p, _TINY)
+    if not alive.all():
+        kept = np.flatnonzero(alive)
         ids, weights = ids[kept], weights[kept]
-    return ids, weights / weights.sum()
+    weights /= weights.sum()
+    return ids, weights
+
+
+@lru_cache(maxsize=1)
+def _all_ids(vocab: int) -> NDArray[np.int64]:
+    ids = np.arange(vocab)
+    ids.flags.writeable = False
+    return ids
 
 
 def _likeliest(logits: NDArray[np.float32]) -> int:
@@ -157,31 +169,38 @@ def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 
 
 def _top_p(
-    scores: NDArray[np.float32], nats: NDArray[np.float64], weights: NDArray[np.float64], p: float
+    scores: NDArray[np.float32], weights: NDArray[np.float64], params: SamplingParams
 ) -> NDArray[np.int64]:
-    """The positions, ascending, of the fewest tokens whose share of the weights reaches p, likeliest first.
+    """The positions, ascending, of the fewest tokens whose share of `weights` reaches top_p, likeliest first.
 
-    `nats` <= 0 falls with `scores`; `weights` = exp(nats). Instead of sorting everything, weigh narrow bins
-    of `nats` and sort the one bin in which p is reached.
+    Instead of sorting everything, look near the top first, weigh narrow bins of the scores there, and sort
+    the one bin in which top_p is reached. Rounding keeps the order, so float32 will do for the bins.
     """
-    depth = nats * -_BINS_PER_NAT
-    np.minimum(depth, _BINS - 1, out=depth)
-    bins = depth.astype(np.int32)
-    reached = np.bincount(bins, weights, _BINS).cumsum()
-    goal = p * reached[-1]
+    goal = params.top_p * weights.sum()
+    for nats in _NEAR:
+        near = np.flatnonzero(weights >= np.exp(-nats))
+        if (mass := weights[near]).sum() >= goal:
+            break
+    with np.errstate(over="ignore", under="ignore"):
+        depth = scores.max() - scores[near]
+        # a factor that is neither 0 nor inf in float32: 0 * inf would be NaN
+        depth *= min(max(_BINS / nats / params.temperature, 1e-30), 1e30)
+    bins = np.minimum(depth, _BINS - 1, out=depth).astype(np.intp)
+    reached = np.bincount(bins, mass, _BINS).cumsum()
     edge = int(reached.searchsorted(goal))
     inside = np.flatnonzero(bins == edge)
-    inside = inside[np.argsort(-scores[inside], kind="stable")]
-    sums = weights[inside].cumsum() + (reached[edge - 1] if edge else 0.0)
+    inside = inside[np.argsort(-scores[near[inside]], kind="stable")]
+    sums = mass[inside].cumsum() + (reached[edge - 1] if edge else 0.0)
     kept = bins < edge
     kept[inside[: int(sums.searchsorted(goal)) + 1]] = True
-    return np.flatnonzero(kept)
+    return near[np.flatnonzero(kept)]
 
 
 def _with_logprobs(token: int, logits: NDArray[np.float32], count: int) -> Sampled:
     """`token` with its log-probability and those of the `count` likeliest tokens."""
     peak = logits[_likeliest(logits)]
-    total = float(peak) + float(np.log(np.exp(np.subtract(logits, peak, dtype=np.float64)).sum()))
+    weights = np.subtract(logits, peak, dtype=np.float64)
+    total = float(peak) + float(np.log(np.exp(weights, out=weights).sum()))
     top: NDArray[np.int64] = np.empty(0, dtype=np.int64)
     if count:
         top = _top_k(logits, min(count, logits.size))
