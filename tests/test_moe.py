@@ -79,6 +79,16 @@ def test_every_back_end_gives_the_same_bytes(model: Model, backend: str, depth: 
                     streamed.check(layer, tokens)
 
 
+def test_a_registered_arena_gives_the_same_bytes(model: Model) -> None:
+    streamed = Streamed(model, EXPERTS, reader=open_reader(model, "uring"))
+    with streamed.reader as reader:
+        registered = reader.add_buffer(streamed.cache.arena_address, streamed.cache.arena_bytes)
+        for tokens in (1, 7, MAX_TOKENS):
+            for layer in (0, 1):
+                streamed.check(layer, tokens)
+        assert registered == (reader.stats()["fixed_ops"] > 0)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("slots", [1, None])
 def test_more_tokens_than_are_computed_together(model: Model, threads: int, slots: int | None) -> None:
