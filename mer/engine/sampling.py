@@ -104,7 +104,7 @@ class Sampler:
             with np.errstate(over="ignore"):
                 logits[ids] = np.where(scores < 0, scores * penalty, scores / penalty)
         if self._counts is not None:
-            ids = np.flatnonzero(self._counts)
+            ids = np.flatnonzero(self._counts > 0)  # a mask first: numpy finds bools faster
             logits[ids] -= self._counts[ids] * self.params.frequency_penalty + self.params.presence_penalty
         return logits
 
