@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard mer/_ext/*.pyx mer/_ext/*.pxd mer/_ext/csrc/*.h mer/_ext/csrc/*/*.[ch])
-DEBIAN := gcc libc6-dev pkg-config liburing-dev $(if $(filter python3,$(PYTHON)),$(if $(wildcard /usr/bin/python3),python3-venv python3-dev))
+# Debian's Python comes in parts; another one (pyenv, a build of one's own) is whole.
+OTHER_PYTHON := $(filter-out /usr/bin/%,$(shell command -v $(PYTHON)))
+DEBIAN := gcc libc6-dev pkg-config liburing-dev $(if $(OTHER_PYTHON),,python3 python3-venv python3-dev)
 PROMPT ?= The old man looked at the sea and said
 
 .PHONY: help demo test lint build bench clean

@@ -127,7 +127,7 @@ def measure(
     buffers = (
         Forward.scratch_bytes(spec, step, rows, threads)
         + scratch_bytes(tables.layers, tables.reads, spec.router.top_k, step)
-        + 24 * spec.vocab  # sampling copies a row of logits some times
+        + 48 * spec.vocab  # sampling copies a row of logits some times
         + _MARGIN
     )
     ram = config.ram or default_ram()
