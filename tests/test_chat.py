@@ -241,6 +241,7 @@ def render(template: str) -> str:
         "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update(role='x') }}",
+        "{{ dict.update(messages[0], role='x') }}",
         "{% include '/etc/passwd' %}",
         "{% import 'os' as os %}{{ os }}",
         "{{ range(100001) | list }}",

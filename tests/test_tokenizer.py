@@ -283,8 +283,15 @@ def test_truncation_and_padding_of_the_file_are_for_training(tmp_path: Path) -> 
         ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"temperature": 0.6}}, {7}),
         ({"config.json": {"eos_token_id": None}}, {1}),
         ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}}, {3}),
-        ({"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}}}, {3}),
+        ({"tokenizer_config.json": {"eos_token": {"__type": "AddedToken", "content": "<|im_end|>"}}}, {3}),
         ({"tokenizer_config.json": {}, "special_tokens_map.json": {"eos_token": "<|im_start|>"}}, {2}),
+        (
+            {
+                "tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {}},
+                "special_tokens_map.json": {"eos_token": "<|im_start|>"},
+            },
+            {1},
+        ),
         ({"tokenizer_config.json": {}}, set()),
     ],
 )
@@ -293,6 +300,10 @@ def test_eos(tmp_path: Path, files: dict[str, Any], eos: set[int]) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     assert Tokenizer.open(tmp_path).eos_ids == eos
+    if "tokenizer_config.json" in files:
+        # As transformers' tokenizer has it, which knows nothing of the model's other files.
+        oracle = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        assert {oracle.eos_token_id} - {None} == eos
 
 
 def test_eos_must_be_ids(tmp_path: Path) -> None:
