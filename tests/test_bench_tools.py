@@ -1,0 +1,182 @@
+"""bench/: the synthetic models are the same in every container, and whole; the peer's command line."""
+
+import json
+
+import numpy as np
+import pytest
+import transformers
+from click.testing import CliRunner
+from gguf import GGUFReader, dequantize
+
+from bench import make_model, peer
+from bench.gguf_writer import write_gguf
+from bench.shapes import SHAPES, model_config, tensors
+from bench.synthetic import Weights
+from mer.model.families import load
+from mer.weights import formats
+from mer.weights.checkpoint import open_checkpoint
+from mer.weights.rows import dense_rows, expert_rows
+from mer.weights.verify import verify
+
+SMALL = {
+    "mixtral-8x7b": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512},
+    "qwen3-30b-a3b": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "moe_intermediate_size": 256,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+    },
+    "deepseek-v3": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 256,
+        "kv_lora_rank": 256,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 256,
+        "n_routed_experts": 16,
+    },
+}
+
+
+def small(shape):
+    return model_config(shape, 3, hidden_size=256, vocab_size=300, **SMALL[shape])
+
+
+def nothing(nbytes):
+    pass
+
+
+def values(checkpoint, name):
+    rows = dense_rows(checkpoint, checkpoint.tensors[name])
+    return rows.read(0, rows.rows).reshape(checkpoint.tensors[name].shape)
+
+
+@pytest.mark.parametrize(("experts", "dense"), [("q4_0", "q8_0"), ("q4_k", "f16"), ("q8_0", "bf16")])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_store_and_gguf_hold_the_same_numbers(tmp_path, shape, experts, dense):
+    config = small(shape)
+    forms = formats.by_name(experts), formats.by_name(dense)
+    store_bytes = make_model.write_store(config, Weights(config, *forms), tmp_path / "store", nothing)
+    assert store_bytes > 0
+    gguf_bytes = write_gguf(config, Weights(config, *forms), tmp_path / "model.gguf", nothing)
+    reader = GGUFReader(tmp_path / "model.gguf")
+    assert sum(t.n_bytes for t in reader.tensors) == gguf_bytes
+    theirs = {t.name: dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
+
+    checkpoint = open_checkpoint(tmp_path / "store")
+    assert verify(checkpoint) == []
+    architecture = load(checkpoint)
+    for source in architecture.experts:
+        for e, extents in enumerate(source.experts):
+            for name in ("gate", "up", "down"):
+                rows = expert_rows(checkpoint, extents, getattr(extents, name), name)
+                stacked = theirs[f"blk.{source.layer}.ffn_{name}_exps.weight"]
+                np.testing.assert_array_equal(rows.read(0, rows.rows), stacked[e])
+                assert 0.8 < stacked[e].std() / stacked[0].std() < 1.25
+    ours = {part: values(checkpoint, name) for part, name in architecture.dense.items()}
+    np.testing.assert_array_equal(ours["embedding"], theirs["token_embd.weight"])
+    np.testing.assert_array_equal(ours["head"], theirs["output.weight"])
+    np.testing.assert_array_equal(ours["2.router"], theirs["blk.2.ffn_gate_inp.weight"])
+    np.testing.assert_array_equal(ours["2.o"], theirs["blk.2.attn_output.weight"])
+    if shape == "deepseek-v3":
+        per_head = ours["1.kv_up"].reshape(4, 64 + 64, 256)
+        np.testing.assert_array_equal(per_head[:, :64].swapaxes(1, 2), theirs["blk.1.attn_k_b.weight"])
+        np.testing.assert_array_equal(per_head[:, 64:], theirs["blk.1.attn_v_b.weight"])
+    elif shape == "mixtral-8x7b":
+        # as llama.cpp's converter permutes: halves of a head become neighbours
+        wanted = ours["0.k"].reshape(2, 2, 32, 256).swapaxes(1, 2).reshape(128, 256)
+        np.testing.assert_array_equal(wanted, theirs["blk.0.attn_k.weight"])
+    else:
+        np.testing.assert_array_equal(ours["0.k"], theirs["blk.0.attn_k.weight"])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_transformers_loads_the_directory_and_counts_upward(tmp_path, shape):
+    config = small(shape) | {"hidden_size": 512}
+    if shape == "mixtral-8x7b":
+        config["head_dim"] = 64
+    weights = Weights(config, formats.BF16, formats.BF16, plain=formats.BF16)
+    make_model.write_hf(config, weights, tmp_path / "hf", nothing)
+    assert verify(open_checkpoint(tmp_path / "hf")) == []
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype="float32", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    prompt = model.dummy_inputs["input_ids"].new_tensor([[5, 6, 7, 8]])
+    found = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert found[0].tolist() == list(range(5, 17))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_shapes_are_those_of_the_real_models(shape):
+    """Parameters as published: Mixtral 46.7 billion, Qwen3 30.5, DeepSeek-V3 671."""
+    billions = {"mixtral-8x7b": 46.7, "qwen3-30b-a3b": 30.5, "deepseek-v3": 671.0}
+    total = sum(t.elements for t in tensors(model_config(shape)))
+    assert total / 1e9 == pytest.approx(billions[shape], rel=0.002)
+
+
+def test_neighbouring_tokens_are_alike_and_far_ones_less(tmp_path):
+    config = small("qwen3-30b-a3b") | {"hidden_size": 2048}
+    weights = Weights(config, formats.Q4_0, formats.F16)
+    embedding = next(t for t in tensors(config) if t.kind == "embedding")
+    rows = weights.array(embedding).view(np.float16).astype(np.float32)
+    assert np.sqrt((rows**2).mean()) == pytest.approx(1, rel=0.05)
+    alike = {lag: float((rows[lag:] * rows[:-lag]).mean()) for lag in (1, 4, 200)}
+    assert alike[1] > alike[4] + 0.05
+    assert alike[4] > alike[200] + 0.02
+    assert 0.3 < alike[200] < 0.7
+
+
+def test_sparse_directories_take_no_space(tmp_path):
+    out = tmp_path / "sparse"
+    config = small("qwen3-30b-a3b")
+    weights = Weights(config, formats.BF16, formats.BF16, plain=formats.BF16)
+    make_model.write_hf(config, weights, out, nothing, sparse=True)
+    checkpoint = open_checkpoint(out)
+    extents = load(checkpoint).experts[0].experts[3]
+    assert not expert_rows(checkpoint, extents, extents.down, "down").read(0, 8).any()
+    stats = [file.stat() for file in out.glob("*.safetensors")]
+    dense = sum(2 * t.elements for t in tensors(config) if not t.expert)
+    assert sum(s.st_blocks * 512 for s in stats) < dense + (1 << 20) < sum(s.st_size for s in stats)
+
+
+def test_make_model_refuses(tmp_path):
+    (tmp_path / "there").mkdir()
+    for args, message in (
+        (["mixtral-8x7b", str(tmp_path / "there")], "exists already"),
+        (["mixtral-8x7b", str(tmp_path / "new"), "--sparse"], "--as hf only"),
+        (["gpt-9", str(tmp_path / "new")], "gpt-9"),
+    ):
+        result = CliRunner().invoke(make_model.main, args)
+        assert result.exit_code
+        assert message in result.output
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_peer_reports_what_its_process_says(tmp_path):
+    """Another program in llama.cpp's place: arguments arrive, the last line counts, failures are named."""
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"GGUF")
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/usr/bin/env python3\n"
+        "import json, sys\nprint('noise')\nprint(json.dumps({'argv': sys.argv[2:]}))\n"
+    )
+    python.chmod(0o755)
+    found = peer.measure(python, model, [1, 2], 3, threads=2, extra_bufts=False, warmup=True, group=None)
+    expected = f"{model} --prompt 1,2 --decode 3 --threads 2 --no-extra-bufts --warmup"
+    assert found == {"argv": expected.split()}
+    for body, message in (("echo no room >&2; exit 3", "no room"), ("kill -9 $$", "did not fit")):
+        python.write_text(f"#!/bin/sh\n{body}\n")
+        with pytest.raises(peer.PeerError, match=message):
+            peer.measure(python, model, [1], 1)
+
+
+def test_token_ids():
+    assert peer.token_ids("3,7,10-12") == [3, 7, 10, 11, 12]
+    assert json.dumps(peer.token_ids("0-1")) == "[0, 1]"
