@@ -12,14 +12,17 @@ from safetensors.numpy import save_file
 MER = str(Path(sys.executable).with_name("mer"))
 
 
+def environment(**more):
+    """As in a user's terminal of 80 columns: what test runners set is left out."""
+    dropped = ("MER_DEBUG", "FORCE_COLOR", "PYTHONUNBUFFERED")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, "COLUMNS": "80", "NO_COLOR": "1", **more}
+
+
 def mer(*arguments, **options):
     """Run the program to its end; its output as text."""
-    dropped = ("MER_DEBUG", "FORCE_COLOR")
-    environment = {name: value for name, value in os.environ.items() if name not in dropped}
-    environment |= {"COLUMNS": "80", "NO_COLOR": "1"}
-    return subprocess.run(
-        [MER, *map(str, arguments)], capture_output=True, text=True, env=environment, **options
-    )
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment()} | options
+    return subprocess.run([MER, *map(str, arguments)], text=True, check=False, **options)
 
 
 def mixtral_config(**changes):

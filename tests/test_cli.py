@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from cli_models import MER, mer, mixtral_config, write_holes, write_mixtral
+from cli_models import MER, environment, mer, mixtral_config, write_holes, write_mixtral
 from safetensors.numpy import load_file
 
 from mer.cli import main as frame
@@ -123,21 +123,20 @@ def test_what_becomes_of_errors(monkeypatch, capsys, error, status, words, debug
 def test_a_reader_that_goes_away(model):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(
-        [MER, "inspect", model], stdout=write, stderr=subprocess.PIPE, text=True, check=False
-    )
+    done = mer("inspect", model, "--json", stdout=write)
     os.close(write)
-    assert done.returncode == 1
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_output_that_can_not_be_written(model):
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [MER, "inspect", model, "--json"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
-    assert done.returncode == 1
-    assert done.stderr == "error: No space left on device\n"
+        done = mer("inspect", model, "--json", stdout=full)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_output_that_is_closed(model):
+    done = mer("inspect", model, "--json", preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_convert_says_what_it_did(model, tmp_path):
@@ -199,7 +198,7 @@ def test_a_store_converted_again(store, tmp_path):
 def test_a_progress_bar_on_a_terminal(model, tmp_path):
     ours, theirs = pty.openpty()
     child = subprocess.Popen(
-        [MER, "convert", model, tmp_path / "dst"], stdout=subprocess.DEVNULL, stderr=theirs
+        [MER, "convert", model, tmp_path / "dst"], stdout=subprocess.DEVNULL, stderr=theirs, env=environment()
     )
     os.close(theirs)
     shown = b""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_models import MER, mer, write_mixtral
+from cli_models import MER, environment, mer, write_mixtral
 from safetensors.numpy import load_file, save_file
 from store_models import hashes
 
@@ -306,7 +306,11 @@ def converted(large):
 def interrupt(src, dst, number):
     """Start a conversion, send the signal when some tensors are done; returns exit status and output."""
     child = subprocess.Popen(
-        [MER, "convert", src, dst], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [MER, "convert", src, dst],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
     )
     journal = Path(f"{dst}.partial") / JOURNAL
     while not journal.exists() or journal.read_bytes().count(b"\n") < 30:

@@ -51,6 +51,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; exits with 0, 1 (an error), 2 (wrong usage) or 130 (interrupted)."""
+    # Python has no stdout where the shell closed it (>&-).
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.exit(_run())
 
 
