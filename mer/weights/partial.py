@@ -41,8 +41,11 @@ class PartialStore:
         headers = [layout.header({t.name: "0" * 32 for t in layout.tensors}) for layout in layouts]
         layout_sum = hashlib.blake2b(b"".join(headers), digest_size=16).hexdigest()
         first = json.dumps({**identity, "layout": layout_sum}, sort_keys=True)
-        with self.explained():
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.path}: can't be made: {error.strerror}; name another place") from error
+        with self.explained():
             self._journal = (self.path / JOURNAL).open("a+b", buffering=0)
         try:
             self._open(first.encode() + b"\n")
@@ -111,7 +114,10 @@ class PartialStore:
         needed = sum(layout.data_start + layout.data_bytes for layout in self._layouts.values()) - written
         free = shutil.disk_usage(self.path).free
         if needed > free:
-            raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+            raise MerError(
+                f"{self.path}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; make room, or name "
+                "another place"
+            )
 
     def _resume(self, lines: list[bytes]) -> None:
         """Take over what the journal says is done and still has the checksum that it says."""
