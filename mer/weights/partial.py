@@ -115,8 +115,8 @@ class PartialStore:
         free = shutil.disk_usage(self.path).free
         if needed > free:
             raise MerError(
-                f"{self.path}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; make room, or name "
-                "another place"
+                f"{self.path}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; make room, "
+                "or name another place"
             )
 
     def _resume(self, lines: list[bytes]) -> None:
