@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final, Literal
 
-from attrs import Attribute, field, frozen, validators
+from attrs import Attribute, field, frozen
 
 from mer.errors import ConfigError
 
@@ -33,7 +33,7 @@ def _share(text: Any) -> int | float | None:
 
 
 def _check_share(_: Any, attribute: Attribute[Any], value: int | float | None) -> None:
-    if value is not None and (value <= 0 or (isinstance(value, float) and value > 1)):
+    if value is not None and not (value > 0 and (isinstance(value, int) or value <= 1)):
         raise ConfigError(f"{attribute.name} {value!r}: must be above 0, and a share at most 100%")
 
 
@@ -41,6 +41,14 @@ def _at_least(least: int) -> Any:
     def check(_: Any, attribute: Attribute[Any], value: int | None) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigError(f"{attribute.name} {value!r}: must be a whole number of at least {least}")
+
+    return check
+
+
+def _one_of(*known: str) -> Any:
+    def check(_: Any, attribute: Attribute[Any], value: str) -> None:
+        if value not in known:
+            raise ConfigError(f"{attribute.name} {value!r} is unknown; choose one of {', '.join(known)}")
 
     return check
 
@@ -67,7 +75,7 @@ class EngineConfig:
     # Most requests that are computed at the same time; further ones wait.
     max_running: int = field(default=16, validator=_at_least(1))
     # Keys and values. auto: f16 beside quantised weights, f32 beside others, so that nothing is rounded.
-    kv_dtype: KVChoice = field(default="auto", validator=validators.in_(("auto", "f32", "f16")))
+    kv_dtype: KVChoice = field(default="auto", validator=_one_of("auto", "f32", "f16"))
     # Slots of the expert cache: a number, or a share of all experts (0.25, '25%'). None: what `ram` leaves.
     cache_experts: int | float | None = field(default=None, converter=_share, validator=_check_share)
     cache_policy: str = "lru"
