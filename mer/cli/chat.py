@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from mer.cli.common import messages, model_argument
-from mer.cli.generation import engine_options, print_summary, sampling_options, split
+from mer.cli.generation import engine_options, print_summary, sampling_options, show, split
 from mer.config import EngineConfig
 from mer.engine.engine import Engine
 from mer.engine.outputs import Delta
@@ -77,6 +77,8 @@ def _read() -> str | None:
             line = input(prompt)
         except EOFError:
             return "\n".join(lines) if lines else None
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the input is not text in {error.encoding}: {error}", "messages") from None
         if not line.endswith("\\"):
             return "\n".join([*lines, line])
         lines.append(line[:-1])
@@ -107,6 +109,5 @@ def _turn(
 
 async def _answer(engine: Engine, turn: list[Message], params: SamplingParams, deltas: list[Delta]) -> None:
     async for delta in engine.stream(engine.chat_prompt(turn), params):
-        click.echo(delta.text, nl=False)
-        sys.stdout.flush()
+        show(delta.text)
         deltas.append(delta)

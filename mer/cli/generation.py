@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -85,6 +86,13 @@ def split(options: dict[str, Any]) -> tuple[EngineConfig, SamplingParams]:
     engine = {name: value for name, value in options.items() if name in known}
     sampling = {name: value for name, value in options.items() if name not in known}
     return EngineConfig(**engine), SamplingParams(**sampling)
+
+
+def show(text: str) -> None:
+    """Print a piece of text now; characters that the output's encoding has not become question marks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+    sys.stdout.flush()
 
 
 def peak_bytes() -> int:

@@ -13,10 +13,10 @@ import attrs
 import click
 
 from mer.cli.common import messages, model_argument
-from mer.cli.generation import describe, engine_options, print_summary, sampling_options, split
+from mer.cli.generation import describe, engine_options, print_summary, sampling_options, show, split
 from mer.config import EngineConfig
 from mer.engine.engine import Engine
-from mer.engine.outputs import join
+from mer.engine.outputs import Delta, join
 from mer.engine.params import SamplingParams
 from mer.errors import RequestError
 
@@ -40,7 +40,10 @@ def run(model: Path, prompt: str, chat: bool, ids: bool, as_json: bool, quiet: b
     """
     config, params = split(options)
     if prompt == "-":
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise RequestError(f"standard input is not text in {error.encoding}: {error}", "prompt") from None
     asyncio.run(_run(model, prompt, chat, ids, as_json, quiet, config, params))
 
 
@@ -70,13 +73,11 @@ async def _run(
             }
             click.echo(json.dumps(answer, indent=2))
             return
-        if not chat and isinstance(prompt, str):
-            click.echo(prompt, nl=False)
-        deltas = []
+        deltas: list[Delta] = []
         async for delta in engine.stream(prompt, params):
-            shown = delta.text if engine.tokenizer else "".join(f" {token}" for token in delta.token_ids)
-            click.echo(shown, nl=False)
-            sys.stdout.flush()
+            if not deltas and not chat and isinstance(prompt, str):
+                show(prompt)  # not before: until here it may be refused
+            show(delta.text if engine.tokenizer else "".join(f" {token}" for token in delta.token_ids))
             deltas.append(delta)
         click.echo()
         if not quiet:

@@ -1,0 +1,302 @@
+"""`mer run` and `mer chat` as programs: what goes where, exit statuses, signals, closed pipes, a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from engine_models import write_text_model
+from oracle.make_checkpoints import make
+
+from mer import Engine, SamplingParams
+
+MER = [sys.executable, "-c", "from mer.cli.main import main; main()"]
+OPTIONS = ["--context", "512", "--temperature", "0", "--ignore-eos"]
+ENVIRONMENT = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+# Nothing in here takes that long; it ends a test that would hang.
+PATIENCE = 120
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_text_model(tmp_path_factory.mktemp("chat"), chat=True, max_position_embeddings=1 << 17)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Neither tokenizer nor template."""
+    path = tmp_path_factory.mktemp("bare")
+    make(path, "mixtral", num_hidden_layers=1)
+    return path
+
+
+def mer(*arguments, stdin: str = "") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*MER, *map(str, arguments)], input=stdin, capture_output=True, text=True, env=ENVIRONMENT,
+        timeout=PATIENCE, encoding="utf-8",
+    )  # fmt: skip
+
+
+async def expected(model, prompt, **changes):
+    """What the library answers."""
+    async with Engine.open(model, context=512) as engine:
+        if isinstance(prompt, list) and isinstance(prompt[0], dict):
+            prompt = engine.chat_prompt(prompt)
+        params = {"temperature": 0, "max_tokens": 10, "ignore_eos": True} | changes
+        return await engine.generate(prompt, SamplingParams(**params))
+
+
+async def test_text_and_summary(model):
+    result = await expected(model, "The old man")
+    done = mer("run", model, "The old man", "-n", 10, "--cache-experts", "25%", *OPTIONS)
+    assert (done.returncode, done.stdout) == (0, f"The old man{result.text}\n")
+    for part in ("tokens/s", "hit rate", "per token", "cache of 3 of 12 experts", "peak", "reads", "threads"):
+        assert part in done.stderr
+    piped = mer("run", model, "-", "-n", 10, "--quiet", *OPTIONS, stdin="The old man")
+    assert (piped.returncode, piped.stdout, piped.stderr) == (0, done.stdout, "")
+
+
+async def test_json(model):
+    result = await expected(model, "naïve 你好", logprobs=2, stop=["q"], seed=3)
+    done = mer(
+        "run", model, "naïve 你好", "-n", 10, "--json", "--logprobs", 2, "--stop", "q", "--seed", 3, *OPTIONS
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["text"] == result.text
+    assert found["token_ids"] == list(result.token_ids)
+    assert found["finish_reason"] == result.finish_reason
+    assert found["seed"] == 3
+    assert [each["logprob"] for each in found["logprobs"]] == [each.logprob for each in result.logprobs]
+    assert [len(each["top"]) for each in found["logprobs"]] == [2] * len(result.token_ids)
+    assert found["usage"] == {
+        "prompt_tokens": result.usage.prompt_tokens,
+        "completion_tokens": len(result.token_ids),
+        "total_tokens": result.usage.prompt_tokens + len(result.token_ids),
+    }
+    timings = found["timings"]
+    for name in ("queue_s", "prefill_s", "decode_s", "step_s", "io_wait_s", "expert_s", "bytes_read"):
+        assert timings[name] >= 0
+    assert timings["hits"] + timings["misses"] > 0
+    assert 0 <= timings["hit_rate"] <= 1
+    assert found["engine"]["io_backend"] in ("uring", "preadv", "buffered")
+    assert 0 < found["engine"]["peak_bytes"] <= found["engine"]["ram"]
+
+
+async def test_chat_option(model):
+    result = await expected(model, [{"role": "user", "content": "hello"}])
+    done = mer("run", model, "hello", "--chat", "-q", "-n", 10, *OPTIONS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, result.text + "\n", "")
+
+
+async def test_ids_of_a_model_without_text(bare):
+    result = await expected(bare, [5, 6, 7])
+    done = mer("run", bare, "--ids", "5, 6 7", "-q", "-n", 10, *OPTIONS)
+    assert (done.returncode, done.stdout.split()) == (0, list(map(str, result.token_ids)))
+
+
+ERRORS = {
+    "no model": (["run", "nowhere", "x"], 1, "nowhere"),
+    "no tokenizer": (["run", "BARE", "x"], 1, "tokenizer"),
+    "empty prompt": (["run", "MODEL", ""], 1, "empty"),
+    "no numbers": (["run", "MODEL", "--ids", "a b"], 1, "--ids"),
+    "no such token": (["run", "MODEL", "--ids", "5 300"], 1, "300"),
+    "negative temperature": (["run", "MODEL", "x", "--temperature", "-1"], 1, "temperature"),
+    "too long": (["run", "MODEL", "x" * 300, "--context", "32"], 1, "tokens"),
+    "too little memory": (["run", "MODEL", "x", "--ram", "1MiB"], 1, "at least"),
+    "no size": (["run", "MODEL", "x", "--ram", "much"], 2, "--ram"),
+    "no share": (["run", "MODEL", "x", "--cache-experts", "many"], 1, "cache_experts"),
+    "no threads": (["run", "MODEL", "x", "--threads", "0"], 1, "threads"),
+    "no back end": (["run", "MODEL", "x", "--io", "mmap"], 2, "--io"),
+    "no prompt": (["run", "MODEL"], 2, "PROMPT"),
+    "chat and ids": (["run", "MODEL", "1", "--chat", "--ids"], 2, "--chat"),
+    "too many logprobs": (["run", "MODEL", "x", "--logprobs", "21"], 1, "logprobs"),
+    "no template": (["run", "BARE", "x", "--chat"], 1, "chat template"),
+    "chat without template": (["chat", "BARE"], 1, "chat template"),
+    "chat without model": (["chat", "nowhere"], 1, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(model, bare, case):
+    arguments, status, said = ERRORS[case]
+    known = {"MODEL": str(model), "BARE": str(bare)}
+    done = mer(*(known.get(argument, argument) for argument in arguments), stdin="hello\n")
+    assert done.returncode == status
+    assert said in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "bug of mer" not in done.stderr
+
+
+def test_encodings(model):
+    """Bytes that are no text are refused; text that the output can't show does not end the program."""
+    for command in (["run", str(model), "-"], ["chat", str(model)]):
+        done = subprocess.run(
+            [*MER, *command, *OPTIONS], input=b"ab\xff\xfe\n", capture_output=True,
+            env={**ENVIRONMENT, "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"}, timeout=PATIENCE,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert b"not text in utf-8" in done.stderr
+    result = asyncio.run(expected(model, "naïve 你好"))
+    done = subprocess.run(
+        [*MER, "run", str(model), "naïve 你好", "-q", "-n", "10", *OPTIONS], capture_output=True,
+        env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}, timeout=PATIENCE,
+    )  # fmt: skip
+    shown = "".join(char if char.isascii() else "?" for char in "naïve 你好" + result.text)
+    assert (done.returncode, done.stdout.decode("ascii"), done.stderr) == (0, shown + "\n", b"")
+
+
+def begun(model, *arguments) -> subprocess.Popen:
+    """`mer run` in the midst of an answer that takes its time."""
+    long = ["--context", "100000", "-n", "90000", "--temperature", "0", "--ignore-eos"]
+    running = subprocess.Popen(
+        [*MER, "run", str(model), "The old man", *long, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert running.stdout is not None
+    assert os.read(running.stdout.fileno(), 5)
+    return running
+
+
+def test_interrupted(model):
+    running = begun(model)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=PATIENCE)
+    assert (running.returncode, said.decode().strip()) == (130, "interrupted")
+
+
+def test_output_closed_early(model):
+    running = begun(model)
+    running.stdout.close()
+    said = running.stderr.read().decode()
+    assert running.wait(PATIENCE) == 1
+    assert said == ""
+
+
+def test_output_full(model):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*MER, "run", str(model), "The old man", "-n", "5", *OPTIONS],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, timeout=PATIENCE,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def conversation(model, *messages, system=None):
+    """The answers of the library to these messages in turn."""
+    history = [{"role": "system", "content": system}] if system else []
+    found = []
+    async with Engine.open(model, context=512) as engine:
+        for message in messages:
+            history.append({"role": "user", "content": message})
+            params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+            found.append((await engine.generate(engine.chat_prompt(history), params)).text)
+            history.append({"role": "assistant", "content": found[-1]})
+    return found
+
+
+async def test_chat_through_pipes(model):
+    one, two = await conversation(model, "hello", "and you?")
+    three, four = await conversation(model, "and you?", "two\nlines")
+    told = await conversation(model, "hello", system="be brief")
+    assert len({one, two, three, four, *told}) == 5
+    done = mer("chat", model, "-n", 10, *OPTIONS, stdin="hello\n\nand you?\n/reset\nand you?\ntwo\\\nlines")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "".join(f"{answer}\n" for answer in (one, two, three, four))
+    done = mer(
+        "chat", model, "--system", "be brief", "--stats", "-n", 10, *OPTIONS, stdin="hello\n/quit\nhello\n"
+    )
+    assert (done.returncode, done.stdout) == (0, told[0] + "\n")
+    assert "hit rate" in done.stderr
+
+
+async def test_chat_refuses_what_is_too_long_and_goes_on(model):
+    one, two = await conversation(model, "hello", "and you?")
+    done = mer("chat", model, "-n", 10, *OPTIONS, stdin=f"hello\n{'x' * 3000}\nand you?\n")
+    assert (done.returncode, done.stdout) == (0, f"{one}\n{two}\n")
+    assert "error: the prompt has" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class Terminal:
+    """A program on a terminal of its own."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.screen = ""
+        self._master, slave = pty.openpty()
+
+        def take() -> None:
+            os.setsid()
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+        self._process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, preexec_fn=take, env=ENVIRONMENT
+        )
+        os.close(slave)
+        os.set_blocking(self._master, False)
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def see(self, pattern: str) -> str:
+        """Wait until this shows; returns what came before and it, and forgets both."""
+        end = time.monotonic() + PATIENCE
+        while not (match := re.search(pattern, self.screen)):
+            assert time.monotonic() < end, f"{pattern!r} never showed: {self.screen[-2000:]!r}"
+            time.sleep(0.01)
+            with contextlib.suppress(BlockingIOError, OSError):
+                self.screen += os.read(self._master, 65536).decode(errors="replace")
+        seen, self.screen = self.screen[: match.end()], self.screen[match.end() :]
+        return seen
+
+    def wait(self) -> int:
+        return self._process.wait(PATIENCE)
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal(model):
+    command = [*MER, "chat", str(model), "--context", "100000", "--temperature", "0", "--ignore-eos"]
+    made = Terminal(command)
+    yield made
+    made.close()
+
+
+def test_chat_on_a_terminal(terminal):
+    assert "/reset" in terminal.see(r"> ")
+    for _ in range(2):  # an answer without end, stopped: the conversation goes on
+        terminal.type("hello\n")
+        terminal.see(r"hello\r\n[\s\S]{40}")
+        terminal.type("\x03")
+        assert "Traceback" not in terminal.see(r"\n> ")
+    terminal.type("/reset\n")
+    terminal.see(r"> ")
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+
+
+def test_chat_interrupted_between_answers(terminal):
+    terminal.see(r"> ")
+    terminal.type("\x03")
+    terminal.see("interrupted")
+    assert terminal.wait() == 130
+    assert "Traceback" not in terminal.screen
