@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, Final, Literal
 
-from attrs import Attribute, field, frozen
+from attrs import Attribute, converters, field, frozen
 
 from mer.errors import ConfigError
 
@@ -82,3 +83,5 @@ class EngineConfig:
     # 'auto', 'uring', 'preadv' or 'buffered'.
     io_backend: str = "auto"
     queue_depth: int = field(default=64, validator=_at_least(1))
+    # A file for the routing of every step, as bench/policy.py replays it; None: none is written.
+    trace: Path | None = field(default=None, converter=converters.optional(Path))

@@ -30,6 +30,9 @@ from mer.errors import RequestError
 @click.option("--ids", is_flag=True, help="PROMPT is token ids, separated by spaces or commas.")
 @click.option("--logprobs", type=int, help="With --json: log-probabilities of this many likeliest tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+@click.option(
+    "--trace", type=click.Path(path_type=Path), help="Write which experts each token chose, as CSV."
+)
 @click.option("-q", "--quiet", is_flag=True, help="No summary.")
 @engine_options
 @sampling_options

@@ -25,6 +25,7 @@ from mer.model.forward import Forward
 from mer.model.kv import KVCache
 from mer.model.spec import ModelSpec
 from mer.streaming.experts import expert_tables
+from mer.streaming.trace import TraceWriter
 from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
 
 
@@ -98,6 +99,11 @@ class Runner:
                 spec, dense, streamer, kv, pool, kernels,
                 max_tokens=budget.step_tokens, max_rows=min(config.max_running, budget.step_tokens),
             )  # fmt: skip
+            if config.trace is not None:
+                forward.trace = TraceWriter(
+                    config.trace, model=path.name, n_layers=spec.n_moe_layers,
+                    n_experts=tables.n_experts, top_k=spec.router.top_k,
+                )  # fmt: skip
         except BaseException:
             reader.close()
             raise
@@ -106,6 +112,8 @@ class Runner:
     def close(self) -> None:
         """Give the files back; no step may be under way."""
         self.reader.close()
+        if self._forward.trace is not None:
+            self._forward.trace.close()
 
     @property
     def stats(self) -> StepStats:

@@ -14,6 +14,7 @@ from mer.model.batch import Batch
 from mer.model.dense import DenseWeights
 from mer.model.kv import KVCache
 from mer.model.spec import ModelSpec
+from mer.streaming.trace import TraceWriter
 
 
 class Experts(Protocol):
@@ -60,6 +61,7 @@ class Forward:
         for layer, weights, blocks in zip(spec.layers, dense.layers, kv.layers, strict=True):
             self._decoder.add_layer(weights, blocks, layer.window or 0, layer.moe_index is not None)
         self._tokens = 0
+        self.trace: TraceWriter | None = None
 
     @staticmethod
     def scratch_bytes(spec: ModelSpec, max_tokens: int, max_rows: int, n_threads: int) -> int:
@@ -93,6 +95,9 @@ class Forward:
                 decoder.feed(index)
                 continue
             decoder.route(index)
+            if self.trace is not None:
+                ids, weights = buffers["expert_ids"][:n], buffers["expert_weights"][:n]
+                self.trace.record(layer.moe_index, batch.positions, batch.query_offsets, ids, weights)
             self._moe.forward(
                 layer.moe_index,
                 buffers["h"][:n],

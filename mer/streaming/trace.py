@@ -1,0 +1,53 @@
+"""Routing traces: which experts each token chose, as a CSV file that bench/policy.py replays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mer.errors import ConfigError
+
+COLUMNS = "turn,phase,step,layer,slot,expert,weight"
+
+
+class TraceWriter:
+    """Writes a line per token, MoE layer and chosen expert, in the order in which they are computed.
+
+    turn: the sequence's place in its step. phase: 0 for a prompt's tokens, 1 for one that comes alone. step:
+    its position. layer counts MoE layers. slot: its rank in the router's choice. Raises ConfigError where the
+    file can't be made.
+    """
+
+    def __init__(self, path: Path, *, model: str, n_layers: int, n_experts: int, top_k: int) -> None:
+        try:
+            self._file = path.open("w")
+        except OSError as error:
+            raise ConfigError(f"trace {path}: {error.strerror}; name a file that can be written") from error
+        sizes = f"n_layer={n_layers} n_expert={n_experts} n_expert_used={top_k}"
+        self._file.write(f"# route_trace v1\n# model={model} {sizes}\n{COLUMNS}\n")
+
+    def record(
+        self,
+        layer: int,
+        positions: NDArray[np.int32],
+        query_offsets: NDArray[np.int32],
+        ids: NDArray[np.int32],
+        weights: NDArray[np.float32],
+    ) -> None:
+        """One layer of one step. positions [T], query_offsets [S + 1], ids and weights [T, top_k]."""
+        lines = []
+        for turn in range(len(query_offsets) - 1):
+            start, end = int(query_offsets[turn]), int(query_offsets[turn + 1])
+            phase = int(end - start == 1 and positions[start] > 0)
+            for t in range(start, end):
+                head = f"{turn},{phase},{positions[t]},{layer}"
+                lines += [
+                    f"{head},{slot},{expert},{weight:.6f}\n"
+                    for slot, (expert, weight) in enumerate(zip(ids[t], weights[t], strict=True))
+                ]
+        self._file.writelines(lines)
+
+    def close(self) -> None:
+        self._file.close()
