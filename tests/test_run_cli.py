@@ -300,3 +300,13 @@ def test_chat_interrupted_between_answers(terminal):
     terminal.see("interrupted")
     assert terminal.wait() == 130
     assert "Traceback" not in terminal.screen
+
+
+def test_the_least_memory_that_is_named_is_enough(model):
+    """Also for the processes that come after the one that named it."""
+    refused = mer("run", model, "x", "--ram", "1MiB", "--context", "64")
+    named = re.search(r"at least ([\d,]+) MiB", refused.stderr)
+    assert named
+    for _ in range(3):
+        done = mer("run", model, "x", "-n", 3, "--ram", f"{named[1].replace(',', '')}MiB", "--context", "64")
+        assert done.returncode == 0, done.stderr

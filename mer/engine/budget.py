@@ -26,6 +26,8 @@ DEFAULT_CONTEXT: Final = 4096
 _LEFT_FREE: Final = (512 << 20, 0.1)
 # What grows while running and is not counted below: the interpreter's heap, thread stacks, sampling.
 _MARGIN: Final = 48 << 20
+# What the interpreter holds differs by less than this from one start of the same command to the next.
+_DRIFT: Final = 4 << 20
 # A page-table entry takes 8 bytes for 4096, and the kernel charges them to the process's control group.
 _PAGE_TABLES: Final = 512
 
@@ -64,8 +66,8 @@ class Budget:
 
     @property
     def least(self) -> int:
-        """The smallest `ram` that works."""
-        return _with_page_tables(self.fixed + self.slot * self.least_slots)
+        """A `ram` that is enough, also at the next start, and hardly more than the smallest that is."""
+        return _with_page_tables(self.fixed + self.slot * self.least_slots + _DRIFT)
 
     @property
     def context(self) -> int:
