@@ -112,12 +112,22 @@ class CacheMachine(RuleBasedStateMachine):
             if not self.pins[expert] and self.state[expert] == "failed":
                 self.drop(expert)
 
+    def held(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(e for e, n in self.pins.items() if n)))
+
     @precondition(lambda self: any(self.pins.values()))
     @rule(data=st.data())
-    def end_one(self, data: st.DataObject) -> None:
+    def acquire_again(self, data: st.DataObject) -> None:
+        self.acquire(self.held(data))
+
+    @precondition(lambda self: any(self.pins.values()))
+    @rule(data=st.data(), fails=st.booleans())
+    def end_one(self, data: st.DataObject, fails: bool) -> None:
         """A sensible caller goes on: without it most runs would end with every slot held."""
-        expert = data.draw(st.sampled_from(sorted(e for e, n in self.pins.items() if n)))
-        if self.state[expert] == "loading":
+        expert = self.held(data)
+        if self.state[expert] == "loading" and fails:
+            self.fail(expert)
+        elif self.state[expert] == "loading":
             self.publish(expert, 1 + expert)
         self.release(expert)
 
