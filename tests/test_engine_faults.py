@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine_models import convert_to, opened, prompt
 from oracle.make_checkpoints import make
+from safetensors.numpy import load_file, save_file
 
 from mer import Engine, SamplingParams
-from mer.errors import CheckpointError, DeviceReadError
+from mer.errors import CheckpointError, DeviceReadError, MerError
 from mer.model import families
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, logprobs=3, ignore_eos=True)
@@ -186,6 +189,26 @@ async def test_deleted_while_it_runs(made, store):
         assert await answers(engine) == expected
     with pytest.raises(CheckpointError, match=r"experts|safetensors"):
         await Engine.open(store)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+async def test_weights_that_are_no_numbers(made, tmp_path, value):
+    """A token whose embedding is damaged fails the requests that hold it, and leaves no trace in others."""
+    expected = await right(made)
+    path = tmp_path / "hf"
+    shutil.copytree(made[0].parent / "hf", path)
+    tensors = load_file(path / "model.safetensors")
+    seen = {token for tokens, _ in expected for token in tokens} | {t for ids in PROMPTS for t in ids}
+    bad = next(token for token in range(211) if token not in seen)
+    tensors["model.embed_tokens.weight"][bad] = value
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    async with opened(path) as engine:
+        others = asyncio.create_task(answers(engine))
+        for ids in ([bad], [4, bad, 5]):
+            with pytest.raises(MerError, match="NaN"):
+                await engine.generate(ids, PARAMS)
+        assert await others == expected
+        assert await answers(engine) == expected
 
 
 async def test_shorter_than_its_header_says(store):

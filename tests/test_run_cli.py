@@ -16,7 +16,7 @@ import termios
 import time
 
 import pytest
-from engine_models import write_text_model
+from engine_models import convert_to, write_text_model
 from oracle.make_checkpoints import make
 
 from mer import Engine, SamplingParams
@@ -230,6 +230,27 @@ async def test_chat_refuses_what_is_too_long_and_goes_on(model):
     assert (done.returncode, done.stdout) == (0, f"{one}\n{two}\n")
     assert "error: the prompt has" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_chat_goes_on_after_a_read_error(model, tmp_path):
+    store = convert_to(model, tmp_path / "store", None, None)
+    file = store / "experts-00001.safetensors"
+    whole = file.read_bytes()
+    talking = subprocess.Popen(
+        [*MER, "chat", str(store), "-n", "3", "--cache-experts", "2", *OPTIONS], bufsize=0,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+    )  # fmt: skip
+    talking.stdin.write(b"hello\n")
+    assert os.read(talking.stdout.fileno(), 1)
+    talking.stdin.write(b"hello\n")  # read once the first answer is over
+    os.truncate(file, len(whole) // 8)
+    talking.stdin.write(b"hello\n")
+    assert b"error: " in talking.stderr.readline()
+    with open(file, "r+b") as again:
+        again.write(whole)
+    _, said = talking.communicate(b"/reset\nhello\n", timeout=PATIENCE)
+    assert talking.returncode == 0
+    assert b"Traceback" not in said
 
 
 class Terminal:

@@ -17,7 +17,7 @@ from mer.config import EngineConfig
 from mer.engine.engine import Engine
 from mer.engine.outputs import Delta
 from mer.engine.params import SamplingParams
-from mer.errors import RequestError
+from mer.errors import MerError, RequestError
 
 _HELP: Final = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer"
 
@@ -98,7 +98,9 @@ def _turn(
     try:
         with contextlib.suppress(KeyboardInterrupt):
             runner.run(_answer(engine, turn, params, deltas))
-    except RequestError as error:  # too long, or refused by the template: the conversation goes on
+    except MerError as error:  # too long, refused by the template, an expert can't be read: go on without it
+        if deltas:
+            click.echo()
         messages().print(f"error: {error}", style="red")
         return
     click.echo()
