@@ -1,6 +1,7 @@
 """bench/: the synthetic models are the same in every container, and whole; the peer's command line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import transformers
 from click.testing import CliRunner
 from gguf import GGUFReader, dequantize
 
-from bench import make_model, peer
+from bench import ceilings, make_model, peer
 from bench.gguf_writer import write_gguf
 from bench.shapes import SHAPES, model_config, tensors
 from bench.synthetic import Weights
@@ -180,3 +181,35 @@ def test_the_peer_reports_what_its_process_says(tmp_path):
 def test_token_ids():
     assert peer.token_ids("3,7,10-12") == [3, 7, 10, 11, 12]
     assert json.dumps(peer.token_ids("0-1")) == "[0, 1]"
+
+
+def test_the_ceiling_is_the_slower_of_memory_and_device():
+    found = ceilings.Ceilings(2, 20e9, 1.0, 1 << 20, 16, 4e9, 1.0)
+    assert ceilings.decode_ceiling(found, compute_bytes=1e9, missed_bytes=0) == pytest.approx(20)
+    assert ceilings.decode_ceiling(found, compute_bytes=1e9, missed_bytes=4e8) == pytest.approx(10)
+
+
+@pytest.mark.skipif(not shutil.which("fio"), reason="needs fio")
+def test_ceilings_measure_a_file(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(1 << 20))
+    result = CliRunner().invoke(ceilings.main, [str(file), "--block", "65536", "--rounds", "1", "--json"])
+    if "O_DIRECT" in result.output:
+        pytest.skip("tmp_path is on a file system without O_DIRECT")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert found["memory"] > 0
+    assert found["device"] > 0
+    assert found["block"] == 65536
+
+
+def test_ceilings_refuse_a_block_that_can_not_be(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(8192))
+    result = CliRunner().invoke(ceilings.main, [str(file), "--block", "5000"])
+    assert result.exit_code == 2
+    assert "multiple of 4096" in result.output
+    if shutil.which("fio"):
+        result = CliRunner().invoke(ceilings.main, [str(file), "--block", "65536"])
+        assert result.exit_code == 1
+        assert "smaller than one block" in result.output
