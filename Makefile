@@ -51,8 +51,8 @@ test: lint
 	@$(PY) -m pytest
 
 bench: $(VENV)/built
-	@$(PY) bench/kernels.py
-	@$(PY) bench/io.py
+	@$(PY) -m bench.kernels
+	@$(PY) -m bench.io
 
 clean:
 	rm -rf $(VENV) build mer.egg-info mer/_ext/*.so

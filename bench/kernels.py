@@ -1,11 +1,15 @@
 """Weights per second of every kernel, against the memory bandwidth measured in the same run.
 
-    python bench/kernels.py [--isa avx2] [--formats q8_0,q4_k] [--tokens 1,8,64] [--json FILE]
+    python -m bench.kernels [--isa avx2] [--formats q8_0,q4_k] [--tokens 1,8,64] [--ggml DIR] [--json FILE]
 
 Each line is a whole product y = W x on all threads, preparing the activations included, as the dense layers
 run it. GB/s counts weight bytes read once per product: with few tokens the ceiling is memory, with many
 it is arithmetic, for which GMAC/s is given. The best of several repetitions counts; `spread` is the median's
 distance from it, which tells how quiet the machine was.
+
+`--ggml` adds ggml's product of the same numbers on as many threads, with the weights as they are in the file
+and as its CPU back end lays them out anew (where it does). DIR is where llama-cpp-python keeps its libraries:
+site-packages/llama_cpp/lib; bench/peer.py says how to install it.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +28,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from bench.ggml import Ggml, Product
 from mer._ext.kernels import Kernels, Pool, isas
 
 # name: (ggml's type id, elements per block, bytes per block)
@@ -52,26 +59,60 @@ def random_weights(name: str, mebibytes: int, cols: int) -> NDArray[np.uint8]:
     """Encoded rows [rows, row_bytes] of about that size; any bits will do, the kernels take the same time."""
     _, block, block_bytes = FORMATS[name]
     row_bytes = cols // block * block_bytes
-    rows = mebibytes * MIB // row_bytes
+    rows = mebibytes * MIB // row_bytes // 64 * 64  # ggml repacks groups of rows
     piece = np.random.default_rng(0).integers(0, 60, 4 * MIB, np.uint8)  # small numbers: no NaN, no infinity
     return np.resize(piece, rows * row_bytes).reshape(rows, row_bytes)
 
 
-def measure(
-    k: Kernels, pool: Pool, name: str, tokens: int, weights: NDArray[np.uint8], cols: int
-) -> list[float]:
+def measure(run: Callable[[], object]) -> list[float]:
     """Seconds of each repetition: at least five, and half a second of them."""
-    x = np.random.default_rng(1).standard_normal((tokens, cols)).astype(np.float32)
-    fmt = FORMATS[name][0]
-    k.linear_py(pool, fmt, weights[:64], x)
+    run()
     times: list[float] = []
     while len(times) < 5 or (sum(times) < 0.5 and len(times) < 100):
         start = time.perf_counter()
-        k.linear_py(pool, fmt, weights, x)
+        run()
         times.append(time.perf_counter() - start)
         if sum(times) > 5:
             break
     return times
+
+
+Case = tuple[str, NDArray[np.uint8], NDArray[np.float32]]
+
+
+def case(name: str, mebibytes: int, tokens: int, cols: int) -> Case:
+    """A format, weights in it, and activations f32 [tokens, cols]."""
+    x = np.random.default_rng(1).standard_normal((tokens, cols)).astype(np.float32)
+    return name, random_weights(name, mebibytes, cols), x
+
+
+def result(isa: str, of: Case, times: list[float], memory: float) -> Result:
+    name, weights, x = of
+    best = min(times)
+    rate = weights.nbytes / best
+    macs = len(weights) * x.size / best
+    spread = statistics.median(times) / best - 1
+    return Result(
+        *(isa, name, len(x), weights.nbytes / MIB),
+        *(rate / 1e9, rate / memory, macs / 1e9, spread),
+    )
+
+
+def measure_ggml(ggml: Ggml, pool: Pool, of: Case, memory: float) -> Iterator[Result]:
+    """Each layout that ggml has for this product. Raises SystemExit if its numbers are others than ours."""
+    name, weights, x = of
+    form = FORMATS[name][0]
+    ours = Kernels().linear_py(pool, form, weights, x)
+    for buffer_type in (ggml.plain, *ggml.repacked()):
+        try:
+            with Product(ggml, buffer_type, form, weights, x) as product:
+                times = measure(product.compute)
+                # Q4_K quantises activations in blocks of another size
+                if np.abs(product.result() - ours).max() > 0.02 * np.abs(ours).max():
+                    raise SystemExit(f"ggml's product of {name} is another than ours")
+        except ValueError:
+            continue
+        yield result("ggml" if buffer_type == ggml.plain else "ggml repacked", of, times, memory)
 
 
 def main() -> None:
@@ -84,9 +125,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cols", type=int, default=2048, help="row length, a multiple of 256")
     parser.add_argument("--mib", type=int, default=192, help="weights for one token, beyond every cache")
+    parser.add_argument("--ggml", type=Path, metavar="DIR", help="compare with the libggml there")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     pool = Pool(args.threads)
+    try:
+        ggml = Ggml(args.ggml, pool.n_threads) if args.ggml else None
+    except (OSError, AttributeError) as error:
+        raise SystemExit(f"--ggml {args.ggml}: {error}") from None
     console = Console()
     memory = pool.memory_bandwidth(args.mib)
     console.print(
@@ -94,29 +140,25 @@ def main() -> None:
     )
     table = Table("isa", "format", "tokens", "MiB", "GB/s", "of memory", "GMAC/s", "spread")
     results: list[Result] = []
-    for isa in args.isa.split(",") if args.isa else isas():
-        k = Kernels(isa)
-        for name in args.formats.split(","):
-            # plain C is bound by arithmetic from the first token on: no need to wait for all of memory
-            sizes = {
-                t: 4 if isa == "scalar" else args.mib if t < 4 else 16
-                for t in map(int, args.tokens.split(","))
-            }
-            for tokens, mib in sizes.items():
-                weights = random_weights(name, mib, args.cols)
-                times = measure(k, pool, name, tokens, weights, args.cols)
-                best = min(times)
-                rate = weights.nbytes / best
-                macs = weights.shape[0] * args.cols * tokens / best
-                spread = statistics.median(times) / best - 1
-                r = Result(
-                    isa, name, tokens, weights.nbytes / MIB, rate / 1e9, rate / memory, macs / 1e9, spread
-                )
-                results.append(r)
-                table.add_row(
-                    isa, name, str(tokens), f"{r.weight_mib:.0f}", f"{r.gb_per_s:.2f}", f"{r.of_memory:.0%}",
-                    f"{r.gmac_per_s:.1f}", f"+{spread:.0%}",
-                )  # fmt: skip
+
+    def add(r: Result) -> None:
+        results.append(r)
+        table.add_row(
+            r.isa, r.format, str(r.tokens), f"{r.weight_mib:.0f}", f"{r.gb_per_s:.2f}", f"{r.of_memory:.0%}",
+            f"{r.gmac_per_s:.1f}", f"+{r.spread:.0%}",
+        )  # fmt: skip
+
+    for name in args.formats.split(","):
+        for tokens in map(int, args.tokens.split(",")):
+            full = case(name, args.mib if tokens < 4 else 16, tokens, args.cols)
+            for isa in args.isa.split(",") if args.isa else isas():
+                # plain C is bound by arithmetic from the first token on: no need to wait for all of memory
+                of = case(name, 4, tokens, args.cols) if isa == "scalar" else full
+                linear = partial(Kernels(isa).linear_py, pool, FORMATS[name][0], of[1], of[2])
+                add(result(isa, of, measure(linear), memory))
+            if ggml:
+                for found in measure_ggml(ggml, pool, full, memory):
+                    add(found)
     console.print(table)
     after = pool.memory_bandwidth(args.mib)
     console.print(f"memory again at the end: {after / 1e9:.1f} GB/s")
