@@ -83,5 +83,7 @@ class EngineConfig:
     # 'auto', 'uring', 'preadv' or 'buffered'.
     io_backend: str = "auto"
     queue_depth: int = field(default=64, validator=_at_least(1))
+    # Experts that may be on their way before their layer asks for them; 0: none.
+    prefetch: int = field(default=8, validator=_at_least(0))
     # A file for the routing of every step, as bench/policy.py replays it; None: none is written.
     trace: Path | None = field(default=None, converter=converters.optional(Path))

@@ -145,6 +145,7 @@ class Streamed:
         cache: ExpertCache | None = None,
         threads: int = 2,
         max_tokens: int = MAX_TOKENS,
+        prefetch: int = 0,
     ) -> None:
         tables = self.tables = model.tables
         self.model = model
@@ -152,12 +153,12 @@ class Streamed:
         self.cache = cache or ExpertCache(tables.total, slots or tables.total, tables.slot_bytes)
         self.streamer = ExpertStreamer(
             self.cache, self.reader, KERNELS, Pool(threads), tables.layers, tables.reads, tables.matrices,
-            TOP_K, max_tokens,
+            TOP_K, max_tokens, prefetch,
         )  # fmt: skip
 
-    def forward(self, layer, x, ids, weights):
+    def forward(self, layer, x, ids, weights, ahead=None):
         out = np.full(x.shape, np.nan, np.float32)
-        self.streamer.forward(layer, x, ids, weights, out)
+        self.streamer.forward(layer, x, ids, weights, out, ahead)
         return out
 
     def check(self, layer: int, tokens: int, seed: int = 0) -> None:

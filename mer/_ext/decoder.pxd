@@ -102,6 +102,8 @@ cdef class Decoder:
     cdef float *logit_rows
     cdef float *attention_scratch
     cdef int32_t *expert_ids
+    cdef int32_t *ahead_ids
+    cdef float *ahead_weights
     cdef int64_t *spans           # [n_spans, 3] sequence, first token, end
     cdef int32_t *sequence_of     # [tokens]
     cdef uint8_t *acts
@@ -121,6 +123,9 @@ cdef class Decoder:
     cdef mer_attention attention
     cdef long first_span, end_span, first_token, end_token, heads_per_task
     cdef const float *norm_weights
+    cdef float *normed
+    cdef int32_t *chosen
+    cdef float *chosen_weights
     cdef long inter
 
     cdef void *buffer(self, buffers, str name)
@@ -130,6 +135,8 @@ cdef class Decoder:
     cdef Matrix matrix(self, weights, str name) except *
     cdef void linear(self, const Matrix *m, const float *x, long n, float *y) noexcept nogil
     cdef void run(self, decoder_task task, long n) noexcept nogil
+    cdef void norm(self, const float *weights, float *out) noexcept nogil
+    cdef void choose(self, const Layer *layer, float *normed, int32_t *ids, float *weights) noexcept nogil
     cdef void attend_grouped(self) noexcept nogil
     cdef void attend_latent(self) noexcept nogil
     cdef void attend_spans(self, long first, long end) noexcept nogil

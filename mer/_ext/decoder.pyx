@@ -41,7 +41,7 @@ cdef void angles_task(Decoder d, long t, int thread) noexcept nogil:
 
 
 cdef void norm_task(Decoder d, long t, int thread) noexcept nogil:
-    mer_rms_norm(d.x + t * d.hidden, d.norm_weights, d.h + t * d.hidden, d.hidden, d.eps)
+    mer_rms_norm(d.x + t * d.hidden, d.norm_weights, d.normed + t * d.hidden, d.hidden, d.eps)
 
 
 cdef inline void add_bias(const Matrix *m, float *y) noexcept nogil:
@@ -153,7 +153,7 @@ cdef void swiglu_task(Decoder d, long t, int thread) noexcept nogil:
 
 cdef void route_task(Decoder d, long t, int thread) noexcept nogil:
     mer_route(&d.router, d.router_logits + t * d.router.n_experts, d.choice + thread * d.router.n_experts,
-              d.expert_ids + t * d.router.top_k, d.expert_weights + t * d.router.top_k)
+              d.chosen + t * d.router.top_k, d.chosen_weights + t * d.router.top_k)
 
 
 cdef void finish_task(Decoder d, long t, int thread) noexcept nogil:
@@ -235,6 +235,8 @@ cdef class Decoder:
         self.choice = <float *>self.buffer(buffers, "choice")
         self.expert_ids = <int32_t *>self.buffer(buffers, "expert_ids")
         self.expert_weights = <float *>self.buffer(buffers, "expert_weights")
+        self.ahead_ids = <int32_t *>self.buffer(buffers, "ahead_ids")
+        self.ahead_weights = <float *>self.buffer(buffers, "ahead_weights")
         self.last = <float *>self.buffer(buffers, "last")
         self.logit_rows = <float *>self.buffer(buffers, "logits")
         self.attention_scratch = <float *>self.buffer(buffers, "attention_scratch")
@@ -295,6 +297,17 @@ cdef class Decoder:
         # An argument of class Decoder is a pointer, as the pool's void * is.
         self.pool.run(<mer_task_fn>task, <void *>self, n)
 
+    cdef void norm(self, const float *weights, float *out) noexcept nogil:
+        self.norm_weights, self.normed = weights, out
+        self.run(norm_task, self.n_tokens)
+
+    cdef void choose(self, const Layer *layer, float *normed, int32_t *ids, float *weights) noexcept nogil:
+        """normed = norm(x); ids and weights: the choice of this layer's router for it."""
+        self.router.bias, self.chosen, self.chosen_weights = layer.router_bias, ids, weights
+        self.norm(layer.mlp_norm, normed)
+        self.linear(&layer.router, normed, self.n_tokens, self.router_logits)
+        self.run(route_task, self.n_tokens)
+
     cdef char *block_of(self, long token) noexcept nogil:
         """The block where a token's key and value belong, in the layer under way."""
         cdef const int32_t *table = self.tables + self.sequence_of[token] * self.table_stride
@@ -325,8 +338,7 @@ cdef class Decoder:
         """x += attention(norm(x)), the tokens' keys and values being written to the cache first."""
         self.layer = &self.layers[index]
         with nogil:
-            self.norm_weights = self.layer.attention_norm
-            self.run(norm_task, self.n_tokens)
+            self.norm(self.layer.attention_norm, self.h)
             if self.latent:
                 self.attend_latent()
             else:
@@ -399,20 +411,24 @@ cdef class Decoder:
         """x += the plain feed-forward block of norm(x)."""
         self.layer = &self.layers[index]
         with nogil:
-            self.norm_weights = self.layer.mlp_norm
-            self.run(norm_task, self.n_tokens)
+            self.norm(self.layer.mlp_norm, self.h)
             self.feed_forward(self.y)
             self.run(fed_task, self.n_tokens)
 
     def route(self, long index):
         """h = norm(x), and the router's choice for it: expert_ids and expert_weights."""
         self.layer = &self.layers[index]
-        self.router.bias = self.layer.router_bias
         with nogil:
-            self.norm_weights = self.layer.mlp_norm
-            self.run(norm_task, self.n_tokens)
-            self.linear(&self.layer.router, self.h, self.n_tokens, self.router_logits)
-            self.run(route_task, self.n_tokens)
+            self.choose(self.layer, self.h, self.expert_ids, self.expert_weights)
+
+    def predict(self, long index):
+        """ahead_ids: what the router of layer `index` would choose for x as it is now, layers too early.
+
+        Most of a hidden state outlives a layer, so most of the choice does, too. Between `route` and the
+        routed experts of the layer under way: y, where they will put their sum, holds the norm meanwhile.
+        """
+        with nogil:
+            self.choose(&self.layers[index], self.y, self.ahead_ids, self.ahead_weights)
 
     def finish(self, long index):
         """x += y + shared expert(h), y being the routed experts' sum."""

@@ -3,6 +3,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t
 
 from mer._ext.cache cimport ExpertCache
 from mer._ext.kernels cimport Kernels, Pool, mer_task_fn
+from mer._ext.prefetch cimport Prefetcher, ReadPlan
 from mer._ext.uring cimport Reader, ReadOp
 
 ctypedef struct LayerShape:
@@ -10,13 +11,6 @@ ctypedef struct LayerShape:
     int down_format
     int64_t hidden
     int64_t inter
-
-ctypedef struct ReadPlan:
-    int64_t file
-    int64_t offset             # aligned, bytes in the file
-    int64_t length             # aligned
-    int64_t needed             # bytes of it that must arrive: the file may end before the aligned end
-    int64_t slot_offset        # where in the slot it lands
 
 ctypedef struct Expert:
     int64_t key                # its number in the cache
@@ -41,6 +35,7 @@ cdef class ExpertStreamer:
     cdef Reader reader
     cdef Kernels kernels
     cdef Pool pool
+    cdef Prefetcher prefetcher         # None: nothing is read ahead
     cdef readonly int64_t n_layers, n_experts, top_k, max_tokens, max_reads, scratch_bytes
     cdef LayerShape *layers
     cdef ReadPlan *reads               # [n_layers * n_experts, max_reads]; length 0: not used
@@ -66,6 +61,7 @@ cdef class ExpertStreamer:
     cdef const float *weights
     cdef float *out
     cdef int64_t tokens, n_ops, n_ready, n_rows, chunk
+    cdef const int32_t *ahead          # [tokens, top_k] what the next layer may want, NULL: not known
     cdef ReadOp *failed
     cdef int64_t io_wait_ns, compute_ns, bytes_read, hits, misses
 
@@ -76,6 +72,7 @@ cdef class ExpertStreamer:
     cdef void try_acquire(self, Expert *e) noexcept nogil
     cdef void advance(self, Expert *e) noexcept nogil
     cdef void add_ready(self, Expert *e) noexcept nogil
+    cdef void read_ahead(self, int64_t base) noexcept nogil
     cdef int stream(self, int64_t base) noexcept nogil
     cdef void compute_ready(self) noexcept nogil
     cdef void run_tokens(self, mer_task_fn task) noexcept nogil

@@ -27,6 +27,7 @@ class ExpertStreamer:
         matrices: NDArray[np.int64],
         top_k: int,
         max_tokens: int,
+        prefetch: int = 0,
     ) -> None: ...
     def forward(
         self,
@@ -35,5 +36,6 @@ class ExpertStreamer:
         ids: NDArray[np.int32],
         weights: NDArray[np.float32],
         out: NDArray[np.float32],
+        ahead: NDArray[np.int32] | None = None,
     ) -> None: ...
     def stats(self) -> dict[str, float]: ...

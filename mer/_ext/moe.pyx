@@ -3,7 +3,8 @@
 Tokens are grouped by expert, so an expert is read at most once and its weights pass the processor once per
 step. Experts in the cache are pinned first, then all missing ones are submitted as one batch of reads; what is
 resident is computed while they are under way, and each further expert as its reads complete. When a step needs
-more experts than the cache has slots, it goes on in waves: one slot is enough.
+more experts than the cache has slots, it goes on in waves: one slot is enough. Behind the reads of a layer come
+those that the next layer will probably ask for.
 
 The result does not depend on any of that: every (token, choice) pair has an output row of its own, and the rows
 of a token are added in the router's order.
@@ -19,7 +20,8 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 
 from mer._ext.cache cimport ACQ_BUSY, ACQ_HIT, ACQ_MISS, ExpertCache, STATE_LOADING, STATE_RESIDENT
 from mer._ext.kernels cimport Kernels, Pool, mer_task_fn
-from mer._ext.uring cimport Reader, ReadOp, mer_read_done
+from mer._ext.prefetch cimport Prefetcher, plan_read
+from mer._ext.uring cimport MER_IO_DEMAND, Reader, ReadOp, mer_read_done
 
 from mer.errors import BudgetError
 
@@ -106,7 +108,8 @@ cdef class ExpertStreamer:
     layers: int64 [n_layers, 4]: format id of gate and up, format id of down, hidden, intermediate size.
     reads: int64 [n_layers * n_experts, max_reads, 5]: file, aligned offset, aligned length, bytes needed,
     offset in the slot; length 0 ends the list. matrices: int64 [n_layers * n_experts, 3]: offsets in the slot of
-    gate, up and down. At most max_tokens tokens a call, each with top_k distinct experts.
+    gate, up and down. At most max_tokens tokens a call, each with top_k distinct experts. prefetch: experts that may
+    be on their way before they are asked for.
 
     Row r of the tables is expert r of the cache; others may use that and the reader at the same time, if they let
     go of what they pin. One caller of `forward` at a time. Raises ValueError for tables that do not fit.
@@ -114,7 +117,7 @@ cdef class ExpertStreamer:
 
     def __cinit__(self, ExpertCache cache not None, Reader reader not None, Kernels kernels not None,
                   Pool pool not None, const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads,
-                  const int64_t[:, ::1] matrices, int64_t top_k, int64_t max_tokens):
+                  const int64_t[:, ::1] matrices, int64_t top_k, int64_t max_tokens, int64_t prefetch=0):
         cdef int64_t i, act = 0, mid = 0, rows
         sizes = _sizes(layers, reads, top_k, max_tokens)
         self.cache, self.reader, self.kernels, self.pool = cache, reader, kernels, pool
@@ -153,6 +156,9 @@ cdef class ExpertStreamer:
             self.mid_pointers[i] = self.mids + i * mid
         for i in range(reads.shape[0]):
             self.add_expert(i, reads[i], matrices[i])
+        if prefetch:
+            self.prefetcher = Prefetcher(cache, reader, self.max_reads, prefetch)
+            self.prefetcher.plans = self.reads
 
     def __dealloc__(self):
         free(self.memory)
@@ -184,12 +190,14 @@ cdef class ExpertStreamer:
         return 0
 
     def forward(self, int64_t layer, const float[:, ::1] x, const int32_t[:, ::1] ids,
-                const float[:, ::1] weights, float[:, ::1] out):
+                const float[:, ::1] weights, float[:, ::1] out, const int32_t[:, ::1] ahead=None):
         """x f32 [T, hidden], ids i32 [T, top_k], weights f32 [T, top_k] -> out f32 [T, hidden] (overwritten).
 
-        layer counts MoE layers only. Raises DeviceReadError or CheckpointError when an expert can't be read: no
-        read is under way then, nothing pinned, and the next call may succeed. BudgetError when the cache's pinned
-        set leaves no slot, ValueError for shapes or ids that do not fit, IndexError for a layer.
+        layer counts MoE layers only. ahead, i32 [T, top_k]: what the next MoE layer will probably want, best first;
+        it changes when things are read, and no result. Raises DeviceReadError or CheckpointError when an expert
+        can't be read: no demand read is under way then, nothing of this layer pinned, and the next call may
+        succeed. BudgetError when the cache's pinned set leaves no slot, ValueError for shapes or ids that do not
+        fit, IndexError for a layer.
         """
         cdef int error
         if not 0 <= layer < self.n_layers:
@@ -206,6 +214,11 @@ cdef class ExpertStreamer:
         if not self.group(&ids[0, 0]):
             raise ValueError(f"the ids of a token must be distinct and in 0..{self.n_experts - 1}")
         self.x, self.weights, self.out = &x[0, 0], &weights[0, 0], &out[0, 0]
+        self.ahead = NULL
+        if ahead is not None and self.prefetcher is not None and layer + 1 < self.n_layers:
+            if ahead.shape[0] != self.tokens or ahead.shape[1] != self.top_k:
+                raise ValueError(f"ahead {np.shape(ahead)} must be [{self.tokens}, {self.top_k}]")
+            self.ahead = &ahead[0, 0]
         with nogil:
             self.run_tokens(input_task)
             error = self.stream(layer * self.n_experts)
@@ -251,10 +264,7 @@ cdef class ExpertStreamer:
             if plan[j].length == 0:
                 break
             op = &self.ops[self.n_ops]
-            memset(op, 0, sizeof(ReadOp))
-            op.file, op.offset = <int>plan[j].file, plan[j].offset
-            op.length, op.needed = plan[j].length, plan[j].needed
-            op.dest = slot + plan[j].slot_offset
+            plan_read(op, &plan[j], slot, MER_IO_DEMAND)
             self.bytes_read += op.length
             self.n_ops += 1
         e.end_op = self.n_ops
@@ -279,6 +289,8 @@ cdef class ExpertStreamer:
 
     cdef void try_acquire(self, Expert *e) noexcept nogil:
         cdef int status = self.cache.acquire(e.key, &e.slot)
+        if self.prefetcher is not None and (status == ACQ_HIT or status == ACQ_BUSY):
+            self.prefetcher.note_use(e.key)
         if status == ACQ_HIT:
             e.state = READY
             self.hits += 1
@@ -317,6 +329,20 @@ cdef class ExpertStreamer:
         self.n_rows += e.count
         e.state = COMPUTING
 
+    cdef void read_ahead(self, int64_t base) noexcept nogil:
+        """Asks for what the next layer may want: every token's likeliest first."""
+        cdef int64_t rank, t, e, i
+        for i in range(self.tokens * self.top_k):
+            e = self.ahead[i]
+            if 0 <= e < self.n_experts:
+                self.prefetcher.keep(base + self.n_experts + e)
+        for rank in range(self.top_k):
+            for t in range(self.tokens):
+                e = self.ahead[t * self.top_k + rank]
+                if 0 <= e < self.n_experts:
+                    self.prefetcher.ask(base + self.n_experts + e)
+        self.ahead = NULL
+
     cdef int stream(self, int64_t base) noexcept nogil:
         """Acquires, reads and computes every expert of this step. 0 (see `failed`), or ENOSPC."""
         cdef int64_t n = 0, e, i, mark, submitted = 0
@@ -335,6 +361,8 @@ cdef class ExpertStreamer:
         while True:
             memset(under_way, 0, sizeof(under_way))
             seen = self.reader.completed()           # before the look at the reads: none ends unnoticed
+            if self.prefetcher is not None:
+                self.prefetcher.collect()
             self.n_ready = self.n_rows = 0
             for i in range(n):
                 self.advance(&self.active[i])
@@ -344,6 +372,8 @@ cdef class ExpertStreamer:
             if self.n_ops > submitted:
                 self.reader.submit(&self.ops[submitted], self.n_ops - submitted)
                 submitted = self.n_ops
+            if self.ahead is not NULL and not under_way[WAITING] and not under_way[BUSY] and self.failed is NULL:
+                self.read_ahead(base)
             mark = now()
             if self.n_ready:
                 if self.failed is NULL:
@@ -354,7 +384,8 @@ cdef class ExpertStreamer:
                         self.active[i].state = DONE
                 self.compute_ns += now() - mark
                 self.reader.wait(0)
-            elif under_way[LOADING]:
+            elif under_way[LOADING] or (self.prefetcher is not None and self.prefetcher.under_way
+                                        and (under_way[BUSY] or under_way[WAITING])):
                 self.reader.wait_past(seen)
                 self.io_wait_ns += now() - mark
             elif under_way[BUSY] or under_way[WAITING]:
@@ -430,11 +461,18 @@ cdef class ExpertStreamer:
 
     def stats(self):
         """Totals since the start: seconds waiting for reads and computing, bytes asked of the device,
-        and experts found in the cache (hits) or read (misses), each counted once a call."""
+        and experts found in the cache (hits) or read (misses), each counted once a call.
+
+        An expert that is on its way because it was read ahead counts as found. prefetched: experts read ahead;
+        prefetch_used: those of them that were wanted before they were evicted.
+        """
+        cdef Prefetcher p = self.prefetcher
         return {
             "io_wait_s": self.io_wait_ns / 1e9,
             "compute_s": self.compute_ns / 1e9,
-            "bytes_read": self.bytes_read,
+            "bytes_read": self.bytes_read + (0 if p is None else p.bytes_read),
             "hits": self.hits,
             "misses": self.misses,
+            "prefetched": 0 if p is None else p.issued,
+            "prefetch_used": 0 if p is None else p.useful,
         }

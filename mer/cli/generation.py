@@ -28,6 +28,9 @@ _ENGINE: Final = (
     click.option(
         "--cache-experts", metavar="N|P%", help="Experts kept in memory; default: what --ram holds."
     ),
+    click.option(
+        "--prefetch", type=int, default=8, show_default=True, help="Experts that may be read ahead."
+    ),
     click.option("--threads", type=int, help="Compute threads; default: the CPUs this process may use."),
     click.option(
         "--kv",
@@ -137,6 +140,9 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
 
     speed = _rate(usage.completion_tokens - 1, timings.decode_s)
     prefill = _rate(usage.prompt_tokens, timings.prefill_s)
+    ahead = ""
+    if steps.prefetched:
+        ahead = f", {steps.prefetched} read ahead ({steps.prefetch_used / steps.prefetched:.0%} used)"
     facts = engine.facts()
     lines = {
         "speed": (f"{speed:.1f} tokens/s" if speed else f"{usage.completion_tokens} token")
@@ -145,7 +151,8 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
         "time": f"experts {share(steps.expert_s)}, attention and dense {share(rest)}, waiting for reads "
         f"{share(steps.io_wait_s)}, sampling and text {share(max(total - steps.step_s, 0.0))}",
         "experts": f"hit rate {timings.hit_rate:.1%}, {size(steps.bytes_read)} read "
-        f"({size(steps.bytes_read / tokens)} per token), cache of {budget.slots} of {budget.experts} experts",
+        f"({size(steps.bytes_read / tokens)} per token), cache of {budget.slots} of {budget.experts} experts"
+        + ahead,
         "memory": f"peak {size(peak_bytes())}, allowed {size(budget.ram)}",
         "uses": f"{facts['io_backend']} reads, {facts['isa']} kernels, {facts['threads']} threads",
     }

@@ -35,6 +35,7 @@ class StepStats:
 
     step_s: all of the steps; of it io_wait_s went by with nothing to compute because reads were not there
     yet, and expert_s with computing experts; the rest is attention, router, head and what lies between.
+    prefetched: experts read ahead of their layer; prefetch_used: those of them that were wanted then.
     """
 
     step_s: float = 0.0
@@ -43,6 +44,8 @@ class StepStats:
     bytes_read: int = 0
     hits: int = 0
     misses: int = 0
+    prefetched: int = 0
+    prefetch_used: int = 0
 
     def __sub__(self, other: StepStats) -> StepStats:
         return StepStats(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -93,12 +96,13 @@ class Runner:
             cache = ExpertCache(tables.total, budget.slots, budget.slot, policy=config.cache_policy)
             streamer = ExpertStreamer(
                 cache, reader, kernels, pool, tables.layers, tables.reads, tables.matrices,
-                spec.router.top_k, budget.step_tokens,
+                spec.router.top_k, budget.step_tokens, config.prefetch,
             )  # fmt: skip
             forward = Forward(
                 spec, dense, streamer, kv, pool, kernels,
                 max_tokens=budget.step_tokens, max_rows=min(config.max_running, budget.step_tokens),
             )  # fmt: skip
+            forward.look_ahead = config.prefetch > 0 and budget.slots < budget.experts
             if config.trace is not None:
                 forward.trace = TraceWriter(
                     config.trace, model=path.name, n_layers=spec.n_moe_layers,
@@ -125,6 +129,8 @@ class Runner:
             bytes_read=int(s["bytes_read"]),
             hits=int(s["hits"]),
             misses=int(s["misses"]),
+            prefetched=int(s["prefetched"]),
+            prefetch_used=int(s["prefetch_used"]),
         )
 
     def step(self, chunks: list[Chunk]) -> NDArray[np.float32]:

@@ -27,10 +27,12 @@ class Experts(Protocol):
         ids: NDArray[np.int32],
         weights: NDArray[np.float32],
         out: NDArray[np.float32],
+        ahead: NDArray[np.int32] | None = None,
     ) -> None:
         """x f32 [T, hidden], ids i32 [T, top_k], weights f32 [T, top_k] -> out f32 [T, hidden], overwritten.
 
-        `layer` counts MoE layers only. May raise DeviceReadError; the next call may succeed.
+        `layer` counts MoE layers only. ahead i32 [T, top_k]: what the next one will probably want.
+        May raise DeviceReadError; the next call may succeed.
         """
 
 
@@ -62,6 +64,8 @@ class Forward:
             self._decoder.add_layer(weights, blocks, layer.window or 0, layer.moe_index is not None)
         self._tokens = 0
         self.trace: TraceWriter | None = None
+        # Whether each layer is told what the next one will probably want.
+        self.look_ahead = False
 
     @staticmethod
     def scratch_bytes(spec: ModelSpec, max_tokens: int, max_rows: int, n_threads: int) -> int:
@@ -95,6 +99,11 @@ class Forward:
                 decoder.feed(index)
                 continue
             decoder.route(index)
+            ahead = None
+            following = self.spec.layers[index + 1 : index + 2]
+            if self.look_ahead and following and following[0].moe_index is not None:
+                decoder.predict(index + 1)
+                ahead = buffers["ahead_ids"][:n]
             if self.trace is not None:
                 ids, weights = buffers["expert_ids"][:n], buffers["expert_weights"][:n]
                 self.trace.record(layer.moe_index, batch.positions, batch.query_offsets, ids, weights)
@@ -104,6 +113,7 @@ class Forward:
                 buffers["expert_ids"][:n],
                 buffers["expert_weights"][:n],
                 buffers["y"][:n],
+                ahead,
             )
             decoder.finish(index)
         decoder.logits(batch.logit_rows)

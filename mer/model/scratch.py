@@ -35,6 +35,8 @@ def _shapes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> Shapes:
         "choice": ((n_threads, spec.router.n_experts), f32),
         "expert_ids": ((tokens, spec.router.top_k), np.int32),
         "expert_weights": ((tokens, spec.router.top_k), f32),
+        "ahead_ids": ((tokens, spec.router.top_k), np.int32),
+        "ahead_weights": ((tokens, spec.router.top_k), f32),
         "spans": ((tokens, 3), np.int64),
         "sequence_of": ((tokens,), np.int32),
         "last": ((rows, spec.hidden), f32),

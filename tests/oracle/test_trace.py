@@ -6,6 +6,7 @@ import csv
 
 import numpy as np
 import torch
+from harness import Runner
 from make_checkpoints import make
 
 from bench.policy import read_trace
@@ -34,3 +35,19 @@ async def test_the_trace_is_what_transformers_chooses(tmp_path):
         assert {int(row["step"]) for row in mine if row["phase"] == "1"} == set(range(40, len(tokens)))
     trace = read_trace(tmp_path / "trace.csv")
     assert (trace.n_layers, trace.n_experts) == (3, 4)
+
+
+def test_a_prediction_from_the_right_state_is_right(tmp_path):
+    """The control of reading ahead: with the state that the router itself sees, every guess is its choice."""
+    for family in ("mixtral", "qwen3_moe", "deepseek_v3"):
+        make(tmp_path / family, family)
+        runner = Runner(tmp_path / family)
+        runner.logits(PROMPT)
+        decoder, buffers = runner.model._decoder, runner.model._buffers
+        last = runner.spec.n_layers - 1
+        decoder.route(last)
+        decoder.predict(last)
+        n = len(PROMPT)
+        assert np.array_equal(buffers["ahead_ids"][:n], buffers["expert_ids"][:n])
+        decoder.predict(last - 1)
+        assert not np.array_equal(buffers["ahead_ids"][:n], buffers["expert_ids"][:n])
