@@ -20,8 +20,8 @@ layers, 128 experts, 6 of them chosen, and a hidden size of 1024:
     mean router weights, sorted                            0.27 0.20 0.16 0.14   0.27 0.19 0.16 0.14
 
 The whole shape chooses 8 of 128: with 12 layers such caches hit 0.258 0.522 0.780, and by expected next use
-0.435 0.626 0.819. What it has not: a real model's text goes back to words it had before, and its layers differ
-from each other.
+0.435 0.626 0.819. What it has not: a real model's text goes back to words it had before, and its layers
+differ from each other.
 """
 
 from __future__ import annotations
