@@ -1,0 +1,236 @@
+"""mer beside llama.cpp: the same weights, the same memory control group, in turns, with this run's ceilings.
+
+    python -m bench.make_model qwen3-30b-a3b /tmp/q.store --as store --layers 12
+    python -m bench.make_model qwen3-30b-a3b /tmp/q.gguf --as gguf --layers 12
+    python -m bench.compare /tmp/q.store /tmp/q.gguf --peer /tmp/peer/bin/python --plot q.png
+
+A budget is what mer needs besides the expert cache plus a share of all experts; both programs run under a
+control group of that limit (as root), the page cache dropped before each. `--peer`: the interpreter that has
+llama-cpp-python, see bench/peer.py; without it mer is measured alone. Below the whole model llama.cpp maps
+the file and does not repack; where all fits it repacks as it likes. Both run the prompt once before what is
+timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+from attrs import asdict
+from rich.console import Console
+from rich.table import Table
+
+from bench import ceilings, engine, peer
+from mer.config import EngineConfig
+from mer.engine.budget import Budget, measure
+from mer.model.families import load
+from mer.streaming.experts import expert_tables
+from mer.weights.checkpoint import open_checkpoint
+
+# The interpreter that inspects the model is smaller than one that runs it.
+SLACK = 24 << 20
+GROUP = Path("/sys/fs/cgroup/memory/mer-compare")
+
+
+class Model:
+    """What a token of the model costs."""
+
+    def __init__(self, store: Path) -> None:
+        checkpoint = open_checkpoint(store)
+        architecture = load(checkpoint)
+        spec, tables = architecture.spec, expert_tables(architecture.experts)
+        self.budget: Budget = measure(checkpoint, architecture, tables, EngineConfig(ram=1 << 50))
+        embedding = checkpoint.tensors[architecture.dense["embedding"]].nbytes
+        dense = self.budget.dense - (0 if spec.tied_embeddings else embedding)
+        self.expert = tables.slot_bytes
+        self.token_bytes = dense + spec.n_moe_layers * spec.router.top_k * self.expert
+        self.file = store / "experts-00001.safetensors"
+
+    def ram(self, share: float) -> int:
+        """Bytes that hold this share of the experts."""
+        cache = self.budget.slot * round(share * self.budget.experts)
+        return int((self.budget.fixed + cache + SLACK) * 1.004)
+
+
+def drop_caches() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+class Group:
+    """A memory control group (version 1) for the programs to join."""
+
+    def __init__(self, limit: int) -> None:
+        GROUP.mkdir(exist_ok=True)
+        (GROUP / "memory.limit_in_bytes").write_text(str(limit))
+
+    def __enter__(self) -> Path:
+        (GROUP / "memory.max_usage_in_bytes").write_text("0")
+        return GROUP
+
+    def __exit__(self, *error: object) -> None:
+        (GROUP / "memory.force_empty").write_text("0")
+        GROUP.rmdir()
+
+
+def run_mer(store: Path, prompt: list[int], decode: int, ram: int, threads: int) -> dict[str, Any]:
+    drop_caches()
+    with Group(ram) as group:
+        found = engine.measure(store, prompt, decode, ram=str(ram), threads=threads, warmup=True, group=group)
+    timings = found["timings"]
+    tokens = len(prompt) + decode
+    return {
+        "prefill": timings["prefill_tokens_per_s"],
+        "decode": timings["decode_tokens_per_s"],
+        "read_per_token": timings["bytes_read"] / tokens,
+        "hit_rate": timings["hit_rate"],
+        "peak": found["engine"]["peak_bytes"],
+        "tokens": found["tokens"],
+    }
+
+
+def run_peer(
+    python: str, gguf: Path, prompt: list[int], decode: int, ram: int, threads: int, fits: bool
+) -> dict[str, Any]:
+    drop_caches()
+    with Group(ram) as group:
+        found = peer.measure(
+            python, gguf, prompt, decode, threads=threads, extra_bufts=fits, warmup=True, group=group
+        )
+        peak = int((group / "memory.max_usage_in_bytes").read_text())
+    return {
+        "prefill": found["prefill_tokens_per_s"],
+        "decode": found["decode_tokens_per_s"],
+        "read_per_token": found["read_bytes"]["decode"] / decode,
+        "peak": peak,
+        "tokens": found["tokens"],
+    }
+
+
+def spread(runs: list[dict[str, Any]], key: str) -> str:
+    values = [run[key] for run in runs]
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def median(runs: list[dict[str, Any]], key: str) -> float:
+    return float(statistics.median(run[key] for run in runs))
+
+
+@click.command(help=__doc__)
+@click.argument("store", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("gguf", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--peer", "python", help="Interpreter that has llama-cpp-python.")
+@click.option("--shares", default="10,25,50,100", show_default=True, help="Percent of the experts that fit.")
+@click.option("--rounds", default=3, show_default=True, help="Runs of each program for each budget.")
+@click.option("--prompt", default=64, show_default=True, help="Tokens.")
+@click.option("--decode", default=64, show_default=True, help="Tokens.")
+@click.option(
+    "--peer-decode", default=16, show_default=True, help="Tokens of llama.cpp where the model does not fit."
+)
+@click.option("--threads", default=os.cpu_count(), show_default=True)
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything there, too.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG (needs matplotlib).")
+def main(
+    store: Path,
+    gguf: Path,
+    python: str | None,
+    shares: str,
+    rounds: int,
+    prompt: int,
+    decode: int,
+    peer_decode: int,
+    threads: int,
+    out: Path | None,
+    plot: Path | None,
+) -> None:
+    model = Model(store)
+    ids = list(range(100, 100 + prompt))
+    rows = []
+    for share in [float(part) / 100 for part in shares.split(",")]:
+        ram, fits = model.ram(share), share >= 1
+        # What repacks has its weights twice for a while: it gets the room where everything fits.
+        limit = 2 * ram + (1 << 30) if fits else ram
+        mine, theirs, found = [], [], []
+        for _ in range(rounds):
+            found.append(ceilings.measure(model.file, model.expert, threads=threads, rounds=1))
+            mine.append(run_mer(store, ids, decode, ram, threads))
+            if python:
+                count = decode if fits else peer_decode
+                theirs.append(run_peer(python, gguf, ids, count, limit, threads, fits))
+        memory = statistics.median(each.memory for each in found)
+        device = statistics.median(each.device for each in found)
+        missed = median(mine, "read_per_token")
+        rows.append(
+            {
+                "share": share,
+                "ram": ram,
+                "memory": memory,
+                "device": device,
+                "ceiling": 1 / max(model.token_bytes / memory, missed / device),
+                "mer": mine,
+                "peer": theirs,
+                "ceilings": [asdict(each) for each in found],
+            }
+        )
+        show(rows)
+    if out:
+        out.write_text(json.dumps({"token_bytes": model.token_bytes, "rows": rows}, indent=1) + "\n")
+    if plot:
+        draw(rows, plot)
+
+
+COLUMNS = ("experts that fit", "program", "prefill tok/s", "decode tok/s", "of ceiling", "read/token", "peak")
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(*COLUMNS)
+    for row in rows:
+        for name, runs in (("mer", row["mer"]), ("llama.cpp", row["peer"])):
+            if runs:
+                table.add_row(
+                    f"{row['share']:.0%}, {row['ram'] / 2**30:.2f} GiB",
+                    name,
+                    spread(runs, "prefill"),
+                    spread(runs, "decode"),
+                    f"{median(runs, 'decode') / row['ceiling']:.0%}",
+                    f"{median(runs, 'read_per_token') / 2**20:.1f} MiB",
+                    f"{median(runs, 'peak') / 2**30:.2f} GiB",
+                )
+        ratios = ["", ""]
+        if row["peer"]:
+            ratios = [
+                f"{median(row['mer'], key) / median(row['peer'], key):.2f}" for key in ("prefill", "decode")
+            ]
+            table.add_row("", "mer / llama.cpp", *ratios)
+        speeds = f"memory {row['memory'] / 1e9:.1f}, device {row['device'] / 1e9:.2f} GB/s"
+        hits = f"hit rate {median(row['mer'], 'hit_rate'):.3f}"
+        table.add_row(hits, "ceiling", speeds, f"{row['ceiling']:.2f}", end_section=True)
+    Console(width=140).print(table)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Decode tokens/s against the share of the experts that fits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    x = [100 * row["share"] for row in rows]
+    axes.plot(x, [row["ceiling"] for row in rows], "k--", label="ceiling of this machine")
+    axes.plot(x, [median(row["mer"], "decode") for row in rows], "o-", label="mer")
+    if rows[0]["peer"]:
+        axes.plot(x, [median(row["peer"], "decode") for row in rows], "s-", label="llama.cpp, mmap")
+    axes.set(xlabel="experts that fit in memory, %", ylabel="decode, tokens/s", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

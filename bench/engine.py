@@ -1,0 +1,86 @@
+"""mer on a model: prefill and decode tokens/s in a process of its own, as one JSON object; see bench/peer.py.
+
+python -m bench.engine MODEL --prompt 0-511 --decode 64 --ram 3GiB
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.peer import token_ids
+from mer import Engine, EngineConfig, SamplingParams
+from mer.cli.generation import describe
+
+
+class EngineError(Exception):
+    """mer could not do it: what it said last."""
+
+
+def measure(model: Path, prompt: list[int], decode: int, **options: Any) -> dict[str, Any]:
+    """Run this module in a new process; returns what it prints. Raises EngineError.
+
+    options: the flags of the command by name (ram="3GiB", threads=2, cache_experts="25%", prefetch=0,
+    warmup=True, group=Path("/sys/fs/cgroup/memory/bench")).
+    """
+    command = [sys.executable, "-m", "bench.engine", str(model), "--decode", str(decode)]
+    command += ["--prompt", ",".join(map(str, prompt))]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            command.append(flag)
+        elif value is not None and value is not False:
+            command += [flag, str(value)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise EngineError(f"{model}: mer failed ({done.returncode}): {done.stderr.strip()[-600:]}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+async def run(args: argparse.Namespace) -> dict[str, Any]:
+    settings = {
+        name: getattr(args, name)
+        for name in ("ram", "threads", "cache_experts", "cache_policy", "prefetch", "io_backend")
+        if getattr(args, name) is not None
+    }
+    params = SamplingParams(max_tokens=args.decode + 1, temperature=0, ignore_eos=True)
+    async with Engine.open(args.model, EngineConfig(**settings)) as engine:
+        if args.warmup:
+            await engine.generate(args.prompt, SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+        result = await engine.generate(args.prompt, params)
+        return {
+            "program": "mer",
+            "tokens": list(result.token_ids),
+            **describe(engine, result.usage, result.timings),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--prompt", type=token_ids, default="0-63", metavar="IDS", help="as 3,7,10-12")
+    parser.add_argument("--decode", type=int, default=32, metavar="N", help="tokens, greedily")
+    parser.add_argument("--ram")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--cache-experts")
+    parser.add_argument("--cache-policy")
+    parser.add_argument("--prefetch", type=int)
+    parser.add_argument("--io-backend")
+    parser.add_argument("--warmup", action="store_true", help="run the prompt once before")
+    parser.add_argument("--group", type=Path, help="directory of a memory control group")
+    args = parser.parse_args()
+    if args.group:
+        (args.group / "cgroup.procs").write_text("0")
+    print(json.dumps(asyncio.run(run(args))))
+
+
+if __name__ == "__main__":
+    main()
