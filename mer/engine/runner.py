@@ -67,6 +67,7 @@ class Runner:
     _forward: Forward = field(alias="forward")
     _streamer: ExpertStreamer = field(alias="streamer")
     _step_s: float = field(default=0.0, init=False)
+    _arena_registered: bool = field(default=False, init=False)
 
     @classmethod
     def open(
@@ -93,7 +94,10 @@ class Runner:
             dense = load_dense(checkpoint, architecture, reader)
             pool = Pool(budget.threads)
             kv = KVCache(spec, budget.kv_blocks, budget.kv_dtype)
-            cache = ExpertCache(tables.total, budget.slots, budget.slot, policy=config.cache_policy)
+            cache = ExpertCache(
+                tables.total, budget.slots, budget.slot,
+                policy=config.cache_policy, n_layers=spec.n_moe_layers,
+            )  # fmt: skip
             streamer = ExpertStreamer(
                 cache, reader, kernels, pool, tables.layers, tables.reads, tables.matrices,
                 spec.router.top_k, budget.step_tokens, config.prefetch,
@@ -163,4 +167,17 @@ class Runner:
         try:
             return self._forward.step(batch)
         finally:
+            self._register_arena()
             self._step_s += time.perf_counter() - started
+
+    def _register_arena(self) -> None:
+        """Make the cache's arena fixed buffers of the ring, once it is full: a read takes less CPU time then.
+
+        Not before: registering touches all of it, which would delay the first token.
+        """
+        if self._arena_registered or self.budget.slots == self.budget.experts:
+            return
+        stats = self._streamer.stats()
+        if stats["misses"] + stats["prefetched"] >= self.budget.slots:
+            self._arena_registered = True
+            self.reader.add_buffer(self.cache.arena_address, self.cache.arena_bytes)
