@@ -43,7 +43,7 @@ def store(tmp_path_factory):
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_command_of_the_readme(line, store, tmp_path):
-    """With MODEL, STORE and PATH in their places. The demo has no chat template: test_run_cli tests `chat`."""
+    """With MODEL, STORE and PATH in their places. The demo has no chat template (see test_run_cli)."""
     words = shlex.split(line)[1:]
     places = {"MODEL": "demo", "STORE": str(store), "PATH": str(store / "experts-00001.safetensors")}
     if words[0] == "convert":
