@@ -31,7 +31,8 @@ HEAVY = ("numpy", "rich", "tokenizers", "jinja2", "mer.model", "mer.engine")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "model"
     nextn = [(f"model.layers.2.block_sparse_moe.experts.{e}.w1.weight", (4, 4)) for e in range(3)]
-    write_mixtral(path, more=[*nextn, ("model.layers.0.rotary.inv_freq", (4,)), ("model.x.weight", (3,))])
+    more = [*nextn, ("model.layers.0.rotary.inv_freq", (4,)), ("model.x.weight", (3,))]
+    write_mixtral(path, more=more, num_nextn_predict_layers=1)
     return path
 
 

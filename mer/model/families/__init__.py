@@ -58,4 +58,17 @@ def load(checkpoint: Checkpoint) -> Architecture:
         raise config.unsupported(f"model_type {kind!r} is not supported; known are {known}")
     tensors = Tensors(checkpoint)
     spec = read(config, tensors)
+    _refuse_less_than_there_is(config, tensors, spec)
     return Architecture(spec, tensors.dense, tensors.experts)
+
+
+def _refuse_less_than_there_is(config: Config, tensors: Tensors, spec: ModelSpec) -> None:
+    """Without a layer or a bias that was trained, a model would answer, but nonsense."""
+    predicting = config.integer("num_nextn_predict_layers", default=0, minimum=0)
+    for name, layer in tensors.weights_not_asked_for().items():
+        if layer < spec.n_layers:
+            raise config.wrong(f"does not ask for the tensor {name}, which is there; fetch the file again")
+        if layer >= spec.n_layers + predicting:
+            raise config.wrong(
+                f"num_hidden_layers is {spec.n_layers}, but there is the tensor {name}; fetch the file again"
+            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from attrs import frozen
 
 from mer.errors import CheckpointError, UnsupportedModelError
@@ -29,6 +31,12 @@ class Tensors:
         self._infos = checkpoint.tensors
         self.dense: dict[str, str] = {}
         self.experts: list[MoeLayerSource] = []
+        self._asked: set[str] = set()
+
+    def weights_not_asked_for(self) -> dict[str, int]:
+        """Weights and biases of layers that play no part, and their layers' numbers."""
+        layers = {name: re.match(r"model\.layers\.(\d+)\..*(weight|bias)$", name) for name in self._infos}
+        return {name: int(m[1]) for name, m in sorted(layers.items()) if m and name not in self._asked}
 
     def has(self, name: str) -> bool:
         return name in self._infos
@@ -73,6 +81,7 @@ class Tensors:
         self.experts.append(MoeLayerSource(layer, extents))
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        self._asked.add(name)
         info = self._infos.get(name)
         if info is None:
             raise CheckpointError(
