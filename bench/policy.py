@@ -45,6 +45,7 @@ Ints = NDArray[np.int64]
 
 # Of the moving averages: weight in the mix, rate per token.
 AVERAGES = ((0.4, 0.5), (0.3, 0.1), (0.3, 0.02))
+LEAST = 1e-30  # an average is never 0
 
 
 @frozen(eq=False)
@@ -156,9 +157,9 @@ class Lfu(Lru):
 class NextUse:
     def __init__(self, trace: Trace, averages: Sequence[tuple[float, float]] = AVERAGES) -> None:
         layers, experts = trace.n_layers, trace.n_experts
-        self._mix = np.array([share for share, _ in averages])
+        self._mix = [share for share, _ in averages]
         self._rates = np.array([[rate] for _, rate in averages])
-        self._averages = np.zeros((len(averages), layers * experts))
+        self._averages = np.full((len(averages), layers * experts), LEAST)
         self._n_layers, self._n_experts = layers, experts
         self._until = (np.arange(layers)[:, None] - np.arange(layers) - 1) % layers + 1
         self._layer = 0
@@ -170,6 +171,7 @@ class NextUse:
         start = visit.layer * self._n_experts
         part = self._averages[:, start : start + self._n_experts]
         part += self._rates * (used - part)
+        np.maximum(part, LEAST, out=part)
         self._layer, self._scores = visit.layer, None
 
     def access(self, expert: int) -> None:
@@ -177,7 +179,9 @@ class NextUse:
 
     def scores(self) -> NDArray[Any]:
         if self._scores is None:
-            chance = np.maximum(self._mix @ self._averages, 1e-9).reshape(self._n_layers, -1)
+            # Added one by one, as csrc/cache/next_use.c does: experts of the same history stay equal.
+            chance = sum(m * a for m, a in zip(self._mix, self._averages, strict=True))
+            chance = chance.reshape(self._n_layers, -1)
             until = self._until[:, self._layer, None]
             self._scores = (until + self._n_layers * (1 / chance - 1)).reshape(-1)
         return self._scores

@@ -79,7 +79,8 @@ class EngineConfig:
     kv_dtype: KVChoice = field(default="auto", validator=_one_of("auto", "f32", "f16"))
     # Slots of the expert cache: a number, or a share of all experts (0.25, '25%'). None: what `ram` leaves.
     cache_experts: int | float | None = field(default=None, converter=_share, validator=_check_share)
-    cache_policy: str = "lru"
+    # Which expert makes room: 'next-use', the one expected to be wanted last, or 'lru'.
+    cache_policy: str = "next-use"
     # 'auto', 'uring', 'preadv' or 'buffered'.
     io_backend: str = "auto"
     queue_depth: int = field(default=64, validator=_at_least(1))

@@ -7,6 +7,7 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define CHECK(ok)                                                        \
     do {                                                                 \
@@ -17,7 +18,7 @@
     } while (0)
 
 /* Few bytes are looked at, so that most of the time goes into the cache itself. */
-enum { EXPERTS = 40, SLOTS = 24, SLOT_BYTES = 4096, WORDS = 8, THREADS = 8, TURNS = 50000, HAND = 3 };
+enum { LAYERS = 4, EXPERTS = 40, SLOTS = 24, SLOT_BYTES = 4096, WORDS = 8, THREADS = 8, TURNS = 50000, HAND = 3 };
 
 static mer_cache *cache;
 static atomic_int loaders[EXPERTS], stop;
@@ -70,7 +71,8 @@ static int load(job *j, int64_t expert, int64_t slot) {
 /* Acquires an expert and has it resident: its slot; or -1 and nothing is held. */
 static int64_t take(job *j, int64_t expert) {
     int64_t slot = -1;
-    const int found = mer_cache_acquire(cache, expert, &slot);
+    const int early = next_random(j) % 8 == 0;
+    const int found = (early ? mer_cache_acquire_early : mer_cache_acquire)(cache, expert, &slot);
     j->acquired[found]++;
     if (found == MER_ACQ_FULL) return -1;
     CHECK(slot >= 0 && slot < SLOTS);
@@ -129,6 +131,9 @@ static void *meddle(void *arg) {
         mer_cache_census now;
         mer_cache_protect(cache, protected_one, 0);
         protected_one = some_expert(j);
+        const int64_t used = some_expert(j), size = EXPERTS / LAYERS;
+        const int32_t ids[] = {(int32_t)(used % size), (int32_t)((used + 1) % size)};
+        mer_cache_visit(cache, used / size, ids, 2, 1);
         mer_cache_protect(cache, protected_one, 1);
         if (next_random(j) % 16 == 0) j->cleared += mer_cache_clear(cache);
         mer_cache_get_stats(cache, &stats);
@@ -143,10 +148,13 @@ static void *meddle(void *arg) {
     return NULL;
 }
 
-int main(void) {
+/* The argument: lru or next-use. */
+int main(int argc, char **argv) {
     pthread_t threads[THREADS + 1];
     job jobs[THREADS + 1] = {0}, sum = {0};
-    cache = mer_cache_new(EXPERTS, SLOTS, SLOT_BYTES, MER_CACHE_LRU, 0);
+    CHECK(argc == 2);
+    const int policy = strcmp(argv[1], "lru") ? MER_CACHE_NEXT_USE : MER_CACHE_LRU;
+    cache = mer_cache_new(LAYERS, EXPERTS, SLOTS, SLOT_BYTES, policy, 0);
     CHECK(cache);
     for (int i = 0; i <= THREADS; i++) {
         jobs[i].random = 88172645463325252u + (uint64_t)i * 7919;

@@ -11,22 +11,27 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from bench.policy import NextUse, Trace, Visit
 from mer._ext.cache import ACQUIRED, POLICIES, STATES, ExpertCache
 from mer.errors import ConfigError
 
-EXPERTS = 9
+EXPERTS = 12
+LAYERS = 3
 PAGE = 4096
 COUNTS = ("hits", "misses", "busy", "full", "evictions", "failures")
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Random calls, sensible or not. The model: what each expert is, who holds it, and the order of use."""
+    """Random calls, sensible or not. The model: each expert, who holds it, what the policy knows."""
 
     experts = st.integers(0, EXPERTS - 1)
 
-    @initialize(slots=st.integers(1, 5), huge_pages=st.booleans())
-    def start(self, slots: int, huge_pages: bool) -> None:
-        self.cache = ExpertCache(EXPERTS, slots, PAGE, huge_pages=huge_pages)
+    @initialize(slots=st.integers(1, 5), policy=st.sampled_from(sorted(POLICIES)), huge_pages=st.booleans())
+    def start(self, slots: int, policy: str, huge_pages: bool) -> None:
+        self.cache = ExpertCache(EXPERTS, slots, PAGE, policy=policy, n_layers=LAYERS, huge_pages=huge_pages)
+        self.policy = policy
+        self.next_use = NextUse(Trace(LAYERS, EXPERTS // LAYERS, []))
+        self.wanted: set[int] = set()  # at their layer's next turn
         self.slots = slots
         self.state: dict[int, str] = {}  # absent experts are not in it
         self.slot: dict[int, int] = {}
@@ -52,19 +57,43 @@ class CacheMachine(RuleBasedStateMachine):
             if self.state[e] == "resident" and not self.pins[e] and e not in self.protected
         ]
 
-    @rule(expert=experts)
-    def acquire(self, expert: int) -> None:
-        got, slot = self.cache.acquire_py(expert)
+    def expected(self, expert: int) -> float:
+        """Layers until it is wanted."""
+        size = EXPERTS // LAYERS
+        turn = (expert // size - self.next_use._layer - 1) % LAYERS + 1
+        return turn if expert in self.wanted else float(self.next_use.scores()[expert])
+
+    def victim(self, expert: int, early: bool) -> int | None:
+        """Whom this one's policy evicts for it, exactly."""
+        candidates = self.evictable()
+        if self.policy == "lru":
+            return candidates[0] if candidates else None
+        if early:
+            candidates = [e for e in candidates if self.expected(e) > self.expected(expert)]
+        return max(sorted(candidates), key=self.expected, default=None)
+
+    @rule(layer=st.integers(0, LAYERS - 1), chosen=st.sets(st.integers(0, EXPERTS // LAYERS - 1), min_size=1))
+    def visit(self, layer: int, chosen: set[int]) -> None:
+        ids = np.array([sorted(chosen)], np.int32)
+        self.cache.visit_py(layer, ids)
+        self.next_use.visit(Visit(True, 0, layer, ids[0].astype(np.int64), np.zeros(len(chosen))))
+        self.wanted -= {e for e in range(EXPERTS) if e // (EXPERTS // LAYERS) == layer}
+
+    @rule(expert=experts, early=st.booleans())
+    def acquire(self, expert: int, early: bool = False) -> None:
+        if early:
+            self.wanted.add(expert)
+        got, slot = (self.cache.acquire_early_py if early else self.cache.acquire_py)(expert)
         found = self.state.get(expert)
         if found is None:
             if len(self.state) == self.slots:
-                victims = self.evictable()
-                if not victims:
+                victim = self.victim(expert, early)
+                if victim is None:
                     assert (got, slot) == ("full", None)
                     self.counts["full"] += 1
                     return
-                assert slot == self.slot[victims[0]]  # the least recently used one, exactly
-                self.drop(victims[0])
+                assert slot == self.slot[victim]
+                self.drop(victim)
                 self.counts["evictions"] += 1
             assert got == "miss"
             assert slot in set(range(self.slots)) - set(self.slot.values())
@@ -345,7 +374,7 @@ def test_too_much_memory() -> None:
 
 def test_names() -> None:
     assert ExpertCache(1, 1, PAGE).policy in POLICIES
-    with pytest.raises(ConfigError, match="unknown cache policy 'belady': choose from lru"):
+    with pytest.raises(ConfigError, match="unknown cache policy 'belady': choose from next-use, lru"):
         ExpertCache(1, 1, PAGE, policy="belady")
     assert ACQUIRED == ("hit", "miss", "busy", "full")
     assert STATES == ("absent", "loading", "resident", "evicting", "failed")

@@ -26,6 +26,8 @@ CACHES = {
     "one-layers-experts": {"cache_experts": TOP_K},
     "five-experts": {"cache_experts": 5},
     "half": {"cache_experts": "50%"},
+    "half, lru": {"cache_experts": "50%", "cache_policy": "lru"},
+    "five, lru, nothing ahead": {"cache_experts": 5, "cache_policy": "lru", "prefetch": 0},
 }
 BACKENDS = {
     back_end: {"cache_experts": TOP_K, "io_backend": back_end} for back_end in ("uring", "preadv", "buffered")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from moe_model import EXPERTS, KERNELS, MAX_TOKENS, TOP_K, Model, Streamed, assert_idle, open_reader
 
+from mer._ext.cache import POLICIES, ExpertCache
 from mer.errors import DeviceReadError
 from mer.weights import formats
 
@@ -15,6 +16,11 @@ LAYERS = 4
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(tmp_path_factory.mktemp("ahead"), [(formats.Q8_0, formats.Q4_0, 96, 160)] * LAYERS)
+
+
+def cache_of(model: Model, slots: int, policy: str) -> ExpertCache:
+    tables = model.tables
+    return ExpertCache(tables.total, slots, tables.slot_bytes, policy=policy, n_layers=LAYERS)
 
 
 def walk(model: Model, streamed: Streamed, tokens: int, seed: int, guess: str) -> None:
@@ -33,10 +39,12 @@ def walk(model: Model, streamed: Streamed, tokens: int, seed: int, guess: str) -
 
 @pytest.mark.parametrize("guess", ["right", "wrong", "nonsense"])
 @pytest.mark.parametrize("slots", [1, 2, TOP_K, TOP_K + 2, 2 * EXPERTS, LAYERS * EXPERTS])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("backend", ["uring", "preadv", "buffered"])
-def test_the_same_bytes(model: Model, backend: str, slots: int, guess: str) -> None:
+def test_the_same_bytes(model: Model, backend: str, policy: str, slots: int, guess: str) -> None:
     with open_reader(model, backend, queue_depth=2) as reader:
-        streamed = Streamed(model, slots, reader=reader, prefetch=4)
+        cache = cache_of(model, slots, policy)
+        streamed = Streamed(model, cache=cache, reader=reader, prefetch=4)
         for seed, tokens in enumerate([1, 1, 1, 2, 7, MAX_TOKENS, 1, 1]):
             walk(model, streamed, tokens, seed, guess)
         stats = streamed.streamer.stats()
@@ -75,9 +83,10 @@ def test_no_more_than_the_limit_is_under_way(model: Model) -> None:
         assert streamed.streamer.stats()["prefetched"] == 1
 
 
-def test_guesses_that_are_there_are_not_evicted_for_guesses_that_are_not(model: Model) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_guesses_that_are_there_are_not_evicted_for_guesses_that_are_not(model: Model, policy: str) -> None:
     """The cache is full, and what it used longest ago is what the next layer wants."""
-    streamed = Streamed(model, 2 * TOP_K, prefetch=TOP_K)
+    streamed = Streamed(model, cache=cache_of(model, 2 * TOP_K, policy), prefetch=TOP_K)
     with streamed.reader:
         x, _, weights = model.inputs(1, 1)
         wanted, other = np.array([[0, 1, 2]], np.int32), np.array([[5, 6, 7]], np.int32)
@@ -129,3 +138,14 @@ def test_the_shape_of_guesses_is_checked(model: Model) -> None:
     x, ids, weights = model.inputs(0, 2)
     with streamed.reader, pytest.raises(ValueError, match="ahead"):
         streamed.forward(0, x, ids, weights, ids[:1].copy())
+
+
+def test_a_cache_for_other_layers(model: Model) -> None:
+    tables = model.tables
+    with open_reader(model) as reader:
+        for experts, layers in ((tables.total, 1), (2 * tables.total, LAYERS)):
+            cache = ExpertCache(experts, 1, tables.slot_bytes, policy="next-use", n_layers=layers)
+            with pytest.raises(
+                ValueError, match=f"the cache is made for {layers} layers and {experts} experts"
+            ):
+                Streamed(model, cache=cache, reader=reader)

@@ -1,5 +1,5 @@
 # The expert cache, for modules that acquire experts without the GIL. The contract is in csrc/mer_cache.h.
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t
 
 
 cdef extern from "mer_cache.h" nogil:
@@ -21,11 +21,15 @@ cdef extern from "mer_cache.h" nogil:
 cdef class ExpertCache:
     cdef mer_cache *_cache
     cdef char *_arena
-    cdef readonly int64_t n_experts, n_slots, slot_bytes
+    cdef readonly int64_t n_experts, n_slots, slot_bytes, n_layers
     cdef readonly str policy
 
     # Experts in [0, n_experts), slots in [0, n_slots): not checked. *slot is set unless ACQ_FULL is returned.
     cdef int acquire(self, int64_t expert, int64_t *slot) noexcept nogil
+    # Of an expert that is likely to be wanted at its layer's next turn.
+    cdef int acquire_early(self, int64_t expert, int64_t *slot) noexcept nogil
+    # Before a layer's experts are acquired: what its tokens chose, ids[n], of the layer. Not checked.
+    cdef void visit(self, int64_t layer, const int32_t *ids, int64_t n, int64_t tokens) noexcept nogil
     # 0, or -1 where the call makes no sense: not loading; not pinned, or the last pin of a read under way.
     cdef int publish(self, int64_t expert) noexcept nogil
     cdef int fail(self, int64_t expert) noexcept nogil

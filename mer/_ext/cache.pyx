@@ -10,13 +10,14 @@ import numpy as np
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.errno cimport errno
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport int32_t, uintptr_t
 
 from mer.errors import ConfigError
 
 cdef extern from "mer_cache.h" nogil:
     enum:
         MER_CACHE_LRU
+        MER_CACHE_NEXT_USE
         MER_CACHE_MAX_SLOTS
 
     ctypedef struct mer_cache_stats:
@@ -34,11 +35,14 @@ cdef extern from "mer_cache.h" nogil:
         int64_t in_use
         int64_t pinned_set
 
-    mer_cache *mer_cache_new(int64_t n_experts, int64_t n_slots, size_t slot_bytes, int policy, int huge)
+    mer_cache *mer_cache_new(int64_t n_layers, int64_t n_experts, int64_t n_slots, size_t slot_bytes, int policy,
+                             int huge)
     void mer_cache_free(mer_cache *c)
     char *mer_cache_arena(const mer_cache *c)
     int mer_cache_huge_pages(const mer_cache *c)
     int mer_cache_acquire(mer_cache *c, int64_t expert, int64_t *slot)
+    int mer_cache_acquire_early(mer_cache *c, int64_t expert, int64_t *slot)
+    void mer_cache_visit(mer_cache *c, int64_t layer, const int32_t *ids, int64_t n, int64_t tokens)
     int mer_cache_publish(mer_cache *c, int64_t expert)
     int mer_cache_fail(mer_cache *c, int64_t expert)
     int mer_cache_release(mer_cache *c, int64_t expert)
@@ -51,7 +55,7 @@ cdef extern from "mer_cache.h" nogil:
     void mer_cache_reset_stats(mer_cache *c)
     void mer_cache_count(const mer_cache *c, mer_cache_census *out)
 
-POLICIES = {"lru": MER_CACHE_LRU}
+POLICIES = {"next-use": MER_CACHE_NEXT_USE, "lru": MER_CACHE_LRU}
 ACQUIRED = ("hit", "miss", "busy", "full")
 STATES = ("absent", "loading", "resident", "evicting", "failed")
 
@@ -59,20 +63,24 @@ STATES = ("absent", "loading", "resident", "evicting", "failed")
 cdef class ExpertCache:
     """Slots for n_slots of n_experts experts, slot_bytes (a multiple of 4096) each; memory is taken when touched.
 
-    policy: who is evicted, one of POLICIES. huge_pages: ask the kernel for them; see `huge_pages`.
+    policy: who is evicted, one of POLICIES. n_layers: experts have numbers layer * (n_experts / n_layers) + expert of
+    the layer. huge_pages: ask the kernel for them; see `huge_pages`.
     The object is a writable buffer of bytes, the arena: slot s starts at s * slot_bytes.
     Raises ValueError for sizes that can't be, ConfigError for an unknown policy, MemoryError.
     """
 
     def __cinit__(self, int64_t n_experts, int64_t n_slots, int64_t slot_bytes, *, str policy="lru",
-                  bint huge_pages=True):
+                  int64_t n_layers=1, bint huge_pages=True):
         if policy not in POLICIES:
             raise ConfigError(f"unknown cache policy {policy!r}: choose from {', '.join(POLICIES)}")
         if n_experts < 1 or not 1 <= n_slots <= MER_CACHE_MAX_SLOTS or slot_bytes < 1 or slot_bytes % 4096:
             raise ValueError(f"a cache needs n_experts >= 1, n_slots in 1..{MER_CACHE_MAX_SLOTS} and slot_bytes a "
                              f"multiple of 4096, not {n_experts}, {n_slots} and {slot_bytes}")
+        if n_layers < 1 or n_experts % n_layers:
+            raise ValueError(f"{n_experts} experts can't be divided into {n_layers} layers")
         self.n_experts, self.n_slots, self.slot_bytes, self.policy = n_experts, n_slots, slot_bytes, policy
-        self._cache = mer_cache_new(n_experts, n_slots, <size_t>slot_bytes, POLICIES[policy], huge_pages)
+        self.n_layers = n_layers
+        self._cache = mer_cache_new(n_layers, n_experts, n_slots, <size_t>slot_bytes, POLICIES[policy], huge_pages)
         if self._cache is NULL:
             raise MemoryError(f"no memory for {n_slots} slots of {slot_bytes} bytes: {os.strerror(errno)}")
         self._arena = mer_cache_arena(self._cache)
@@ -82,6 +90,12 @@ cdef class ExpertCache:
 
     cdef int acquire(self, int64_t expert, int64_t *slot) noexcept nogil:
         return mer_cache_acquire(self._cache, expert, slot)
+
+    cdef int acquire_early(self, int64_t expert, int64_t *slot) noexcept nogil:
+        return mer_cache_acquire_early(self._cache, expert, slot)
+
+    cdef void visit(self, int64_t layer, const int32_t *ids, int64_t n, int64_t tokens) noexcept nogil:
+        mer_cache_visit(self._cache, layer, ids, n, tokens)
 
     cdef int publish(self, int64_t expert) noexcept nogil:
         return mer_cache_publish(self._cache, expert)
@@ -128,6 +142,30 @@ cdef class ExpertCache:
         if not 0 <= slot < self.n_slots:
             raise IndexError(f"slot {slot} is outside 0..{self.n_slots - 1}")
         return np.frombuffer(self, np.uint8, self.slot_bytes, slot * self.slot_bytes)
+
+    def visit_py(self, int64_t layer, const int32_t[:, ::1] ids):
+        """The turn of a layer, told before its experts are acquired. ids: i32 [T, k], what each token chose.
+
+        Raises IndexError for a layer or an id that does not exist.
+        """
+        cdef int64_t i, j, experts = self.n_experts // self.n_layers
+        if not 0 <= layer < self.n_layers:
+            raise IndexError(f"layer {layer} is outside 0..{self.n_layers - 1}")
+        for i in range(ids.shape[0]):
+            for j in range(ids.shape[1]):
+                if not 0 <= ids[i, j] < experts:
+                    raise IndexError(f"expert {ids[i, j]} of a layer is outside 0..{experts - 1}")
+        if ids.size:
+            self.visit(layer, &ids[0, 0], ids.size, ids.shape[0])
+
+    def acquire_early_py(self, int64_t expert):
+        """As acquire_py, of an expert that is likely to be wanted at its layer's next turn.
+
+        It counts as wanted until then, and nothing that is expected as soon makes room for it.
+        """
+        cdef int64_t slot = -1
+        cdef int found = self.acquire_early(self._check(expert), &slot)
+        return ACQUIRED[found], None if found == ACQ_FULL else slot
 
     def acquire_py(self, int64_t expert):
         """('hit' | 'miss' | 'busy', slot), with a pin to release; or ('full', None).

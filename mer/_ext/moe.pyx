@@ -127,6 +127,9 @@ cdef class ExpertStreamer:
         if matrices.shape[0] != reads.shape[0] or matrices.shape[1] != 3 or cache.n_experts < reads.shape[0]:
             raise ValueError(f"tables do not fit: matrices {np.shape(matrices)} must be [{reads.shape[0]}, 3], and "
                              f"the cache made for as many experts, not {cache.n_experts}")
+        if cache.policy != "lru" and (cache.n_layers != self.n_layers or cache.n_experts != reads.shape[0]):
+            raise ValueError(f"the cache is made for {cache.n_layers} layers and {cache.n_experts} experts, the tables "
+                             f"for {self.n_layers} and {reads.shape[0]}")
         if posix_memalign(&self.memory, 64, <size_t>self.scratch_bytes):
             raise MemoryError(f"no memory for {self.scratch_bytes} bytes of expert buffers")
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -220,6 +223,7 @@ cdef class ExpertStreamer:
                 raise ValueError(f"ahead {np.shape(ahead)} must be [{self.tokens}, {self.top_k}]")
             self.ahead = &ahead[0, 0]
         with nogil:
+            self.cache.visit(layer, &ids[0, 0], self.tokens * self.top_k, self.tokens)
             self.run_tokens(input_task)
             error = self.stream(layer * self.n_experts)
             if error == 0 and self.failed is NULL:

@@ -69,7 +69,7 @@ cdef class Prefetcher:
 
     cdef void keep(self, int64_t key) noexcept nogil:
         cdef int64_t slot
-        if self.cache.state(key) == STATE_RESIDENT and self.cache.acquire(key, &slot) == ACQ_HIT:
+        if self.cache.state(key) == STATE_RESIDENT and self.cache.acquire_early(key, &slot) == ACQ_HIT:
             self.cache.release(key)
 
     cdef bint ask(self, int64_t key) noexcept nogil:
@@ -79,7 +79,7 @@ cdef class Prefetcher:
         cdef int status
         if self.under_way == self.capacity or self.cache.state(key) != STATE_ABSENT:
             return False
-        status = self.cache.acquire(key, &slot)
+        status = self.cache.acquire_early(key, &slot)
         if status != ACQ_MISS:
             if status == ACQ_HIT:
                 self.cache.release(key)

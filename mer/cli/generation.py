@@ -11,6 +11,7 @@ import attrs
 import click
 from rich.console import Console
 
+from mer._ext.cache import POLICIES
 from mer._ext.uring import BACKENDS
 from mer.cli.common import size, size_option
 from mer.config import EngineConfig
@@ -27,6 +28,13 @@ _ENGINE: Final = (
     click.option("--context", type=int, help="Tokens of KV cache; default: the model's, at most 4096."),
     click.option(
         "--cache-experts", metavar="N|P%", help="Experts kept in memory; default: what --ram holds."
+    ),
+    click.option(
+        "--cache-policy",
+        type=click.Choice(list(POLICIES)),
+        default="next-use",
+        show_default=True,
+        help="Which expert makes room: the one expected to be wanted last, or the one used longest ago.",
     ),
     click.option(
         "--prefetch", type=int, default=8, show_default=True, help="Experts that may be read ahead."

@@ -27,7 +27,8 @@ enum mer_expert_state {
 };
 
 enum mer_cache_policy {
-    MER_CACHE_LRU, /* evict what was acquired longest ago */
+    MER_CACHE_LRU,      /* evict what was acquired longest ago */
+    MER_CACHE_NEXT_USE, /* evict what is expected to be wanted last: csrc/cache/next_use.c */
 };
 
 typedef struct mer_cache mer_cache;
@@ -51,14 +52,21 @@ enum { MER_CACHE_MAX_SLOTS = 1 << 24 };
 
 /* slot_bytes is a multiple of 4096, 1 <= n_slots <= MER_CACHE_MAX_SLOTS. The arena (n_slots * slot_bytes)
  * starts on a 2 MiB boundary; memory is taken page by page as slots are first written. With huge, huge pages
- * are asked for, else refused. NULL and errno when there is no memory. */
-mer_cache *mer_cache_new(int64_t n_experts, int64_t n_slots, size_t slot_bytes, int policy, int huge);
+ * are asked for, else refused. NULL and errno when there is no memory. Expert e of layer l of n_layers is number
+ * l * n_experts / n_layers + e. */
+mer_cache *mer_cache_new(int64_t n_layers, int64_t n_experts, int64_t n_slots, size_t slot_bytes, int policy,
+                         int huge);
 void mer_cache_free(mer_cache *c); /* NULL is allowed; nobody may be using it */
 char *mer_cache_arena(const mer_cache *c);
 int mer_cache_huge_pages(const mer_cache *c); /* whether the kernel accepted the wish for huge pages */
 
 /* Returns enum mer_acquired; *slot is set unless it is MER_ACQ_FULL. */
 int mer_cache_acquire(mer_cache *c, int64_t expert, int64_t *slot);
+/* The same for an expert that is likely to be wanted at its layer's next turn: until then it counts as wanted, and
+ * nothing that is expected as soon makes room for it: MER_ACQ_FULL instead. With LRU as mer_cache_acquire. */
+int mer_cache_acquire_early(mer_cache *c, int64_t expert, int64_t *slot);
+/* The turn of a layer, told before its experts are acquired: `tokens` tokens chose ids[n], numbers in the layer. */
+void mer_cache_visit(mer_cache *c, int64_t layer, const int32_t *ids, int64_t n, int64_t tokens);
 /* By the one who got MER_ACQ_MISS, once its read has ended; the pin stays. 0, or -1: it was not loading. */
 int mer_cache_publish(mer_cache *c, int64_t expert);
 int mer_cache_fail(mer_cache *c, int64_t expert);

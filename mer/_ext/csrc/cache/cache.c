@@ -5,46 +5,33 @@
  *
  * Order of memory: publishing is a release and acquiring an acquire, so a hit sees the bytes that were read.
  * Dropping a pin is a release and evicting an acquire, so a slot is overwritten after its last reader left. */
-#include "mer_cache.h"
+#include "next_use.h"
 
 #include <errno.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-
-/* A word: pins in bits 0-31, state in 32-34, member of the pinned set in 35, slot in 40-63. */
-#define PIN ((uint64_t)1)
-#define PINS ((uint64_t)0xffffffff)
-#define STATE(s) ((uint64_t)(s) << 32)
-#define STATE_MASK STATE(7)
-#define PROTECTED ((uint64_t)1 << 35)
-#define SLOT_SHIFT 40
 
 #define NO_EXPERT ((int64_t)-1)
 #define LINE 64
 
-typedef _Atomic uint64_t word;
 typedef _Atomic int64_t counter;
 
 struct mer_cache {
     word *words;  /* [n_experts] */
-    word *keys;   /* [n_slots] the slot with the least key goes first; a hint: the word decides whether it may */
+    word *keys;   /* [n_slots] when the slot was last used */
+    next_use *next_use; /* NULL: the policy is LRU; under the mutex */
     int64_t *owner; /* [n_slots] expert or NO_EXPERT; under the mutex */
     int64_t *free_slots;
     int64_t n_free, n_experts, n_slots;
     char *arena;
     size_t arena_bytes;
-    int policy, huge;
+    int huge;
     pthread_mutex_t mutex;
     _Alignas(LINE) _Atomic uint64_t clock;
     _Alignas(LINE) counter hits; /* apart from the others: written on the hit path */
     _Alignas(LINE) counter misses, busy, full, evictions, failures;
 };
-
-static inline int state_of(uint64_t w) { return (int)((w & STATE_MASK) >> 32); }
-static inline int64_t slot_of(uint64_t w) { return (int64_t)(w >> SLOT_SHIFT); }
-static inline uint64_t with_state(uint64_t w, int state) { return (w & ~STATE_MASK) | STATE(state); }
 
 static inline int swap(word *w, uint64_t *seen, uint64_t to, memory_order order) {
     return atomic_compare_exchange_weak_explicit(w, seen, to, order, memory_order_relaxed);
@@ -52,7 +39,7 @@ static inline int swap(word *w, uint64_t *seen, uint64_t to, memory_order order)
 
 static inline void add(counter *n) { atomic_fetch_add_explicit(n, 1, memory_order_relaxed); }
 
-/* A use of the expert in this slot: here a policy says what it is worth. */
+/* The expert in this slot is used. */
 static inline void touch(mer_cache *c, int64_t slot) {
     const uint64_t now = atomic_fetch_add_explicit(&c->clock, 1, memory_order_relaxed);
     atomic_store_explicit(&c->keys[slot], now, memory_order_relaxed);
@@ -72,22 +59,25 @@ static char *map_arena(size_t bytes, int huge, int *accepted) {
     return p;
 }
 
-mer_cache *mer_cache_new(int64_t n_experts, int64_t n_slots, size_t slot_bytes, int policy, int huge) {
-    if (n_experts < 1 || n_slots < 1 || n_slots > MER_CACHE_MAX_SLOTS || !slot_bytes || slot_bytes % 4096
+mer_cache *mer_cache_new(int64_t n_layers, int64_t n_experts, int64_t n_slots, size_t slot_bytes, int policy,
+                         int huge) {
+    if (n_layers < 1 || n_experts < 1 || n_experts % n_layers || n_slots < 1 || n_slots > MER_CACHE_MAX_SLOTS || !slot_bytes || slot_bytes % 4096
         || slot_bytes > (SIZE_MAX >> 1) / (size_t)n_slots) {
         errno = EINVAL;
         return NULL;
     }
     mer_cache *c = aligned_alloc(LINE, sizeof(mer_cache)); /* its size is a multiple of LINE: it holds lines */
     if (!c) return NULL;
-    *c = (mer_cache){.n_experts = n_experts, .n_slots = n_slots, .n_free = n_slots, .policy = policy};
+    *c = (mer_cache){.n_experts = n_experts, .n_slots = n_slots, .n_free = n_slots};
     pthread_mutex_init(&c->mutex, NULL);
     c->arena_bytes = (size_t)n_slots * slot_bytes;
     c->words = calloc((size_t)n_experts, sizeof *c->words);
     c->keys = calloc((size_t)n_slots, sizeof *c->keys);
     c->owner = malloc((size_t)n_slots * sizeof *c->owner);
     c->free_slots = malloc((size_t)n_slots * sizeof *c->free_slots);
-    if (c->words && c->keys && c->owner && c->free_slots) c->arena = map_arena(c->arena_bytes, huge, &c->huge);
+    if (policy == MER_CACHE_NEXT_USE) c->next_use = next_use_new(n_layers, n_experts / n_layers);
+    const int planned = policy == MER_CACHE_LRU || c->next_use;
+    if (c->words && c->keys && c->owner && c->free_slots && planned) c->arena = map_arena(c->arena_bytes, huge, &c->huge);
     if (!c->arena) {
         mer_cache_free(c);
         errno = ENOMEM;
@@ -104,6 +94,7 @@ void mer_cache_free(mer_cache *c) {
     if (!c) return;
     if (c->arena) munmap(c->arena, c->arena_bytes);
     pthread_mutex_destroy(&c->mutex);
+    next_use_free(c->next_use);
     free(c->words);
     free(c->keys);
     free(c->owner);
@@ -118,8 +109,7 @@ int mer_cache_huge_pages(const mer_cache *c) { return c->huge; }
 
 static int may_go(const mer_cache *c, int64_t slot) {
     if (c->owner[slot] == NO_EXPERT) return 0;
-    const uint64_t w = atomic_load_explicit(&c->words[c->owner[slot]], memory_order_relaxed);
-    return (w & (PINS | PROTECTED | STATE_MASK)) == STATE(MER_STATE_RESIDENT);
+    return evictable(atomic_load_explicit(&c->words[c->owner[slot]], memory_order_relaxed));
 }
 
 /* The expert leaves its slot, which stays the caller's. 0: somebody pinned it first. */
@@ -127,7 +117,7 @@ static int evict(mer_cache *c, int64_t slot) {
     word *const w = &c->words[c->owner[slot]];
     uint64_t seen = atomic_load_explicit(w, memory_order_relaxed);
     do {
-        if ((seen & (PINS | PROTECTED | STATE_MASK)) != STATE(MER_STATE_RESIDENT)) return 0;
+        if (!evictable(seen)) return 0;
     } while (!swap(w, &seen, with_state(seen, MER_STATE_EVICTING), memory_order_acquire));
     c->owner[slot] = NO_EXPERT;
     /* By now it may have been put into the pinned set, which is no bar: it may be so while absent, too. */
@@ -137,8 +127,8 @@ static int evict(mer_cache *c, int64_t slot) {
     return 1;
 }
 
-/* One pass over the keys; an expert's word is looked at only where the key is the least so far. */
-static int64_t find_victim(const mer_cache *c) {
+/* The slot used longest ago: an expert's word is looked at only where the key is the least so far. */
+static int64_t least_recent(const mer_cache *c) {
     uint64_t least = UINT64_MAX;
     int64_t best = -1;
     for (int64_t i = 0; i < c->n_slots; i++) {
@@ -151,10 +141,19 @@ static int64_t find_victim(const mer_cache *c) {
     return best;
 }
 
-static int64_t take_slot(mer_cache *c) {
+/* The slot that is to be made free, or -1: none may. For an expert that is asked for early, only one whose expert is
+ * expected later. */
+static int64_t find_victim(const mer_cache *c, int64_t expert, int early) {
+    if (!c->next_use) return least_recent(c);
+    const double later_than = early ? next_use_in(c->next_use, expert) : 0;
+    const int64_t victim = next_use_victim(c->next_use, c->words, later_than);
+    return victim < 0 ? -1 : slot_of(atomic_load_explicit(&c->words[victim], memory_order_relaxed));
+}
+
+static int64_t take_slot(mer_cache *c, int64_t expert, int early) {
     if (c->n_free) return c->free_slots[--c->n_free];
     for (;;) {
-        const int64_t slot = find_victim(c);
+        const int64_t slot = find_victim(c, expert, early);
         if (slot < 0) return -1;
         if (evict(c, slot)) {
             add(&c->evictions);
@@ -169,17 +168,18 @@ static void give_slot(mer_cache *c, int64_t slot) {
 }
 
 /* Absent to loading. 0: somebody else was quicker. */
-static int start_loading(mer_cache *c, int64_t expert, int64_t *slot, int *result) {
+static int start_loading(mer_cache *c, int64_t expert, int early, int64_t *slot, int *result) {
     word *const w = &c->words[expert];
     pthread_mutex_lock(&c->mutex);
     uint64_t seen = atomic_load_explicit(w, memory_order_relaxed);
     const int absent = state_of(seen) == MER_STATE_ABSENT;
     if (absent) {
-        const int64_t taken = take_slot(c);
+        const int64_t taken = take_slot(c, expert, early);
         *result = taken < 0 ? MER_ACQ_FULL : MER_ACQ_MISS;
         if (taken >= 0) {
             c->owner[taken] = expert;
             touch(c, taken);
+            if (c->next_use) next_use_admit(c->next_use, expert);
             const uint64_t to = ((uint64_t)taken << SLOT_SHIFT) | STATE(MER_STATE_LOADING) | PIN;
             while (!swap(w, &seen, to | (seen & PROTECTED), memory_order_relaxed))
                 ;
@@ -192,7 +192,14 @@ static int start_loading(mer_cache *c, int64_t expert, int64_t *slot, int *resul
 
 /* ---- what callers do ---- */
 
-int mer_cache_acquire(mer_cache *c, int64_t expert, int64_t *slot) {
+void mer_cache_visit(mer_cache *c, int64_t layer, const int32_t *ids, int64_t n, int64_t tokens) {
+    if (!c->next_use) return;
+    pthread_mutex_lock(&c->mutex);
+    next_use_visit(c->next_use, layer, ids, n, tokens);
+    pthread_mutex_unlock(&c->mutex);
+}
+
+static int acquire(mer_cache *c, int64_t expert, int early, int64_t *slot) {
     word *const w = &c->words[expert];
     uint64_t seen = atomic_load_explicit(w, memory_order_relaxed);
     for (;;) {
@@ -205,7 +212,7 @@ int mer_cache_acquire(mer_cache *c, int64_t expert, int64_t *slot) {
             result = MER_ACQ_MISS;
             to = with_state(to, MER_STATE_LOADING);
         } else if (state != MER_STATE_RESIDENT) {
-            if (start_loading(c, expert, slot, &result)) {
+            if (start_loading(c, expert, early, slot, &result)) {
                 add(result == MER_ACQ_MISS ? &c->misses : &c->full);
                 return result;
             }
@@ -218,6 +225,17 @@ int mer_cache_acquire(mer_cache *c, int64_t expert, int64_t *slot) {
         add(result == MER_ACQ_HIT ? &c->hits : result == MER_ACQ_MISS ? &c->misses : &c->busy);
         return result;
     }
+}
+
+int mer_cache_acquire(mer_cache *c, int64_t expert, int64_t *slot) { return acquire(c, expert, 0, slot); }
+
+int mer_cache_acquire_early(mer_cache *c, int64_t expert, int64_t *slot) {
+    if (c->next_use) {
+        pthread_mutex_lock(&c->mutex);
+        next_use_expect(c->next_use, expert);
+        pthread_mutex_unlock(&c->mutex);
+    }
+    return acquire(c, expert, 1, slot);
 }
 
 static int end_loading(mer_cache *c, int64_t expert, int state) {
