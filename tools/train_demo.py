@@ -5,7 +5,8 @@
     python tools/demo_card.py /tmp/demo/hf mer/demo/model
 
 Everything is made here: the corpus (a Debian package), the tokenizer, the weights. The learning rate falls to
-zero at the given wall-clock time; a Hugging Face directory is exported every few minutes and at the end.
+zero at the given wall-clock time. The held-out text is looked at every few minutes and at the end, and what
+predicts it best is kept as a Hugging Face directory: a corpus this small is learnt by heart if one goes on.
 Each worker is one process with one thread: at these sizes threads would mostly wait for each other.
 """
 
@@ -37,7 +38,7 @@ SAMPLES = ("Emma was", "It is a truth", "Mr. Darcy")
 
 @attrs.frozen
 class Job:
-    """What the workers share; model, gradients, clock [1] and steps [1] lie in shared memory."""
+    """What the workers share; model, gradients and clock [1] lie in shared memory."""
 
     model: Mixtral
     tokenizer: Tokenizer
@@ -45,7 +46,6 @@ class Job:
     held: torch.Tensor
     gradients: list[list[torch.Tensor]]
     clock: torch.Tensor
-    steps: torch.Tensor
     barrier: Barrier
     out: Path
     start: float
@@ -137,6 +137,23 @@ def export(model: Mixtral, out: Path, report: dict[str, Any]) -> None:
     (out / "training.json").write_text(json.dumps(report, indent=2))
 
 
+def report(job: Job, step: int, perplexity: float, shares: np.ndarray) -> dict[str, Any]:
+    """What the model card says of the model as it is now."""
+    workers, seconds = len(job.gradients), time.time() - job.start
+    return {
+        "parameters": sum(p.numel() for p in job.model.parameters()),
+        "steps": step,
+        "tokens": step * workers * job.batch,
+        "training_tokens": len(job.train),
+        "held_out_tokens": len(job.held),
+        "minutes": round(seconds / 60),
+        "tokens_per_second": round(step * workers * job.batch / seconds),
+        "held_out_perplexity": perplexity,
+        "expert_shares": np.round(shares, 4).tolist(),
+        "samples": [sample(job.model, job.tokenizer, p, 100, job.seed) for p in SAMPLES],
+    }
+
+
 def rates(done: float, step: int) -> float:
     """The learning rate's factor: warm-up, level, then linearly down to nothing at the deadline."""
     return min(1.0, (step + 1) / 20) * min(1.0, max(0.0, (1 - done) / (1 - LEVEL)))
@@ -150,7 +167,7 @@ def work(rank: int, job: Job) -> None:
     model, share = job.model, Share(job.model, job.gradients, rank)
     for p, g in zip(model.parameters(), job.gradients[rank], strict=True):
         p.grad = g
-    step, exported = 0, 0.0
+    step, looked, best = 0, 0.0, math.inf
     while (done := job.clock[0].item()) < 1:
         length = SHORT if done < LONG_FROM else CONFIG["max_position_embeddings"]
         at = torch.randint(0, len(job.train) - length - 1, (job.batch // length,), generator=generator)
@@ -174,13 +191,13 @@ def work(rank: int, job: Job) -> None:
             if step % 20 == 0:
                 line = f"{step:6d} {done:6.1%} loss {loss.item():.3f} uneven {uneven.item():.3f}"
                 print(f"{line} {seen} tokens {seen / elapsed:.0f}/s", flush=True)
-            if elapsed - exported > 60 * job.every:
-                exported = elapsed
-                perplexity, _ = evaluate(model, job.held, SHORT)
+            if elapsed - looked > 60 * job.every or job.clock[0].item() >= 1:
+                looked = elapsed
+                perplexity, shares = evaluate(model, job.held, SHORT)
                 print(f"held-out perplexity {perplexity:.2f}", flush=True)
-                print(sample(model, job.tokenizer, "Emma was", 60, job.seed), flush=True)
-                export(model, job.out, {"steps": step, "tokens": seen, "held_out_perplexity": perplexity})
-    job.steps.fill_(step)
+                if perplexity < best:
+                    best = perplexity
+                    export(model, job.out, report(job, step, perplexity, shares))
 
 
 @click.command()
@@ -188,9 +205,11 @@ def work(rank: int, job: Job) -> None:
 @click.option("--minutes", type=float, default=60, show_default=True, help="Wall-clock time of training.")
 @click.option("--workers", type=int, default=2, show_default=True, help="Processes, one thread each.")
 @click.option("--batch", type=int, default=2560, show_default=True, help="Tokens a step and worker.")
-@click.option("--dropout", type=float, default=0.1, show_default=True)
+@click.option("--dropout", type=float, default=0.3, show_default=True)
 @click.option("--balance", type=float, default=0.03, show_default=True, help="Weight of the balance loss.")
-@click.option("--every", type=float, default=5, show_default=True, help="Minutes between exports.")
+@click.option(
+    "--every", type=float, default=3, show_default=True, help="Minutes between looks at held-out text."
+)
 @click.option("--init", type=click.Path(path_type=Path), help="An earlier export to continue from.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(
@@ -218,28 +237,14 @@ def main(
     gradients = [
         [torch.zeros_like(p.data).share_memory_() for p in model.parameters()] for _ in range(workers)
     ]
-    steps, clock = torch.zeros(1, dtype=torch.long).share_memory_(), torch.zeros(1).share_memory_()
+    clock = torch.zeros(1).share_memory_()
     barrier = torch.multiprocessing.get_context("fork").Barrier(workers)
     job = Job(
-        model, tokenizer, train, held, gradients, clock, steps, barrier, out, time.time(),
+        model, tokenizer, train, held, gradients, clock, barrier, out, time.time(),
         minutes, batch, balance, every, seed,
     )  # fmt: skip
     torch.multiprocessing.start_processes(work, (job,), nprocs=workers, start_method="fork")
-    perplexity, shares = evaluate(model, held, SHORT)
-    report = {
-        "parameters": parameters,
-        "steps": int(steps),
-        "tokens": int(steps) * workers * batch,
-        "training_tokens": len(train),
-        "held_out_tokens": len(held),
-        "minutes": minutes,
-        "tokens_per_second": round(int(steps) * workers * batch / (60 * minutes)),
-        "held_out_perplexity": perplexity,
-        "expert_shares": np.round(shares, 4).tolist(),
-        "samples": [sample(model, tokenizer, p, 100, seed) for p in SAMPLES],
-    }
-    export(model, out, report)
-    print(json.dumps(report, indent=2))
+    print((out / "training.json").read_text())
 
 
 if __name__ == "__main__":
