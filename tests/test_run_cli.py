@@ -331,3 +331,11 @@ def test_the_least_memory_that_is_named_is_enough(model):
     for _ in range(3):
         done = mer("run", model, "x", "-n", 3, "--ram", f"{named[1].replace(',', '')}MiB", "--context", "64")
         assert done.returncode == 0, done.stderr
+
+
+def test_the_memory_that_inspect_names_is_enough(model):
+    facts = json.loads(mer("inspect", model, "--json").stdout)
+    for row in facts["memory"]["budgets"]:
+        done = mer("run", model, "x", "-n", 3, "--json", "--ram", str(row["ram"]))
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["engine"]["cache_slots"] >= row["slots"]

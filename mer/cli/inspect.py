@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from mer.engine.budget import Budget, measure
 from mer.errors import MerError
 from mer.model import families
 from mer.model.families import Architecture
+from mer.model.tokenizer import Tokenizer
 from mer.streaming.experts import expert_tables
 from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
 
@@ -61,9 +63,12 @@ def inspect(model: Path, ram: int | None, as_json: bool) -> None:
     try:
         require_streamable(checkpoint)
         tables = expert_tables(architecture.experts)
+        # What `mer run` holds by itself when it divides memory must be held here, too: it is measured.
+        held = import_module("mer.cli.run"), Tokenizer.open(model)
         # With all experts in memory; the other parts are the same in any budget.
         full = measure(checkpoint, architecture, tables, EngineConfig(ram=_PLENTY))
         given = measure(checkpoint, architecture, tables, EngineConfig(ram=ram)) if ram else None
+        del held
         rows = _rows(full, given)
     except MerError as error:
         refusal = str(error)
