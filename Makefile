@@ -13,7 +13,7 @@ PROMPT ?= The old man looked at the sea and said
 help:
 	@echo "make demo   install what is missing, build, and write text with the bundled model, streamed from disk"
 	@echo "make test   the same for the tests: lint, types, layers, pytest"
-	@echo "make bench  the benchmarks that need no peer program"
+	@echo "make bench  how fast the kernels are, and the reader beside fio (installed if missing)"
 	@echo "make clean  remove the virtual environment and everything built"
 
 $(VENV)/made:
@@ -25,12 +25,12 @@ $(VENV)/made:
 
 $(VENV)/built: $(VENV)/made $(SOURCES)
 	@echo "==> building mer (Cython and C; a minute or two the first time)"
-	@$(PY) -m pip install --quiet --no-build-isolation --editable .
+	@PYTHONWARNINGS="ignore:Editable installation" $(PY) -m pip install --quiet --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/testable: $(VENV)/built pyproject.toml
 	@echo "==> installing what the tests compare with (transformers, torch, gguf, ...)"
-	@$(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
+	@PYTHONWARNINGS="ignore:Editable installation" $(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
 	@touch $@
 
 build: $(VENV)/built
@@ -51,6 +51,7 @@ test: lint
 	@$(PY) -m pytest
 
 bench: $(VENV)/built
+	@tools/debian-packages.sh fio
 	@$(PY) -m bench.kernels
 	@$(PY) -m bench.io
 

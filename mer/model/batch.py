@@ -6,6 +6,8 @@ import numpy as np
 from attrs import define
 from numpy.typing import NDArray
 
+from mer.model.kv import BLOCK
+
 
 @define(eq=False)
 class Batch:
@@ -53,6 +55,6 @@ class Batch:
             here = positions[offsets[s] : offsets[s + 1]]
             if (np.diff(here) != 1).any():
                 raise ValueError(f"batch: positions of sequence {s} are not consecutive")
-            used = int(here[-1]) // 16 + 1
+            used = int(here[-1]) // BLOCK + 1
             if used > tables.shape[1] or tables[s, :used].min() < 0 or tables[s, :used].max() >= n_blocks:
                 raise ValueError(f"batch: sequence {s} needs {used} blocks within 0..{n_blocks - 1}")

@@ -62,7 +62,6 @@ class Forward:
         self._decoder = Decoder(spec, kernels, pool, self._buffers, dense.model, kv.dtype == "f16")
         for layer, weights, blocks in zip(spec.layers, dense.layers, kv.layers, strict=True):
             self._decoder.add_layer(weights, blocks, layer.window or 0, layer.moe_index is not None)
-        self._tokens = 0
         self.trace: TraceWriter | None = None
         # Whether each layer is told what the next one will probably want.
         self.look_ahead = False
@@ -71,11 +70,6 @@ class Forward:
     def scratch_bytes(spec: ModelSpec, max_tokens: int, max_rows: int, n_threads: int) -> int:
         """Bytes that a Forward of this size takes, besides dense weights and KV cache."""
         return scratch.total_bytes(spec, max_tokens, max_rows, n_threads)
-
-    @property
-    def hidden(self) -> NDArray[np.float32]:
-        """f32 [T, hidden] of the last step, before the final norm; overwritten by the next step."""
-        return self._buffers["x"][: self._tokens]
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
         """Run the batch: f32 [R, vocab], logits of `batch.logit_rows`; overwritten by the next step.
@@ -89,7 +83,7 @@ class Forward:
             max_rows=self.max_rows,
             n_blocks=self._kv.n_blocks,
         )
-        n = self._tokens = len(batch.tokens)
+        n = len(batch.tokens)
         buffers, decoder = self._buffers, self._decoder
         self._dense.embed(batch.tokens, buffers["x"][:n])
         decoder.begin(batch.positions, batch.query_offsets, batch.block_tables)

@@ -44,8 +44,6 @@ int mer_isas_for(const mer_cpuid *cpu, const mer_isa **out, int room);
 /* The same for this CPU. */
 int mer_isas(const mer_isa **out, int room);
 
-static inline int mer_format_known(int fmt) { return mer_block_len(fmt) != 0; }
-
 static inline void mer_prepare(const mer_isa *isa, int fmt, const float *x, void *act, long cols) {
     if (mer_act_is_q8(fmt))
         isa->quantise(x, act, cols);
