@@ -21,7 +21,8 @@ Policies, by what is evicted on a miss:
     lru         the expert that was used longest ago
     lfu         the expert that was used least, the one used longest ago among equals
     next-use    the latest expected next use: d + L (1/p - 1), where d is the number of layers until its
-                layer's turn, L the number of layers, p the chance that a token wants it: a mix of averages
+                layer's turn, L the number of layers, p the chance that a token wants it: a mix of averages,
+                and of what followed in the same layer whenever the experts chosen now were chosen before
     belady      the latest next use (it knows the future): no policy does better
 """
 
@@ -46,6 +47,9 @@ Ints = NDArray[np.int64]
 # Of the moving averages: weight in the mix, rate per token.
 AVERAGES = ((0.4, 0.5), (0.3, 0.1), (0.3, 0.02))
 LEAST = 1e-30  # an average is never 0
+# Of the chance of an expert: the part that is what the averages say, the part that is what followed before.
+ALONE, FOLLOWING = 0.4, 0.6
+MOST_USES = 255  # of an expert, before half of what followed is forgotten
 
 
 @frozen(eq=False)
@@ -161,6 +165,12 @@ class NextUse:
         self._rates = np.array([[rate] for _, rate in averages])
         self._averages = np.full((len(averages), layers * experts), LEAST)
         self._n_layers, self._n_experts = layers, experts
+        self._followed = np.zeros(
+            (layers, experts, experts), np.int64
+        )  # [l, i, e]: e by the token after one by i
+        self._uses = np.zeros((layers, experts), np.int64)
+        self._last: dict[int, Ints] = {}  # of each layer, what the last token chose
+        self._chance = np.full((layers, experts), LEAST)
         self._until = (np.arange(layers)[:, None] - np.arange(layers) - 1) % layers + 1
         self._layer = 0
         self._scores: Floats | None = None
@@ -172,18 +182,39 @@ class NextUse:
         part = self._averages[:, start : start + self._n_experts]
         part += self._rates * (used - part)
         np.maximum(part, LEAST, out=part)
+        if visit.layer in self._last:
+            self._learn(visit.layer, self._last[visit.layer], visit.experts)
+        self._last[visit.layer] = visit.experts
+        self._chance[visit.layer] = self.chance(visit.layer, visit.experts)
         self._layer, self._scores = visit.layer, None
+
+    def _learn(self, layer: int, before: Ints, now: Ints) -> None:
+        for i in before:
+            if self._uses[layer, i] == MOST_USES:
+                self._uses[layer, i] //= 2
+                self._followed[layer, i] //= 2
+            self._uses[layer, i] += 1
+            self._followed[layer, i, now] += 1
+
+    def chance(self, layer: int, experts: Ints) -> Floats:
+        """f64 [n_experts]: of being wanted after a token that chose `experts` of that layer."""
+        start = layer * self._n_experts
+        # Added one by one, as csrc/cache/next_use.c does: experts of the same history stay equal.
+        alone = np.zeros(self._n_experts)
+        for share, average in zip(self._mix, self._averages, strict=True):
+            alone += share * average[start : start + self._n_experts]
+        following = np.zeros(self._n_experts)
+        for i in np.sort(experts):
+            following += (1 / len(experts)) / (self._uses[layer, i] + 1) * (self._followed[layer, i] + alone)
+        return ALONE * alone + FOLLOWING * following
 
     def access(self, expert: int) -> None:
         pass
 
     def scores(self) -> NDArray[Any]:
         if self._scores is None:
-            # Added one by one, as csrc/cache/next_use.c does: experts of the same history stay equal.
-            chance = sum(m * a for m, a in zip(self._mix, self._averages, strict=True))
-            chance = chance.reshape(self._n_layers, -1)
             until = self._until[:, self._layer, None]
-            self._scores = (until + self._n_layers * (1 / chance - 1)).reshape(-1)
+            self._scores = (until + self._n_layers * (1 / self._chance - 1)).reshape(-1)
         return self._scores
 
 

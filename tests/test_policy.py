@@ -3,6 +3,7 @@
 import json
 from collections import Counter, OrderedDict
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -102,19 +103,30 @@ def test_lfu_counts_uses(trace, slots):
 def test_next_use_is_the_formula(trace):
     rule = policy.NextUse(trace)
     n_layers, n_experts = trace.n_layers, trace.n_experts
-    seen = {}
+    seen, chosen = {}, [[] for _ in range(n_layers)]
     for visit in trace.visits:
         rule.visit(visit)
+        chosen[visit.layer].append(set(visit.experts.tolist()))
         for e in range(n_experts):
             seen.setdefault((visit.layer, e), []).append(e in visit.experts)
         scores = rule.scores().reshape(n_layers, n_experts)
-        for (layer, e), uses in seen.items():
-            p = 0.0
-            for share, rate in ((0.4, 0.5), (0.3, 0.1), (0.3, 0.02)):
-                ages = range(len(uses) - 1, -1, -1)
-                p += share * sum(
-                    rate * (1 - rate) ** age for age, used in zip(ages, uses, strict=True) if used
-                )
+        alone = {}
+        for key, uses in seen.items():
+            ages = range(len(uses) - 1, -1, -1)
+            alone[key] = sum(
+                share * rate * (1 - rate) ** age
+                for share, rate in ((0.4, 0.5), (0.3, 0.1), (0.3, 0.02))
+                for age, used in zip(ages, uses, strict=True)
+                if used
+            )
+        for layer, e in seen:
+            p = 0.4 * alone[layer, e]
+            now = chosen[layer][-1]
+            for (
+                i
+            ) in now:  # of the tokens after one that chose i, the part that chose e; and once it was `alone`
+                after = [e in then for ago, then in pairwise(chosen[layer]) if i in ago]
+                p += 0.6 / len(now) * (sum(after) + alone[layer, e]) / (len(after) + 1)
             # the layer's own turn is over: it comes again after all the others
             until = (layer - visit.layer) % n_layers or n_layers
             if p:

@@ -45,6 +45,8 @@ TRACES = {
     "by hand": trace_of(
         2, 5, [v for t in range(40) for v in ((0, [0, 1 if t < 9 else 2 + t % 3]), (1, [t % 5, (t + 2) % 5]))]
     ),
+    # Each expert is used more often than what followed it can be counted.
+    "a long one": skewed(3, 2, 5, 2, 1500),
     # 0 and 5 are unused for so long that their averages are as small as they get, and equal.
     "a long pause": trace_of(
         2, 6, [(n % 2, [e]) for n, e in enumerate((5, 5, 0, 0, *[1, 1, 2, 2] * 2000, 3, 3, 4, 4))]
@@ -115,12 +117,17 @@ def test_tokens_of_one_step_count_as_the_mean_over_their_orders(seed: int) -> No
         ]
         cache.visit_py(layer, np.array(rows, np.int32))
         before, ends = model._averages.copy(), []
+        followed, uses = model._followed.copy(), model._uses.copy()
         for order in permutations(rows):
             model._averages[:] = before
             for row in order:
                 model.visit(policy.Visit(True, 0, layer, row, np.zeros(top_k)))
             ends.append(model._averages.copy())
         model._averages[:] = np.mean(ends, axis=0)
+        if len(rows) > 1:
+            model._followed, model._uses = followed, uses
+            model._last.pop(layer)  # which follows which is not known
+        model._chance[layer] = np.mean([model.chance(layer, row) for row in rows], axis=0)
         for expert in sorted({layer * experts + int(e) for row in rows for e in row}):
             found, slot = cache.acquire_py(expert)
             assert slot is not None
@@ -182,6 +189,8 @@ def test_wrong_visits() -> None:
     cache = ExpertCache(8, 4, PAGE, policy="next-use", n_layers=2)
     with pytest.raises(IndexError, match=r"layer 2 is outside 0\.\.1"):
         cache.visit_py(2, ids([0]))
+    with pytest.raises(IndexError, match="can't choose 5 of 4"):
+        cache.visit_py(0, ids([0, 1, 2, 3, 0]))
     for wrong in (-1, 4):
         with pytest.raises(IndexError, match=rf"expert {wrong} of a layer is outside 0\.\.3"):
             cache.visit_py(0, ids([0, wrong]))

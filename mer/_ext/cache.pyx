@@ -144,13 +144,15 @@ cdef class ExpertCache:
         return np.frombuffer(self, np.uint8, self.slot_bytes, slot * self.slot_bytes)
 
     def visit_py(self, int64_t layer, const int32_t[:, ::1] ids):
-        """The turn of a layer, told before its experts are acquired. ids: i32 [T, k], what each token chose.
+        """The turn of a layer, told before its experts are acquired. ids: i32 [T, k], the k experts that each token chose.
 
         Raises IndexError for a layer or an id that does not exist.
         """
         cdef int64_t i, j, experts = self.n_experts // self.n_layers
         if not 0 <= layer < self.n_layers:
             raise IndexError(f"layer {layer} is outside 0..{self.n_layers - 1}")
+        if ids.shape[1] > experts:
+            raise IndexError(f"a token can't choose {ids.shape[1]} of {experts} experts")
         for i in range(ids.shape[0]):
             for j in range(ids.shape[1]):
                 if not 0 <= ids[i, j] < experts:

@@ -20,7 +20,7 @@ typedef _Atomic int64_t counter;
 struct mer_cache {
     word *words;  /* [n_experts] */
     word *keys;   /* [n_slots] when the slot was last used */
-    next_use *next_use; /* NULL: the policy is LRU; under the mutex */
+    next_use *next_use; /* NULL: LRU; under the mutex */
     int64_t *owner; /* [n_slots] expert or NO_EXPERT; under the mutex */
     int64_t *free_slots;
     int64_t n_free, n_experts, n_slots;
@@ -75,9 +75,10 @@ mer_cache *mer_cache_new(int64_t n_layers, int64_t n_experts, int64_t n_slots, s
     c->keys = calloc((size_t)n_slots, sizeof *c->keys);
     c->owner = malloc((size_t)n_slots * sizeof *c->owner);
     c->free_slots = malloc((size_t)n_slots * sizeof *c->free_slots);
-    if (policy == MER_CACHE_NEXT_USE) c->next_use = next_use_new(n_layers, n_experts / n_layers);
-    const int planned = policy == MER_CACHE_LRU || c->next_use;
-    if (c->words && c->keys && c->owner && c->free_slots && planned) c->arena = map_arena(c->arena_bytes, huge, &c->huge);
+    const int choose = policy == MER_CACHE_NEXT_USE && n_slots < n_experts; /* else nobody is ever evicted */
+    if (choose) c->next_use = next_use_new(n_layers, n_experts / n_layers);
+    if (c->words && c->keys && c->owner && c->free_slots && (!choose || c->next_use))
+        c->arena = map_arena(c->arena_bytes, huge, &c->huge);
     if (!c->arena) {
         mer_cache_free(c);
         errno = ENOMEM;
