@@ -129,6 +129,7 @@ def measure(
     buffers = (
         Forward.scratch_bytes(spec, step, rows, threads)
         + scratch_bytes(tables.layers, tables.reads, spec.router.top_k, step)
+        + tables.total * (tables.n_experts + 64)  # what the cache's policy knows of each expert
         + 48 * spec.vocab  # sampling copies a row of logits some times
         + _MARGIN
     )

@@ -1,8 +1,8 @@
 /* An expert is expected in d + L (1/p - 1) layers: d until its layer's turn, L layers of the model, p the chance that
  * a token wants it. Of p three moving averages are kept, of a short, a middle and a long memory, and mixed; with that
  * is mixed what the next token chose when the experts chosen now were chosen before. (Replays of a recorded trace of
- * Qwen3-30B-A3B and of the bundled model's gain 0.6 to 3 % of all accesses by it. What gained nothing: the router's
- * weights, other rates, more averages, what the layer before chose.)
+ * Qwen3-30B-A3B and of the bundled model's gain 0.6 to 3 % of all accesses by it. What gained nothing or little: the
+ * router's weights, other rates, more averages, what the layer before chose.)
  *
  * Waits change only when a layer has its turn. So a search needs no look at every expert: it goes to the layer whose
  * longest wait and distance are the most, and on to others only while they may hold something later.
