@@ -1,10 +1,11 @@
 /* AVX-512 (F, BW, DQ, VL) with VNNI.
  *
- * As avx2.c, with sixteen rows at a time: row q + 4 l stands in quarter l of register q. A byte product
- * needs one factor without sign: nibbles have none, int8 weights get 128 added and the activations' sum,
- * which is known, takes it off again. Float formats use the sixteen lanes that avx2.c makes of two registers,
- * so every result has the bytes that AVX2 gives. (The BF16 dot products of some CPUs would round the
- * activations to BF16: not used.)
+ * Integer formats: sixteen rows at a time, one row a lane. Four bytes of each row make a register, which one
+ * instruction multiplies with four activations: a block's sums never cross lanes, and what was done to the
+ * weights serves every token. A byte product needs one factor without sign: nibbles have none, int8 weights
+ * get 128 added and the activations' sum, which is known, takes it off again. Float formats use the sixteen
+ * lanes that avx2.c makes of two registers, so every result has the bytes that AVX2 gives. (The BF16 dot
+ * products of some CPUs would round the activations to BF16: not used.)
  */
 #if defined(__x86_64__)
 #include <immintrin.h> /* before the pragma: its functions carry their own targets */
@@ -19,55 +20,85 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS 16
-#define TOKENS 4
+#define TOKENS 8
 
-/* 16 bytes of four rows, each in its quarter. */
-INLINE __m512i load_rows(const char *const row[ROWS], int q, size_t at) {
-    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(row[q] + at)));
-    v = _mm512_mask_broadcast_i32x4(v, 0x00f0, _mm_loadu_si128((const __m128i *)(row[q + 4] + at)));
-    v = _mm512_mask_broadcast_i32x4(v, 0x0f00, _mm_loadu_si128((const __m128i *)(row[q + 8] + at)));
-    return _mm512_mask_broadcast_i32x4(v, 0xf000, _mm_loadu_si128((const __m128i *)(row[q + 12] + at)));
+/* Sixteen rows as four runs of four, `step` bytes apart: six registers address them all. */
+typedef struct {
+    const char *run[4];
+    size_t step;
+} rows16;
+
+INLINE __m128i load128(const char *p) { return _mm_loadu_si128((const __m128i *)p); }
+
+INLINE const char *row_at(const rows16 *row, int i) { return row->run[i / 4] + (size_t)(i % 4) * row->step; }
+
+/* 16 bytes of rows q, q + 4, q + 8 and q + 12, each in its quarter. */
+INLINE __m512i load_rows(const rows16 *row, int q, size_t at) {
+    at += (size_t)q * row->step;
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(row->run[0] + at)),
+                                                load128(row->run[1] + at), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(row->run[2] + at)),
+                                                 load128(row->run[3] + at), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-INLINE __m512i all_quarters(const int8_t *q) {
-    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)q));
+/* Within each quarter: lane i of w[k] becomes lane k of w[i]. */
+INLINE void transpose(__m512i w[4]) {
+    const __m512i t0 = _mm512_unpacklo_epi32(w[0], w[1]), t1 = _mm512_unpacklo_epi32(w[2], w[3]);
+    const __m512i t2 = _mm512_unpackhi_epi32(w[0], w[1]), t3 = _mm512_unpackhi_epi32(w[2], w[3]);
+    w[0] = _mm512_unpacklo_epi64(t0, t1);
+    w[1] = _mm512_unpackhi_epi64(t0, t1);
+    w[2] = _mm512_unpacklo_epi64(t2, t3);
+    w[3] = _mm512_unpackhi_epi64(t2, t3);
 }
 
-INLINE short load16(const char *p) {
-    short v;
-    memcpy(&v, p, 2);
-    return v;
+/* 16 bytes of each row: lane r of out[k] holds bytes 4 k to 4 k + 3 of row r. */
+INLINE void load_lanes(const rows16 *row, size_t at, __m512i out[4]) {
+    for (int p = 0; p < 4; p++) out[p] = load_rows(row, p, at);
+    transpose(out);
 }
 
-/* The F16 at the same offset of eight rows. */
-INLINE __m128i load_halves(const char *const row[8], size_t at) {
-    return _mm_set_epi16(load16(row[7] + at), load16(row[6] + at), load16(row[5] + at), load16(row[4] + at),
-                         load16(row[3] + at), load16(row[2] + at), load16(row[1] + at), load16(row[0] + at));
+/* The F16 at the same offset of eight rows from row i on. */
+INLINE __m128i load_halves(const rows16 *row, int i, size_t at) {
+    uint16_t h[8];
+    for (int k = 0; k < 8; k++) memcpy(h + k, row_at(row, i + k) + at, 2);
+    return _mm_setr_epi16((short)h[0], (short)h[1], (short)h[2], (short)h[3], (short)h[4], (short)h[5], (short)h[6],
+                          (short)h[7]);
 }
 
-INLINE __m512 load_scales(const char *const row[ROWS], size_t at) {
-    const __m256i low = _mm256_castsi128_si256(load_halves(row, at));
-    return _mm512_cvtph_ps(_mm256_inserti128_si256(low, load_halves(row + 8, at), 1));
+INLINE __m512 load_scales(const rows16 *row, size_t at) {
+    const __m256i low = _mm256_castsi128_si256(load_halves(row, 0, at));
+    return _mm512_cvtph_ps(_mm256_inserti128_si256(low, load_halves(row, 8, at), 1));
 }
 
-/* Within each quarter: sums of a's neighbouring parts, then of b's. */
-INLINE __m512i fold_64(__m512i a, __m512i b) {
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+/* n + sums of 16 products per row: unsigned bytes as load_lanes gives them, and activations. */
+INLINE __m512i dot_lanes(__m512i n, const __m512i w[4], const int8_t *q) {
+    for (int k = 0; k < 4; k++) {
+        int four;
+        memcpy(&four, q + 4 * k, 4);
+        n = _mm512_dpbusd_epi32(n, w[k], _mm512_set1_epi32(four));
+    }
+    return n;
 }
 
-INLINE __m512i fold_32(__m512i a, __m512i b) {
-    const __m512 x = _mm512_castsi512_ps(a), y = _mm512_castsi512_ps(b);
-    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88)),
-                            _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
-}
-
-/* Sums of 32 products of unsigned bytes and int8 per row. */
-INLINE __m512i dot_bytes(const __m512i first[4], const __m512i second[4], const int8_t *q) {
-    const __m512i q0 = all_quarters(q), q1 = all_quarters(q + 16);
+/* The same sums of 32 products from registers as load_rows gives them. */
+INLINE __m512i dot_rows(const __m512i first[4], const __m512i second[4], const int8_t *q) {
+    const __m512i q0 = _mm512_broadcast_i32x4(load128((const char *)q));
+    const __m512i q1 = _mm512_broadcast_i32x4(load128((const char *)q + 16));
     __m512i s[4];
     for (int p = 0; p < 4; p++)
         s[p] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), first[p], q0), second[p], q1);
-    return fold_32(fold_64(s[0], s[1]), fold_64(s[2], s[3]));
+    transpose(s);
+    return _mm512_add_epi32(_mm512_add_epi32(s[0], s[1]), _mm512_add_epi32(s[2], s[3]));
+}
+
+/* The low nibbles of 16 bytes per row, and the high ones times 16. */
+INLINE void split_nibbles(const __m512i raw[4], __m512i low[4], __m512i high[4]) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (int k = 0; k < 4; k++) {
+        low[k] = _mm512_and_si512(raw[k], mask);
+        high[k] = _mm512_andnot_si512(mask, raw[k]);
+    }
 }
 
 INLINE void open_acts(const void *const *acts, int n_tok, long cols, mer_act_q8 *a, __m512 *acc) {
@@ -84,42 +115,69 @@ INLINE __m512 add_block(__m512 acc, __m512 d, __m512i n, const mer_act_q8 *a, lo
     return _mm512_add_ps(acc, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(n)));
 }
 
-INLINE void tile_q4_0(const char *const row[ROWS], const mer_ahead *ahead, const void *const *acts, int n_tok,
-                      long cols, __m512 *acc) {
-    const __m512i mask = _mm512_set1_epi8(15);
+/* The scales of two neighbouring blocks of eight rows from row i on, one block in each half. */
+INLINE __m256i load_two_halves(const rows16 *row, int i, size_t at) {
+    __m256i r[8];
+    for (int k = 0; k < 8; k++) r[k] = _mm256_loadu_si256((const __m256i *)(row_at(row, i + k) + at));
+    const __m256i r03 = _mm256_unpacklo_epi32(_mm256_unpacklo_epi16(r[0], r[1]), _mm256_unpacklo_epi16(r[2], r[3]));
+    const __m256i r47 = _mm256_unpacklo_epi32(_mm256_unpacklo_epi16(r[4], r[5]), _mm256_unpacklo_epi16(r[6], r[7]));
+    return _mm256_blend_epi32(_mm256_unpacklo_epi64(r03, r47), _mm256_unpackhi_epi64(r03, r47), 0xf0);
+}
+
+INLINE void tile_q4_0(const rows16 *row, const mer_ahead *ahead, const void *const *acts, int n_tok, long cols,
+                      __m512 *acc) {
     mer_act_q8 a[TOKENS];
     open_acts(acts, n_tok, cols, a, acc);
-    for (long b = 0; b < cols / 32; b++) {
+    const long nb = cols / 32;
+    __m512 next = _mm512_setzero_ps();
+    for (long b = 0; b < nb; b++) {
         const size_t at = (size_t)b * sizeof(mer_block_q4_0);
-        if (ahead) ahead_step(*ahead, row[0] + ROWS * at, ROWS * sizeof(mer_block_q4_0));
-        const __m512 d = load_scales(row, at);
-        __m512i lo[4], hi[4];
-        for (int p = 0; p < 4; p++) {
-            const __m512i raw = load_rows(row, p, at + 2);
-            lo[p] = _mm512_and_si512(raw, mask);
-            hi[p] = _mm512_and_si512(_mm512_srli_epi16(raw, 4), mask);
+        if (ahead) ahead_step(*ahead, row->run[0] + ROWS * at, ROWS * sizeof(mer_block_q4_0));
+        __m512 d = next;
+        if (b % 2 == 0 && b + 1 < nb) {
+            const __m256i low = load_two_halves(row, 0, at), high = load_two_halves(row, 8, at);
+            d = _mm512_cvtph_ps(_mm256_permute2x128_si256(low, high, 0x20));
+            next = _mm512_cvtph_ps(_mm256_permute2x128_si256(low, high, 0x31));
+        } else if (b % 2 == 0)
+            d = load_scales(row, at);
+        __m512i raw[4], low[4], high[4];
+        load_lanes(row, at + 2, raw);
+        split_nibbles(raw, low, high);
+        for (int t = 0; t < n_tok; t++) {
+            const int8_t *const q = a[t].q + b * 32;
+            const __m512i n16 = dot_lanes(_mm512_setzero_si512(), high, q + 16);
+            const __m512i n0 = dot_lanes(_mm512_setzero_si512(), low, q);
+            const __m512i n = _mm512_add_epi32(n0, _mm512_srai_epi32(n16, 4));
+            acc[t] = add_block(acc[t], d, n, &a[t], b, 3);
         }
-        for (int t = 0; t < n_tok; t++)
-            acc[t] = add_block(acc[t], d, dot_bytes(lo, hi, a[t].q + b * 32), &a[t], b, 3);
     }
 }
 
-INLINE void tile_q8_0(const char *const row[ROWS], const mer_ahead *ahead, const void *const *acts, int n_tok,
-                      long cols, __m512 *acc) {
+INLINE void tile_q8_0(const rows16 *row, const mer_ahead *ahead, const void *const *acts, int n_tok, long cols,
+                      __m512 *acc) {
     const __m512i bias = _mm512_set1_epi8(-128);
     mer_act_q8 a[TOKENS];
     open_acts(acts, n_tok, cols, a, acc);
     for (long b = 0; b < cols / 32; b++) {
         const size_t at = (size_t)b * sizeof(mer_block_q8_0);
-        if (ahead) ahead_step(*ahead, row[0] + ROWS * at, ROWS * sizeof(mer_block_q8_0));
+        if (ahead) ahead_step(*ahead, row->run[0] + ROWS * at, ROWS * sizeof(mer_block_q8_0));
         const __m512 d = load_scales(row, at);
         __m512i first[4], second[4];
         for (int p = 0; p < 4; p++) {
             first[p] = _mm512_xor_si512(load_rows(row, p, at + 2), bias);
             second[p] = _mm512_xor_si512(load_rows(row, p, at + 18), bias);
         }
-        for (int t = 0; t < n_tok; t++)
-            acc[t] = add_block(acc[t], d, dot_bytes(first, second, a[t].q + b * 32), &a[t], b, 7);
+        if (n_tok == 1) { /* to transpose the weights would cost more than to add across their lanes */
+            acc[0] = add_block(acc[0], d, dot_rows(first, second, a->q + b * 32), a, b, 7);
+            continue;
+        }
+        transpose(first);
+        transpose(second);
+        for (int t = 0; t < n_tok; t++) {
+            const int8_t *const q = a[t].q + b * 32;
+            const __m512i n = dot_lanes(dot_lanes(_mm512_setzero_si512(), first, q), second, q + 16);
+            acc[t] = add_block(acc[t], d, n, &a[t], b, 7);
+        }
     }
 }
 
@@ -128,7 +186,7 @@ struct q4_k_head {
     __m512 d, dmin, scale[8], min[8];
 };
 
-INLINE void load_q4_k_head(const char *const row[ROWS], size_t at, struct q4_k_head *h) {
+INLINE void load_q4_k_head(const rows16 *row, size_t at, struct q4_k_head *h) {
     const __m512i r0 = load_rows(row, 0, at), r1 = load_rows(row, 1, at);
     const __m512i r2 = load_rows(row, 2, at), r3 = load_rows(row, 3, at);
     const __m512i t0 = _mm512_unpacklo_epi32(r0, r1), t1 = _mm512_unpacklo_epi32(r2, r3);
@@ -156,9 +214,8 @@ INLINE void load_q4_k_head(const char *const row[ROWS], size_t at, struct q4_k_h
     }
 }
 
-INLINE void tile_q4_k(const char *const row[ROWS], const mer_ahead *ahead, const void *const *acts, int n_tok,
+INLINE void tile_q4_k(const rows16 *row, const mer_ahead *ahead, const void *const *acts, int n_tok,
                       long cols, __m512 *acc) {
-    const __m512i mask = _mm512_set1_epi8(15);
     mer_act_q8 a[TOKENS];
     open_acts(acts, n_tok, cols, a, acc);
     for (long b = 0; b < cols / 256; b++) {
@@ -167,26 +224,25 @@ INLINE void tile_q4_k(const char *const row[ROWS], const mer_ahead *ahead, const
         load_q4_k_head(row, at, &h);
         __m512 sum[TOKENS], min[TOKENS];
         for (int t = 0; t < n_tok; t++) sum[t] = min[t] = _mm512_setzero_ps();
-        for (int j = 0; j < 8; j++) {
-            const size_t qs = at + 16 + (size_t)(j / 2 * 32), share = 2 * sizeof(mer_block_q4_k);
-            if (ahead) ahead_step(*ahead, row[0] + ROWS * at + (size_t)j * share, share);
-            __m512i first[4], second[4];
-            for (int p = 0; p < 4; p++) {
-                first[p] = load_rows(row, p, qs);
-                second[p] = load_rows(row, p, qs + 16);
-                if (j % 2) {
-                    first[p] = _mm512_srli_epi16(first[p], 4);
-                    second[p] = _mm512_srli_epi16(second[p], 4);
+        for (int j = 0; j < 8; j += 2) {
+            const size_t qs = at + 16 + (size_t)j * 16, share = 4 * sizeof(mer_block_q4_k);
+            if (ahead) ahead_step(*ahead, row->run[0] + ROWS * at + (size_t)j / 2 * share, share);
+            __m512i raw[4], w[2][2][4]; /* sub-block, half of it */
+            for (int half = 0; half < 2; half++) {
+                load_lanes(row, qs + (size_t)half * 16, raw);
+                split_nibbles(raw, w[0][half], w[1][half]);
+            }
+            for (int t = 0; t < n_tok; t++)
+                for (int i = 0; i < 2; i++) {
+                    const long sub = b * 8 + j + i;
+                    const int8_t *const q = a[t].q + sub * 32;
+                    const __m512i n0 = dot_lanes(_mm512_setzero_si512(), w[i][0], q);
+                    __m512i n = _mm512_add_epi32(n0, dot_lanes(_mm512_setzero_si512(), w[i][1], q + 16));
+                    if (i) n = _mm512_srai_epi32(n, 4);
+                    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(n), h.scale[j + i]);
+                    sum[t] = _mm512_add_ps(sum[t], _mm512_mul_ps(scaled, _mm512_set1_ps(a[t].d[sub])));
+                    min[t] = _mm512_add_ps(min[t], _mm512_mul_ps(h.min[j + i], _mm512_set1_ps(a[t].dsum[sub])));
                 }
-                first[p] = _mm512_and_si512(first[p], mask);
-                second[p] = _mm512_and_si512(second[p], mask);
-            }
-            for (int t = 0; t < n_tok; t++) {
-                const __m512i n = dot_bytes(first, second, a[t].q + b * 256 + j * 32);
-                const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(n), h.scale[j]);
-                sum[t] = _mm512_add_ps(sum[t], _mm512_mul_ps(scaled, _mm512_set1_ps(a[t].d[b * 8 + j])));
-                min[t] = _mm512_add_ps(min[t], _mm512_mul_ps(h.min[j], _mm512_set1_ps(a[t].dsum[b * 8 + j])));
-            }
         }
         for (int t = 0; t < n_tok; t++) {
             acc[t] = _mm512_add_ps(acc[t], _mm512_mul_ps(h.d, sum[t]));
@@ -195,29 +251,54 @@ INLINE void tile_q4_k(const char *const row[ROWS], const mer_ahead *ahead, const
     }
 }
 
-/* Rows in sixteens, tokens in fours; a short group of rows repeats its last one. The switch makes the
- * number of tokens a constant, so that each tile unrolls with its sums in registers. */
+/* Where run i of a group of n rows starts. A short group's last run overlaps the one before, which gives the
+ * same bytes twice; with less than four rows a run is one row. */
+INLINE long run_start(long n, int i) {
+    const long start = n < 4 ? i : 4 * i, last = n < 4 ? n - 1 : n - 4;
+    return start < last ? start : last;
+}
+
+INLINE rows16 open_rows(const char *w, size_t bytes, long n) {
+    rows16 row = {.step = n < 4 ? 0 : bytes};
+    for (int i = 0; i < 4; i++) row.run[i] = w + (size_t)run_start(n, i) * bytes;
+    return row;
+}
+
+INLINE void store_rows(float *y, __m512 v, long n) {
+    if (n >= ROWS) {
+        _mm512_storeu_ps(y, v);
+        return;
+    }
+    float lanes[ROWS];
+    _mm512_storeu_ps(lanes, v);
+    for (int i = 0; i < 4; i++) memcpy(y + run_start(n, i), lanes + 4 * i, (n < 4 ? 1 : 4) * sizeof *y);
+}
+
+/* How many of the tokens left make the next tile: there are tiles of one to four, and of eight. */
+INLINE long tile_tokens(long left) { return left >= TOKENS ? TOKENS : left < 4 ? left : 4; }
+
+/* Rows in sixteens, tokens in eights. The switch makes the number of tokens a constant, so that each tile
+ * unrolls with its sums in registers. */
 #define INT_MATMUL(NAME, FMT, TILE)                                                                     \
-    static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, \
+    static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok,   \
                      float *y, long y_stride) {                                                         \
         const size_t bytes = mer_row_bytes(FMT, cols);                                                  \
         const mer_ahead run = ahead_begin((const char *)w + (size_t)r0 * bytes, ROWS * bytes);          \
         for (long r = r0; r < r1; r += ROWS) {                                                          \
-            const char *row[ROWS];                                                                      \
-            for (long i = 0; i < ROWS; i++)                                                             \
-                row[i] = (const char *)w + (size_t)(r + i < r1 ? r + i : r1 - 1) * bytes;               \
-            const __mmask16 lanes = (__mmask16)(r1 - r < ROWS ? (1u << (r1 - r)) - 1 : 0xffff);         \
-            for (long t = 0; t < n_tok; t += TOKENS) {                                                  \
-                const int n = (int)(n_tok - t < TOKENS ? n_tok - t : TOKENS);                           \
+            const rows16 rows = open_rows((const char *)w + (size_t)r * bytes, bytes, r1 - r);          \
+            const rows16 *const row = &rows;                                                            \
+            for (long t = 0, n; t < n_tok; t += n) {                                                    \
+                n = tile_tokens(n_tok - t);                                                             \
                 const mer_ahead *const ahead = t == 0 ? &run : NULL;                                    \
                 __m512 acc[TOKENS];                                                                     \
                 switch (n) {                                                                            \
                 case 1: TILE(row, ahead, acts + t, 1, cols, acc); break;                                \
                 case 2: TILE(row, ahead, acts + t, 2, cols, acc); break;                                \
                 case 3: TILE(row, ahead, acts + t, 3, cols, acc); break;                                \
-                default: TILE(row, ahead, acts + t, 4, cols, acc);                                      \
+                case 4: TILE(row, ahead, acts + t, 4, cols, acc); break;                                \
+                default: TILE(row, ahead, acts + t, TOKENS, cols, acc);                                 \
                 }                                                                                       \
-                for (int i = 0; i < n; i++) _mm512_mask_storeu_ps(y + (t + i) * y_stride + r, lanes, acc[i]); \
+                for (long i = 0; i < n; i++) store_rows(y + (t + i) * y_stride + r, acc[i], r1 - r);    \
             }                                                                                           \
         }                                                                                               \
     }
@@ -282,14 +363,14 @@ INLINE void group_float(int fmt, const char *w, size_t bytes, const mer_ahead *a
 }
 
 #define FLOAT_MATMUL(NAME, FMT)                                                                         \
-    static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, \
+    static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok,   \
                      float *y, long y_stride) {                                                         \
         const size_t bytes = mer_row_bytes(FMT, cols);                                                  \
         const mer_ahead run = ahead_begin((const char *)w + (size_t)r0 * bytes, 4 * bytes);             \
         for (long r = r0; r < r1; r += 4) {                                                             \
             const int n = (int)(r1 - r < 4 ? r1 - r : 4);                                               \
             const char *const row = (const char *)w + (size_t)r * bytes;                                \
-            for (long t = 0; t < n_tok; t += TOKENS) {                                                  \
+            for (long t = 0; t < n_tok; t += 4) {                                                       \
                 const mer_ahead *const ahead = t == 0 ? &run : NULL;                                    \
                 const void *const *const x = acts + t;                                                  \
                 float *const out = y + t * y_stride + r;                                                \
