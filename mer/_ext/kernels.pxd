@@ -24,8 +24,9 @@ cdef class Pool:
     cdef mer_pool *_pool
     cdef readonly int n_threads
 
-    # fn(arg, task, thread) for each task in [0, n_tasks), handed out in ascending order; thread is in
-    # [0, n_threads), the caller being 0. Returns when all are done. Not from within a task.
+    # fn(arg, task, thread) for each task in [0, n_tasks), handed out in ascending order, neighbours to one thread
+    # while many are left; thread is in [0, n_threads), the caller being 0. Returns when all are done. Not from
+    # within a task.
     cdef void run(self, mer_task_fn fn, void *arg, long n_tasks) noexcept nogil
 
 cdef class Kernels:
