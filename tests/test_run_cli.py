@@ -123,6 +123,7 @@ ERRORS = {
     "chat and ids": (["run", "MODEL", "1", "--chat", "--ids"], 2, "--chat"),
     "too many logprobs": (["run", "MODEL", "x", "--logprobs", "21"], 1, "logprobs"),
     "no template": (["run", "BARE", "x", "--chat"], 1, "chat template"),
+    "no place for a trace": (["run", "MODEL", "x", "--trace", "/dev/null/t"], 1, "trace /dev/null/t"),
     "chat without template": (["chat", "BARE"], 1, "chat template"),
     "chat without model": (["chat", "nowhere"], 1, "nowhere"),
 }
@@ -321,6 +322,12 @@ def test_chat_interrupted_between_answers(terminal):
     terminal.see("interrupted")
     assert terminal.wait() == 130
     assert "Traceback" not in terminal.screen
+
+
+def test_a_trace_on_a_full_disk(model):
+    done = mer("run", model, "x", "-n", 3, "--trace", "/dev/full")
+    assert done.returncode == 1
+    assert done.stderr.endswith("trace /dev/full: No space left on device; name a file that can be written\n")
 
 
 def test_the_least_memory_that_is_named_is_enough(model):

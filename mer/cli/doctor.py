@@ -79,9 +79,9 @@ def _print(console: Console, machine: Machine, device: Device, facts: dict[str, 
     console.print(table)
 
     cached = " (not O_DIRECT: the page cache answers)" if not device.direct else ""
-    rates = Table(
-        title=f"Random reads of {size(device.block)} under {device.path}{cached}", title_justify="left"
-    )
+    # A title of the table's own would be folded to the table's width.
+    console.print(f"Random reads of {size(device.block)} under {device.path}{cached}", soft_wrap=True)
+    rates = Table()
     rates.add_column("at once", justify="right")
     rates.add_column("bandwidth", justify="right")
     rates.add_column("reads/s", justify="right")

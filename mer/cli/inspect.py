@@ -125,7 +125,8 @@ def _print_model(
     console: Console, checkpoint: Checkpoint, architecture: Architecture, facts: Summary
 ) -> None:
     spec = architecture.spec
-    table = Table(title=str(checkpoint.path), title_justify="left", show_header=False)
+    console.print(str(checkpoint.path), soft_wrap=True)
+    table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     kind = "expert store" if checkpoint.kind == "store" else "Hugging Face safetensors"

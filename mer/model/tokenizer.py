@@ -66,7 +66,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"prompt: {text[error.start]!r} at position {error.start} is half a surrogate pair",
+                f"prompt: {text[error.start]!r} at position {error.start} is half a surrogate pair, "
+                "no character; is the input UTF-8?",
                 "prompt",
             ) from None
         return self._vocabulary.encode(text, special)

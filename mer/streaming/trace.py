@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +18,14 @@ class TraceWriter:
     """Writes a line per token, MoE layer and chosen expert, in the order in which they are computed.
 
     turn: the sequence's place in its step. phase: 0 for a prompt's tokens, 1 for one that comes alone. step:
-    its position. layer counts MoE layers. slot: its rank in the router's choice. Raises ConfigError where the
-    file can't be made.
+    its position. layer counts MoE layers. slot: its rank in the router's choice. Every method raises
+    ConfigError where the file can't be written.
     """
 
     def __init__(self, path: Path, *, model: str, n_layers: int, n_experts: int, top_k: int) -> None:
-        try:
+        self._path = path
+        with self._errors():
             self._file = path.open("w")
-        except OSError as error:
-            raise ConfigError(f"trace {path}: {error.strerror}; name a file that can be written") from error
         sizes = f"n_layer={n_layers} n_expert={n_experts} n_expert_used={top_k}"
         self._file.write(f"# route_trace v1\n# model={model} {sizes}\n{COLUMNS}\n")
 
@@ -47,7 +48,18 @@ class TraceWriter:
                     f"{head},{slot},{expert},{weight:.6f}\n"
                     for slot, (expert, weight) in enumerate(zip(ids[t], weights[t], strict=True))
                 ]
-        self._file.writelines(lines)
+        with self._errors():
+            self._file.writelines(lines)
 
     def close(self) -> None:
-        self._file.close()
+        with self._errors():
+            self._file.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"trace {self._path}: {error.strerror}; name a file that can be written"
+            ) from error
