@@ -42,8 +42,9 @@ def run_fio(fio: str, path: Path, backend: str, block: int, depth: int, seconds:
     queue = [f"--iodepth={depth}"] if backend == "uring" else [f"--numjobs={depth}", "--thread"]
     command = [
         *(fio, "--name=read", f"--filename={path}", "--rw=randread", "--readonly", f"--bs={block}"),
-        *("--time_based", f"--runtime={seconds}", "--norandommap", "--randrepeat=0", "--group_reporting"),
-        *("--output-format=json", *FIO_ENGINE[backend], *queue),
+        # fio takes whole numbers only
+        *("--time_based", f"--runtime={round(seconds * 1000)}ms", "--norandommap", "--randrepeat=0"),
+        *("--group_reporting", "--output-format=json", *FIO_ENGINE[backend], *queue),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import transformers
 from click.testing import CliRunner
 from gguf import GGUFReader, dequantize
 
-from bench import ceilings, make_model, peer
+from bench import ceilings, io, make_model, peer
 from bench.gguf_writer import write_gguf
 from bench.shapes import SHAPES, model_config, tensors
 from bench.synthetic import Weights
@@ -190,6 +191,19 @@ def test_the_ceiling_is_the_slower_of_memory_and_device():
     found = ceilings.Ceilings(2, 20e9, 1.0, 1 << 20, 16, 4e9, 1.0)
     assert ceilings.decode_ceiling(found, compute_bytes=1e9, missed_bytes=0) == pytest.approx(20)
     assert ceilings.decode_ceiling(found, compute_bytes=1e9, missed_bytes=4e8) == pytest.approx(10)
+
+
+@pytest.mark.skipif(not shutil.which("fio"), reason="needs fio")
+def test_fio_runs_for_parts_of_a_second(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 20))
+    said = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: said.append(run(*a, **k)) or said[-1])
+    assert io.run_fio(shutil.which("fio"), file, "buffered", 65536, 1, 0.3) > 0
+    found = said[0].stdout
+    # Milliseconds that fio says it read for; without a time to run it ends at the end of the file.
+    assert json.loads(found[found.index("{") :])["jobs"][0]["read"]["runtime"] > 250
 
 
 @pytest.mark.skipif(not shutil.which("fio"), reason="needs fio")
