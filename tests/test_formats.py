@@ -166,6 +166,13 @@ def test_q4_k_keeps_what_it_can_represent():
         np.testing.assert_allclose(restored, constant, rtol=2e-3)
 
 
+def test_q4_k_uses_all_six_bits():
+    """The largest scale and the largest minimum of a block have the largest code, 63."""
+    blocks = formats.Q4_K.quantize(weights(np.random.default_rng(8), 32, 1024)).reshape(-1, 144)
+    for codes in gguf.quants.Q4_K.get_scale_min(blocks[:, 4:16]):
+        np.testing.assert_array_equal(codes.reshape(len(blocks), 8).max(axis=1), 63)
+
+
 @pytest.mark.parametrize("form", [formats.Q8_0, formats.Q4_0, formats.Q4_K], ids=lambda f: f.name)
 def test_what_has_no_code_disturbs_only_its_block(form):
     values = weights(np.random.default_rng(7), 1, 4 * 256)

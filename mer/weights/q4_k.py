@@ -1,9 +1,10 @@
 """Q4_K: blocks of 256 as 8 sub-blocks of 32, each value = d * scale * code - dmin * minimum.
 
-d and dmin are F16 for the block, scale and minimum 6 bits for each sub-block, codes 4 bits. GGUF fixes the
-layout; how to choose the numbers is the quantiser's. This one follows the published method of the k-quants:
-for each sub-block try a range of step sizes, fit scale and minimum to the codes by weighted least squares,
-keep the best fit.
+d and dmin are F16 for the block, scale and minimum 6 bits for each sub-block, codes 4 bits. Layout and
+dequantising are GGUF's, bit for bit. How to choose the numbers is the quantiser's, and this one is our own
+search: the `gguf` package has none to compare with. It follows the published method of the k-quants: for each
+sub-block try a range of step sizes, fit scale and minimum to the codes by weighted least squares, keep the
+best fit.
 
 Sums run over the first axis, element after element: the result is the same on every machine.
 """
