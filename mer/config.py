@@ -23,19 +23,19 @@ def parse_size(text: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _share(text: Any) -> int | float | None:
-    """A number of experts, or a share of all such as '25%' or 0.25."""
-    if text is None or (isinstance(text, int | float) and not isinstance(text, bool)):
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", str(text))
-    if match is None or (not match[2] and "." in match[1]):
-        raise ConfigError(f"cache_experts {text!r}: write a number of experts or a share such as 25%")
-    return float(match[1]) / 100 if match[2] else int(match[1])
-
-
-def _check_share(_: Any, attribute: Attribute[Any], value: int | float | None) -> None:
-    if value is not None and not (value > 0 and (isinstance(value, int) or value <= 1)):
-        raise ConfigError(f"{attribute.name} {value!r}: must be above 0, and a share at most 100%")
+def _share(given: Any) -> int | float | None:
+    """A number of experts, or a share of all such as '25%' or 0.25; refused as it was written."""
+    if given is None:
+        return None
+    value: int | float = given
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", str(given))
+        if match is None or (not match[2] and "." in match[1]):
+            raise ConfigError(f"cache_experts {given!r}: write a number of experts or a share such as 25%")
+        value = float(match[1]) / 100 if match[2] else int(match[1])
+    if not (value > 0 and (isinstance(value, int) or value <= 1)):
+        raise ConfigError(f"cache_experts {given}: must be above 0, and a share at most 100%")
+    return value
 
 
 def _at_least(least: int) -> Any:
@@ -78,7 +78,7 @@ class EngineConfig:
     # Keys and values. auto: f16 beside quantised weights, f32 beside others, so that nothing is rounded.
     kv_dtype: KVChoice = field(default="auto", validator=_one_of("auto", "f32", "f16"))
     # Slots of the expert cache: a number, or a share of all experts (0.25, '25%'). None: what `ram` leaves.
-    cache_experts: int | float | None = field(default=None, converter=_share, validator=_check_share)
+    cache_experts: int | float | None = field(default=None, converter=_share)
     # Which expert makes room: 'next-use', the one expected to be wanted last, or 'lru'.
     cache_policy: str = "next-use"
     # 'auto', 'uring', 'preadv' or 'buffered'.

@@ -67,6 +67,14 @@ async def test_text_and_summary(model):
     assert (piped.returncode, piped.stdout, piped.stderr) == (0, done.stdout, "")
 
 
+def test_summary_of_one_token(model, bare):
+    done = mer("run", model, "The old man", "-n", 1, *OPTIONS)
+    assert "speed    1 token, prompt " in done.stderr
+    done = mer("run", bare, "--ids", "5", "-n", 2, *OPTIONS)
+    assert "tokens/s (2 tokens), prompt " in done.stderr
+    assert done.stderr.partition("\n")[0].endswith(" tokens/s (1 token)")
+
+
 async def test_json(model):
     result = await expected(model, "naïve 你好", logprobs=2, stop=["q"], seed=3)
     done = mer(
@@ -110,13 +118,16 @@ ERRORS = {
     "no model": (["run", "nowhere", "x"], 1, "nowhere"),
     "no tokenizer": (["run", "BARE", "x"], 1, "tokenizer"),
     "empty prompt": (["run", "MODEL", ""], 1, "empty"),
-    "no numbers": (["run", "MODEL", "--ids", "a b"], 1, "--ids"),
+    "no numbers": (["run", "MODEL", "--ids", "5 a b"], 1, "--ids: 'a' is no token id"),
+    "too large a number": (["run", "MODEL", "--ids", "9" * 5000], 1, "--ids: '999"),
     "no such token": (["run", "MODEL", "--ids", "5 300"], 1, "300"),
     "negative temperature": (["run", "MODEL", "x", "--temperature", "-1"], 1, "temperature"),
     "too long": (["run", "MODEL", "x" * 300, "--context", "32"], 1, "tokens"),
     "too little memory": (["run", "MODEL", "x", "--ram", "1MiB"], 1, "at least"),
     "no size": (["run", "MODEL", "x", "--ram", "much"], 2, "--ram"),
     "no share": (["run", "MODEL", "x", "--cache-experts", "many"], 1, "cache_experts"),
+    "too large a share": (["run", "MODEL", "x", "--cache-experts", "200%"], 1, "cache_experts 200%:"),
+    "too small a share": (["run", "MODEL", "x", "--cache-experts", "2.5%"], 1, "cache_experts 2.5%:"),
     "no threads": (["run", "MODEL", "x", "--threads", "0"], 1, "threads"),
     "no back end": (["run", "MODEL", "x", "--io", "mmap"], 2, "--io"),
     "no prompt": (["run", "MODEL"], 2, "PROMPT"),

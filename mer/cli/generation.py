@@ -136,6 +136,11 @@ def _rate(count: int, seconds: float) -> float | None:
     return count / seconds if count > 0 and seconds > 0 else None
 
 
+def _speed(count: int, rate: float | None) -> str:
+    tokens = "1 token" if count == 1 else f"{count} tokens"
+    return tokens if rate is None else f"{rate:.1f} tokens/s ({tokens})"
+
+
 def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timings) -> None:
     """Speed, where the time went, the cache, reads and memory."""
     steps, budget = timings.steps, engine.budget
@@ -153,9 +158,7 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
         ahead = f", {steps.prefetched} read ahead ({steps.prefetch_used / steps.prefetched:.0%} used)"
     facts = engine.facts()
     lines = {
-        "speed": (f"{speed:.1f} tokens/s" if speed else f"{usage.completion_tokens} token")
-        + (f" ({usage.completion_tokens} tokens), prompt {prefill:.1f} tokens/s" if prefill else "")
-        + f" ({usage.prompt_tokens} tokens)",
+        "speed": f"{_speed(usage.completion_tokens, speed)}, prompt {_speed(usage.prompt_tokens, prefill)}",
         "time": f"experts {share(steps.expert_s)}, attention and dense {share(rest)}, waiting for reads "
         f"{share(steps.io_wait_s)}, sampling and text {share(max(total - steps.step_s, 0.0))}",
         "experts": f"hit rate {timings.hit_rate:.1%}, {size(steps.bytes_read)} read "

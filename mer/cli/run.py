@@ -95,7 +95,11 @@ def _prompt(engine: Engine, text: str, chat: bool, ids: bool) -> str | list[int]
         return engine.chat_prompt([{"role": "user", "content": text}])
     if not ids:
         return text
-    try:
-        return [int(word) for word in re.split(r"[\s,]+", text.strip()) if word]
-    except ValueError as error:
-        raise RequestError(f"--ids: {error}; write numbers separated by spaces", "prompt") from None
+    words = [word for word in re.split(r"[\s,]+", text) if word]
+    for word in words:
+        if not re.fullmatch(r"[0-9]{1,9}", word):
+            shown = word[:40] + "..." * (len(word) > 40)
+            raise RequestError(
+                f"--ids: {shown!r} is no token id; write numbers separated by spaces", "prompt"
+            )
+    return [int(word) for word in words]

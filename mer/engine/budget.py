@@ -104,8 +104,8 @@ def plan(
     wanted = _wanted_slots(config, budget.experts)
     if wanted is not None and budget.slots < wanted:
         raise BudgetError(
-            f"cache_experts {config.cache_experts}: {wanted} experts take {_mib(wanted * budget.slot)}, but "
-            f"ram {_mib(budget.ram)} has room for {budget.slots} ({_mib(budget.cache)}); ask for fewer, or "
+            f"cache_experts {_as_written(config.cache_experts)}: {wanted} experts take "
+            f"{_mib(wanted * budget.slot)}, but ram {_mib(budget.ram)} has room for {budget.slots} ({_mib(budget.cache)}); ask for fewer, or "
             "raise --ram"
         )
     return budget
@@ -143,7 +143,7 @@ def measure(
     if wanted is not None:
         if wanted < least_slots:
             raise ConfigError(
-                f"cache_experts {config.cache_experts}: {wanted} of {tables.total} experts; "
+                f"cache_experts {_as_written(config.cache_experts)}: {wanted} of {tables.total} experts; "
                 f"one layer of one token needs {least_slots}"
             )
         slots = min(slots, wanted)
@@ -178,6 +178,10 @@ def _wanted_slots(config: EngineConfig, total: int) -> int | None:
     if isinstance(wanted, float):
         wanted = max(round(wanted * total), 1)
     return None if wanted is None else min(wanted, total)
+
+
+def _as_written(share: int | float | None) -> str:
+    return f"{100 * share:g}%" if isinstance(share, float) else str(share)
 
 
 def _mib(size: int) -> str:
