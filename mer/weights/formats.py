@@ -123,7 +123,7 @@ def _decode_e4m3(data: Bytes) -> Floats:
 
 
 def _encode_e4m3(values: Floats) -> Bytes:
-    raise NotImplementedError("F8_E4M3 is only read, with its scales, from checkpoints published in it")
+    raise ValueError("F8_E4M3 is only read, with its scales, from checkpoints published in it")
 
 
 F32: Final = Format("f32", 0, 1, 4, _encode_f32, _decode_f32)
