@@ -23,6 +23,9 @@ COMMANDS: Final = {
     "doctor": "Show what this machine allows and how fast it is.",
 }
 
+# How Python (a thread) and the dynamic linker (a library) say that the system gave them nothing more.
+_SHORTAGE: Final = ("can't start new thread", "failed to map segment", "annot allocate memory")
+
 
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -76,15 +79,19 @@ def _run() -> int:
         return 1
     except MemoryError as error:
         return _fail(f"out of memory ({error}); give a smaller --ram or close other programs")
+    except (RuntimeError, ImportError) as error:
+        if not any(words in str(error) for words in _SHORTAGE):
+            return _fail_by_bug(error)
+        return _fail(
+            f"{error}: out of memory or threads; raise this process's limits (ulimit -v, ulimit -u, its "
+            "control group's), give fewer --threads or a smaller --ram, or close other programs"
+        )
     except OSError as error:
         _forget_output()
         where = f"{error.filename}: " if error.filename is not None else ""
         return _fail(f"{where}{error.strerror or error}")
     except Exception as error:
-        return _fail(
-            f"{type(error).__name__}: {error}\nThis is a bug of mer: please report it, with the command and "
-            "what MER_DEBUG=1 in the environment prints."
-        )
+        return _fail_by_bug(error)
 
 
 def _fail(message: str) -> int:
@@ -92,6 +99,13 @@ def _fail(message: str) -> int:
         traceback.print_exc()
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
     return 1
+
+
+def _fail_by_bug(error: Exception) -> int:
+    return _fail(
+        f"{type(error).__name__}: {error}\nThis is a bug of mer: please report it, with the command and "
+        "what MER_DEBUG=1 in the environment prints."
+    )
 
 
 def _forget_output() -> None:
