@@ -136,6 +136,18 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("of", "words"),
+    [([2], "layer 1: up of expert 2 is f32"), (range(4), "layer 1: gate is f16 and up f32")],
+)
+def test_formats_that_do_not_fit(model, of, words):
+    for e in of:
+        tensor(TWO, UP.replace(".2.w3", f".{e}.w3"), lambda t: t.astype(np.float32))(model)
+    refused(mer("run", model, "word"), f"{model}: {words}")
+    done = mer("inspect", model)
+    assert (done.returncode, f"{model}: {words}" in done.stdout) == (0, True)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_damaged_model(model, tmp_path, fault):
     damage, words = FAULTS[fault]

@@ -62,7 +62,7 @@ def inspect(model: Path, ram: int | None, as_json: bool) -> None:
     refusal = None
     try:
         require_streamable(checkpoint)
-        tables = expert_tables(architecture.experts)
+        tables = expert_tables(architecture.experts, model)
         # What `mer run` holds by itself when it divides memory must be held here, too: it is measured.
         held = import_module("mer.cli.run"), Tokenizer.open(model)
         # With all experts in memory; the other parts are the same in any budget.

@@ -85,7 +85,7 @@ class Runner:
         require_streamable(checkpoint)
         architecture = load(checkpoint)
         spec = architecture.spec
-        tables = expert_tables(architecture.experts)
+        tables = expert_tables(architecture.experts, path)
         prepare(checkpoint, spec)
         kernels = Kernels()
         budget = budgets.plan(checkpoint, architecture, tables, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -41,12 +42,13 @@ def slot_bytes(extents: ExpertExtents) -> int:
     return sum(_aligned(piece.offset, piece.nbytes)[1] for piece in extents.pieces)
 
 
-def expert_tables(sources: Sequence[MoeLayerSource]) -> ExpertTables:
-    """Tables of every MoE layer, in order; reads no weights.
+def expert_tables(sources: Sequence[MoeLayerSource], path: Path | None = None) -> ExpertTables:
+    """Tables of every MoE layer, in order; reads no weights. path: the model's, for errors to name.
 
     Raises UnsupportedModelError for a format without a kernel or for gate and up in different ones,
     CheckpointError when the experts of a layer differ in format or shape.
     """
+    where = f"{path}: " if path is not None else ""
     n_experts = len(sources[0].experts)
     max_reads = max(len(e.pieces) for source in sources for e in source.experts)
     layers = np.zeros((len(sources), 4), np.int64)
@@ -54,7 +56,7 @@ def expert_tables(sources: Sequence[MoeLayerSource]) -> ExpertTables:
     matrices = np.zeros((len(sources) * n_experts, 3), np.int64)
     largest = 0
     for index, source in enumerate(sources):
-        layers[index] = _layer(source)
+        layers[index] = _layer(source, f"{where}layer {source.layer}")
         for e, extents in enumerate(source.experts):
             row = index * n_experts + e
             starts, at = [], 0
@@ -75,25 +77,25 @@ def _aligned(offset: int, nbytes: int) -> tuple[int, int]:
     return start, -(-(offset + nbytes) // _ALIGN) * _ALIGN - start
 
 
-def _layer(source: MoeLayerSource) -> tuple[int, int, int, int]:
+def _layer(source: MoeLayerSource, where: str) -> tuple[int, int, int, int]:
     first = source.experts[0]
     for e, extents in enumerate(source.experts):
         for name, m, wanted in zip(("gate", "up", "down"), extents.matrices, first.matrices, strict=True):
             if (m.format, m.rows, m.cols) != (wanted.format, wanted.rows, wanted.cols):
                 raise CheckpointError(
-                    f"layer {source.layer}: {name} of expert {e} is {m.format.name} {m.rows} x {m.cols}, "
+                    f"{where}: {name} of expert {e} is {m.format.name} {m.rows} x {m.cols}, "
                     f"that of expert 0 {wanted.format.name} {wanted.rows} x {wanted.cols}; "
                     "fetch or convert the model again"
                 )
     for m in first.matrices:
         if m.format not in formats.FORMATS:
             raise UnsupportedModelError(
-                f"layer {source.layer}: experts in {m.format.name} can't be multiplied where they lie; "
+                f"{where}: experts in {m.format.name} can't be multiplied where they lie; "
                 "make a store of this checkpoint with `mer convert`"
             )
     if first.gate.format is not first.up.format:
         raise UnsupportedModelError(
-            f"layer {source.layer}: gate is {first.gate.format.name} and up {first.up.format.name}; they "
+            f"{where}: gate is {first.gate.format.name} and up {first.up.format.name}; they "
             "must be in one format: convert the model's original weights with `mer convert`"
         )
     return first.gate.format.id, first.down.format.id, first.gate.cols, first.gate.rows
