@@ -105,8 +105,8 @@ def plan(
     if wanted is not None and budget.slots < wanted:
         raise BudgetError(
             f"cache_experts {_as_written(config.cache_experts)}: {wanted} experts take "
-            f"{_mib(wanted * budget.slot)}, but ram {_mib(budget.ram)} has room for {budget.slots} ({_mib(budget.cache)}); ask for fewer, or "
-            "raise --ram"
+            f"{_mib(wanted * budget.slot)}, but ram {_mib(budget.ram)} has room for {budget.slots} "
+            f"({_mib(budget.cache)}); ask for fewer, or raise --ram"
         )
     return budget
 
