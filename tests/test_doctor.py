@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cli_models import write_mixtral
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
 from mer.cli.doctor import doctor
+from mer.demo import model_path
 from mer.errors import ConfigError, MerError
 from mer.streaming import machine, probe
 
@@ -51,6 +55,60 @@ def test_the_table_says_what_will_be_used(tmp_path: Path) -> None:
     ):
         assert word in done.output
     assert file.stat().st_size == 1 << 20
+
+
+@pytest.fixture
+def never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a temporary file")
+
+    monkeypatch.setattr(probe.tempfile, "TemporaryFile", refuse)
+
+
+def measured(path: Path | str, *options: str) -> dict[str, Any]:
+    done = CliRunner().invoke(doctor, [str(path), "--json", *options])
+    assert done.exit_code == 0, (done.output, done.exception)
+    device: dict[str, Any] = json.loads(done.stdout)["device"]
+    return device
+
+
+@pytest.mark.usefixtures("never_written")
+def test_a_model_is_read_where_it_lies(tmp_path: Path) -> None:
+    write_mixtral(tmp_path / "model", num_hidden_layers=1, num_local_experts=3, vocab_size=4000)
+    files = {file.name: file.stat().st_size for file in (tmp_path / "model").iterdir()}
+    dense, experts = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert not any(".experts." in name for name in load_file(dense))
+    assert dense.stat().st_size > experts.stat().st_size
+    device = measured(tmp_path / "model")
+    assert device["path"] == str(experts)
+    # Three matrices of 256 x 96 in F16, each with up to a page around it.
+    assert 0 < device["block"] - 3 * 256 * 96 * 2 <= 3 * 4096
+    assert device["block"] % 4096 == 0
+    assert measured(tmp_path / "model", "--block", "8KiB")["block"] == 8192
+    assert {file.name: file.stat().st_size for file in (tmp_path / "model").iterdir()} == files
+
+
+@pytest.mark.usefixtures("never_written")
+def test_the_bundled_model_is_read_where_it_lies() -> None:
+    device = measured("demo")
+    assert Path(device["path"]).parent == model_path()
+    assert Path(device["path"]).name.startswith("experts")
+
+
+@pytest.mark.usefixtures("never_written")
+def test_a_file_smaller_than_an_expert_of_the_model(tmp_path: Path) -> None:
+    tensors = write_mixtral(tmp_path / "model", num_hidden_layers=1)
+    for file in (tmp_path / "model").glob("*.safetensors*"):
+        file.unlink()
+    for i, (name, tensor) in enumerate(tensors.items()):
+        save_file({name: tensor}, tmp_path / "model" / f"{i:02}.safetensors")
+    assert measured(tmp_path / "model")["block"] == 256 * 96 * 2
+
+
+def test_what_is_no_model_is_a_directory(tmp_path: Path) -> None:
+    write_mixtral(tmp_path / "model", model_type="llama_99")
+    device = measured(tmp_path / "model")
+    assert (device["path"], device["block"]) == (str(tmp_path / "model"), 1 << 20)
 
 
 @pytest.mark.parametrize(

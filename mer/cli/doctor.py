@@ -13,32 +13,33 @@ from rich.table import Table
 
 from mer._ext.cpus import usable_cpus
 from mer._ext.kernels import Kernels, Pool, isas
-from mer.cli.common import messages, output, rate, size, size_option
+from mer.cli.common import messages, model_argument, output, rate, size, size_option
+from mer.errors import CheckpointError
 from mer.streaming.machine import Machine, describe
 from mer.streaming.probe import Device, probe, uring_refusal
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), default=".")
+@click.argument("path", callback=model_argument, default=".")
 @click.option(
     "--block",
-    default="1MiB",
-    show_default=True,
     callback=size_option,
     metavar="SIZE",
-    help="Bytes per read: an expert's size.",
+    help="Bytes per read; default: the size of the model's experts, else 1MiB.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(path: Path, block: int, as_json: bool) -> None:
+def doctor(path: Path, block: int | None, as_json: bool) -> None:
     """Show what this machine allows and how fast it is.
 
-    PATH is where the weights lie: a large file is read as it is; in a directory (default: this one)
-    a temporary file of up to 1 GiB is written, read and removed.
+    PATH is where the weights lie. Of a MODEL the largest file of experts is read, in any other directory
+    (default: this one) a temporary file of up to 1 GiB is written, read and removed. A file is read as it
+    is.
     """
     with messages().status("looking at this machine") as status:
         machine = describe()
         refusal = uring_refusal()
-        device = probe(path, block=block, report=lambda text: status.update(text))
+        path, expert = _experts_of(path) or (path, 1 << 20)
+        device = probe(path, block=block or expert, report=lambda text: status.update(text))
         status.update("reading memory")
         pool = Pool()
         memory_rate = pool.memory_bandwidth()
@@ -47,6 +48,26 @@ def doctor(path: Path, block: int, as_json: bool) -> None:
         click.echo(json.dumps(facts, indent=2))
     else:
         _print(output(), machine, device, facts)
+
+
+def _experts_of(path: Path) -> tuple[Path, int] | None:
+    """The largest file of experts and what its largest expert takes to read; None: no model that mer runs."""
+    if not (path / "config.json").is_file():
+        return None
+    # Here, because only a model needs them.
+    from mer.model.families import load
+    from mer.streaming.experts import slot_bytes
+    from mer.weights.checkpoint import open_checkpoint
+
+    try:
+        checkpoint = open_checkpoint(path)
+        experts = [expert for layer in load(checkpoint).experts for expert in layer.experts]
+    except CheckpointError:
+        return None
+    files = {checkpoint.files[piece.file] for expert in experts for piece in expert.pieces}
+    nbytes, file = max((file.stat().st_size, file) for file in files)
+    # The parts of an expert of a checkpoint lie apart; all together they may be more than one file of it.
+    return file, min(max(map(slot_bytes, experts)), nbytes // 4096 * 4096)
 
 
 def _facts(
