@@ -8,7 +8,7 @@ A budget is what mer needs besides the expert cache plus a share of all experts;
 control group of that limit (as root), the page cache dropped before each. `--peer`: the interpreter that has
 llama-cpp-python, see bench/peer.py; without it mer is measured alone. Below the whole model llama.cpp maps
 the file and does not repack; where all fits it repacks as it likes. Both run the prompt once before what is
-timed.
+timed; where all fits mer runs everything once, since it reads an expert when it is first wanted.
 """
 
 from __future__ import annotations
@@ -77,10 +77,15 @@ class Group:
         GROUP.rmdir()
 
 
-def run_mer(store: Path, prompt: list[int], decode: int, ram: int, threads: int) -> dict[str, Any]:
+def run_mer(
+    store: Path, prompt: list[int], decode: int, ram: int, threads: int, fits: bool
+) -> dict[str, Any]:
     drop_caches()
+    warmup = "all" if fits else "prompt"
     with Group(ram) as group:
-        found = engine.measure(store, prompt, decode, ram=str(ram), threads=threads, warmup=True, group=group)
+        found = engine.measure(
+            store, prompt, decode, ram=str(ram), threads=threads, warmup=warmup, group=group
+        )
     timings = found["timings"]
     tokens = len(prompt) + decode
     return {
@@ -157,7 +162,7 @@ def main(
         mine, theirs, found = [], [], []
         for _ in range(rounds):
             found.append(ceilings.measure(model.file, model.expert, threads=threads, rounds=1))
-            mine.append(run_mer(store, ids, decode, ram, threads))
+            mine.append(run_mer(store, ids, decode, ram, threads, fits))
             if python:
                 count = decode if fits else peer_decode
                 theirs.append(run_peer(python, gguf, ids, count, limit, threads, fits))

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from bench.peer import token_ids
 from mer import Engine, EngineConfig, SamplingParams
 from mer.cli.generation import describe
@@ -26,16 +28,13 @@ def measure(model: Path, prompt: list[int], decode: int, **options: Any) -> dict
     """Run this module in a new process; returns what it prints. Raises EngineError.
 
     options: the flags of the command by name (ram="3GiB", threads=2, cache_experts="25%", prefetch=0,
-    warmup=True, group=Path("/sys/fs/cgroup/memory/bench")).
+    warmup="prompt", group=Path("/sys/fs/cgroup/memory/bench")).
     """
     command = [sys.executable, "-m", "bench.engine", str(model), "--decode", str(decode)]
     command += ["--prompt", ",".join(map(str, prompt))]
     for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            command.append(flag)
-        elif value is not None and value is not False:
-            command += [flag, str(value)]
+        if value is not None:
+            command += ["--" + name.replace("_", "-"), str(value)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise EngineError(f"{model}: mer failed ({done.returncode}): {done.stderr.strip()[-600:]}")
@@ -52,7 +51,8 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     params = SamplingParams(max_tokens=args.decode + 1, temperature=0, ignore_eos=True)
     async with Engine.open(args.model, EngineConfig(**settings)) as engine:
         if args.warmup:
-            await engine.generate(args.prompt, SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+            first = params if args.warmup == "all" else attrs.evolve(params, max_tokens=2)
+            await engine.generate(args.prompt, first)
         result = await engine.generate(args.prompt, params)
         return {
             "program": "mer",
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--cache-policy")
     parser.add_argument("--prefetch", type=int)
     parser.add_argument("--io-backend")
-    parser.add_argument("--warmup", action="store_true", help="run the prompt once before")
+    parser.add_argument("--warmup", choices=["prompt", "all"], help="run it once before")
     parser.add_argument("--group", type=Path, help="directory of a memory control group")
     args = parser.parse_args()
     if args.group:
