@@ -22,7 +22,7 @@ def peer_read(path, offset: int, length: int) -> bytes:
         liburing.trap_error(liburing.io_uring_queue_init(4, ring, 0))
         try:
             sqe = liburing.io_uring_get_sqe(ring)
-            liburing.io_uring_prep_read(sqe, fd, buffer, length, offset)
+            liburing.io_uring_prep_read(sqe, fd, buffer, offset)
             liburing.io_uring_submit(ring)
             liburing.io_uring_wait_cqe(ring, cqe)
             assert cqe[0].res == length
