@@ -44,7 +44,6 @@ cdef class Reader:
     # Blocks until min_done reads (of anyone) completed since it last returned, or none is left; 0 polls.
     # Returns how many did. For the one thread that drives the reader.
     cdef long wait(self, long min_done) noexcept nogil
-    cdef bint is_done(self, const ReadOp *op) noexcept nogil
     # With several threads: seen = completed(); look at your ops; wait_past(seen).
     cdef uint64_t completed(self) noexcept nogil
     cdef void wait_past(self, uint64_t seen) noexcept nogil

@@ -251,9 +251,6 @@ cdef class Reader:
     cdef long wait(self, long min_done) noexcept nogil:
         return mer_io_wait(self._io, min_done)
 
-    cdef bint is_done(self, const ReadOp *op) noexcept nogil:
-        return mer_read_done(op)
-
     cdef uint64_t completed(self) noexcept nogil:
         return mer_io_completed(self._io)
 

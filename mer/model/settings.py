@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from mer.errors import CheckpointError
+from mer.weights.checkpoint import parse_object
 
 
 def read_optional(path: Path) -> dict[str, Any]:
@@ -17,15 +17,7 @@ def read_optional(path: Path) -> dict[str, Any]:
     text = read_text(path)
     if text is None:
         return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON: {error}; fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path}: must be a JSON object, it is a {type(value).__name__}; fetch it again"
-        )
-    return value
+    return parse_object(path, text)
 
 
 def read_text(path: Path) -> str | None:

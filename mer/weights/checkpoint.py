@@ -92,11 +92,18 @@ def _check_directory(path: Path) -> None:
 
 def _read_json(path: Path, advice: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; {advice}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
+    return parse_object(path, data)
+
+
+def parse_object(path: Path, data: bytes | str) -> dict[str, Any]:
+    """The JSON object that `data`, from `path`, holds. Raises CheckpointError."""
+    try:
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON: {error}; fetch it again") from error
     if not isinstance(value, dict):
