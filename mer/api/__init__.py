@@ -1,0 +1,1 @@
+"""The faces of the engine: HTTP, gRPC, metrics. No logic of their own."""
