@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 from attrs import asdict, frozen
 
+from bench.help import help_of
 from bench.io import run_fio
 from mer._ext.kernels import Pool
 
@@ -72,7 +73,7 @@ def decode_ceiling(ceilings: Ceilings, compute_bytes: float, missed_bytes: float
     return 1 / max(compute_bytes / ceilings.memory, missed_bytes / ceilings.device)
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--block", type=click.IntRange(4096), default=2 << 20, show_default=True, help="Of 4096 bytes each."

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import ceilings, engine, peer
+from bench.help import help_of
 from mer.config import EngineConfig
 from mer.engine.budget import Budget, measure
 from mer.model.families import load
@@ -125,7 +126,7 @@ def median(runs: list[dict[str, Any]], key: str) -> float:
     return float(statistics.median(run[key] for run in runs))
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.argument("store", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("gguf", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--peer", "python", help="Interpreter that has llama-cpp-python.")

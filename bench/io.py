@@ -23,6 +23,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from bench.help import help_of
 from mer.errors import MerError
 from mer.streaming.reader import Reader
 
@@ -95,7 +96,7 @@ def compare(
     }
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".")
 @click.option("--backend", type=click.Choice(list(FIO_ENGINE)), default="uring", show_default=True)
 @click.option("--seconds", default=1.0, show_default=True, help="Of each run.")

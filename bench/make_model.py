@@ -23,6 +23,7 @@ import numpy as np
 from rich.progress import Progress
 
 from bench.gguf_writer import write_gguf
+from bench.help import help_of
 from bench.shapes import SHAPES, Tensor, model_config, tensors
 from bench.synthetic import Weights
 from mer.weights import formats
@@ -144,7 +145,7 @@ def _write_shard(path: Path, part: list[Tensor], weights: Weights, sparse: bool,
     return offset
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.argument("shape", type=click.Choice(sorted(SHAPES)))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--as", "kind", type=click.Choice(["store", "gguf", "hf"]), default="store", show_default=True)

@@ -41,6 +41,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from bench.help import help_of
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -289,7 +291,7 @@ def shares(context: click.Context, parameter: click.Parameter, value: str) -> li
     return found
 
 
-@click.command(help=__doc__)
+@click.command(help=help_of(__doc__))
 @click.argument("trace", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--slots", default="6.25,12.5,25", show_default=True, callback=shares, help="Percent of all experts."

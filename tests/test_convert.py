@@ -165,6 +165,27 @@ def test_killed_and_resumed(tmp_path, finished):
     assert hashes(dst) == hashes(tmp_path / "whole")
 
 
+def test_all_is_durable_before_it_has_the_final_name(tmp_path, monkeypatch):
+    write_model(tmp_path / "src")
+    dst, events = tmp_path / "dst", []
+    fsync, rename = os.fsync, os.rename
+
+    def recorded_fsync(descriptor):
+        events.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def recorded_rename(source, target):
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    convert_model(tmp_path / "src", dst, "q4_k", "q8_0")
+    before, after = set(events[: events.index("rename")]), set(events[events.index("rename") :])
+    assert before == {path.stat().st_ino for path in [dst, *dst.iterdir()]}
+    assert {dst.stat().st_ino, tmp_path.stat().st_ino} <= after  # the name, and that the journal is gone
+
+
 def interrupted(tmp_path, after=5):
     """A conversion that stopped after some tensors."""
     write_model(tmp_path / "src")
