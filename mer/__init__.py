@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mer.config import EngineConfig
     from mer.engine.engine import Engine
+    from mer.engine.observer import Observer, Snapshot
     from mer.engine.outputs import Delta, Result, Timings, TokenLogprob, Usage
     from mer.engine.params import SamplingParams
-    from mer.errors import MerError
+    from mer.engine.structure import Structure
+    from mer.errors import MerError, QueueFullError, RequestTimeoutError
 
 # Where the public names live. They are imported when they are first used: `mer doctor` needs no tokenizer.
 _HOMES = {
@@ -18,8 +20,13 @@ _HOMES = {
     "Engine": "mer.engine.engine",
     "EngineConfig": "mer.config",
     "MerError": "mer.errors",
+    "Observer": "mer.engine.observer",
+    "QueueFullError": "mer.errors",
+    "RequestTimeoutError": "mer.errors",
     "Result": "mer.engine.outputs",
     "SamplingParams": "mer.engine.params",
+    "Snapshot": "mer.engine.observer",
+    "Structure": "mer.engine.structure",
     "Timings": "mer.engine.outputs",
     "TokenLogprob": "mer.engine.outputs",
     "Usage": "mer.engine.outputs",
@@ -30,8 +37,13 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "MerError",
+    "Observer",
+    "QueueFullError",
+    "RequestTimeoutError",
     "Result",
     "SamplingParams",
+    "Snapshot",
+    "Structure",
     "Timings",
     "TokenLogprob",
     "Usage",

@@ -54,7 +54,12 @@ def _one_of(*known: str) -> Any:
     return check
 
 
-def _ram(value: str | int | None) -> int | None:
+def _flag(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if type(value) is not bool:
+        raise ConfigError(f"{attribute.name} {value!r}: must be true or false")
+
+
+def _size(value: str | int | None) -> int | None:
     return None if value is None else parse_size(value)
 
 
@@ -66,7 +71,7 @@ class EngineConfig:
     """
 
     # Bytes that the whole process may hold (or '8GiB'); None: what is free, less a margin.
-    ram: int | None = field(default=None, converter=_ram)
+    ram: int | None = field(default=None, converter=_size)
     # Tokens that the KV cache holds, of all requests together; None: the model's context, at most 4096.
     context: int | None = field(default=None, validator=_at_least(16))
     # Compute threads; None: the CPUs that affinity and control groups leave.
@@ -75,6 +80,14 @@ class EngineConfig:
     step_tokens: int = field(default=512, validator=_at_least(1))
     # Most requests that are computed at the same time; further ones wait.
     max_running: int = field(default=16, validator=_at_least(1))
+    # Most requests that wait for their first step; further ones are refused with QueueFullError.
+    max_waiting: int = field(default=256, validator=_at_least(1))
+    # Whether keys and values of a prompt's beginning are taken from requests that began the same way.
+    prefix_cache: bool = field(default=True, validator=_flag)
+    # A directory for those that memory has no room for; they survive a restart. None: there is none.
+    prefix_store: Path | None = field(default=None, converter=converters.optional(Path))
+    # Most bytes that the directory holds (or '20GiB').
+    prefix_store_size: int = field(default=20 << 30, converter=parse_size)
     # Keys and values. auto: f16 beside quantised weights, f32 beside others, so that nothing is rounded.
     kv_dtype: KVChoice = field(default="auto", validator=_one_of("auto", "f32", "f16"))
     # Slots of the expert cache: a number, or a share of all experts (0.25, '25%'). None: what `ram` leaves.

@@ -31,6 +31,18 @@ class EngineClosedError(MerError):
     """The engine was closed before it could answer."""
 
 
+class QueueFullError(MerError):
+    """Too many requests wait already; `retry_after` seconds from now there will probably be room."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RequestTimeoutError(MerError):
+    """A request had not ended when its own `timeout` was over."""
+
+
 class RequestError(MerError):
     """A request whose parameters make no sense; `param` names the first such parameter."""
 

@@ -25,10 +25,17 @@ class TokenLogprob:
     top: tuple[tuple[int, str, float], ...]
 
 
+# Of each token of a prompt, given those before it; the first has none.
+PromptLogprobs = tuple[TokenLogprob | None, ...]
+
+
 @frozen
 class Usage:
+    """cached_tokens: those of the prompt whose keys and values were found in the prefix cache."""
+
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -78,6 +85,8 @@ class Timings:
 class Delta:
     """The next piece of a stream. finish_reason, usage and timings come with the last one.
 
+    prompt_logprobs comes with the first one, where it was asked for.
+
     text: what became certain with these tokens; it may be empty, and never holds half a character or the
     beginning of what may turn out to be a stop string.
     """
@@ -88,6 +97,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @frozen
@@ -101,6 +111,7 @@ class Result:
     usage: Usage
     timings: Timings
     seed: int
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 def join(deltas: Iterable[Delta], seed: int) -> Result:
@@ -121,4 +132,5 @@ def join(deltas: Iterable[Delta], seed: int) -> Result:
         usage=last.usage,
         timings=last.timings,
         seed=seed,
+        prompt_logprobs=pieces[0].prompt_logprobs,
     )

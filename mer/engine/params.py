@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from attrs import Attribute, field, frozen
 
+from mer.engine.structure import Structure
 from mer.errors import RequestError
 
 MAX_LOGPROBS = 20  # as OpenAI's API
@@ -78,8 +79,33 @@ def _check_flag(_: Any, attribute: Attribute[Any], value: Any) -> None:
         _refuse(attribute.name, "true or false", value)
 
 
+def _check_bias(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not isinstance(value, Mapping) or not all(
+        type(token) is int
+        and token >= 0
+        and isinstance(bias, int | float)
+        and type(bias) is not bool
+        and -100 <= bias <= 100
+        for token, bias in value.items()
+    ):
+        _refuse(attribute.name, "a mapping of token ids to numbers from -100 to 100", value)
+
+
+def _check_structure(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value is not None and not isinstance(value, Structure):
+        _refuse(attribute.name, "a Structure, or left out", value)
+
+
+def _check_timeout(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value is not None and (
+        type(value) is bool or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max
+    ):
+        _refuse(attribute.name, "a number of seconds above 0, or left out", value)
+
+
 _INT64 = 2**63
-_COUNT = _whole(1, _INT64 - 1, "a whole number of at least 1, or left out", optional=True)
+_COUNT = _whole(0, _INT64 - 1, "a whole number of at least 1, or left out", optional=True)
+_PRIORITY = _whole(-_INT64, _INT64 - 1, "a whole number that fits in 64 bits")
 _TOP_K = _whole(0, _INT64 - 1, "a whole number of at least 0 (0 switches it off)")
 _SEED = _whole(-_INT64, _INT64 - 1, "a whole number that fits in 64 bits, or left out", optional=True)
 _LOGPROBS = _whole(0, MAX_LOGPROBS, f"a whole number from 0 to {MAX_LOGPROBS}, or left out", optional=True)
@@ -100,7 +126,7 @@ class SamplingParams:
     """
 
     max_tokens: int | None = field(default=None, validator=_COUNT)
-    """None: until the model's context (or the KV budget) is full."""
+    """None: until the model's context (or the KV budget) is full. 0: nothing but `prompt_logprobs`."""
     temperature: float = field(default=1.0, converter=_number, validator=_TEMPERATURE)
     """0: greedy."""
     top_k: int = field(default=0, validator=_TOP_K)
@@ -121,3 +147,17 @@ class SamplingParams:
     ignore_eos: bool = field(default=False, validator=_check_flag)
     logprobs: int | None = field(default=None, validator=_LOGPROBS)
     """None: none; n: the log-probability of the chosen token and of the n likeliest."""
+    prompt_logprobs: int | None = field(default=None, validator=_LOGPROBS)
+    """The same of the prompt's tokens, each given those before it."""
+    logit_bias: Mapping[int, float] = field(factory=dict, validator=_check_bias, hash=False)
+    """Token id -> -100..100, added to the model's logits before everything else."""
+    structure: Structure | None = field(default=None, validator=_check_structure)
+    """What the answer must look like; None: anything."""
+    priority: int = field(default=0, validator=_PRIORITY)
+    """Lower is served sooner; equal ones are served as they come."""
+    timeout: float | None = field(default=None, validator=_check_timeout)
+    """Seconds from submission to the answer's end; then RequestTimeoutError. None: no limit."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            _refuse("max_tokens", "a whole number of at least 1, or left out", 0)

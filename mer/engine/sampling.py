@@ -1,10 +1,10 @@
 """From logits to a token.
 
-The steps, in the order of transformers' `generate`: repetition penalty, then presence and frequency penalties
-(where vLLM has them), temperature, top-k, top-p, min-p. Each filter sees the distribution that the one before
-it left, and at least the likeliest token survives. Ties: greedy takes the lowest index; top-k keeps every
-token that equals the k-th, as transformers does; of equal tokens at its edge top-p keeps those of the lowest
-indices, so that it never loses greedy's choice.
+The steps, in the order of transformers' `generate`: biases, repetition penalty, then presence and frequency
+penalties (where vLLM has them), temperature, top-k, top-p, min-p. Each filter sees the distribution that the
+one before it left, and at least the likeliest token survives. Ties: greedy takes the lowest index; top-k
+keeps every token that equals the k-th, as transformers does; of equal tokens at its edge top-p keeps those of
+the lowest indices, so that it never loses greedy's choice.
 
 Log-probabilities are natural logarithms of the model's own distribution, before penalties and temperature, as
 OpenAI and vLLM report them.
@@ -28,7 +28,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from mer.engine.params import SamplingParams
-from mer.errors import MerError
+from mer.errors import MerError, RequestError
 
 _TINY = float(np.nextafter(0.0, 1.0))
 _BINS = 4096
@@ -57,10 +57,20 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], vocab: int) -> None:
-        """`vocab`: the length of the logits; tokens of the prompt beyond it can't be drawn."""
+        """`vocab`: the length of the logits; tokens of the prompt beyond it can't be drawn.
+
+        Raises RequestError for a bias of a token outside the vocabulary.
+        """
         self.params = params
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self._drawn = 0
+        self._biased = np.fromiter(params.logit_bias, np.int64, len(params.logit_bias))
+        self._biases = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
+        if len(self._biased) and self._biased.max() >= vocab:
+            raise RequestError(
+                f"logit_bias: token id {self._biased.max()} is outside the vocabulary, 0..{vocab - 1}",
+                "logit_bias",
+            )
         self._seen: NDArray[np.bool_] | None = None
         self._counts: NDArray[np.uint32] | None = None
         if params.repetition_penalty != 1:
@@ -94,10 +104,11 @@ class Sampler:
         return _with_logprobs(token, logits, self.params.logprobs)
 
     def _penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits after the penalties; the same array where there are none."""
-        if self._seen is None and self._counts is None:
+        """Logits after biases and penalties; the same array where there are none."""
+        if self._seen is None and self._counts is None and not len(self._biased):
             return logits
         logits = logits.copy()
+        logits[self._biased] += self._biases
         if self._seen is not None:
             ids, penalty = np.flatnonzero(self._seen), self.params.repetition_penalty
             scores = logits[ids]

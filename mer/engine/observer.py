@@ -1,0 +1,53 @@
+"""What can be seen of an engine from outside: its state at a moment, and events as they happen."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from attrs import frozen
+
+from mer.engine.outputs import Usage
+from mer.engine.runner import StepStats
+
+EndReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+
+
+@frozen(kw_only=True)
+class Snapshot:
+    """An engine at a moment; totals are since it was opened. Sizes in bytes."""
+
+    waiting: int  # requests that are not being computed: new ones, preempted ones, those of slow readers
+    running: int
+    kv_blocks: int
+    kv_blocks_free: int  # that no request holds; those with reusable content included
+    kv_blocks_cached: int  # of the free ones, those that hold a prefix
+    prefix_hit_tokens: int  # total: prompt tokens found in the prefix cache
+    prefix_query_tokens: int  # total: prompt tokens looked up there
+    preemptions: int  # total
+    cache_slots: int  # of the expert cache
+    experts: int  # of all layers
+    resident: int  # experts in memory now
+    evictions: int  # total, of experts
+    pinned: int  # experts in use by the step under way
+    ram_budget_bytes: int
+    resident_bytes: int  # of the process
+    steps: StepStats  # totals
+
+
+class Observer(Protocol):
+    """Is told what happens, on the thread that computes: a method must be quick and may not raise."""
+
+    def queued(self, request_id: int) -> None:
+        """A request waits for its first step."""
+
+    def started(self, queue_s: float) -> None:
+        """Its first step begins, `queue_s` seconds after it was asked for."""
+
+    def token(self, first: bool, seconds: float) -> None:
+        """A token was drawn: seconds since the request was asked for (first), or since the token before."""
+
+    def step(self, tokens: int, requests: int, stats: StepStats) -> None:
+        """A step of this many tokens of this many requests was computed; stats: of this step alone."""
+
+    def ended(self, reason: EndReason, usage: Usage | None) -> None:
+        """A request is over; usage is None where it never got a token."""

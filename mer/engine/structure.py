@@ -1,0 +1,68 @@
+"""What an answer must look like: JSON, a text that a pattern or a grammar describes, or one of several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, Literal, Self
+
+from attrs import frozen
+
+from mer.errors import RequestError
+
+StructureKind = Literal["json_object", "json_schema", "regex", "grammar", "choice"]
+
+
+@frozen
+class Structure:
+    """source: the schema as JSON, the pattern, the grammar, or the choices as a JSON list; else empty.
+
+    Made by the methods below, which raise RequestError (`param` is "structure") for what can't be meant.
+    """
+
+    kind: StructureKind
+    source: str
+
+    @classmethod
+    def json_object(cls) -> Self:
+        """Any JSON object."""
+        return cls("json_object", "")
+
+    @classmethod
+    def json_schema(cls, schema: dict[str, Any] | bool | str) -> Self:
+        """JSON that is valid by this JSON schema (an object, or its text)."""
+        if isinstance(schema, str):
+            try:
+                schema = json.loads(schema)
+            except ValueError as error:
+                raise RequestError(f"structure: the JSON schema is no JSON: {error}", "structure") from None
+        if not isinstance(schema, dict | bool):
+            raise RequestError("structure: a JSON schema must be an object", "structure")
+        try:
+            return cls("json_schema", json.dumps(schema, ensure_ascii=False))
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"structure: the JSON schema is no JSON: {error}", "structure") from None
+
+    @classmethod
+    def regex(cls, pattern: str) -> Self:
+        """A text that matches this regular expression as a whole."""
+        return cls("regex", _text("regular expression", pattern))
+
+    @classmethod
+    def grammar(cls, source: str) -> Self:
+        """A text of the language that this grammar describes."""
+        return cls("grammar", _text("grammar", source))
+
+    @classmethod
+    def choice(cls, choices: Iterable[str]) -> Self:
+        """One of these texts."""
+        found = [] if isinstance(choices, str) else list(choices)
+        if not found or not all(isinstance(each, str) and each for each in found):
+            raise RequestError("structure: choices must be a list of texts, none of them empty", "structure")
+        return cls("choice", json.dumps(found, ensure_ascii=False))
+
+
+def _text(what: str, source: str) -> str:
+    if not isinstance(source, str) or not source:
+        raise RequestError(f"structure: the {what} must be a text that is not empty", "structure")
+    return source
