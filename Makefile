@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-SOURCES := setup.py pyproject.toml $(wildcard mer/_ext/*.pyx mer/_ext/*.pxd mer/_ext/csrc/*.h mer/_ext/csrc/*/*.[ch])
+SOURCES := setup.py pyproject.toml $(wildcard mer/_ext/*.pyx mer/_ext/*.pxd mer/_ext/csrc/*.h mer/_ext/csrc/*/*.[ch]) \
+	$(wildcard protos/*/*/*.proto)
 # Debian's Python comes in parts; another one (pyenv, a build of one's own) is whole.
 OTHER_PYTHON := $(filter-out /usr/bin/%,$(shell command -v $(PYTHON)))
 DEBIAN := gcc libc6-dev pkg-config liburing-dev $(if $(OTHER_PYTHON),,python3 python3-venv python3-dev)
@@ -16,15 +17,16 @@ help:
 	@echo "make bench  how fast the kernels are, and the reader beside fio (installed if missing)"
 	@echo "make clean  remove the virtual environment and everything built"
 
-$(VENV)/made:
+$(VENV)/made: Makefile
 	@tools/debian-packages.sh $(DEBIAN)
 	@echo "==> making the virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" "cython>=3.1" "numpy>=2.0"
+	@$(PY) -m pip install --quiet --upgrade pip "setuptools>=77" "cython>=3.1" "numpy>=2.0" \
+		"grpcio-tools>=1.85,<1.86" "mypy-protobuf>=5.1"
 	@touch $@
 
 $(VENV)/built: $(VENV)/made $(SOURCES)
-	@echo "==> building mer (Cython and C; a minute or two the first time)"
+	@echo "==> building mer (Cython, C and protos; a minute or two the first time)"
 	@PYTHONWARNINGS="ignore:Editable installation" $(PY) -m pip install --quiet --no-build-isolation --editable .
 	@touch $@
 
@@ -58,3 +60,4 @@ bench: $(VENV)/built
 clean:
 	rm -rf $(VENV) build mer.egg-info mer/_ext/*.so
 	find mer/_ext -maxdepth 1 -name '*.c' -delete
+	rm -f mer/v1/*_pb2*

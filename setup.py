@@ -1,4 +1,4 @@
-"""Build of the Cython extensions; everything declarative is in pyproject.toml."""
+"""Build of the Cython extensions and of protos/; everything declarative is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from setuptools import Extension, setup
 
 EXT = Path("mer/_ext")
 CSRC = EXT / "csrc"
+PROTOS = Path("protos")
 
 
 def pkg_config(package: str, *flags: str) -> list[str]:
@@ -62,6 +63,29 @@ def extensions() -> list[Extension]:
     return found
 
 
+def generate() -> None:
+    """Python of the .proto files, beside their package's __init__.py, with types; only what has changed."""
+    for proto in sorted(PROTOS.glob("**/*.proto")):
+        stem = proto.relative_to(PROTOS).with_suffix("")
+        made = [Path(f"{stem}_pb2{end}") for end in (".py", ".pyi", "_grpc.py", "_grpc.pyi")]
+        newest = max(proto.stat().st_mtime, Path(__file__).stat().st_mtime)
+        if all(file.exists() and file.stat().st_mtime >= newest for file in made):
+            continue
+        # The plugins stand beside this Python, or where an isolated build has put them.
+        search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        outputs = [f"--{kind}_out=." for kind in ("python", "grpc_python")]
+        for name in ("mypy", "mypy_grpc"):
+            plugin = shutil.which(f"protoc-gen-{name}", path=search)
+            if plugin is None:
+                sys.exit(f"mer: protoc-gen-{name} was not found: pip install mypy-protobuf")
+            outputs += [f"--plugin=protoc-gen-{name}={plugin}", f"--{name}_out=quiet:."]
+        print(f"generating {made[0]}")
+        command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}", *outputs, str(proto)]
+        if subprocess.run(command).returncode:
+            sys.exit(f"mer: {proto} could not be compiled")
+
+
+generate()
 setup(
     ext_modules=cythonize(
         extensions(),
