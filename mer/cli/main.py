@@ -17,6 +17,7 @@ from mer.errors import MerError
 COMMANDS: Final = {
     "run": "Generate text from a prompt.",
     "chat": "Talk with a model.",
+    "serve": "Serve a model over HTTP, by OpenAI's API.",
     "convert": "Write a model in other formats, laid out for streaming.",
     "verify": "Read every weight of a model and say which are damaged.",
     "inspect": "Show what a model is and what memory it needs.",

@@ -1,0 +1,44 @@
+"""One HTTP request on its way: its id, its caller, what its log line shall say."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AsyncExitStack
+from typing import Any, cast
+
+from attrs import Factory, define
+from quart import request
+
+from mer.api.http.errors import ApiError
+from mer.engine.outputs import Usage
+from mer.errors import MerError
+
+_log = logging.getLogger("mer.http")
+
+
+@define
+class Call:
+    """cleanup: closed when the response has been sent or nobody wants it any more."""
+
+    request_id: str
+    caller: str = ""
+    cleanup: AsyncExitStack = Factory(AsyncExitStack)
+    log: dict[str, Any] = Factory(dict)
+    begun: float = Factory(time.perf_counter)
+
+    def used(self, usage: Usage) -> None:
+        """Count these tokens in the log line."""
+        for name in ("prompt_tokens", "completion_tokens"):
+            self.log[name] = self.log.get(name, 0) + getattr(usage, name)
+
+    def failed(self, error: BaseException, told: ApiError) -> None:
+        """Say in the log what went wrong; with a traceback where it is an error of `mer`."""
+        self.log["error"] = str(told)
+        if told.status >= 500 and not isinstance(error, MerError):
+            _log.error("request %s: %r", self.request_id, error, exc_info=error)
+
+
+def current_call() -> Call:
+    """That of the request which is being handled."""
+    return cast(Call, request.scope["state"]["call"])

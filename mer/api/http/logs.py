@@ -1,0 +1,58 @@
+"""What a server writes to standard error: lines for people, or JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any, Final
+
+from mer.api.settings import LogFormat
+
+# What stands at the beginning of a request's line; the rest follows as name=value.
+_FIRST: Final = ("client", "method", "path", "status", "seconds")
+
+
+def configure(format: LogFormat) -> None:
+    """Have the loggers 'mer' and 'mer.*' write in this format."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if format == "json" else _Text())
+    logger = logging.getLogger("mer")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    # Hypercorn says by itself where it listens, and that in its own way.
+    logging.getLogger("mer.http.connections").setLevel(logging.WARNING)
+
+
+class _Json(logging.Formatter):
+    """One object a line: time, level, logger, message, and the fields of a request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        made: dict[str, Any] = {
+            "time": f"{clock}.{record.msecs:03.0f}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            made["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(made, ensure_ascii=False)
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        fields: dict[str, Any] | None = getattr(record, "fields", None)
+        if fields is None:
+            record.message = record.getMessage()
+            text = f"{clock} {record.levelname.lower()}: {record.message}"
+            return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        first = " ".join(str(fields[name]) for name in _FIRST)
+        skipped = {*_FIRST, "caller"} if fields["caller"] == fields["client"] else _FIRST
+        rest = {name: value for name, value in fields.items() if name not in skipped}
+        more = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in rest.items())
+        return f"{clock} {first} {more}"

@@ -1,0 +1,271 @@
+"""What clients may send. The OpenAPI document is made from these classes, and so are the refusals."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from mer.api.generation import MAX_ANSWERS
+from mer.api.http.errors import ApiError, invalid
+from mer.engine.params import MAX_LOGPROBS, SamplingParams
+from mer.engine.structure import Structure
+from mer.errors import RequestError
+
+_INT64: Final = 2**63 - 1
+_T = TypeVar("_T")
+
+Count = Annotated[int, Meta(ge=1, le=_INT64)]
+Int64 = Annotated[int, Meta(ge=-_INT64 - 1, le=_INT64)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Text = Annotated[str, Meta(min_length=1)]
+Stop = Annotated[list[Text], Meta(max_length=64)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+JsonObject = dict[str, Any]
+
+# What OpenAI's API has and this server does not, and what to do instead.
+UNSUPPORTED: Final = {
+    "audio": "this server answers in text",
+    "functions": "send 'tools' instead",
+    "function_call": "send 'tool_choice' instead",
+    "metadata": "this server stores no answers",
+    "modalities": "this server answers in text",
+    "prediction": "predicted outputs are not supported",
+    "suffix": "the models that this server runs continue a text and don't fill gaps",
+    "verbosity": "say so in a message",
+    "web_search_options": "this server does not search the web",
+    "moderation": "this server does not moderate",
+}
+
+
+class Body(Struct, kw_only=True, forbid_unknown_fields=True):
+    """The body of a request: what is not named is refused."""
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class Generating(Body):
+    """What completions and chat completions have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=_INT64)] | None = None
+    min_p: Probability | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_ANSWERS)] | None = None
+    seed: Int64 | None = None
+    stop: str | Stop | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
+    logit_bias: dict[TokenId, Bias] | None = None
+    user: str | None = None
+    priority: Int64 | None = None
+    timeout: Annotated[float, Meta(gt=0)] | None = None
+    guided_json: JsonObject | str | None = None
+    guided_regex: Text | None = None
+    guided_grammar: Text | None = None
+    guided_choice: Annotated[list[Text], Meta(min_length=1)] | None = None
+
+
+def sampling(body: Generating, structure: Structure | None = None, **more: Any) -> SamplingParams:
+    """The parameters that `body` asks for. Raises RequestError and ApiError."""
+    given = {
+        "max_tokens": body.max_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": 0 if body.top_k == -1 else body.top_k,
+        "min_p": body.min_p,
+        "seed": body.seed,
+        "stop": body.stop or None,
+        "stop_token_ids": body.stop_token_ids,
+        "ignore_eos": body.ignore_eos,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "repetition_penalty": body.repetition_penalty,
+        "logit_bias": body.logit_bias,
+        "priority": body.priority,
+        "timeout": body.timeout,
+        "structure": _structure(body, structure),
+        **more,
+    }
+    return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def _structure(body: Generating, formatted: Structure | None) -> Structure | None:
+    found = {} if formatted is None else {"response_format": formatted}
+    for kind, make in (
+        ("json", Structure.json_schema),
+        ("regex", Structure.regex),
+        ("grammar", Structure.grammar),
+        ("choice", Structure.choice),
+    ):
+        value = getattr(body, name := f"guided_{kind}")
+        if value is not None:
+            try:
+                found[name] = make(value)
+            except RequestError as error:
+                raise invalid(str(error).replace("structure: ", f"{name}: "), name) from None
+    if len(found) > 1:
+        raise invalid(f"{' and '.join(found)} can't be combined: choose one", list(found)[1])
+    return next(iter(found.values()), None)
+
+
+class TextPart(Body, tag_field="type", tag="text"):
+    text: str
+
+
+class RefusalPart(Body, tag_field="type", tag="refusal"):
+    refusal: str
+
+
+class SystemMessage(Body, tag_field="role", tag="system"):
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class DeveloperMessage(Body, tag_field="role", tag="developer"):
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class UserMessage(Body, tag_field="role", tag="user"):
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class FunctionCall(Body):
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
+class AssistantMessage(Body, tag_field="role", tag="assistant"):
+    """What an earlier answer was; clients send it back as they got it, so nulls are allowed."""
+
+    content: str | list[TextPart | RefusalPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+
+
+class ToolMessage(Body, tag_field="role", tag="tool"):
+    content: str | list[TextPart]
+    tool_call_id: str
+    name: str | None = None
+
+
+Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
+
+
+class Function(Body):
+    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_.:-]{1,128}$")]
+    description: str | None = None
+    parameters: JsonObject | None = None
+    strict: bool | None = None
+
+
+class Tool(Body, tag_field="type", tag="function"):
+    function: Function
+
+
+class ChosenFunction(Body):
+    name: str
+
+
+class ChosenTool(Body, tag_field="type", tag="function"):
+    function: ChosenFunction
+
+
+class TextFormat(Body, tag_field="type", tag="text"):
+    """Any text."""
+
+
+class JsonObjectFormat(Body, tag_field="type", tag="json_object"):
+    """A JSON object."""
+
+
+class NamedSchema(Body):
+    name: str
+    schema: JsonObject
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body, tag_field="type", tag="json_schema"):
+    """JSON that is valid by a schema; it always is, with `strict` or without."""
+
+    json_schema: NamedSchema
+
+
+class ChatCompletionRequest(Generating, kw_only=True):
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
+    tools: Annotated[list[Tool], Meta(max_length=512)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: JsonObject | None = None
+    store: Annotated[bool, Meta(extra_json_schema={"enum": [False]})] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+_WHERE: Final = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?(.*)`)?$", re.DOTALL)
+
+
+def decode(body: bytes, kind: type[_T]) -> _T:
+    """The JSON text `body` as a `kind`. Raises ApiError, naming the parameter."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"the request's body is not valid JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, "the request's body is nested too deeply", code="invalid_json") from None
+
+
+def _refusal(text: str) -> ApiError:
+    match = _WHERE.match(text)
+    assert match is not None
+    what, where = match[1], match[2] or ""
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", what):
+        name = f"{where}.{unknown[1]}" if where else unknown[1]
+        why = UNSUPPORTED.get(name)
+        if why:
+            return invalid(f"parameter {name!r} is not supported: {why}", name, "unsupported_parameter")
+        return invalid(f"unknown parameter: {name!r}", name, "unknown_parameter")
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", what):
+        name = f"{where}.{missing[1]}" if where else missing[1]
+        return invalid(f"missing parameter: {name!r}", name, "missing_required_parameter")
+    what = what.replace("`", "").replace("| null", "or null")
+    if not where:
+        return ApiError(400, f"the request's body: {what[:1].lower()}{what[1:]}", code="invalid_type")
+    return invalid(f"{where}: {what[:1].lower()}{what[1:]}", where)

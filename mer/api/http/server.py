@@ -1,0 +1,84 @@
+"""A server on a socket: starts before the model is there, ends what is running before it ends itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Self
+
+from hypercorn.asyncio import serve
+from hypercorn.config import Config
+
+from mer.api.http.app import create_app
+from mer.api.http.service import Service
+from mer.errors import ConfigError
+
+# What is sent already may still be on its way to a client who reads slowly.
+_GRACE = 2.0
+
+
+class HttpServer:
+    """`async with HttpServer(service) as server`: listens; leaving it closes all connections.
+
+    Raises ConfigError for an address or a certificate that can't be used.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._stop = asyncio.Event()
+        settings = service.settings
+        self._config = config = Config()
+        config.errorlog = logging.getLogger("mer.http.connections")
+        config.graceful_timeout = _GRACE
+        config.backlog = 1024
+        config.include_server_header = False
+        if settings.tls_cert is not None and settings.tls_key is not None:
+            config.certfile, config.keyfile = str(settings.tls_cert), str(settings.tls_key)
+        if settings.tls_client_ca is not None:
+            import ssl
+
+            config.ca_certs, config.verify_mode = str(settings.tls_client_ca), ssl.VerifyMode.CERT_REQUIRED
+        try:
+            config.create_ssl_context()
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"--tls-cert {settings.tls_cert}, --tls-key {settings.tls_key}: can't be used: {error}"
+            ) from None
+        listening = _listen(settings.host, settings.port)
+        self.port: int = listening.getsockname()[1]
+        config.bind = [f"fd://{listening.detach()}"]
+
+    @property
+    def url(self) -> str:
+        settings = self._service.settings
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        return f"{'https' if settings.tls_cert else 'http'}://{host}:{self.port}"
+
+    async def __aenter__(self) -> Self:
+        app = create_app(self._service)
+        self._task = asyncio.create_task(serve(app, self._config, shutdown_trigger=self._stop.wait))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stop.set()
+        await self._task
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        made = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind((host, port))
+            made.listen(1024)
+        except BaseException:
+            made.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"--host {host}, --port {port}: can't listen there: {error.strerror or error}; "
+            "choose another, or stop who has it"
+        ) from None
+    return made

@@ -1,0 +1,86 @@
+"""What the handlers share: the engine, the settings, who is being served."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TypeVar
+
+from quart import request
+
+from mer.api.access import Access
+from mer.api.http.errors import ApiError, unavailable
+from mer.api.http.schemas import decode
+from mer.api.settings import ServerSettings
+from mer.engine.engine import Engine
+
+_T = TypeVar("_T")
+
+
+class Service:
+    """One server. draining: it ends what is running and takes nothing new."""
+
+    def __init__(self, settings: ServerSettings, engine: Engine | None = None) -> None:
+        self.settings = settings
+        self.access = Access(
+            settings.api_keys, rate_limit=settings.rate_limit, max_concurrent=settings.max_concurrent
+        )
+        self.started = int(time.time())
+        self.draining = False
+        self.running = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._engine = engine
+
+    @property
+    def engine(self) -> Engine:
+        """Raises ApiError (503) while the model is being loaded."""
+        if self._engine is None:
+            raise unavailable("the model is being loaded", 2, "loading")
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def ready(self) -> bool:
+        return self._engine is not None and not self.draining
+
+    def begin(self) -> None:
+        """A request is being served."""
+        self.running += 1
+        self.idle.clear()
+
+    def end(self) -> None:
+        """It no longer is."""
+        self.running -= 1
+        if not self.running:
+            self.idle.set()
+
+    def check_model(self, name: str | None) -> str:
+        """The name of the model here; a request may leave it out. Raises ApiError (404) for another."""
+        served = self.settings.model_name
+        if name is not None and name != served:
+            raise ApiError(
+                404,
+                f"the model {name!r} is not served here; this server has {served!r}",
+                param="model",
+                code="model_not_found",
+            )
+        return served
+
+
+async def body_as(kind: type[_T]) -> _T:
+    """The body of the request that is being handled. Raises ApiError."""
+    given = request.mimetype
+    if given != "application/json":
+        raise ApiError(
+            415,
+            f"the body must be JSON, and a header must say so (Content-Type: application/json), not "
+            f"{given or 'none'}",
+            code="unsupported_media_type",
+        )
+    data = await request.get_data(cache=False, as_text=False)
+    assert isinstance(data, bytes)
+    return decode(data, kind)

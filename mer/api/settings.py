@@ -1,0 +1,51 @@
+"""What a server is told, for both its faces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from attrs import field, frozen
+
+from mer.errors import ConfigError
+
+LogFormat = Literal["text", "json"]
+
+
+@frozen(kw_only=True)
+class ServerSettings:
+    """Sizes in bytes, times in seconds. Raises ConfigError for settings that contradict each other."""
+
+    model_name: str
+    """What clients call the model."""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any free one."""
+    grpc_port: int | None = 50051
+    """None: no gRPC."""
+    api_keys: Mapping[str, str] = field(factory=dict, repr=False)
+    """Key -> the name that stands in logs. Empty: everybody may ask."""
+    rate_limit: int | None = None
+    """Requests a minute and key (or address, where there are no keys)."""
+    max_concurrent: int | None = None
+    """Requests at a time and key (or address)."""
+    max_body: int = 16 << 20
+    cors_origins: tuple[str, ...] = ()
+    """Web pages that may ask; '*': all."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """Clients must show a certificate that one of these signed."""
+    drain_timeout: float = 30.0
+    """How long requests may go on after SIGTERM."""
+    keep_alive: float = 10.0
+    """A stream that is silent for so long gets a comment, so that nobody on the way takes it for dead."""
+    log_format: LogFormat = "text"
+    log_prompts: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("--tls-cert and --tls-key belong together: give both or none")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")

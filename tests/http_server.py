@@ -1,0 +1,72 @@
+"""`mer serve` as a program, for the tests of its faces."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Nothing in here takes that long; it ends a test that would hang.
+PATIENCE = 60
+
+
+class Server:
+    """A running `mer serve`: its URL, its process, what it wrote to standard error."""
+
+    def __init__(self, model: Path | str, *options: object, **environment: str) -> None:
+        command = [sys.executable, "-c", "from mer.cli.main import main; main()", "serve", str(model)]
+        self.process = subprocess.Popen(
+            [*command, "--port", "0", *map(str, options)],
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1", **environment},
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self._new: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        found = self.wait_for(r"https?://\S+:\d+")
+        self.url = found[0]
+        self.port = int(self.url.rpartition(":")[2])
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            self._new.put(line)
+        self._new.put(None)
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """The first line, of those that nobody waited for yet, in which `pattern` is found."""
+        while (line := self._new.get(timeout=PATIENCE)) is not None:
+            if found := re.search(pattern, line):
+                return found
+        raise AssertionError(f"the server ended without {pattern!r}: {''.join(self.lines)}")
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def ended(self) -> int:
+        """Its exit status, awaited."""
+        status = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return status
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.ended()
+
+
+@contextmanager
+def serving(model: Path | str, *options: object, **environment: str) -> Iterator[Server]:
+    server = Server(model, *options, **environment)
+    try:
+        yield server
+    finally:
+        server.close()
