@@ -22,16 +22,18 @@ class Server:
 
     def __init__(self, model: Path | str, *options: object, **environment: str) -> None:
         command = [sys.executable, "-c", "from mer.cli.main import main; main()", "serve", str(model)]
+        grpc = [] if "--grpc-port" in options else ["--no-grpc"]
         self.process = subprocess.Popen(
-            [*command, "--port", "0", *map(str, options)],
+            [*command, "--port", "0", *grpc, *map(str, options)],
             stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1", **environment},
         )  # fmt: skip
         self.lines: list[str] = []
         self._new: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        found = self.wait_for(r"https?://\S+:\d+")
-        self.url = found[0]
+        found = self.wait_for(r"(https?://\S+:\d+)(?:, gRPC on port (\d+))?$")
+        self.url = found[1]
+        self.grpc_port = int(found[2] or 0)
         self.port = int(self.url.rpartition(":")[2])
 
     def _read(self) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mer.api.http.server import HttpServer
 from mer.api.http.service import Service
@@ -14,16 +16,19 @@ from mer.api.settings import ServerSettings
 from mer.config import EngineConfig
 from mer.engine.engine import Engine
 
+if TYPE_CHECKING:
+    from mer.api.grpc.server import GrpcServer
+
 _log = logging.getLogger("mer.server")
 
-# Told when requests can come: the engine, the URL of the HTTP API.
-Announce = Callable[[Engine, str], None]
+# Told when requests can come: the engine, the URL of the HTTP API, the port of the gRPC API if there is one.
+Announce = Callable[[Engine, str, int | None], None]
 
 
 async def serve(model: Path, config: EngineConfig, settings: ServerSettings, announce: Announce) -> None:
     """Serve until SIGTERM or SIGINT; then end what is running within `drain_timeout`.
 
-    A second signal ends it at once. The HTTP API answers /health while the model is being loaded. Raises
+    A second signal ends it at once. Both APIs tell their health while the model is being loaded. Raises
     what Engine.open raises, and ConfigError for an address or a certificate that can't be used.
     """
     stop, now = asyncio.Event(), asyncio.Event()
@@ -36,16 +41,18 @@ async def serve(model: Path, config: EngineConfig, settings: ServerSettings, ann
         loop.add_signal_handler(name, signalled)
     service = Service(settings)
     try:
-        async with HttpServer(service) as server:
+        async with HttpServer(service) as server, _grpc(service) as grpc:
             engine = await _unless(stop, _open(model, config))
             if engine is None:
                 return
             try:
                 service.engine = engine
-                announce(engine, server.url)
+                if grpc is not None:
+                    await grpc.ready(engine)
+                announce(engine, server.url, grpc.port if grpc else None)
                 await stop.wait()
                 service.draining = True
-                await _drain(service, now)
+                await _drain(service, grpc, now)
             finally:
                 await engine.close(drain=False)
     finally:
@@ -71,14 +78,37 @@ async def _unless(stop: asyncio.Event, opening: Coroutine[None, None, Engine]) -
         stopped.cancel()
 
 
-async def _drain(service: Service, now: asyncio.Event) -> None:
+@asynccontextmanager
+async def _grpc(service: Service) -> AsyncIterator[GrpcServer | None]:
+    """The gRPC server, where one is wanted; stopped behind."""
+    if service.settings.grpc_port is None:
+        yield None
+        return
+    from mer.api.grpc.server import serve_grpc
+
+    server = await serve_grpc(None, service.settings, service.access)
+    try:
+        yield server
+    finally:
+        await server.stop(0)
+
+
+async def _drain(service: Service, grpc: GrpcServer | None, now: asyncio.Event) -> None:
     """Until nothing is running, time is up, or somebody is in a hurry."""
     limit = service.settings.drain_timeout
-    if service.running:
-        _log.info("%d running; ending within %g s, at once with a second signal", service.running, limit)
-    waits = [asyncio.ensure_future(event.wait()) for event in (service.idle, now)]
-    await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
-    if service.running:
-        _log.warning("%d requests are ended unfinished", service.running)
+    running = service.running + (grpc.running if grpc else 0)
+    if running:
+        _log.info("%d running; ending within %g s, at once with a second signal", running, limit)
+    waits: list[Coroutine[Any, Any, object]] = [service.idle.wait()]
+    if grpc is not None:
+        waits.append(grpc.stop(limit))
+    idle: asyncio.Future[Any] = asyncio.gather(*waits)
+    hurry = asyncio.ensure_future(now.wait())
+    await asyncio.wait([idle, hurry], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+    left = service.running + (grpc.running if grpc else 0)
+    if left:
+        _log.warning("%d requests are ended unfinished", left)
+    hurry.cancel()
+    if grpc is not None:
+        await grpc.stop(0)
+    idle.cancel()

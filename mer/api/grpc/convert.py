@@ -1,0 +1,260 @@
+"""Messages of protos/ to what the engine takes, and back."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Literal, TypeVar
+
+import attrs
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from mer.api.generation import ChatRequest, Event, template_messages
+from mer.engine.outputs import Delta, Timings, TokenLogprob, Usage
+from mer.engine.params import SamplingParams
+from mer.engine.runner import StepStats
+from mer.engine.structure import Structure
+from mer.errors import RequestError, RequestTimeoutError
+from mer.model.tokenizer import Tokenizer
+from mer.v1 import inference_pb2 as pb
+
+_M = TypeVar("_M", bound=Message)
+
+_SAMPLING: Final = frozenset(field.name for field in attrs.fields(SamplingParams))
+_REASONS: Final = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "tool_calls": pb.FINISH_REASON_TOOL_CALLS,
+}
+_CHOICES: Final[dict[int, Literal["auto", "none", "required"]]] = {
+    pb.ToolChoice.MODE_UNSPECIFIED: "auto",
+    pb.ToolChoice.MODE_AUTO: "auto",
+    pb.ToolChoice.MODE_NONE: "none",
+    pb.ToolChoice.MODE_REQUIRED: "required",
+}
+
+
+def parsed(kind: type[_M], data: bytes) -> _M:
+    """Raises RequestError for what is no such message, or has fields that aren't known here.
+
+    Protocol Buffers would pass over such fields, and the client would not learn why its wish had no effect.
+    """
+    message = kind()
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise RequestError(f"this is no {kind.DESCRIPTOR.full_name}: {error}") from None
+    _refuse_unknown(message, "")
+    return message
+
+
+def _refuse_unknown(message: Message, where: str) -> None:
+    for unknown in UnknownFieldSet(message):  # type: ignore[attr-defined]
+        name = message.DESCRIPTOR.full_name
+        raise RequestError(
+            f"{name} has no field {unknown.field_number} in this version of the server",
+            f"{where}{unknown.field_number}",
+        )
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        for i, each in enumerate(value) if field.is_repeated else ((None, value),):
+            _refuse_unknown(each, f"{where}{field.name}{'' if i is None else f'[{i}]'}.")
+
+
+def path_of(request: Message) -> Any:
+    """Maps what the engine calls a parameter to the path of the field in this request."""
+    chat = isinstance(request, pb.ChatRequest) or bool(getattr(request, "messages", None))
+
+    def path(param: str) -> str:
+        if param in _SAMPLING:
+            return f"params.{param}"
+        if param == "prompt":
+            return "messages" if chat else request.WhichOneof("prompt") or "prompt"
+        return param.replace(".function", "")
+
+    return path
+
+
+def sampling(given: pb.SamplingParams, remaining: float | None) -> SamplingParams:
+    """With a seed in any case, and with the call's deadline (`remaining` seconds) as a limit of time.
+
+    Raises RequestError, and RequestTimeoutError when the deadline has passed.
+    """
+    fields: dict[str, Any] = {}
+    for field, value in given.ListFields():
+        if field.name == "structure":
+            fields["structure"] = _structure(value)
+        elif field.name == "logit_bias":
+            fields["logit_bias"] = dict(value)
+        else:
+            fields[field.name] = tuple(value) if field.is_repeated else value
+    fields.setdefault("seed", secrets.randbits(63))
+    params = SamplingParams(**fields)
+    if remaining is None or (params.timeout is not None and params.timeout <= remaining):
+        return params
+    if remaining <= 0:
+        raise RequestTimeoutError("the call's deadline has passed")
+    return attrs.evolve(params, timeout=remaining)
+
+
+def _structure(given: pb.Structure) -> Structure:
+    match given.WhichOneof("kind"):
+        case "json_object" if given.json_object:
+            return Structure.json_object()
+        case "json_schema":
+            return Structure.json_schema(given.json_schema)
+        case "regex":
+            return Structure.regex(given.regex)
+        case "grammar":
+            return Structure.grammar(given.grammar)
+        case "choice":
+            return Structure.choice(given.choice.texts)
+    raise RequestError("structure: say which kind (json_object must be true)", "structure")
+
+
+def conversation(request: pb.ChatRequest | pb.TokenizeRequest, params: SamplingParams) -> ChatRequest:
+    """Raises RequestError."""
+    made = ChatRequest(
+        messages=template_messages([_message(each, i) for i, each in enumerate(request.messages)]),
+        params=params,
+        tools=[_tool(each, i) for i, each in enumerate(request.tools)] or None,
+        variables=_json_object(request.template_variables, "template_variables"),
+    )
+    if isinstance(request, pb.TokenizeRequest):
+        return made
+    choice = request.tool_choice
+    if choice.WhichOneof("choice") == "name":
+        return attrs.evolve(made, tool_choice="required", tool_name=choice.name)
+    if choice.mode not in _CHOICES:
+        raise RequestError(f"tool_choice.mode {choice.mode} is not known", "tool_choice.mode")
+    return attrs.evolve(made, tool_choice=_CHOICES[choice.mode])
+
+
+def _message(given: pb.Message, index: int) -> dict[str, Any]:
+    if not given.role:
+        raise RequestError(f"messages[{index}].role is missing", f"messages[{index}].role")
+    made: dict[str, Any] = {"role": given.role, "content": given.content}
+    if given.reasoning:
+        made["reasoning_content"] = given.reasoning
+    if given.name:
+        made["name"] = given.name
+    if given.tool_call_id:
+        made["tool_call_id"] = given.tool_call_id
+    if given.tool_calls:
+        made["tool_calls"] = [
+            {"id": each.id, "type": "function", "function": {"name": each.name, "arguments": each.arguments}}
+            for each in given.tool_calls
+        ]
+    return made
+
+
+def _tool(given: pb.Tool, index: int) -> dict[str, Any]:
+    where = f"tools[{index}]"
+    if not given.name:
+        raise RequestError(f"{where}.name is missing", f"{where}.name")
+    function: dict[str, Any] = {"name": given.name}
+    if given.description:
+        function["description"] = given.description
+    if given.parameters:
+        function["parameters"] = _json_object(given.parameters, f"{where}.parameters")
+    return {"type": "function", "function": function}
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise RequestError(f"{where} is no JSON: {error}", where) from None
+    except RecursionError:
+        raise RequestError(f"{where} is nested too deeply", where) from None
+    if not isinstance(value, dict):
+        raise RequestError(f"{where} must be a JSON object", where)
+    return value
+
+
+def generated(delta: Delta, seed: int, tokenizer: Tokenizer | None) -> pb.GenerateResponse:
+    """A piece of an answer."""
+    made = pb.GenerateResponse(text=delta.text, token_ids=delta.token_ids)
+    if delta.logprobs is not None:
+        made.logprobs.extend(logprobs(delta.logprobs, tokenizer))
+    if delta.finish_reason is not None:
+        made.final.CopyFrom(_final(delta, delta.finish_reason, seed))
+    return made
+
+
+def chatted(event: Event, seed: int, tokenizer: Tokenizer | None) -> pb.ChatResponse:
+    """A piece of an answer in a conversation."""
+    delta = event.delta
+    made = pb.ChatResponse(token_ids=delta.token_ids)
+    for piece in event.pieces:
+        made.content += piece.text
+    if delta.logprobs is not None:
+        made.logprobs.extend(logprobs(delta.logprobs, tokenizer))
+    if event.finish_reason is not None:
+        made.final.CopyFrom(_final(delta, event.finish_reason, seed))
+    return made
+
+
+def _final(delta: Delta, reason: str, seed: int) -> pb.Final:
+    return pb.Final(
+        finish_reason=_REASONS[reason],
+        usage=_usage(delta.usage) if delta.usage else None,
+        timings=_timings(delta.timings) if delta.timings else None,
+        seed=seed,
+    )
+
+
+def _usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+    )
+
+
+def _timings(timings: Timings) -> pb.Timings:
+    return pb.Timings(
+        queue_s=timings.queue_s,
+        prefill_s=timings.prefill_s,
+        decode_s=timings.decode_s,
+        steps=steps(timings.steps),
+        hit_rate=timings.hit_rate,
+    )
+
+
+def steps(stats: StepStats) -> pb.StepStats:
+    """The fields that this version of the API has."""
+    return pb.StepStats(
+        **{field.name: getattr(stats, field.name) for field in pb.StepStats.DESCRIPTOR.fields}
+    )
+
+
+def logprobs(
+    given: Iterable[TokenLogprob | None], tokenizer: Tokenizer | None, ids: Sequence[int] = ()
+) -> list[pb.TokenLogprob]:
+    """ids: the tokens' own, where None stands for one that nothing predicts."""
+
+    def raw(token: int) -> bytes:
+        return tokenizer.token_bytes(token) if tokenizer else b""
+
+    def one(i: int, each: TokenLogprob | None) -> pb.TokenLogprob:
+        if each is None:
+            text = tokenizer.token_text(ids[i]) if tokenizer else ""
+            return pb.TokenLogprob(token_id=ids[i], text=text, raw=raw(ids[i]))
+        return pb.TokenLogprob(
+            token_id=each.token_id,
+            text=each.text,
+            logprob=each.logprob,
+            raw=raw(each.token_id),
+            top=[
+                pb.TopLogprob(token_id=token, text=text, logprob=logprob, raw=raw(token))
+                for token, text, logprob in each.top
+            ],
+        )
+
+    return [one(i, each) for i, each in enumerate(given)]

@@ -1,0 +1,150 @@
+"""The gRPC server: its socket, health checking, reflection, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from contextlib import suppress
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from mer.api.access import Access
+from mer.api.grpc.gate import Gate
+from mer.api.grpc.service import SERVICE, Inference
+from mer.api.settings import ServerSettings
+from mer.engine.engine import Engine
+from mer.errors import ConfigError
+
+# What the health of is told: the server as a whole, and the service.
+_NAMES: Final = ("", SERVICE)
+_PING_TIMEOUT: Final = 20.0
+# Clients may ping this often, also between calls; who does it more often is taken for a nuisance and cut off.
+_CLIENT_PING: Final = 5.0
+
+
+async def serve_grpc(
+    engine: Engine | None, settings: ServerSettings, access: Access | None = None
+) -> GrpcServer:
+    """A server on settings.host and settings.grpc_port (0: any free one) that listens already.
+
+    engine: None while the model is being loaded, see `GrpcServer.ready`. access: keys and limits, where
+    another face shares them. Raises ConfigError for an address or certificates that can't be used.
+    """
+    access = access or Access(
+        settings.api_keys, rate_limit=settings.rate_limit, max_concurrent=settings.max_concurrent
+    )
+    gate = Gate(access)
+    inference = Inference(settings, gate)
+    server = grpc.aio.server(options=_options(settings))
+    generic = grpc.method_handlers_generic_handler(SERVICE, inference.handlers())
+    server.add_generic_rpc_handlers((generic,))
+    healths = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healths, server)
+    for name in _NAMES:
+        await healths.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    port = _bind(server, settings)
+    await server.start()
+    made = GrpcServer(server, gate, inference, healths, port)
+    if engine is not None:
+        await made.ready(engine)
+    return made
+
+
+class GrpcServer:
+    """A server that listens on `port`."""
+
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        gate: Gate,
+        inference: Inference,
+        healths: health.aio.HealthServicer,
+        port: int,
+    ) -> None:
+        self.port = port
+        self._server = server
+        self._gate = gate
+        self._inference = inference
+        self._healths = healths
+
+    @property
+    def running(self) -> int:
+        """Calls that are being served."""
+        return self._gate.running
+
+    async def ready(self, engine: Engine) -> None:
+        """The model is there: from now on requests are served."""
+        self._inference.engine = engine
+        for name in _NAMES:
+            await self._healths.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace: float) -> None:
+        """Take nothing new, let calls end for `grace` seconds, then cut off those that are left.
+
+        May be called again meanwhile, with less grace.
+        """
+        self._gate.draining.set()
+        await self._healths.enter_graceful_shutdown()
+        # By itself grpc would wait for those who watch the health as well, and they never end.
+        stopping = asyncio.create_task(self._server.stop(grace))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._gate.wait_idle()
+        await self._server.stop(None)
+        await stopping
+
+
+def _options(settings: ServerSettings) -> list[tuple[str, int]]:
+    def milliseconds(seconds: float) -> int:
+        return max(1, round(seconds * 1000))
+
+    return [
+        ("grpc.max_receive_message_length", settings.max_body),
+        ("grpc.max_send_message_length", -1),
+        # A client that is gone without a word is found out, and its requests end.
+        ("grpc.keepalive_time_ms", milliseconds(settings.keep_alive)),
+        ("grpc.keepalive_timeout_ms", milliseconds(_PING_TIMEOUT)),
+        ("grpc.http2.min_ping_interval_without_data_ms", milliseconds(_CLIENT_PING)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Two servers on one port would share its connections without anybody noticing.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def _bind(server: grpc.aio.Server, settings: ServerSettings) -> int:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"{host}:{settings.grpc_port or 0}"
+    credentials = _credentials(settings)
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError:
+        raise ConfigError(
+            f"--host {settings.host}, --grpc-port {settings.grpc_port}: can't listen there; "
+            "choose another, stop who has it, or leave it out with --no-grpc"
+        ) from None
+
+
+def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
+    cert, key, ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if cert is None or key is None:
+        return None
+    try:
+        # gRPC says nothing of what it does not like; this names it.
+        checked = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        checked.load_cert_chain(cert, key, lambda: "")
+        if ca is not None:
+            checked.load_verify_locations(ca)
+        return grpc.ssl_server_credentials(
+            [(key.read_bytes(), cert.read_bytes())],
+            root_certificates=ca.read_bytes() if ca else None,
+            require_client_auth=ca is not None,
+        )
+    except (OSError, ValueError) as error:
+        files = f"--tls-cert {cert}, --tls-key {key}" + (f", --tls-client-ca {ca}" if ca else "")
+        raise ConfigError(f"{files}: can't be used: {error}") from None

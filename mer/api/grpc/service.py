@@ -1,0 +1,199 @@
+"""The calls of mer.v1.Inference."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from importlib.metadata import version
+from typing import Any, Final, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from mer.api import generation
+from mer.api.grpc import convert
+from mer.api.grpc.errors import LoadingError
+from mer.api.grpc.gate import Call, Context, Gate
+from mer.api.grpc.session import serve_session
+from mer.api.settings import ServerSettings
+from mer.engine.engine import Engine
+from mer.engine.outputs import PromptLogprobs
+from mer.engine.params import SamplingParams
+from mer.errors import RequestError
+from mer.v1 import inference_pb2 as pb
+
+_Q = TypeVar("_Q", bound=Message)
+
+SERVICE: Final = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+# Log-probabilities of a prompt in one message: with 20 likeliest tokens each it has a tenth of the 4 MiB that
+# clients take.
+_PROMPT_PIECE: Final = 512
+# Silence is no event here: HTTP/2 has pings of its own.
+_NEVER: Final = 1e9
+
+
+class Inference:
+    """What the calls do. engine: None while the model is being loaded.
+
+    `generate` and `chat` write to who passes the pieces on: a call, or a session.
+    """
+
+    def __init__(self, settings: ServerSettings, gate: Gate) -> None:
+        self.engine: Engine | None = None
+        self._settings = settings
+        self._gate = gate
+
+    @property
+    def _engine(self) -> Engine:
+        if self.engine is None:
+            raise LoadingError("the model is being loaded")
+        return self.engine
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """By the name of the call."""
+
+        async def run_session(requests: Any, context: Context) -> None:
+            async with self._gate.call(context, "Session") as call:
+                await serve_session(self, self._gate, call, requests, context)
+
+        return {
+            "Generate": self._streaming("Generate", pb.GenerateRequest, self.generate),
+            "Chat": self._streaming("Chat", pb.ChatRequest, self.chat),
+            "Session": grpc.stream_stream_rpc_method_handler(run_session),
+            "Tokenize": self._unary("Tokenize", pb.TokenizeRequest, self.tokenize),
+            "Detokenize": self._unary("Detokenize", pb.DetokenizeRequest, self.detokenize),
+            "GetModel": self._unary("GetModel", pb.GetModelRequest, self.get_model),
+        }
+
+    def _unary(
+        self, name: str, kind: type[_Q], method: Callable[[_Q], Awaitable[Message]]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        async def handle(data: bytes, context: Context) -> bytes:
+            async with self._gate.call(context, name) as call:
+                with self._gate.admitted(call):
+                    request = convert.parsed(kind, data)
+                    call.path = convert.path_of(request)
+                    return (await method(request)).SerializeToString()
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def _streaming(
+        self, name: str, kind: type[_Q], method: Callable[[Call, _Q, float | None, Any], Awaitable[None]]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        async def handle(data: bytes, context: Context) -> None:
+            async def write(message: Message) -> None:
+                await context.write(message.SerializeToString())
+
+            async with self._gate.call(context, name) as call:
+                with self._gate.admitted(call):
+                    request = convert.parsed(kind, data)
+                    await method(call, request, context.time_remaining(), write)
+
+        return grpc.unary_stream_rpc_method_handler(handle)
+
+    async def generate(
+        self,
+        call: Call,
+        request: pb.GenerateRequest,
+        remaining: float | None,
+        write: Callable[[pb.GenerateResponse], Awaitable[None]],
+    ) -> None:
+        """Write the answer to a prompt. Raises RequestError and what `Engine.stream` raises."""
+        call.path = convert.path_of(request)
+        params = convert.sampling(request.params, remaining)
+        prompt = await self._prompt(request)
+        if self._settings.log_prompts:
+            call.log["prompt"] = request.text or list(request.token_ids.ids)
+        seed, tokenizer = params.seed or 0, self._engine.tokenizer
+        async with aclosing(self._engine.stream(prompt, params)) as deltas:
+            async for delta in deltas:
+                if delta.prompt_logprobs is not None:
+                    for piece in self._of_prompt(prompt, delta.prompt_logprobs):
+                        await write(pb.GenerateResponse(prompt_logprobs=piece))
+                await write(convert.generated(delta, seed, tokenizer))
+                call.used(delta.usage)
+
+    async def chat(
+        self,
+        call: Call,
+        request: pb.ChatRequest,
+        remaining: float | None,
+        write: Callable[[pb.ChatResponse], Awaitable[None]],
+    ) -> None:
+        """Write the answer in a conversation. Raises RequestError and what `Engine.stream` raises."""
+        call.path = convert.path_of(request)
+        params = convert.sampling(request.params, remaining)
+        conversation = convert.conversation(request, params)
+        if self._settings.log_prompts:
+            call.log["messages"] = conversation.messages
+        seed, tokenizer = params.seed or 0, self._engine.tokenizer
+        async with aclosing(generation.chat(self._engine, conversation, idle=_NEVER)) as batches:
+            async for batch in batches:
+                for event in batch:
+                    if event.delta.prompt_logprobs is not None:
+                        prompt = await generation.chat_tokens(self._engine, conversation)
+                        for piece in self._of_prompt(prompt, event.delta.prompt_logprobs):
+                            await write(pb.ChatResponse(prompt_logprobs=piece))
+                    await write(convert.chatted(event, seed, tokenizer))
+                    call.used(event.delta.usage)
+
+    async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        """Raises RequestError."""
+        if request.messages:
+            if request.text:
+                raise RequestError("text and messages: give one of them", "text")
+            conversation = convert.conversation(request, SamplingParams())
+            return pb.TokenizeResponse(token_ids=await generation.chat_tokens(self._engine, conversation))
+        special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        ids = await generation.text_tokens(self._engine, request.text, "text", special=special)
+        return pb.TokenizeResponse(token_ids=ids)
+
+    async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        """Raises RequestError."""
+        tokenizer, ids = self._engine.tokenizer, list(request.token_ids)
+        if tokenizer is None:
+            raise RequestError("this model came without a tokenizer", "token_ids")
+        bad = next((i for i, token in enumerate(ids) if token >= tokenizer.vocab_size), None)
+        if bad is not None:
+            raise RequestError(
+                f"token_ids[{bad}] is {ids[bad]}; ids are below {tokenizer.vocab_size}", f"token_ids[{bad}]"
+            )
+        text = await generation.off_loop(
+            4 * len(ids), lambda: tokenizer.decode(ids, skip_special=not request.keep_special_tokens)
+        )
+        return pb.DetokenizeResponse(text=text)
+
+    async def get_model(self, request: pb.GetModelRequest) -> pb.GetModelResponse:
+        """What is served, and how."""
+        engine = self._engine
+        spec, tokenizer = engine.spec, engine.tokenizer
+        return pb.GetModelResponse(
+            name=self._settings.model_name,
+            server_version=version("mer"),
+            has_tokenizer=tokenizer is not None,
+            has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
+            max_tokens=min(spec.max_positions, engine.budget.context),
+            vocab_size=spec.vocab,
+            eos_token_ids=sorted(tokenizer.eos_ids) if tokenizer else (),
+            layers=spec.n_layers,
+            hidden_size=spec.hidden,
+            experts_per_layer=spec.router.n_experts,
+            experts_per_token=spec.router.top_k,
+            facts={name: str(value) for name, value in engine.facts().items()},
+        )
+
+    async def _prompt(self, request: pb.GenerateRequest) -> list[int]:
+        match request.WhichOneof("prompt"):
+            case "text":
+                return await generation.text_tokens(self._engine, request.text)
+            case "token_ids":
+                return list(request.token_ids.ids)
+        raise RequestError("the prompt is missing: set text or token_ids", "prompt")
+
+    def _of_prompt(self, prompt: list[int], given: PromptLogprobs) -> list[list[pb.TokenLogprob]]:
+        return [
+            convert.logprobs(
+                given[i : i + _PROMPT_PIECE], self._engine.tokenizer, prompt[i : i + _PROMPT_PIECE]
+            )
+            for i in range(0, len(given), _PROMPT_PIECE)
+        ]
