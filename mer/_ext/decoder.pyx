@@ -440,6 +440,12 @@ cdef class Decoder:
                     self.linear(&self.layer.shared_gate, self.h, self.n_tokens, self.router_logits)
             self.run(finish_task, self.n_tokens)
 
+    def hidden_states(self):
+        """h = norm(x), the final one, of all tokens of this step: how many there are."""
+        with nogil:
+            self.norm(self.final_norm, self.h)
+        return self.n_tokens
+
     def logits(self, const int32_t[::1] rows):
         """logits[i] = head(norm(x[rows[i]]))"""
         if rows.shape[0] == 0:

@@ -11,7 +11,7 @@ from attrs import frozen
 from mer._ext.cpus import usable_cpus
 from mer._ext.moe import scratch_bytes
 from mer.config import EngineConfig
-from mer.engine.scheduler import blocks_for
+from mer.engine.blocks import blocks_for
 from mer.errors import BudgetError, ConfigError
 from mer.model.dense import dense_bytes
 from mer.model.families import Architecture

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
+import itertools
+import time
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sized
 from contextlib import aclosing, suppress
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import attrs
+import numpy as np
+from numpy.typing import NDArray
 
 from mer.config import EngineConfig
-from mer.engine.budget import Budget
+from mer.engine.budget import Budget, resident_bytes
+from mer.engine.mailbox import Mailbox
+from mer.engine.observer import Observer, Snapshot
 from mer.engine.outputs import Delta, Result, join
 from mer.engine.params import SamplingParams
-from mer.engine.request import Request
+from mer.engine.request import Embedding, Request
 from mer.engine.runner import Runner, StepStats
 from mer.engine.sampling import Sampler
 from mer.engine.scheduler import Scheduler
@@ -29,6 +35,9 @@ from mer.model.tokenizer import Tokenizer
 from mer.weights.checkpoint import Checkpoint
 
 Prompt = str | list[int]
+
+# Characters or ids of a prompt that would keep the event loop waiting for milliseconds.
+_LONG: Final = 2000
 
 
 class _Opening:
@@ -80,10 +89,14 @@ class Engine:
         self._eos_ids = ends
         self._closed = False
         budget = runner.budget
-        scheduler = Scheduler(
-            n_blocks=budget.kv_blocks, step_tokens=budget.step_tokens, max_running=config.max_running
+        self._scheduler = Scheduler(
+            n_blocks=budget.kv_blocks,
+            step_tokens=budget.step_tokens,
+            max_running=config.max_running,
+            prefix_cache=config.prefix_cache,
         )
-        self._worker = Worker(runner, scheduler)
+        self._ids = itertools.count(1)
+        self._worker = Worker(runner, self._scheduler, config.max_waiting)
 
     @classmethod
     def open(cls, path: str | PathLike[str], config: EngineConfig | None = None, **settings: Any) -> _Opening:
@@ -139,6 +152,32 @@ class Engine:
         """None for a model that came without: prompts are token ids then, and texts empty."""
         return self._tokenizer
 
+    def observe(self, observer: Observer) -> None:
+        """Tell `observer` what happens to requests that are asked for from now on."""
+        self._worker.observe(observer)
+
+    def snapshot(self) -> Snapshot:
+        """The engine's state now, and totals."""
+        scheduler, cache, budget = self._scheduler, self._runner.cache.stats(), self._runner.budget
+        return Snapshot(
+            waiting=len(scheduler.waiting) + len(scheduler.paused),
+            running=len(scheduler.running),
+            kv_blocks=scheduler.pool.n_blocks,
+            kv_blocks_free=scheduler.pool.free,
+            kv_blocks_cached=scheduler.pool.cached,
+            prefix_hit_tokens=scheduler.hit_tokens,
+            prefix_query_tokens=scheduler.query_tokens,
+            preemptions=scheduler.preemptions,
+            cache_slots=budget.slots,
+            experts=budget.experts,
+            resident=cache["resident"],
+            evictions=cache["evictions"],
+            pinned=cache["in_use"],
+            ram_budget_bytes=budget.ram,
+            resident_bytes=resident_bytes(),
+            steps=self._runner.stats,
+        )
+
     @property
     def stats(self) -> StepStats:
         """Seconds, bytes and counts of all steps since the engine was opened."""
@@ -169,8 +208,8 @@ class Engine:
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Result:
         """The whole answer to a text or to token ids. Raises as `stream` does."""
-        request, items = self._start(prompt, params or SamplingParams())
-        async with aclosing(self._follow(request, items)) as deltas:
+        request = await self._request(prompt, params or SamplingParams())
+        async with aclosing(self._follow(request)) as deltas:
             return join([delta async for delta in deltas], request.sampler.seed)
 
     async def stream(
@@ -178,65 +217,85 @@ class Engine:
     ) -> AsyncGenerator[Delta, None]:
         """The answer piece by piece, at least one piece a token; leaving the iterator early ends the request.
 
-        Raises RequestError for a prompt or parameters that make no sense, DeviceReadError when an expert that
-        the answer needs can't be read, EngineClosedError.
+        A reader that is far behind gets no more computed until it has read on. Raises RequestError for a
+        prompt or parameters that make no sense, QueueFullError when too many wait, RequestTimeoutError,
+        DeviceReadError when an expert that the answer needs can't be read, EngineClosedError.
         """
-        request, items = self._start(prompt, params or SamplingParams())
-        async with aclosing(self._follow(request, items)) as deltas:
+        request = await self._request(prompt, params or SamplingParams())
+        async with aclosing(self._follow(request)) as deltas:
             async for delta in deltas:
                 yield delta
 
-    async def _follow(
-        self, request: Request, items: asyncio.Queue[Delta | BaseException]
-    ) -> AsyncGenerator[Delta, None]:
+    async def embed(self, prompt: Prompt) -> NDArray[np.float32]:
+        """f32 [hidden]: the mean over the prompt's positions of the last hidden state, after the final norm.
+
+        Raises as `stream` does.
+        """
+        tokens = await self._ready(prompt)
+        self._refuse_beyond(tokens, min(self.spec.max_positions, self.budget.context))
+        job = Embedding(tokens=tokens, wants="hidden", id=next(self._ids), mailbox=Mailbox())
+        self._worker.submit(job)
+        mean: NDArray[np.float32] | None = None
+        try:
+            mean = await job.mailbox.get()
+            return mean
+        finally:
+            if mean is None:
+                self._worker.cancel(job)
+
+    async def _follow(self, request: Request) -> AsyncGenerator[Delta, None]:
         ended = False
         try:
             while not ended:
-                item = await items.get()
-                if isinstance(item, BaseException):
-                    ended = True
-                    raise item
-                ended = item.finish_reason is not None
-                yield item
+                delta: Delta = await request.mailbox.get()
+                ended = delta.finish_reason is not None
+                if request.mailbox.caught_up():
+                    self._worker.resume(request)
+                yield delta
         finally:
             if not ended:
                 self._worker.cancel(request)
 
-    def _start(
-        self, prompt: Prompt, params: SamplingParams
-    ) -> tuple[Request, asyncio.Queue[Delta | BaseException]]:
-        if self._closed:
-            raise EngineClosedError("the engine is closed and takes no more requests")
-        tokens = self._tokens(prompt)
-        loop, items = asyncio.get_running_loop(), asyncio.Queue[Delta | BaseException]()
-
-        def deliver(item: Delta | BaseException) -> None:
-            try:
-                loop.call_soon_threadsafe(items.put_nowait, item)
-            except RuntimeError:  # the loop was closed: nobody waits any more
-                self._worker.cancel(request)
-
+    async def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """Submitted already."""
+        asked_at = time.perf_counter()
+        tokens = await self._ready(prompt)
         limit = min(self.spec.max_positions, self.budget.context)
-        if len(tokens) >= limit:
-            raise RequestError(
-                f"the prompt has {len(tokens)} tokens; with at least one of answer {limit} is the most here "
-                f"(the model's context is {self.spec.max_positions}, the KV cache holds "
-                f"{self.budget.context})",
-                "prompt",
-            )
+        self._refuse_beyond(tokens, limit - (params.max_tokens != 0))  # an answer needs a place
         if params.max_tokens is not None:
             limit = min(limit, len(tokens) + params.max_tokens)
         request = Request(
             tokens=tokens,
+            wants="last" if params.prompt_logprobs is None else "all",
+            priority=params.priority,
+            id=next(self._ids),
+            mailbox=Mailbox(),
+            asked_at=asked_at,
+            timeout=params.timeout,
             params=params,
             sampler=Sampler(params, tokens, self.spec.vocab),
             tokenizer=self._tokenizer,
             eos_ids=self._eos_ids,
             limit=limit,
-            deliver=deliver,
         )
         self._worker.submit(request)
-        return request, items
+        return request
+
+    async def _ready(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; that of a long one is left to another thread."""
+        if self._closed:
+            raise EngineClosedError("the engine is closed and takes no more requests")
+        if isinstance(prompt, Sized) and len(prompt) > _LONG:
+            return await asyncio.to_thread(self._tokens, prompt)
+        return self._tokens(prompt)
+
+    def _refuse_beyond(self, tokens: list[int], most: int) -> None:
+        if len(tokens) > most:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens; {most} is the most here (the model's context is "
+                f"{self.spec.max_positions}, the KV cache holds {self.budget.context})",
+                "prompt",
+            )
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -3,73 +3,130 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from attrs import Factory, define, field
 from numpy.typing import NDArray
 
+from mer.engine.mailbox import Mailbox
 from mer.engine.outputs import Delta, FinishReason, Timings, TokenLogprob, Usage
 from mer.engine.params import SamplingParams
 from mer.engine.runner import StepStats
-from mer.engine.sampling import Sampled, Sampler
+from mer.engine.sampling import Sampled, Sampler, with_logprobs
 from mer.engine.scheduler import Sequence
 from mer.model.detokenizer import Detokenizer
 from mer.model.stopping import StopStrings
 from mer.model.tokenizer import Tokenizer
 
-Deliver = Callable[[Delta | BaseException], None]
+
+@define(eq=False, kw_only=True)
+class Job(Sequence):
+    """What somebody waits for. Used by the worker's thread alone, but for the mailbox.
+
+    id: number of the request in this engine. asked_at: seconds of time.perf_counter. timeout: seconds from
+    there to its deadline.
+    """
+
+    id: int
+    mailbox: Mailbox[Any]
+    timeout: float | None = None
+    asked_at: float = Factory(time.perf_counter)
+    started_at: float | None = None
+    steps: StepStats = Factory(StepStats)
+    prompt_tokens: int = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.prompt_tokens = len(self.tokens)
+        if self.timeout is not None:
+            self.deadline = self.asked_at + self.timeout
+
+    def end_step(self, stats: StepStats) -> None:
+        """A step that it took part in has been computed."""
+        self.steps += stats
+
+    def usage(self) -> Usage:
+        """So far."""
+        answer = len(self.tokens) - self.prompt_tokens
+        return Usage(self.prompt_tokens, answer, self.cached or 0)
 
 
 @define(eq=False, kw_only=True)
-class Request(Sequence):
-    """Used by the worker's thread alone, but for `deliver`, which passes each piece on."""
+class Embedding(Job):
+    """The mean over positions of the last hidden state."""
+
+    _sum: NDArray[np.float32] = field(init=False, factory=lambda: np.zeros(0, np.float32))
+
+    def add(self, start: int, hidden: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """Take f32 [T, hidden], the states from position `start` on; f32 [hidden] when they were the last."""
+        # Row by row, so that it does not matter how the prompt was cut; from the start after a preemption.
+        rows = hidden if start == 0 else np.vstack([self._sum, hidden])
+        self._sum = np.add.reduce(rows, axis=0)
+        if start + len(hidden) < self.prompt_tokens:
+            return None
+        return self._sum / np.float32(self.prompt_tokens)
+
+
+@define(eq=False, kw_only=True)
+class Request(Job):
+    """An answer that is drawn token by token."""
 
     params: SamplingParams
     sampler: Sampler
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int]
     limit: int  # most tokens, prompt and answer together
-    deliver: Deliver
-    prompt_tokens: int = field(init=False)
     _detokenizer: Detokenizer | None = field(init=False)
     _stops: StopStrings = field(init=False)
     _end_ids: frozenset[int] = field(init=False)
-    _asked_at: float = Factory(time.perf_counter)
-    _started_at: float | None = None
+    _prompt_logprobs: dict[int, TokenLogprob] = Factory(dict)
     _first_at: float | None = None
-    _steps: StepStats = Factory(StepStats)
+    _last_at: float = 0.0
 
     def __attrs_post_init__(self) -> None:
-        self.prompt_tokens = len(self.tokens)
+        Job.__attrs_post_init__(self)
         self._detokenizer = self.tokenizer.detokenizer(self.tokens) if self.tokenizer else None
         self._stops = StopStrings(self.params.stop)
         self._end_ids = frozenset(self.params.stop_token_ids)
         if not self.params.ignore_eos:
             self._end_ids |= self.eos_ids
 
-    def begin_step(self) -> None:
-        if self._started_at is None:
-            self._started_at = time.perf_counter()
-
-    def end_step(self, stats: StepStats) -> None:
-        """A step that it took part in has been computed."""
-        self._steps += stats
+    def see_prompt(self, start: int, logits: NDArray[np.float32]) -> None:
+        """Take f32 [T, vocab], what the model expected after each token from position `start` on."""
+        count = self.params.prompt_logprobs
+        assert count is not None
+        for position, row in enumerate(logits, start + 1):
+            if position < self.prompt_tokens:
+                drawn = with_logprobs(self.tokens[position], row, count)
+                self._prompt_logprobs[position] = self._logprob(drawn)
 
     def accept(self, logits: NDArray[np.float32]) -> Delta:
         """Draw the next token from f32 [vocab]: the piece to deliver; the last one has a finish_reason."""
+        prompt_logprobs = None
+        if self.wants == "all":
+            prompt_logprobs = (None, *(self._prompt_logprobs[i] for i in range(1, self.prompt_tokens)))
+            self.wants = "last"  # they are delivered: from here on it is a request like others
+        if self.prompt_tokens == self.limit:
+            self._first_at = self._last_at = time.perf_counter()
+            end: FinishReason = "length"
+            timings = self._timings()
+            return Delta("", (), None, end, self.usage(), timings, prompt_logprobs)
         drawn = self.sampler.sample(logits)
         self.tokens.append(drawn.token)
-        now = time.perf_counter()
-        self._first_at = self._first_at or now
+        self._last_at = time.perf_counter()
+        self._first_at = self._first_at or self._last_at
         text, reason = self._read(drawn.token)
         logprobs = None
         if self.params.logprobs is not None:
             logprobs = (self._logprob(drawn),)
         if reason is None:
-            return Delta(text, (drawn.token,), logprobs)
-        usage = Usage(self.prompt_tokens, len(self.tokens) - self.prompt_tokens)
-        return Delta(text, (drawn.token,), logprobs, reason, usage, self._timings(now))
+            return Delta(text, (drawn.token,), logprobs, prompt_logprobs=prompt_logprobs)
+        return Delta(text, (drawn.token,), logprobs, reason, self.usage(), self._timings(), prompt_logprobs)
+
+    @property
+    def last_at(self) -> float:
+        """When its last token was drawn; when it was asked for, if there is none."""
+        return self._last_at or self.asked_at
 
     def _read(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that is certain now, and why the answer ends here if it does."""
@@ -97,12 +154,12 @@ class Request(Sequence):
         assert drawn.logprob is not None
         return TokenLogprob(drawn.token, text(drawn.token), drawn.logprob, top)
 
-    def _timings(self, now: float) -> Timings:
-        assert self._started_at is not None
+    def _timings(self) -> Timings:
+        assert self.started_at is not None
         assert self._first_at is not None
         return Timings(
-            queue_s=self._started_at - self._asked_at,
-            prefill_s=self._first_at - self._started_at,
-            decode_s=now - self._first_at,
-            steps=self._steps,
+            queue_s=self.started_at - self.asked_at,
+            prefill_s=self._first_at - self.started_at,
+            decode_s=self._last_at - self._first_at,
+            steps=self.steps,
         )

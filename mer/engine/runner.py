@@ -138,14 +138,15 @@ class Runner:
         )
 
     def step(self, chunks: list[Chunk]) -> NDArray[np.float32]:
-        """Compute the chunks: f32 [R, vocab], the logits after each that is its sequence's last, in order.
+        """Compute the chunks: f32 [R, vocab], the logits after the last `rows` tokens of each, in order.
 
         Overwritten by the next step. Raises DeviceReadError or CheckpointError when an expert can't be read;
         the chunks can then be computed again.
         """
         tokens: list[int] = []
         positions: list[NDArray[np.int32]] = []
-        offsets, rows = [0], []
+        offsets: list[int] = [0]
+        rows: list[int] = []
         tables = np.zeros((len(chunks), max(len(c.sequence.blocks) for c in chunks)), np.int32)
         for row, chunk in zip(tables, chunks, strict=True):
             sequence = chunk.sequence
@@ -154,8 +155,7 @@ class Runner:
             positions.append(np.arange(start, end, dtype=np.int32))
             offsets.append(len(tokens))
             row[: len(sequence.blocks)] = sequence.blocks
-            if chunk.last:
-                rows.append(len(tokens) - 1)
+            rows += range(len(tokens) - chunk.rows, len(tokens))
         batch = Batch(
             tokens=np.array(tokens, np.int32),
             positions=np.concatenate(positions),
@@ -169,6 +169,10 @@ class Runner:
         finally:
             self._register_arena()
             self._step_s += time.perf_counter() - started
+
+    def hidden(self) -> NDArray[np.float32]:
+        """f32 [T, hidden]: of each token of the last step, after the final norm; overwritten by the next."""
+        return self._forward.hidden()
 
     def _register_arena(self) -> None:
         """Make the cache's arena fixed buffers of the ring, once it is full: a read takes less CPU time then.

@@ -101,7 +101,7 @@ class Sampler:
             self._counts[token] += 1
         if self.params.logprobs is None:
             return Sampled(token, None, ())
-        return _with_logprobs(token, logits, self.params.logprobs)
+        return with_logprobs(token, logits, self.params.logprobs)
 
     def _penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits after biases and penalties; the same array where there are none."""
@@ -207,8 +207,8 @@ def _top_p(
     return near[np.flatnonzero(kept)]
 
 
-def _with_logprobs(token: int, logits: NDArray[np.float32], count: int) -> Sampled:
-    """`token` with its log-probability and those of the `count` likeliest tokens."""
+def with_logprobs(token: int, logits: NDArray[np.float32], count: int) -> Sampled:
+    """`token` with its log-probability in f32 [vocab] and those of the `count` likeliest tokens."""
     peak = logits[_likeliest(logits)]
     weights = np.subtract(logits, peak, dtype=np.float64)
     total = float(peak) + float(np.log(np.exp(weights, out=weights).sum()))

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from typing import Final, Literal
 
 from attrs import Factory, define, frozen
 
+from mer.engine.blocks import BlockPool, extend_keys
 from mer.model.kv import BLOCK
+
+# One step of priority is worth as much as coming this many requests earlier: nobody waits for ever.
+AGEING: Final = 64
 
 
 @define(eq=False)
 class Sequence:
     """What the scheduler knows of a request. tokens: the prompt, then the answer so far.
 
-    computed: leading tokens whose keys and values are in `blocks`.
+    computed: leading tokens whose keys and values are in `blocks`. cached: how many of them others had
+    computed before its first step; None until then. keys: of its full blocks (see mer.engine.blocks).
+    wants: logits after the last token, after each token (both for its answer), or the hidden states alone.
+    priority: lower comes sooner. deadline: when it is to be given up, by the clock of who asks for that.
     """
 
     tokens: list[int]
+    wants: Literal["last", "all", "hidden"] = "last"
+    priority: int = 0
+    deadline: float | None = None
     computed: int = 0
+    cached: int | None = None
     blocks: list[int] = Factory(list)
+    keys: list[bytes] = Factory(list)
+    place: tuple[int, int] = (0, 0)
 
     @property
     def pending(self) -> int:
@@ -35,109 +49,218 @@ class Chunk:
 
     @property
     def last(self) -> bool:
-        """Whether the token after this chunk is not known yet: its logits are wanted."""
+        """Whether the token after this chunk is not known yet."""
         return self.count == self.sequence.pending
 
-
-def blocks_for(tokens: int) -> int:
-    """KV blocks that this many tokens take."""
-    return -(-tokens // BLOCK)
-
-
-class BlockPool:
-    """KV blocks by number; who holds which is decided here alone."""
-
-    def __init__(self, n_blocks: int) -> None:
-        self.n_blocks = n_blocks
-        self._free = list(range(n_blocks - 1, -1, -1))
-
     @property
-    def free(self) -> int:
-        return len(self._free)
+    def rows(self) -> int:
+        """Its last tokens whose logits are wanted."""
+        if self.sequence.wants == "last":
+            return int(self.last)
+        return self.count if self.sequence.wants == "all" else 0
 
-    def extend(self, sequence: Sequence, tokens: int) -> bool:
-        """Give `sequence` blocks for `tokens` tokens in all; False, and nothing, when there are too few."""
-        missing = blocks_for(tokens) - len(sequence.blocks)
-        if missing > len(self._free):
-            return False
-        for _ in range(missing):
-            sequence.blocks.append(self._free.pop())
-        return True
 
-    def release(self, sequence: Sequence) -> None:
-        self._free += reversed(sequence.blocks)
-        sequence.blocks.clear()
+def _place(sequence: Sequence) -> tuple[int, int]:
+    return sequence.place
 
 
 class Scheduler:
-    """Forms steps: one token of each running sequence first, then chunks of prompts, oldest first.
+    """Forms steps: one token of each running sequence first, then chunks of prompts, in order.
 
-    A prompt is admitted when there are blocks for all of it. When a running sequence needs a block and there
-    is none, the sequence that came last gives up its own and is computed again later: the same bytes come
-    out, since no result depends on how a prompt was cut. Every sequence must fit into n_blocks by itself.
+    The order is that of arrival, where each step of priority counts as AGEING arrivals. A prompt is admitted
+    when there are blocks for all of it. When a running sequence needs a block and there is none, the last
+    one in order gives up its own and is computed again later: the same bytes come out, since no result
+    depends on how a prompt was cut. A waiting one takes the place of a running one only if that has less
+    priority. Every sequence must fit into n_blocks by itself.
+
+    Work whose experts are resident is not preferred: every running sequence is in every step, and which
+    experts it needs is known only while the step runs, layer by layer.
+
+    Prefixes are shared through the pool's keys. One that begins with what a running one is just computing
+    waits for that instead of computing it as well. Logits of earlier tokens need all of a prompt computed:
+    who wants them shares nothing.
     """
 
-    def __init__(self, *, n_blocks: int, step_tokens: int, max_running: int) -> None:
+    def __init__(
+        self,
+        *,
+        n_blocks: int,
+        step_tokens: int,
+        max_running: int,
+        prefix_cache: bool = True,
+        root: bytes = b"",
+    ) -> None:
         self.pool = BlockPool(n_blocks)
         self.step_tokens = step_tokens
         self.max_running = min(max_running, step_tokens)
-        self.waiting: deque[Sequence] = deque()
+        # All three by place in the order.
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.paused: list[Sequence] = []
         self.preemptions = 0
+        self.hit_tokens = 0
+        self.query_tokens = 0
+        self._prefix_cache = prefix_cache
+        self._root = root
+        self._arrivals = 0
+        self._deadlines: dict[Sequence, float] = {}
 
     def __bool__(self) -> bool:
-        """Whether there is anything to do."""
-        return bool(self.waiting or self.running)
+        """Whether anybody is here."""
+        return bool(self.waiting or self.running or self.paused)
+
+    @property
+    def next_deadline(self) -> float | None:
+        return min(self._deadlines.values(), default=None)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        sequence.place = (self._arrivals + AGEING * sequence.priority, self._arrivals)
+        self._arrivals += 1
+        if sequence.deadline is not None:
+            self._deadlines[sequence] = sequence.deadline
+        self._find_keys(sequence)
+        insort(self.waiting, sequence, key=_place)
 
     def remove(self, sequence: Sequence) -> None:
         """It has ended, or nobody wants it any more."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        else:
-            self.waiting.remove(sequence)
-        self.pool.release(sequence)
+        for place in (self.running, self.waiting, self.paused):
+            if sequence in place:
+                place.remove(sequence)
+        self._deadlines.pop(sequence, None)
+        self.pool.release(sequence.blocks)
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Those whose deadline has come; they are still here."""
+        return [sequence for sequence, deadline in self._deadlines.items() if deadline <= now]
+
+    def pause(self, sequence: Sequence) -> None:
+        """Not to be computed for now. It keeps its blocks as long as nobody else needs them."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        insort(self.paused, sequence, key=_place)
+
+    def resume(self, sequence: Sequence) -> None:
+        """It may go on, when its turn comes."""
+        if sequence in self.paused:
+            self.paused.remove(sequence)
+            insort(self.waiting, sequence, key=_place)
 
     def schedule(self) -> list[Chunk]:
-        """The next step; empty only when there is nothing to do. Between two calls the step is committed."""
+        """The next step; empty when nobody can be computed now. Between two calls the step is committed."""
         preempted = self.preemptions
-        chunks: list[Chunk] = []
-        room = self.step_tokens
         for sequence in list(self.running):
-            if room and sequence.pending == 1 and self._grow(sequence):
-                chunks.append(Chunk(sequence, 1))
-                room -= 1
-        for sequence in self.running:
-            if room and sequence.pending > 1:
-                room -= self._chunk(chunks, sequence, room)
+            if sequence.pending == 1 and sequence in self.running:
+                self._grow(sequence)
         if self.preemptions == preempted:
-            while room and self.waiting and len(self.running) < self.max_running:
-                sequence = self.waiting[0]
-                if not self.pool.extend(sequence, len(sequence.tokens)):
-                    break
-                self.running.append(self.waiting.popleft())
-                room -= self._chunk(chunks, sequence, room)
+            self._admit()
+        decoding = [sequence for sequence in self.running if sequence.pending == 1]
+        chunks = [Chunk(sequence, 1) for sequence in decoding]
+        room = self.step_tokens - len(chunks)
+        rows = self.max_running - sum(chunk.rows for chunk in chunks)
+        for sequence in self.running:
+            count = min(room, sequence.pending)
+            if sequence.wants == "all":
+                count = min(count, rows)
+            elif sequence.wants == "last" and count == sequence.pending and not rows:
+                count -= 1
+            if sequence.pending > 1 and count:
+                chunks.append(Chunk(sequence, count))
+                room -= count
+                rows -= chunks[-1].rows
         return chunks
 
     def commit(self, chunks: list[Chunk]) -> None:
         """The step has been computed."""
         for chunk in chunks:
-            chunk.sequence.computed += chunk.count
+            sequence = chunk.sequence
+            full = sequence.computed // BLOCK
+            sequence.computed += chunk.count
+            self._find_keys(sequence)
+            for at in range(full, min(sequence.computed // BLOCK, len(sequence.keys))):
+                self.pool.publish(sequence.blocks, at, sequence.keys[at])
+
+    def _find_keys(self, sequence: Sequence) -> None:
+        if self._prefix_cache and sequence.wants == "last":
+            extend_keys(sequence.keys, sequence.tokens, self._root)
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Blocks for its next token, taken from the last in order if need be, which may be itself."""
+        while sequence in self.running and not self.pool.extend(sequence.blocks, len(sequence.tokens)):
+            holder = self._holder(self.waiting)
+            if holder is None:
+                holder = self.running[-1]
+                self._set_back(holder)
+            self._strip(holder)
+
+    def _admit(self) -> None:
+        for sequence in list(self.waiting):
+            if self._is_coming(sequence):
+                continue
+            if not (self._has_place(sequence) and self._take_blocks(sequence)):
+                break
+            self.waiting.remove(sequence)
+            insort(self.running, sequence, key=_place)
+            if sequence.cached is None:
+                sequence.cached = sequence.computed
+                self.hit_tokens += sequence.computed
+                self.query_tokens += len(sequence.tokens) if self._prefix_cache else 0
+
+    def _is_coming(self, sequence: Sequence) -> bool:
+        """Whether a running one is just computing the first block that it would have to compute."""
+        if sequence.blocks:
+            return False
+        at = self.pool.match(self._sharable(sequence))
+        return at < len(self._sharable(sequence)) and any(
+            at < len(other.keys) and other.keys[at] == sequence.keys[at] and other.computed < (at + 1) * BLOCK
+            for other in self.running
+        )
+
+    def _has_place(self, sequence: Sequence) -> bool:
+        if len(self.running) < self.max_running:
+            return True
+        if not self._yields(self.running[-1], sequence):
+            return False
+        self._set_back(self.running[-1])
+        return True
 
     @staticmethod
-    def _chunk(chunks: list[Chunk], sequence: Sequence, room: int) -> int:
-        count = min(room, sequence.pending)
-        chunks.append(Chunk(sequence, count))
-        return count
+    def _yields(running: Sequence, waiting: Sequence) -> bool:
+        return running.priority > waiting.priority and running.place > waiting.place
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Blocks for its next token, taken from the last sequence if need be; False: it was the last."""
-        while sequence.blocks and not self.pool.extend(sequence, len(sequence.tokens)):
-            victim = self.running.pop()
-            self.pool.release(victim)
-            victim.computed = 0
-            self.waiting.appendleft(victim)
-            self.preemptions += 1
-        return bool(sequence.blocks)
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        """Blocks for all its tokens: shared ones of its beginning, free ones, those of others behind it."""
+        if not sequence.blocks:
+            keys = self._sharable(sequence)
+            keys = keys[: self.pool.match(keys)]
+            self.pool.share(sequence.blocks, keys)
+            sequence.computed = len(keys) * BLOCK
+        while not self.pool.extend(sequence.blocks, len(sequence.tokens)):
+            holder = self._holder([other for other in self.waiting if other.place > sequence.place])
+            if holder is None:
+                if not (self.running and self._yields(self.running[-1], sequence)):
+                    return False
+                holder = self.running[-1]
+                self._set_back(holder)
+            self._strip(holder)
+        return True
+
+    def _holder(self, waiting: list[Sequence]) -> Sequence | None:
+        """The last in order that holds blocks and is not computed now: of the paused ones, then of these."""
+        for place in (self.paused, waiting):
+            for sequence in reversed(place):
+                if sequence.blocks:
+                    return sequence
+        return None
+
+    def _set_back(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        insort(self.waiting, sequence, key=_place)
+        self.preemptions += 1
+
+    def _strip(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.computed = 0
+
+    @staticmethod
+    def _sharable(sequence: Sequence) -> list[bytes]:
+        """Keys of what it need not compute: the last token's logits are always wanted."""
+        return sequence.keys[: (len(sequence.tokens) - 1) // BLOCK]

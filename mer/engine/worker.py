@@ -5,12 +5,18 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from mer.engine.request import Request
+import numpy as np
+from numpy.typing import NDArray
+
+from mer.engine.observer import EndReason, Observer
+from mer.engine.request import Embedding, Job, Request
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Scheduler
-from mer.errors import EngineClosedError, MerError
+from mer.errors import EngineClosedError, MerError, QueueFullError, RequestTimeoutError
 
 _log = logging.getLogger("mer")
 
@@ -21,42 +27,64 @@ _Command = Callable[[], None]
 class Worker:
     """Runs a Runner's steps on a thread of its own until `close`. Any thread may call its methods."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, max_waiting: int) -> None:
         self._runner = runner
         self._scheduler = scheduler
+        self._most = scheduler.max_running + max_waiting
+        self._observers: list[Observer] = []
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._closing = False
         self._failure = ""  # why the thread ended by itself
         self._ended = False  # no more commands are obeyed on the thread; changes under the lock
-        self._ending = threading.Lock()
-        self._requests: set[Request] = set()
+        self._here = 0  # requests submitted and not over; changes under the lock
+        self._lock = threading.Lock()
+        self._jobs: set[Job] = set()
+        self._last_end: float | None = None
+        self._pace = 1.0  # seconds from one request's end to the next, about
         self._thread = threading.Thread(target=self._run, name="mer-step", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
-        """Its `deliver` is called on the worker's thread: with deltas, or with one exception."""
-        self._send(lambda: self._add(request))
+    def observe(self, observer: Observer) -> None:
+        self._send(lambda: self._observers.append(observer))
 
-    def cancel(self, request: Request) -> None:
+    def submit(self, job: Job) -> None:
+        """Its mailbox will get deltas or an array, or one exception. Raises QueueFullError."""
+        with self._lock:
+            if self._here >= self._most:
+                raise QueueFullError(
+                    f"{self._here} requests are running or waiting already; try again later",
+                    min(max(self._pace, 1.0), 60.0),
+                )
+            self._here += 1
+        self._send(lambda: self._add(job))
+
+    def cancel(self, job: Job) -> None:
         """Forget it at the next step, if it has not ended by itself; nothing more is delivered."""
-        self._send(lambda: self._remove(request))
+        self._send(lambda: self._remove(job, "cancelled"))
+
+    def resume(self, job: Job) -> None:
+        """Its reader has caught up."""
+        self._send(lambda: self._scheduler.resume(job))
 
     def close(self, *, drain: bool) -> None:
         """Take no more requests, end (drain) or drop those that are there, and end the thread.
 
-        May be called again, also while it is under way: to drop what it would have drained.
+        Draining waits for no reader. May be called again, also while it is under way: to drop what it would
+        have drained.
         """
 
         def begin() -> None:
             self._closing = True
             if not drain:
-                self._fail(set(self._requests), EngineClosedError("the engine was closed"))
+                self._fail(list(self._jobs), EngineClosedError("the engine was closed"))
+            for job in list(self._jobs):
+                self._scheduler.resume(job)
 
         self._send(begin)
         self._thread.join()
 
     def _send(self, command: _Command) -> None:
-        with self._ending:
+        with self._lock:
             if not self._ended:
                 self._commands.put(command)
                 return
@@ -64,81 +92,149 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            idle = False
             while not self._closing or self._scheduler:
-                self._obey()
-                if self._scheduler:
-                    self._step(self._scheduler.schedule())
+                self._obey(wait=idle and not (self._closing and not self._scheduler))
+                self._expire()
+                chunks = self._scheduler.schedule()
+                idle = not chunks
+                if chunks:
+                    self._step(chunks)
         except BaseException as error:
             _log.exception("the engine's thread ended")
             self._closing = True
             self._failure = f"the engine stopped by an error inside mer: {error!r}"
-            self._fail(set(self._requests), MerError(self._failure))
-        with self._ending:
+            self._fail(list(self._jobs), MerError(self._failure))
+        with self._lock:
             self._ended = True
-        self._obey()  # who came too late is told so
+        self._obey(wait=False)  # who came too late is told so
 
-    def _obey(self) -> None:
-        """All commands that are there; waits for one when there is nothing to compute."""
+    def _obey(self, *, wait: bool) -> None:
+        """All commands that are there; `wait`: for one, or for a deadline."""
+        deadline = self._scheduler.next_deadline if wait else None
+        timeout = None if deadline is None else max(deadline - time.perf_counter(), 0.0)
         while True:
             try:
-                command = self._commands.get(block=not self._scheduler and not self._closing)
+                command = self._commands.get(block=wait, timeout=timeout)
             except queue.Empty:
                 return
             command()
+            wait = False
 
-    def _add(self, request: Request) -> None:
+    def _add(self, job: Job) -> None:
         if self._closing:
+            self._gone()
             text = self._failure or "the engine is closed and takes no more requests"
-            request.deliver(EngineClosedError(text))
+            self._put(job, EngineClosedError(text))
             return
-        self._requests.add(request)
-        self._scheduler.add(request)
+        self._jobs.add(job)
+        self._scheduler.add(job)
+        self._tell("queued", job.id)
 
-    def _remove(self, request: Request) -> None:
-        if request in self._requests:
-            self._requests.remove(request)
-            self._scheduler.remove(request)
+    def _expire(self) -> None:
+        for job in _jobs(self._scheduler.expired(time.perf_counter())):
+            text = f"the request had not ended after {job.timeout:g} seconds, its timeout"
+            self._fail([job], RequestTimeoutError(text), "timeout")
 
-    def _fail(self, requests: Iterable[Request], error: Exception) -> None:
-        for request in requests:
-            self._remove(request)
-            request.deliver(error)
+    def _remove(self, job: Job, reason: EndReason) -> None:
+        if job not in self._jobs:
+            return
+        self._jobs.remove(job)
+        self._scheduler.remove(job)
+        self._gone()
+        now = time.perf_counter()
+        if self._last_end is not None:
+            self._pace += 0.1 * (now - self._last_end - self._pace)
+        self._last_end = now
+        usage = job.usage()
+        self._tell("ended", reason, usage if usage.completion_tokens else None)
+
+    def _put(self, job: Job, item: Any) -> None:
+        if not job.mailbox.put(item):
+            self._remove(job, "cancelled")
+
+    def _gone(self) -> None:
+        with self._lock:
+            self._here -= 1
+
+    def _fail(self, jobs: Iterable[Job], error: Exception, reason: EndReason = "error") -> None:
+        for job in jobs:
+            self._remove(job, reason)
+            self._put(job, error)
 
     def _step(self, chunks: list[Chunk]) -> None:
         try:
             self._compute(chunks)
         except MerError as error:
             if len(chunks) == 1:
-                self._fail(_requests(chunks), error)
+                self._fail(_chunk_jobs(chunks), error)
                 return
             # Some expert can't be read. Only who needs it shall fail, so each is computed by itself.
             for chunk in chunks:
                 self._step([chunk])
 
     def _compute(self, chunks: list[Chunk]) -> None:
-        for request in _requests(chunks):
-            request.begin_step()
+        jobs = _chunk_jobs(chunks)
+        for job in jobs:
+            if job.started_at is None:
+                job.started_at = time.perf_counter()
+                self._tell("started", job.started_at - job.asked_at)
         before = self._runner.stats
         logits = self._runner.step(chunks)
         stats = self._runner.stats - before
-        wanted = _requests([chunk for chunk in chunks if chunk.last])
+        rows = [(chunk.sequence.computed, chunk.count, chunk.rows, chunk.last) for chunk in chunks]
         self._scheduler.commit(chunks)
-        for request in _requests(chunks):
-            request.end_step(stats)
-        for row, request in zip(logits, wanted, strict=True):
+        self._tell("step", sum(chunk.count for chunk in chunks), len(chunks), stats)
+        token = row = 0
+        for job, (start, count, n_rows, last) in zip(jobs, rows, strict=True):
+            job.end_step(stats)
+            here = slice(token, token + count)
             try:
-                delta = request.accept(row)
-                if delta.finish_reason is not None:
-                    self._remove(
-                        request
-                    )  # before anybody knows: its blocks are free when the answer is there
-                request.deliver(delta)
+                if isinstance(job, Embedding):
+                    self._embed(job, start, here)
+                else:
+                    assert isinstance(job, Request)
+                    self._answer(job, start, logits[row : row + n_rows], last=last)
             except MerError as error:
-                self._fail([request], error)
+                self._fail([job], error)
             except Exception as error:  # of one answer's tokens or text: the others go on
                 _log.exception("a request ended")
-                self._fail([request], MerError(f"the request ended by an error inside mer: {error!r}"))
+                self._fail([job], MerError(f"the request ended by an error inside mer: {error!r}"))
+            token, row = token + count, row + n_rows
+
+    def _embed(self, job: Embedding, start: int, here: slice) -> None:
+        mean = job.add(start, self._runner.hidden()[here])
+        if mean is not None:
+            self._remove(job, "stop")
+            self._put(job, mean)
+
+    def _answer(self, request: Request, start: int, logits: NDArray[np.float32], *, last: bool) -> None:
+        if request.wants == "all":
+            request.see_prompt(start, logits)
+        if not last:
+            return
+        first, before = len(request.tokens) == request.prompt_tokens, request.last_at
+        delta = request.accept(logits[-1])
+        if delta.token_ids:
+            self._tell("token", first, request.last_at - before)
+        if delta.finish_reason is not None:
+            # before anybody knows: its blocks are free when the answer is there
+            self._remove(request, delta.finish_reason)
+        self._put(request, delta)
+        if request in self._jobs and not self._closing and request.mailbox.hold_up():
+            self._scheduler.pause(request)
+
+    def _tell(self, event: str, *facts: Any) -> None:
+        for observer in self._observers:
+            try:
+                getattr(observer, event)(*facts)
+            except Exception:  # of someone who only looks on
+                _log.exception("an observer failed")
 
 
-def _requests(chunks: list[Chunk]) -> list[Request]:
-    return [chunk.sequence for chunk in chunks if isinstance(chunk.sequence, Request)]
+def _jobs(sequences: Iterable[Any]) -> list[Job]:
+    return [sequence for sequence in sequences if isinstance(sequence, Job)]
+
+
+def _chunk_jobs(chunks: list[Chunk]) -> list[Job]:
+    return _jobs(chunk.sequence for chunk in chunks)

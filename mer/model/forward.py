@@ -112,3 +112,7 @@ class Forward:
             decoder.finish(index)
         decoder.logits(batch.logit_rows)
         return buffers["logits"][: len(batch.logit_rows)]
+
+    def hidden(self) -> NDArray[np.float32]:
+        """f32 [T, hidden]: each token of the last step after the final norm; overwritten by the next step."""
+        return self._buffers["h"][: self._decoder.hidden_states()]

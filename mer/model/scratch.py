@@ -79,8 +79,8 @@ def linear_scratch_bytes(cols: int, tokens: int) -> int:
 
 
 def _prepared_bytes(cols: int) -> int:
-    # f32 is the largest form of an activation, but for the padding of the int8 one's four arrays.
-    return _round(4 * cols, _ALIGN) + 4 * _ALIGN
+    # Three BF16 parts are the largest form of an activation, but for the padding of the int8 one's arrays.
+    return 3 * _round(2 * cols, _ALIGN) + 4 * _ALIGN
 
 
 def _round(n: int, unit: int) -> int:

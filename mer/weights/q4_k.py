@@ -1,12 +1,14 @@
 """Q4_K: blocks of 256 as 8 sub-blocks of 32, each value = d * scale * code - dmin * minimum.
 
 d and dmin are F16 for the block, scale and minimum 6 bits for each sub-block, codes 4 bits. Layout and
-dequantising are GGUF's, bit for bit. How to choose the numbers is the quantiser's, and this one is our own
-search: the `gguf` package has none to compare with. It follows the published method of the k-quants: for each
-sub-block try a range of step sizes, fit scale and minimum to the codes by weighted least squares, keep the
-best fit.
+dequantising are GGUF's, bit for bit. How to choose the numbers is the quantiser's, and this one gives the
+bytes of ggml's reference as built for x86-64: for each sub-block try a range of step sizes, fit scale and
+minimum to the codes by weighted least squares, keep the best fit. Every operation is the reference's, in
+float32 and in its order, its oddities with it: a better fit moves the minimum from which the next codes are
+counted.
 
-Sums run over the first axis, element after element: the result is the same on every machine.
+Sums run over the first axis, element after element, and no product is fused with a sum: the result is the
+same on every machine.
 """
 
 from __future__ import annotations
@@ -19,82 +21,99 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
+_ZERO, _ONE, _TOP, _SIX_BITS = (np.float32(n) for n in (0, 1, 15, 63))
 # Step sizes tried: the range of a sub-block is divided into 14.0, 14.1, ... 16.0 steps.
-_STEPS: Final = tuple(np.float32(14 + 0.1 * i) for i in range(21))
-_SIX_BITS: Final = np.float32(63)
+_STEPS: Final = tuple(np.float32(-1) + np.float32(0.1) * np.float32(i) + _TOP for i in range(21))
+# Added to a float below 2**22 this leaves the nearest integer (ties to even) in the low bits of the sum.
+_ROUNDER: Final = np.float32(3 << 22)
 
 
-def _divide(a: Floats, b: Floats) -> Floats:
-    """a / b, and 0 where b is not positive."""
-    return np.where(b > 0, a / np.where(b > 0, b, np.float32(1)), np.float32(0))
+def _nearest(values: Floats) -> NDArray[np.int32]:
+    """The nearest integers, as ggml takes them from the bits: what is not finite gives 0 or less."""
+    bits = (values + _ROUNDER).view(np.int32)
+    bits &= (1 << 23) - 1
+    bits -= 1 << 22
+    return bits
 
 
-def _fit(values: Floats) -> tuple[Floats, Floats]:
-    """Scale and minimum (as a positive number to subtract) of sub-blocks [32, n] -> each [n].
+def _fit(values: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """Sub-blocks [32, n] -> their scale and lowest value (not above 0), inverse and start, each [n].
 
-    Large values count more: the weight of x is |x| plus the root mean square of its sub-block.
+    Large values count more: the weight of x is |x| plus the root mean square of its sub-block. The codes that
+    were fitted are the nearest integers to (x - start) * inverse.
     """
     weight = np.abs(values)
     weight += np.sqrt((values * values).sum(axis=0) / np.float32(32))
-    low = np.minimum(values.min(axis=0), np.float32(0))
-    span = values.max(axis=0) - low
-    # Within the search a sub-block goes from 0 to 1, so that sums lose little to cancellation.
-    unit = _divide(values - low, np.broadcast_to(span, values.shape))
-    weighted = weight * unit
-    sum_w, sum_x, sum_xx = weight.sum(axis=0), weighted.sum(axis=0), (weighted * unit).sum(axis=0)
-    # The minimum may not rise above zero: it is stored without a sign.
-    ceiling = _divide(-low, span)
-    best = np.full(low.shape, np.inf, np.float32)
-    best_scale, best_offset = np.zeros_like(low), np.zeros_like(low)
-    code, product = np.empty_like(values), np.empty_like(values)
+    low, high = np.minimum(values.min(axis=0), _ZERO), values.max(axis=0)
+    code, work, product = (np.empty_like(values) for _ in range(3))
+    sum_w, sum_x = weight.sum(axis=0), np.multiply(weight, values, out=work).sum(axis=0)
+
+    def codes(inverse: Floats) -> None:
+        np.subtract(values, low, out=code)
+        np.multiply(code, inverse, out=code)
+        np.clip(np.rint(code, out=code), 0, 15, out=code)
+        if not (usual := np.isfinite(inverse) & (inverse > 0)).all():
+            code[:, ~usual] = 0  # a range that float32 cannot divide by, nor 15 by it
+
+    def error(scale: Floats, least: Floats) -> Floats:
+        np.multiply(code, scale, out=work)
+        np.add(work, least, out=work)
+        np.subtract(work, values, out=work)
+        np.multiply(work, work, out=work)
+        total: Floats = np.multiply(work, weight, out=work).sum(axis=0)
+        return total
+
+    inverse = _TOP / (high - low)
+    scale = _ONE / inverse
+    codes(inverse)
+    best = error(scale, low)
+    best_inverse, start = inverse, low
     for steps in _STEPS:
-        np.rint(np.multiply(unit, steps, out=code), out=code)
-        if steps >= 15.5:
-            np.minimum(code, np.float32(15), out=code)
-        sum_lx = np.multiply(weighted, code, out=product).sum(axis=0)
-        sum_l = np.multiply(weight, code, out=product).sum(axis=0)
-        sum_ll = np.multiply(product, code, out=product).sum(axis=0)
-        scale = _divide(sum_w * sum_lx - sum_x * sum_l, sum_w * sum_ll - sum_l * sum_l)
-        offset = _divide(sum_x - scale * sum_l, sum_w)
-        above = offset > ceiling
-        offset = np.where(above, ceiling, offset)
-        scale = np.where(above, _divide(sum_lx - ceiling * sum_l, sum_ll), scale)
-        error = (
-            sum_xx
-            - 2 * (scale * sum_lx + offset * sum_x)
-            + scale * (scale * sum_ll + 2 * offset * sum_l)
-            + offset * offset * sum_w
-        )
-        better = (error < best) & (scale > 0)
-        best = np.where(better, error, best)
-        best_scale = np.where(better, scale, best_scale)
-        best_offset = np.where(better, offset, best_offset)
-    return best_scale * span, np.maximum(-(low + best_offset * span), np.float32(0))
+        inverse = steps / (high - low)
+        codes(inverse)
+        sum_l = np.multiply(weight, code, out=work).sum(axis=0)
+        sum_l2 = np.multiply(work, code, out=product).sum(axis=0)
+        sum_xl = np.multiply(work, values, out=work).sum(axis=0)
+        determinant = sum_w * sum_l2 - sum_l * sum_l
+        new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
+        new_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+        # The minimum may not rise above zero: it is stored without a sign.
+        above = new_low > 0
+        new_low[above] = 0
+        new_scale = np.where(above, sum_xl / sum_l2, new_scale)
+        now = error(new_scale, new_low)
+        better = (determinant > 0) & (now < best)
+        best = np.where(better, now, best)
+        best_inverse, start = np.where(better, inverse, best_inverse), np.where(better, low, start)
+        scale = np.where(better, new_scale, scale)
+        low = np.where(better, new_low, low)
+    return scale, low, best_inverse, start
 
 
 def _six_bits(values: Floats) -> tuple[NDArray[np.float16], Bytes]:
     """Not negative [8, n] -> F16 unit [n] and codes [8, n] of at most 63."""
-    largest = values.max(axis=0)
-    unit = (largest / _SIX_BITS).astype(np.float16)
-    codes = np.rint(values * _divide(np.broadcast_to(_SIX_BITS, largest.shape), largest))
-    return unit, np.minimum(codes, _SIX_BITS).astype(np.uint8)
+    largest = np.fmax.reduce(values, axis=0, initial=0) + _ZERO
+    inverse = np.where(largest > 0, _SIX_BITS / largest, _ZERO)
+    codes = _nearest(inverse * values).astype(np.uint8)
+    return (largest / _SIX_BITS).astype(np.float16), np.minimum(codes, np.uint8(63))
 
 
 def encode_q4_k(values: Floats) -> Bytes:
     """f32 [n, 256] -> uint8 [n, 144]. What is not finite becomes 0: it has no code."""
     n = len(values)
     if not np.isfinite(values).all():
-        values = np.where(np.isfinite(values), values, np.float32(0))
+        values = np.where(np.isfinite(values), values, _ZERO)
     parts = np.ascontiguousarray(values.reshape(n * 8, 32).T)
-    scale, minimum = _fit(parts)
+    scale, low, inverse, start = _fit(parts)
     d, scale_code = _six_bits(np.ascontiguousarray(scale.reshape(n, 8).T))
-    dmin, minimum_code = _six_bits(np.ascontiguousarray(minimum.reshape(n, 8).T))
+    dmin, minimum_code = _six_bits(np.ascontiguousarray(-low.reshape(n, 8).T))
     # Codes are chosen for the scale and minimum as they are stored, not as they were wished.
     step = (d.astype(np.float32) * scale_code).T.reshape(-1)
-    parts += (dmin.astype(np.float32) * minimum_code).T.reshape(-1)
-    parts *= _divide(np.broadcast_to(np.float32(1), step.shape), step)
-    np.rint(parts, out=parts)
-    code = np.clip(parts, 0, 15, out=parts).astype(np.uint8)
+    minimum = (dmin.astype(np.float32) * minimum_code).T.reshape(-1)
+    nearest = _nearest((parts + minimum) / step)
+    if (flat := step == 0).any():  # such codes count for nothing; ggml leaves those of the fit
+        nearest[:, flat] = _nearest((parts[:, flat] - start[flat]) * inverse[flat])
+    code = np.clip(nearest, 0, 15, out=nearest).astype(np.uint8)
     out = np.empty((n, 144), np.uint8)
     out[:, 0:2] = d.reshape(n, 1).view(np.uint8)
     out[:, 2:4] = dmin.reshape(n, 1).view(np.uint8)

@@ -110,7 +110,8 @@ static inline float mer_f16_to_f32(uint16_t h) {
     return sign ? -f : f;
 }
 
-/* A prepared activation row is either plain f32, or int8 in blocks of 32:
+/* A prepared activation row is plain f32 (for BF16, in parts, where an instruction set wants that), or int8 in
+ * blocks of 32:
  *   q[cols]      int8      round-to-nearest-even of x * (127 / amax)
  *   d[nb]        float     amax / 127; NaN where the block holds a NaN or an infinity
  *   sum[nb]      int32     sum of q over the block
@@ -130,6 +131,7 @@ static inline int mer_act_is_q8(int fmt) { return fmt == MER_Q4_0 || fmt == MER_
 static inline size_t mer_pad64(size_t n) { return (n + 63) & ~(size_t)63; }
 
 static inline size_t mer_act_bytes(int fmt, long cols) {
+    if (fmt == MER_BF16) return 3 * mer_pad64(2 * (size_t)cols); /* room for three BF16 parts, see amx.c */
     if (!mer_act_is_q8(fmt)) return mer_pad64(4 * (size_t)cols);
     return mer_pad64((size_t)cols) + 3 * mer_pad64(4 * (size_t)(cols / MER_ACT_BLOCK));
 }

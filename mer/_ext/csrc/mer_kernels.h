@@ -3,7 +3,7 @@
  * Order of accumulation. For the integer formats (Q4_0, Q8_0, Q4_K) a block's dot product is an exact
  * integer, and the blocks of a row are added in ascending order in one float per (row, token), multiply
  * and add rounded separately. So every instruction set gives the same bytes. For F32, F16 and BF16 the
- * order is one of plain C and another of AVX2 and AVX-512. In no case does it depend on how many rows or tokens a call
+ * order is one of plain C, another of AVX2 and AVX-512, and for BF16 a third of AMX. In no case does it depend on how many rows or tokens a call
  * holds, or on which of them come first: that is the batch invariance all else rests on.
  */
 #ifndef MER_KERNELS_H
@@ -21,6 +21,8 @@ typedef struct mer_isa {
     const char *name;
     /* One row of activations into the int8 form. act is 4-byte aligned at least, best 64. */
     void (*quantise)(const float *x, void *act, long cols);
+    /* The same for products with BF16; NULL: they take the floats as they are. */
+    void (*split)(const float *x, void *act, long cols);
     /* h[i] = silu(gate[i]) * up[i]; h may be gate or up. */
     void (*swiglu)(const float *gate, const float *up, float *h, long n);
     /* By format id; NULL where the format is not known. */
@@ -31,11 +33,13 @@ extern const mer_isa mer_isa_scalar;
 #if defined(__x86_64__)
 extern const mer_isa mer_isa_avx2;
 extern const mer_isa mer_isa_avx512;
+extern const mer_isa mer_isa_amx;
 #endif
 
-/* What CPUID says, and which registers the operating system saves. */
+/* What CPUID says, which registers the operating system saves, and whether it lets this process use tiles. */
 typedef struct {
-    uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, xcr0;
+    uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, xcr0, leaf7_edx;
+    int tiles_allowed;
 } mer_cpuid;
 
 /* The instruction sets that a CPU can run, best first; returns how many. */
@@ -47,6 +51,8 @@ int mer_isas(const mer_isa **out, int room);
 static inline void mer_prepare(const mer_isa *isa, int fmt, const float *x, void *act, long cols) {
     if (mer_act_is_q8(fmt))
         isa->quantise(x, act, cols);
+    else if (fmt == MER_BF16 && isa->split)
+        isa->split(x, act, cols);
     else
         memcpy(act, x, 4 * (size_t)cols);
 }

@@ -1,0 +1,323 @@
+/* AMX: products of tiles, for batches.
+ *
+ * Integer formats: the tile product of 16 tokens and 16 rows over one block of 32 is the same integer that avx512.c
+ * has, and what follows is the same arithmetic, so every result has its bytes. Few tokens are left to avx512.c.
+ *
+ * BF16: the tile adds pairs in an order of its own, so here every number of tokens takes the same way. Activations
+ * are not rounded: they are split into three BF16 numbers whose sum they are, high, middle and low, which makes three
+ * products. F16 has more bits than BF16, and F32 more still: they would take six and nine, and stay with avx512.c.
+ */
+#if defined(__x86_64__)
+#include <immintrin.h> /* before the pragma: its functions carry their own targets */
+#ifdef __clang__
+#define TARGET "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8,amx-bf16"
+#pragma clang attribute push(__attribute__((target(TARGET))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8,amx-bf16")
+#endif
+#include "ahead.h"
+#include "elementwise.h"
+#include "rows512.h"
+#include "tiles.h"
+
+#define TILE 16    /* tokens of a tile */
+#define STRIP 64   /* tokens that one unpacking of weights serves: four tiles */
+#define AT_LEAST 8 /* tokens that a tile is worth its time for */
+
+/* Tiles 0 to 3 take sums [token, row]; 4 holds weights, 5 and 6 activations. */
+enum { SUM_TILES = 4, TILES = 7 };
+
+static void configure(int act_bytes) {
+    mer_tile_config c = {.palette = 1};
+    for (int t = 0; t < TILES; t++) {
+        c.row_bytes[t] = (uint16_t)(t <= SUM_TILES ? 64 : act_bytes);
+        c.rows[t] = (uint8_t)(t == SUM_TILES ? act_bytes / 4 : TILE);
+    }
+    tile_configure(&c);
+}
+
+/* The sums of one block over a strip. weights: four bytes of each row a line, as load_lanes gives them. q: the
+ * tokens' 32 activations each; a last tile of less than 16 tokens has lines of no meaning. */
+INLINE void multiply_block(const int8_t weights[8][64], const int8_t (*q)[32], long n_tok, int32_t (*sums)[ROWS]) {
+    tile_load(4, weights, 64);
+#define MULTIPLY(T, A)                            \
+    if (n_tok > T * TILE) {                       \
+        tile_load(A, q + T * TILE, 32);           \
+        tile_zero(T);                             \
+        tile_dot_int8(T, A, 4);                   \
+        tile_store(T, sums + T * TILE, 64);       \
+    }
+    MULTIPLY(0, 5)
+    MULTIPLY(1, 6)
+    MULTIPLY(2, 5)
+    MULTIPLY(3, 6)
+#undef MULTIPLY
+}
+
+INLINE void gather_block(const mer_act_q8 *a, long n_tok, long b, int8_t (*q)[32]) {
+    for (long t = 0; t < n_tok; t++)
+        _mm256_store_si256((__m256i *)q[t], _mm256_loadu_si256((const __m256i *)(a[t].q + b * 32)));
+}
+
+INLINE void store_lanes(int8_t (*line)[64], const __m512i w[4]) {
+    for (int k = 0; k < 4; k++) _mm512_store_si512(line[k], w[k]);
+}
+
+/* A strip's buffers: they stay in the first level of cache. */
+typedef struct {
+    _Alignas(64) int8_t weights[2][8][64];
+    int8_t q[STRIP][32];
+    int32_t sums[STRIP][ROWS];
+    float acc[STRIP][ROWS], scaled[STRIP][ROWS], minima[STRIP][ROWS];
+    mer_act_q8 a[STRIP];
+} strip;
+
+/* acc + d * da * n: in the order of avx512.c */
+INLINE void add_sums(strip *s, __m512 d, long n_tok, long b) {
+    for (long t = 0; t < n_tok; t++) {
+        const __m512 scale = _mm512_mul_ps(d, _mm512_set1_ps(s->a[t].d[b]));
+        const __m512 n = _mm512_cvtepi32_ps(_mm512_load_si512(s->sums[t]));
+        _mm512_store_ps(s->acc[t], _mm512_add_ps(_mm512_load_ps(s->acc[t]), _mm512_mul_ps(scale, n)));
+    }
+}
+
+INLINE void strip_q4_0(strip *s, const rows16 *row, const mer_ahead *ahead, long n_tok, long cols) {
+    const __m512i mask = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
+    for (long b = 0; b < cols / 32; b++) {
+        const size_t at = (size_t)b * sizeof(mer_block_q4_0);
+        if (ahead) ahead_step(*ahead, row->run[0] + ROWS * at, ROWS * sizeof(mer_block_q4_0));
+        __m512i raw[4], low[4], high[4];
+        load_lanes(row, at + 2, raw);
+        for (int k = 0; k < 4; k++) {
+            low[k] = _mm512_sub_epi8(_mm512_and_si512(raw[k], mask), eight);
+            high[k] = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(raw[k], 4), mask), eight);
+        }
+        store_lanes(s->weights[0], low);
+        store_lanes(s->weights[0] + 4, high);
+        gather_block(s->a, n_tok, b, s->q);
+        multiply_block(s->weights[0], s->q, n_tok, s->sums);
+        add_sums(s, load_scales(row, at), n_tok, b);
+    }
+}
+
+INLINE void strip_q8_0(strip *s, const rows16 *row, const mer_ahead *ahead, long n_tok, long cols) {
+    for (long b = 0; b < cols / 32; b++) {
+        const size_t at = (size_t)b * sizeof(mer_block_q8_0);
+        if (ahead) ahead_step(*ahead, row->run[0] + ROWS * at, ROWS * sizeof(mer_block_q8_0));
+        for (int half = 0; half < 2; half++) {
+            __m512i w[4];
+            load_lanes(row, at + 2 + (size_t)half * 16, w);
+            store_lanes(s->weights[0] + half * 4, w);
+        }
+        gather_block(s->a, n_tok, b, s->q);
+        multiply_block(s->weights[0], s->q, n_tok, s->sums);
+        add_sums(s, load_scales(row, at), n_tok, b);
+    }
+}
+
+INLINE void strip_q4_k(strip *s, const rows16 *row, const mer_ahead *ahead, long n_tok, long cols) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (long b = 0; b < cols / 256; b++) {
+        const size_t at = (size_t)b * sizeof(mer_block_q4_k);
+        struct q4_k_head h;
+        load_q4_k_head(row, at, &h);
+        memset(s->scaled, 0, (size_t)n_tok * sizeof s->scaled[0]);
+        memset(s->minima, 0, (size_t)n_tok * sizeof s->minima[0]);
+        for (int j = 0; j < 8; j++) {
+            if (j % 2 == 0) {
+                const size_t qs = at + 16 + (size_t)j * 16, share = 4 * sizeof(mer_block_q4_k);
+                if (ahead) ahead_step(*ahead, row->run[0] + ROWS * at + (size_t)j / 2 * share, share);
+                for (int half = 0; half < 2; half++) {
+                    __m512i raw[4], low[4], high[4];
+                    load_lanes(row, qs + (size_t)half * 16, raw);
+                    for (int k = 0; k < 4; k++) {
+                        low[k] = _mm512_and_si512(raw[k], mask);
+                        high[k] = _mm512_and_si512(_mm512_srli_epi16(raw[k], 4), mask);
+                    }
+                    store_lanes(s->weights[0] + half * 4, low);
+                    store_lanes(s->weights[1] + half * 4, high);
+                }
+            }
+            const long sub = b * 8 + j;
+            gather_block(s->a, n_tok, sub, s->q);
+            multiply_block(s->weights[j % 2], s->q, n_tok, s->sums);
+            for (long t = 0; t < n_tok; t++) {
+                const __m512 n = _mm512_cvtepi32_ps(_mm512_load_si512(s->sums[t]));
+                const __m512 sum = _mm512_mul_ps(_mm512_mul_ps(n, h.scale[j]), _mm512_set1_ps(s->a[t].d[sub]));
+                const __m512 min = _mm512_mul_ps(h.min[j], _mm512_set1_ps(s->a[t].dsum[sub]));
+                _mm512_store_ps(s->scaled[t], _mm512_add_ps(_mm512_load_ps(s->scaled[t]), sum));
+                _mm512_store_ps(s->minima[t], _mm512_add_ps(_mm512_load_ps(s->minima[t]), min));
+            }
+        }
+        for (long t = 0; t < n_tok; t++) {
+            __m512 acc = _mm512_add_ps(_mm512_load_ps(s->acc[t]), _mm512_mul_ps(h.d, _mm512_load_ps(s->scaled[t])));
+            acc = _mm512_sub_ps(acc, _mm512_mul_ps(h.dmin, _mm512_load_ps(s->minima[t])));
+            _mm512_store_ps(s->acc[t], acc);
+        }
+    }
+}
+
+/* Rows in sixteens, tokens in strips; what is left of the tokens and would fill less than half a tile goes by
+ * avx512.c. */
+#define INT_MATMUL(NAME, FMT, MULTIPLY)                                                                       \
+    static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, float *y, \
+                     long y_stride) {                                                                         \
+        const long few = n_tok % TILE < AT_LEAST ? n_tok % TILE : 0;                                          \
+        n_tok -= few;                                                                                         \
+        if (few)                                                                                              \
+            mer_isa_avx512.matmul[FMT](w, cols, r0, r1, acts + n_tok, few, y + n_tok * y_stride, y_stride);   \
+        if (n_tok == 0) return;                                                                               \
+        strip s;                                                                                              \
+        memset(s.q, 0, sizeof s.q);                                                                           \
+        configure(32);                                                                                        \
+        const size_t bytes = mer_row_bytes(FMT, cols);                                                        \
+        const mer_ahead run = ahead_begin((const char *)w + (size_t)r0 * bytes, ROWS * bytes);                \
+        for (long r = r0; r < r1; r += ROWS) {                                                                \
+            const rows16 row = open_rows((const char *)w + (size_t)r * bytes, bytes, r1 - r);                 \
+            for (long t = 0; t < n_tok; t += STRIP) {                                                         \
+                const long n = n_tok - t < STRIP ? n_tok - t : STRIP;                                         \
+                for (long i = 0; i < n; i++) s.a[i] = mer_act_view(acts[t + i], cols);                        \
+                memset(s.acc, 0, (size_t)n * sizeof s.acc[0]);                                                \
+                MULTIPLY(&s, &row, t || few ? NULL : &run, n, cols);                                          \
+                for (long i = 0; i < n; i++)                                                                  \
+                    store_rows(y + (t + i) * y_stride + r, _mm512_load_ps(s.acc[i]), r1 - r);                 \
+            }                                                                                                 \
+        }                                                                                                     \
+        tile_release();                                                                                       \
+    }
+
+INT_MATMUL(matmul_q4_0, MER_Q4_0, strip_q4_0)
+INT_MATMUL(matmul_q8_0, MER_Q8_0, strip_q8_0)
+INT_MATMUL(matmul_q4_k, MER_Q4_K, strip_q4_k)
+
+/* BF16. A step is 32 columns: 64 bytes of each row, and of each token's three parts. */
+#define STEP 32
+
+/* A split row of activations: for each step its 32 high, 32 middle and 32 low parts. They are cut off, not rounded, so
+ * that nothing overflows and each remainder is exact. What is not finite has no remainder. */
+static void split(const float *x, void *act, long cols) {
+    uint16_t *out = act;
+    const __m512i top = _mm512_set1_epi32((int)0xffff0000u), quiet = _mm512_set1_epi32(0x00400000);
+    for (long k = 0; k < cols; k += 16) {
+        const __mmask16 lanes = (__mmask16)(cols - k < 16 ? (1u << (cols - k)) - 1 : 0xffff);
+        __m512 rest = _mm512_maskz_loadu_ps(lanes, x + k);
+        const __mmask16 nan = _mm512_cmp_ps_mask(rest, rest, _CMP_UNORD_Q);
+        rest = _mm512_castsi512_ps(
+            _mm512_mask_or_epi32(_mm512_castps_si512(rest), nan, _mm512_castps_si512(rest), quiet));
+        const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_sub_ps(rest, rest), _mm512_setzero_ps(), _CMP_EQ_OQ);
+        for (int part = 0; part < 3; part++) {
+            const __m512i cut = _mm512_and_si512(_mm512_castps_si512(rest), top);
+            const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(cut, 16));
+            _mm256_storeu_si256((__m256i *)(out + k / STEP * 3 * STEP + part * STEP + k % STEP), half);
+            rest = _mm512_maskz_sub_ps(finite, rest, _mm512_castsi512_ps(cut));
+        }
+    }
+    if (cols % STEP && cols % STEP <= 16) /* the second half of the last step */
+        for (int part = 0; part < 3; part++)
+            memset(out + cols / STEP * 3 * STEP + part * STEP + 16, 0, 16 * sizeof *out);
+}
+
+typedef struct {
+    _Alignas(64) char weights[16][64]; /* line k: columns 2 k and 2 k + 1 of each row */
+    char parts[3][STRIP][64];
+    float sums[STRIP][ROWS];
+} strip_bf16;
+
+/* The next `bytes` of sixteen rows; beyond them zeros. */
+INLINE void load_step(strip_bf16 *s, const rows16 *row, size_t at, size_t bytes) {
+    char padded[ROWS][64];
+    rows16 from = *row;
+    if (bytes < 64) {
+        memset(padded, 0, sizeof padded);
+        for (int i = 0; i < ROWS; i++) memcpy(padded[i], row_at(row, i) + at, bytes);
+        for (int i = 0; i < 4; i++) from.run[i] = padded[4 * i];
+        from.step = 64;
+        at = 0;
+    }
+    for (int k = 0; k < 4; k++) {
+        __m512i w[4];
+        load_lanes(&from, at + (size_t)k * 16, w);
+        for (int i = 0; i < 4; i++) _mm512_store_si512(s->weights[4 * k + i], w[i]);
+    }
+}
+
+static void matmul_bf16(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, float *y,
+                        long y_stride) {
+    strip_bf16 s;
+    memset(s.parts, 0, sizeof s.parts);
+    configure(64);
+    const size_t bytes = mer_row_bytes(MER_BF16, cols);
+    const mer_ahead run = ahead_begin((const char *)w + (size_t)r0 * bytes, ROWS * bytes);
+    for (long r = r0; r < r1; r += ROWS) {
+        const rows16 row = open_rows((const char *)w + (size_t)r * bytes, bytes, r1 - r);
+        for (long t = 0; t < n_tok; t += STRIP) {
+            const long n = n_tok - t < STRIP ? n_tok - t : STRIP;
+            tile_zero(0);
+            tile_zero(1);
+            tile_zero(2);
+            tile_zero(3);
+            for (long k = 0; k < cols; k += STEP) {
+                const size_t at = 2 * (size_t)k;
+                if (t == 0) ahead_step(run, row.run[0] + ROWS * at, ROWS * 64);
+                load_step(&s, &row, at, cols - k < STEP ? 2 * (size_t)(cols - k) : 64);
+                for (long i = 0; i < n; i++) {
+                    const char *const from = (const char *)acts[t + i] + 3 * at;
+                    for (int part = 0; part < 3; part++)
+                        _mm512_store_si512(s.parts[part][i], _mm512_loadu_si512(from + 64 * part));
+                }
+                tile_load(4, s.weights, 64);
+#define MULTIPLY(T)                                                \
+    for (int part = 0; part < 3 && n > T * TILE; part++) {         \
+        tile_load(5, s.parts[part][T * TILE], 64);                 \
+        tile_dot_bf16(T, 5, 4);                                    \
+    }
+                MULTIPLY(0)
+                MULTIPLY(1)
+                MULTIPLY(2)
+                MULTIPLY(3)
+#undef MULTIPLY
+            }
+            tile_store(0, s.sums[0], 64);
+            tile_store(1, s.sums[TILE], 64);
+            tile_store(2, s.sums[2 * TILE], 64);
+            tile_store(3, s.sums[3 * TILE], 64);
+            for (long i = 0; i < n; i++)
+                store_rows(y + (t + i) * y_stride + r, _mm512_load_ps(s.sums[i]), r1 - r);
+        }
+    }
+    tile_release();
+}
+
+static void quantise(const float *x, void *act, long cols) { mer_isa_avx512.quantise(x, act, cols); }
+
+static void swiglu(const float *gate, const float *up, float *h, long n) { mer_isa_avx512.swiglu(gate, up, h, n); }
+
+static void matmul_f16(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, float *y,
+                       long y_stride) {
+    mer_isa_avx512.matmul[MER_F16](w, cols, r0, r1, acts, n_tok, y, y_stride);
+}
+
+static void matmul_f32(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, float *y,
+                       long y_stride) {
+    mer_isa_avx512.matmul[MER_F32](w, cols, r0, r1, acts, n_tok, y, y_stride);
+}
+
+const mer_isa mer_isa_amx = {
+    .name = "amx",
+    .quantise = quantise,
+    .split = split,
+    .swiglu = swiglu,
+    .matmul =
+        {
+            [MER_F32] = matmul_f32,
+            [MER_F16] = matmul_f16,
+            [MER_BF16] = matmul_bf16,
+            [MER_Q4_0] = matmul_q4_0,
+            [MER_Q8_0] = matmul_q8_0,
+            [MER_Q4_K] = matmul_q4_k,
+        },
+};
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,116 @@
+/* Sixteen rows of weights in AVX-512 registers, one row a lane: what avx512.c and amx.c have in common. Included
+ * behind the pragma that sets the target. */
+#ifndef MER_ROWS512_H
+#define MER_ROWS512_H
+
+#include "../mer_formats.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define ROWS 16
+
+/* Sixteen rows as four runs of four, `step` bytes apart: six registers address them all. */
+typedef struct {
+    const char *run[4];
+    size_t step;
+} rows16;
+
+INLINE __m128i load128(const char *p) { return _mm_loadu_si128((const __m128i *)p); }
+
+INLINE const char *row_at(const rows16 *row, int i) { return row->run[i / 4] + (size_t)(i % 4) * row->step; }
+
+/* 16 bytes of rows q, q + 4, q + 8 and q + 12, each in its quarter. */
+INLINE __m512i load_rows(const rows16 *row, int q, size_t at) {
+    at += (size_t)q * row->step;
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(row->run[0] + at)),
+                                                load128(row->run[1] + at), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(row->run[2] + at)),
+                                                 load128(row->run[3] + at), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+/* Within each quarter: lane i of w[k] becomes lane k of w[i]. */
+INLINE void transpose(__m512i w[4]) {
+    const __m512i t0 = _mm512_unpacklo_epi32(w[0], w[1]), t1 = _mm512_unpacklo_epi32(w[2], w[3]);
+    const __m512i t2 = _mm512_unpackhi_epi32(w[0], w[1]), t3 = _mm512_unpackhi_epi32(w[2], w[3]);
+    w[0] = _mm512_unpacklo_epi64(t0, t1);
+    w[1] = _mm512_unpackhi_epi64(t0, t1);
+    w[2] = _mm512_unpacklo_epi64(t2, t3);
+    w[3] = _mm512_unpackhi_epi64(t2, t3);
+}
+
+/* 16 bytes of each row: lane r of out[k] holds bytes 4 k to 4 k + 3 of row r. */
+INLINE void load_lanes(const rows16 *row, size_t at, __m512i out[4]) {
+    for (int p = 0; p < 4; p++) out[p] = load_rows(row, p, at);
+    transpose(out);
+}
+
+/* The F16 at the same offset of eight rows from row i on. */
+INLINE __m128i load_halves(const rows16 *row, int i, size_t at) {
+    uint16_t h[8];
+    for (int k = 0; k < 8; k++) memcpy(h + k, row_at(row, i + k) + at, 2);
+    return _mm_setr_epi16((short)h[0], (short)h[1], (short)h[2], (short)h[3], (short)h[4], (short)h[5], (short)h[6],
+                          (short)h[7]);
+}
+
+INLINE __m512 load_scales(const rows16 *row, size_t at) {
+    const __m256i low = _mm256_castsi128_si256(load_halves(row, 0, at));
+    return _mm512_cvtph_ps(_mm256_inserti128_si256(low, load_halves(row, 8, at), 1));
+}
+
+/* The head of a Q4_K block of sixteen rows: d, dmin, and eight scales and minima each. */
+struct q4_k_head {
+    __m512 d, dmin, scale[8], min[8];
+};
+
+INLINE void load_q4_k_head(const rows16 *row, size_t at, struct q4_k_head *h) {
+    const __m512i r0 = load_rows(row, 0, at), r1 = load_rows(row, 1, at);
+    const __m512i r2 = load_rows(row, 2, at), r3 = load_rows(row, 3, at);
+    const __m512i t0 = _mm512_unpacklo_epi32(r0, r1), t1 = _mm512_unpacklo_epi32(r2, r3);
+    const __m512i t2 = _mm512_unpackhi_epi32(r0, r1), t3 = _mm512_unpackhi_epi32(r2, r3);
+    const __m512i dd = _mm512_unpacklo_epi64(t0, t1), a = _mm512_unpackhi_epi64(t0, t1);
+    const __m512i b = _mm512_unpacklo_epi64(t2, t3), c = _mm512_unpackhi_epi64(t2, t3);
+    h->d = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(dd));
+    h->dmin = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(dd, 16)));
+
+    const __m512i six = _mm512_set1_epi8(0x3f), four = _mm512_set1_epi8(0x0f), top = _mm512_set1_epi8(0x30);
+    const __m512i packed[4] = {
+        _mm512_and_si512(a, six),
+        _mm512_or_si512(_mm512_and_si512(c, four), _mm512_and_si512(_mm512_srli_epi32(a, 2), top)),
+        _mm512_and_si512(b, six),
+        _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(c, 4), four),
+                        _mm512_and_si512(_mm512_srli_epi32(b, 2), top)),
+    };
+    const __m512i byte = _mm512_set1_epi32(0xff);
+    for (int i = 0; i < 4; i++) {
+        __m512 *const out = (i < 2 ? h->scale : h->min) + i % 2 * 4;
+        out[0] = _mm512_cvtepi32_ps(_mm512_and_si512(packed[i], byte));
+        out[1] = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(packed[i], 8), byte));
+        out[2] = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(packed[i], 16), byte));
+        out[3] = _mm512_cvtepi32_ps(_mm512_srli_epi32(packed[i], 24));
+    }
+}
+
+/* Where run i of a group of n rows starts. A short group's last run overlaps the one before, which gives the
+ * same bytes twice; with less than four rows a run is one row. */
+INLINE long run_start(long n, int i) {
+    const long start = n < 4 ? i : 4 * i, last = n < 4 ? n - 1 : n - 4;
+    return start < last ? start : last;
+}
+
+INLINE rows16 open_rows(const char *w, size_t bytes, long n) {
+    rows16 row = {.step = n < 4 ? 0 : bytes};
+    for (int i = 0; i < 4; i++) row.run[i] = w + (size_t)run_start(n, i) * bytes;
+    return row;
+}
+
+INLINE void store_rows(float *y, __m512 v, long n) {
+    if (n >= ROWS) {
+        _mm512_storeu_ps(y, v);
+        return;
+    }
+    float lanes[ROWS];
+    _mm512_storeu_ps(lanes, v);
+    for (int i = 0; i < 4; i++) memcpy(y + run_start(n, i), lanes + 4 * i, (n < 4 ? 1 : 4) * sizeof *y);
+}
+
+#endif

@@ -1,0 +1,62 @@
+"""What the step thread has made for one reader on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Final, Generic, TypeVar
+
+_T = TypeVar("_T")
+
+# A reader that is so many items behind gets no more computed until it has read down to the second number.
+FULL: Final = 128
+_READ_DOWN: Final = FULL // 2
+
+
+class Mailbox(Generic[_T]):
+    """Items on their way from one thread, which puts, to one coroutine, which gets.
+
+    Made on the reader's event loop.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._items: deque[_T | BaseException] = deque()
+        self._filled = asyncio.Event()
+        self._held_up = False
+
+    def put(self, item: _T | BaseException) -> bool:
+        """From the other thread. An exception is raised by `get`. False: nobody will, the loop is closed."""
+        self._items.append(item)
+        if not self._filled.is_set():
+            try:
+                self._loop.call_soon_threadsafe(self._filled.set)
+            except RuntimeError:
+                return False
+        return True
+
+    def hold_up(self) -> bool:
+        """From the other thread: whether the reader is too far behind; `caught_up` will tell when no more."""
+        if len(self._items) < FULL:
+            return False
+        self._held_up = True
+        # It may have read everything before it could see that somebody waits.
+        return len(self._items) > _READ_DOWN
+
+    async def get(self) -> _T:
+        """The next item. Raises what was put."""
+        while not self._items:
+            self._filled.clear()
+            if not self._items:  # nothing was put before it was cleared
+                await self._filled.wait()
+        item = self._items.popleft()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def caught_up(self) -> bool:
+        """Whether the other thread holds something up that may go on now; says so once."""
+        if not self._held_up or len(self._items) > _READ_DOWN:
+            return False
+        self._held_up = False
+        return True

@@ -1,0 +1,131 @@
+"""The AMX kernels with tiles in plain C (soft_tiles.h): CPUs without AMX test all but the instructions.
+
+Integer formats must have AVX-512's bytes; BF16, whose sums have an order of their own, is held to exact
+arithmetic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from ctypes import c_int, c_long, c_size_t, c_void_p
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import BF16, BLOCK, FORMATS, INTEGER, Bytes, Floats, decode, encode, make
+
+from mer._ext.kernels import Kernels, isas
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "mer/_ext/csrc"
+
+pytestmark = [
+    pytest.mark.skipif("avx512" not in isas(), reason="the AMX kernels are made of AVX-512 ones"),
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc"),
+]
+
+
+class SoftAmx:
+    """The face of Kernels, on a library of amx.c and soft_tiles.h."""
+
+    def __init__(self, library: Path) -> None:
+        lib = ctypes.CDLL(str(library))
+        self._act_bytes, self._prepare, self._matmul = lib.soft_act_bytes, lib.soft_prepare, lib.soft_matmul
+        self._act_bytes.argtypes, self._act_bytes.restype = (c_int, c_long), c_size_t
+        self._prepare.argtypes, self._prepare.restype = (c_int, c_void_p, c_void_p, c_long), None
+        self._matmul.restype = None
+        self._matmul.argtypes = (
+            *(c_int, c_void_p, c_long, c_long, c_long, c_void_p, c_long, c_void_p, c_long),
+        )
+
+    def prepare_py(self, fmt: int, x: Floats) -> Bytes:
+        acts = np.zeros((len(x), self._act_bytes(fmt, x.shape[1])), np.uint8)
+        for row, act in zip(np.ascontiguousarray(x), acts, strict=True):
+            self._prepare(fmt, row.ctypes.data, act.ctypes.data, x.shape[1])
+        return acts
+
+    def matmul_py(self, fmt: int, w: Bytes, x: Floats, r0: int = 0, r1: int | None = None) -> Floats:
+        end, acts = len(w) if r1 is None else r1, self.prepare_py(fmt, x)
+        pointers = (c_void_p * len(x))(*(act.ctypes.data for act in acts))
+        y = np.zeros((len(x), len(w)), np.float32)
+        self._matmul(fmt, w.ctypes.data, x.shape[1], r0, end, pointers, len(x), y.ctypes.data, len(w))
+        return y[:, r0:end]
+
+
+@pytest.fixture(scope="module")
+def amx(tmp_path_factory: pytest.TempPathFactory) -> SoftAmx:
+    library = tmp_path_factory.mktemp("amx") / "amx.so"
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fno-math-errno", "-ffp-contract=off"]
+    includes = [f"-I{CSRC}", f"-I{ROOT / 'tests'}"]
+    sources = [ROOT / "tests/soft_amx.c", CSRC / "kernels/avx512.c"]
+    command = ["gcc", *flags, "-shared", "-fPIC", *includes, "-o", library, *sources, "-lm"]
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return SoftAmx(library)
+
+
+def shapes(fmt: int) -> list[tuple[int, int, int]]:
+    """(rows, cols, n_tok): the edges of tiles and strips of tokens, groups of rows, steps of columns."""
+    if BLOCK[fmt] == 1:
+        return [
+            (1, 1, 1),
+            (17, 33, 16),
+            (3, 47, 64),
+            (16, 64, 17),
+            (33, 1031, 65),
+            (20, 16, 5),
+            (64, 512, 100),
+        ]
+    b = BLOCK[fmt]
+    return [(1, b, 8), (16, 2 * b, 16), (17, b, 24), (3, 3 * b, 33), (33, 2 * b, 71), (20, b, 7), (5, b, 136)]
+
+
+@FORMATS
+def test_bytes_of_avx512_but_for_bf16(amx: SoftAmx, fmt: int) -> None:
+    for rows, cols, n_tok in shapes(fmt):
+        w, x = make(fmt, rows, cols, n_tok)
+        y, other = amx.matmul_py(fmt, w, x), Kernels("avx512").matmul_py(fmt, w, x)
+        if fmt != BF16:
+            assert y.tobytes() == other.tobytes()
+            continue
+        exact, magnitude = x.astype(np.float64) @ decode(fmt, w).T, np.abs(x) @ np.abs(decode(fmt, w)).T
+        assert np.all(np.abs(y - exact) <= magnitude * 2.0**-23 * (4 + np.sqrt(cols)))
+
+
+@pytest.mark.parametrize("fmt", [*INTEGER, BF16])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_bytes_do_not_depend_on_the_batch(amx: SoftAmx, fmt: int, data: st.DataObject) -> None:
+    rows, n_tok = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 90))
+    cols = BLOCK[fmt] * data.draw(st.integers(1, 3 if BLOCK[fmt] > 1 else 100))
+    w, x = make(fmt, rows, cols, n_tok, seed=1)
+    whole = amx.matmul_py(fmt, w, x)
+    r0 = data.draw(st.integers(0, rows - 1))
+    r1 = data.draw(st.integers(r0 + 1, rows))
+    t0 = data.draw(st.integers(0, n_tok - 1))
+    t1 = data.draw(st.integers(t0 + 1, n_tok))
+    assert amx.matmul_py(fmt, w, x[t0:t1], r0, r1).tobytes() == whole[t0:t1, r0:r1].tobytes()
+
+
+def test_bf16_splits_activations_without_loss(amx: SoftAmx) -> None:
+    """Times one, each activation of ordinary size comes out as it went in."""
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal((40, 1)) * np.exp(20 * rng.standard_normal((40, 1)))).astype(np.float32)
+    x[0], x[1] = np.finfo(np.float32).max, -1e-30
+    one = encode(BF16, np.ones((1, 1), np.float32))
+    np.testing.assert_array_equal(amx.matmul_py(BF16, one, x), x)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("fmt", [*INTEGER, BF16])
+def test_what_is_not_finite_stays_in_its_token(amx: SoftAmx, fmt: int, bad: float) -> None:
+    w, x = make(fmt, 19, 512, 20)
+    clean, dirty = amx.matmul_py(fmt, w, x), x.copy()
+    dirty[2, 300] = bad
+    y = amx.matmul_py(fmt, w, dirty)
+    assert not np.isfinite(y[2]).any()
+    assert np.delete(y, 2, 0).tobytes() == np.delete(clean, 2, 0).tobytes()
