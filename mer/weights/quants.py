@@ -61,7 +61,8 @@ def encode_q4_0(values: Floats) -> Bytes:
     first = np.take_along_axis(values, np.abs(values).argmax(axis=1, keepdims=True), axis=1)
     extreme = np.where(high == -low, first, np.where(high > -low, high, low))
     scale = (extreme / np.float32(-8)).astype(np.float32)
-    scaled = _scaled(values, scale)
+    # Where the inverse of a scale overflows, the scale itself is 0 in F16, and ggml's codes are 0.
+    scaled = np.where(np.isfinite(_inverse(scale)), _scaled(values, scale), np.float32(-8))
     scaled += np.float32(8.5)
     codes = np.clip(scaled, 0, 15, out=scaled).astype(np.uint8)
     out = np.empty((len(values), 18), np.uint8)
