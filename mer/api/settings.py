@@ -49,3 +49,32 @@ class ServerSettings:
             raise ConfigError("--tls-cert and --tls-key belong together: give both or none")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+
+
+def read_keys(file: Path | None, given: str | None) -> dict[str, str]:
+    """Keys and their names, of a file (a line each: KEY or NAME KEY) and of a text with commas.
+
+    Raises ConfigError for a file that can't be read or says nothing.
+    """
+    found: dict[str, str] = {}
+    for key in (given or "").split(","):
+        if key.strip():
+            found[key.strip()] = f"key {len(found) + 1}"
+    if file is None:
+        return found
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"--api-key-file {file}: can't be read: {why}") from None
+    before = len(found)
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words or line.lstrip().startswith("#"):
+            continue
+        if len(words) > 2:
+            raise ConfigError(f"--api-key-file {file}, line {number}: write KEY or NAME KEY")
+        found[words[-1]] = words[0] if len(words) == 2 else f"key {len(found) + 1}"
+    if len(found) == before:
+        raise ConfigError(f"--api-key-file {file}: no key is in there; write one a line")
+    return found

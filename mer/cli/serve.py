@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import shlex
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import click
 
 from mer.api.http import logs
 from mer.api.serving import serve as run_server
-from mer.api.settings import ServerSettings
-from mer.cli.common import messages, model_argument
-from mer.cli.generation import engine_options, split
+from mer.api.settings import ServerSettings, read_keys
+from mer.cli.common import messages, model_argument, size, size_option
+from mer.cli.generation import engine_options
+from mer.config import EngineConfig
+from mer.demo import model_path
 from mer.engine.engine import Engine
+
+_PATH: Final = click.Path(path_type=Path)
+_KEYS: Final = "MER_API_KEYS"
 
 
 @click.command()
@@ -25,19 +34,81 @@ from mer.engine.engine import Engine
     "--grpc-port", type=click.IntRange(0, 65535), default=50051, show_default=True, help="0: a free one."
 )
 @click.option("--no-grpc", is_flag=True, help="HTTP alone.")
+@click.option(
+    "--served-model-name", "model_name", help="What clients call the model; default: its directory's name."
+)
+@click.option(
+    "--api-key-file",
+    type=_PATH,
+    help=f"Keys of which a client must send one, a line each: KEY or NAME KEY. Also: {_KEYS}, with commas.",
+)
+@click.option("--rate-limit", type=click.IntRange(1), metavar="N", help="Requests a minute and key.")
+@click.option("--max-concurrent", type=click.IntRange(1), metavar="N", help="Requests at a time and key.")
+@click.option("--max-running", type=int, metavar="N", help="Requests computed at a time; default: 16.")
+@click.option("--max-waiting", type=int, metavar="N", help="Requests that may wait; default: 256.")
+@click.option("--max-body", callback=size_option, default="16MiB", show_default=True, help="Of a request.")
+@click.option(
+    "--cors-origin", "cors_origins", multiple=True, metavar="URL", help="A web page that may ask; *: all."
+)
+@click.option("--tls-cert", type=_PATH, help="Certificate chain (PEM): HTTPS.")
+@click.option("--tls-key", type=_PATH, help="Its private key (PEM).")
+@click.option("--tls-client-ca", type=_PATH, help="Clients need a certificate signed by this one (PEM).")
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(0),
+    default=30,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long requests may go on after SIGTERM; a second one ends them at once.",
+)
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
+)
+@click.option("--log-prompts", is_flag=True, help="Write what is asked into the log.")
 @engine_options
-def serve(model: Path, no_grpc: bool, **options: Any) -> None:
+def serve(model: Path, api_key_file: Path | None, no_grpc: bool, **options: Any) -> None:
     """Serve MODEL over HTTP, by OpenAI's API, and over gRPC."""
-    if no_grpc:
-        options["grpc_port"] = None
+    keys = read_keys(api_key_file, os.environ.get(_KEYS))
+    name = "demo" if model == model_path() else model.resolve().name
     known = {field.name for field in attrs.fields(ServerSettings)}
-    chosen = {name: options.pop(name) for name in list(options) if name in known}
-    config, _ = split(options)
-    settings = ServerSettings(model_name=model.resolve().name, **chosen)
+    chosen = {name: value for name, value in options.items() if name in known and value is not None}
+    if no_grpc:
+        chosen["grpc_port"] = None
+    # What was not given keeps the engine's own default.
+    engine = {name: value for name, value in options.items() if name not in known and value is not None}
+    settings = ServerSettings(**{"model_name": name, "api_keys": keys} | chosen)
     logs.configure(settings.log_format)
+    asyncio.run(
+        run_server(model, EngineConfig(**engine), settings, lambda *found: _announce(settings, *found))
+    )
 
-    def announce(engine: Engine, url: str, grpc_port: int | None) -> None:
-        grpc = f", gRPC on port {grpc_port}" if grpc_port else ""
-        messages().print(f"serving {settings.model_name} at {url}{grpc}", soft_wrap=True)
 
-    asyncio.run(run_server(model, config, settings, announce))
+def _announce(settings: ServerSettings, engine: Engine, url: str, grpc_port: int | None) -> None:
+    budget, console = engine.budget, messages()
+    lines = {
+        "memory": f"{size(budget.ram)}: {budget.slots} of {budget.experts} experts in the cache, "
+        f"{budget.context:,} tokens of context",
+        "keys": f"{len(settings.api_keys)}" if settings.api_keys else "none asked for",
+        "try": _example(settings, engine, url),
+    }
+    grpc = f", gRPC on port {grpc_port}" if grpc_port else ""
+    console.print(f"mer {version('mer')} serves {settings.model_name} at {url}{grpc}", soft_wrap=True)
+    for name, text in lines.items():
+        console.print(f"  {name:8} {text}", soft_wrap=True)
+    if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.api_keys:
+        console.print(
+            f"warning: whoever reaches {settings.host} may ask; --api-key-file asks for keys", soft_wrap=True
+        )
+
+
+def _example(settings: ServerSettings, engine: Engine, url: str) -> str:
+    chat = engine.tokenizer is not None and engine.tokenizer.chat_template is not None
+    body: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 50}
+    if chat:
+        body = {"messages": [{"role": "user", "content": "Hello!"}]}
+    elif engine.tokenizer is None:
+        body["prompt"] = [1, 2, 3]
+    words = ["curl", f"{url}/v1/{'chat/' if chat else ''}completions", "-H", "Content-Type: application/json"]
+    if settings.api_keys:
+        words += ["-H", "Authorization: Bearer KEY"]
+    return shlex.join([*words, "-d", json.dumps(body)])

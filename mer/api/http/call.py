@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any, cast
 
@@ -27,10 +28,11 @@ class Call:
     log: dict[str, Any] = Factory(dict)
     begun: float = Factory(time.perf_counter)
 
-    def used(self, usage: Usage) -> None:
-        """Count these tokens in the log line."""
-        for name in ("prompt_tokens", "completion_tokens"):
-            self.log[name] = self.log.get(name, 0) + getattr(usage, name)
+    def used(self, usage: Sequence[Usage]) -> None:
+        """Count the tokens of these answers to one prompt in the log line."""
+        self.log["prompt_tokens"] = self.log.get("prompt_tokens", 0) + usage[0].prompt_tokens
+        answered = sum(each.completion_tokens for each in usage)
+        self.log["completion_tokens"] = self.log.get("completion_tokens", 0) + answered
 
     def failed(self, error: BaseException, told: ApiError) -> None:
         """Say in the log what went wrong; with a traceback where it is an error of `mer`."""

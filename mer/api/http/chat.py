@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Final
 
 import msgspec
-from attrs import define, field
+from msgspec import UNSET
 from quart import Blueprint, Response
 
 from mer.api import generation
 from mer.api.generation import ChatRequest, Content, Event, template_messages
-from mer.api.http import openai, sse
+from mer.api.http import sse
+from mer.api.http.answers import (
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChunkChoice,
+    ContentLogprob,
+    FinishReason,
+    UsageAnswer,
+    chat_logprobs,
+    new_id,
+    now,
+)
 from mer.api.http.call import Call, current_call
 from mer.api.http.errors import api_error, invalid
 from mer.api.http.schemas import (
@@ -22,10 +37,11 @@ from mer.api.http.schemas import (
     JsonSchemaFormat,
     sampling,
 )
-from mer.api.http.service import Service, body_as
+from mer.api.http.service import Service, body_as, json_response
 from mer.engine.engine import Engine
 from mer.engine.outputs import Usage
 from mer.engine.structure import Structure
+from mer.errors import RequestError
 
 # What clients of this endpoint call fields of SamplingParams.
 _NAMES: Final = {"prompt": "messages", "logprobs": "top_logprobs", "structure": "response_format"}
@@ -48,8 +64,8 @@ def blueprint(service: Service) -> Blueprint:
             if body.stream:
                 return await sse.respond(_chunks(engine, body, model, request.n, events, call))
             return await _whole(engine, body, model, request.n, events, call)
-        except Exception as error:
-            raise api_error(error, _NAMES) from error
+        except RequestError as error:
+            raise api_error(error, _NAMES) from None
 
     return made
 
@@ -95,14 +111,29 @@ def _structure(body: ChatCompletionRequest) -> Structure | None:
     return None
 
 
-@define
 class _Answer:
-    """One of the answers, put together."""
+    """One of the answers, put together from its events."""
 
-    content: list[str] = field(factory=list)
-    logprobs: list[dict[str, Any]] = field(factory=list)
-    finish_reason: str | None = None
-    usage: Usage | None = None
+    def __init__(self) -> None:
+        self.content: list[str] = []
+        self.logprobs: list[ContentLogprob] = []
+        self.finish_reason: FinishReason = "length"
+        self.usage: Usage | None = None
+
+    def add(self, event: Event, engine: Engine) -> None:
+        for piece in event.pieces:
+            if isinstance(piece, Content):
+                self.content.append(piece.text)
+        if event.delta.logprobs is not None:
+            self.logprobs += chat_logprobs(engine, event.delta.logprobs)
+        if event.finish_reason is not None:
+            self.finish_reason, self.usage = event.finish_reason, event.delta.usage
+
+    def choice(self, index: int, logprobs: bool) -> ChatChoice:
+        message = ChatMessage("".join(self.content))
+        return ChatChoice(
+            index, message, ChatLogprobs(self.logprobs) if logprobs else None, self.finish_reason
+        )
 
 
 async def _whole(
@@ -117,34 +148,11 @@ async def _whole(
     async with aclosing(events):
         async for batch in events:
             for event in batch:
-                _add(answers[event.index], event, engine, bool(body.top_logprobs))
+                answers[event.index].add(event, engine)
     used = [answer.usage for answer in answers if answer.usage]
-    for each in used:
-        call.used(each)
-    whole = {
-        **openai.header("chat.completion", "chatcmpl", model),
-        "choices": [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": "".join(answer.content), "refusal": None},
-                "logprobs": {"content": answer.logprobs, "refusal": None} if body.logprobs else None,
-                "finish_reason": answer.finish_reason,
-            }
-            for i, answer in enumerate(answers)
-        ],
-        "usage": openai.usage(used),
-    }
-    return Response(msgspec.json.encode(whole), content_type="application/json")
-
-
-def _add(answer: _Answer, event: Event, engine: Engine, top: bool) -> None:
-    for piece in event.pieces:
-        if isinstance(piece, Content):
-            answer.content.append(piece.text)
-    if event.delta.logprobs is not None:
-        answer.logprobs += openai.token_logprobs(engine, event.delta.logprobs, top)
-    if event.finish_reason is not None:
-        answer.finish_reason, answer.usage = event.finish_reason, event.delta.usage
+    call.used(used)
+    choices = [answer.choice(i, bool(body.logprobs)) for i, answer in enumerate(answers)]
+    return json_response(ChatCompletion(new_id("chatcmpl"), now(), model, choices, UsageAnswer.of([used])))
 
 
 async def _chunks(
@@ -155,15 +163,14 @@ async def _chunks(
     events: AsyncGenerator[list[Event], None],
     call: Call,
 ) -> AsyncGenerator[bytes, None]:
-    head = openai.header("chat.completion.chunk", "chatcmpl", model)
+    id, created = new_id("chatcmpl"), now()
     wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    if wants_usage:
-        head["usage"] = None
+    no_usage = None if wants_usage else UNSET
     used: list[Usage] = []
 
-    def chunk(index: int, delta: Mapping[str, Any], logprobs: Any = None, reason: str | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return sse.data({**head, "choices": [choice]})
+    def chunk(index: int, delta: ChatDelta, **more: Any) -> bytes:
+        choice = ChunkChoice(index, delta, **more)
+        return sse.data(ChatCompletionChunk(id, created, model, [choice], no_usage))
 
     async with aclosing(events):
         begun = False
@@ -174,20 +181,21 @@ async def _chunks(
             parts: list[bytes] = []
             if not begun:
                 begun = True
-                parts = [chunk(i, {"role": "assistant", "content": ""}) for i in range(n)]
+                parts = [chunk(i, ChatDelta("assistant", "")) for i in range(n)]
             for event in batch:
-                delta = {"content": "".join(piece.text for piece in event.pieces)}
+                text = "".join(piece.text for piece in event.pieces)
                 logprobs = None
                 if event.delta.logprobs is not None:
-                    entries = openai.token_logprobs(engine, event.delta.logprobs, bool(body.top_logprobs))
-                    logprobs = {"content": entries, "refusal": None}
-                if delta["content"] or logprobs:
-                    parts.append(chunk(event.index, delta, logprobs))
+                    logprobs = ChatLogprobs(chat_logprobs(engine, event.delta.logprobs))
+                if text or logprobs:
+                    parts.append(chunk(event.index, ChatDelta(content=text), logprobs=logprobs))
                 if event.finish_reason is not None:
-                    parts.append(chunk(event.index, {}, None, event.finish_reason))
+                    parts.append(chunk(event.index, ChatDelta(), finish_reason=event.finish_reason))
                     assert event.delta.usage is not None
                     used.append(event.delta.usage)
-                    call.used(event.delta.usage)
-            yield b"".join(parts)
-    last = sse.data({**head, "choices": [], "usage": openai.usage(used)}) if wants_usage else b""
-    yield last + sse.DONE
+            if parts:
+                yield b"".join(parts)
+    call.used(used)
+    if wants_usage:
+        yield sse.data(ChatCompletionChunk(id, created, model, [], UsageAnswer.of([used])))
+    yield sse.DONE

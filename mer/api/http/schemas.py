@@ -25,20 +25,40 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 Text = Annotated[str, Meta(min_length=1)]
 Stop = Annotated[list[Text], Meta(max_length=64)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
+_ID_NAMES: Final = {"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}}
+Biases = Annotated[dict[TokenId, Bias], Meta(extra_json_schema=_ID_NAMES)]
 JsonObject = dict[str, Any]
+# A text, several, token ids, or several lists of them; `prompts` refuses what else this type would take.
+_TOKEN: Final = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_PROMPTS: Final = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_ANSWERS},
+        {"type": "array", "items": _TOKEN, "minItems": 1},
+        {
+            "type": "array",
+            "items": {"type": "array", "items": _TOKEN},
+            "minItems": 1,
+            "maxItems": MAX_ANSWERS,
+        },
+    ]
+}
+Prompts = Annotated[str | list[str | TokenId | list[TokenId]], Meta(extra_json_schema=_PROMPTS)]
 
-# What OpenAI's API has and this server does not, and what to do instead.
-UNSUPPORTED: Final = {
-    "audio": "this server answers in text",
-    "functions": "send 'tools' instead",
-    "function_call": "send 'tool_choice' instead",
-    "metadata": "this server stores no answers",
-    "modalities": "this server answers in text",
-    "prediction": "predicted outputs are not supported",
-    "suffix": "the models that this server runs continue a text and don't fill gaps",
-    "verbosity": "say so in a message",
-    "web_search_options": "this server does not search the web",
-    "moderation": "this server does not moderate",
+# What OpenAI's API has and this server does not: what to do instead, and values that ask for nothing.
+UNSUPPORTED: Final[dict[str, tuple[str, tuple[Any, ...]]]] = {
+    "audio": ("this server answers in text", ()),
+    "best_of": ("send 'n' and choose", (1,)),
+    "dimensions": ("embeddings have the size of the model's hidden state", ()),
+    "functions": ("send 'tools' instead", ()),
+    "function_call": ("send 'tool_choice' instead", ()),
+    "metadata": ("this server stores no answers", ({},)),
+    "modalities": ("this server answers in text", (["text"],)),
+    "moderation": ("this server does not moderate", ()),
+    "prediction": ("predicted outputs are not known here", ()),
+    "suffix": ("the models that this server runs continue a text and don't fill gaps", ("",)),
+    "verbosity": ("say so in a message", ("medium",)),
+    "web_search_options": ("this server does not search the web", ()),
 }
 
 
@@ -56,7 +76,6 @@ class Generating(Body):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0)] | None = None
     top_p: Probability | None = None
     top_k: Annotated[int, Meta(ge=-1, le=_INT64)] | None = None
@@ -69,7 +88,7 @@ class Generating(Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
-    logit_bias: dict[TokenId, Bias] | None = None
+    logit_bias: Biases | None = None
     user: str | None = None
     priority: Int64 | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
@@ -82,7 +101,6 @@ class Generating(Body):
 def sampling(body: Generating, structure: Structure | None = None, **more: Any) -> SamplingParams:
     """The parameters that `body` asks for. Raises RequestError and ApiError."""
     given = {
-        "max_tokens": body.max_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
         "top_k": 0 if body.top_k == -1 else body.top_k,
@@ -222,6 +240,7 @@ class JsonSchemaFormat(Body, tag_field="type", tag="json_schema"):
 
 class ChatCompletionRequest(Generating, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
+    max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -237,19 +256,79 @@ class ChatCompletionRequest(Generating, kw_only=True):
     prompt_cache_key: str | None = None
 
 
-_WHERE: Final = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?(.*)`)?$", re.DOTALL)
+class CompletionRequest(Generating, kw_only=True):
+    prompt: Prompts
+    max_tokens: Annotated[int, Meta(ge=0, le=_INT64)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class EmbeddingsRequest(Body, kw_only=True):
+    input: Prompts
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    user: str | None = None
+
+
+class TokenizeRequest(Body, kw_only=True):
+    """A text, or a conversation; just one of them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+    chat_template_kwargs: JsonObject | None = None
+
+
+class DetokenizeRequest(Body, kw_only=True):
+    tokens: list[TokenId]
+    model: str | None = None
+
+
+def prompts(given: str | list[Any], name: str) -> list[str | list[int]]:
+    """What `Prompts` stands for: several texts or lists of token ids. Raises ApiError."""
+    if isinstance(given, str):
+        return [given]
+    if given and all(isinstance(each, int) for each in given):
+        return [given]
+    if not given or not (
+        all(isinstance(each, str) for each in given) or all(isinstance(each, list) for each in given)
+    ):
+        raise invalid(f"{name}: must be a text, token ids, or a list of one of them", name)
+    return given
+
+
+_WHERE: Final = re.compile(r"(.*?)(?: - at (?:`key` in )?`\$\.?(.*?)(?:\[\.\.\.\])?`)?$", re.DOTALL)
 
 
 def decode(body: bytes, kind: type[_T]) -> _T:
     """The JSON text `body` as a `kind`. Raises ApiError, naming the parameter."""
     try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise _refusal(str(error)) from None
+        return _decode(body, kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the request's body is not valid JSON: {error}", code="invalid_json") from None
     except RecursionError:
         raise ApiError(400, "the request's body is nested too deeply", code="invalid_json") from None
+
+
+def _decode(body: bytes, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        given = msgspec.json.decode(body)
+        if isinstance(given, dict):
+            asked = {name: value for name, value in given.items() if not _asks_nothing(name, value)}
+            if len(asked) < len(given):
+                return _decode(msgspec.json.encode(asked), kind)
+        raise _refusal(str(error)) from None
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    """A parameter that is not supported, with a value that changes nothing."""
+    return name in UNSUPPORTED and (value is None or value in UNSUPPORTED[name][1])
 
 
 def _refusal(text: str) -> ApiError:
@@ -258,8 +337,8 @@ def _refusal(text: str) -> ApiError:
     what, where = match[1], match[2] or ""
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", what):
         name = f"{where}.{unknown[1]}" if where else unknown[1]
-        why = UNSUPPORTED.get(name)
-        if why:
+        if name in UNSUPPORTED:
+            why = UNSUPPORTED[name][0]
             return invalid(f"parameter {name!r} is not supported: {why}", name, "unsupported_parameter")
         return invalid(f"unknown parameter: {name!r}", name, "unknown_parameter")
     if missing := re.fullmatch(r"Object missing required field `(.*)`", what):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
-from quart import request
+import msgspec
+from quart import Response, request
 
 from mer.api.access import Access
 from mer.api.http.errors import ApiError, unavailable
@@ -44,8 +45,16 @@ class Service:
         self._engine = engine
 
     @property
-    def ready(self) -> bool:
-        return self._engine is not None and not self.draining
+    def status(self) -> Literal["ready", "loading", "draining"]:
+        if self.draining:
+            return "draining"
+        return "loading" if self._engine is None else "ready"
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        engine = self.engine
+        return min(engine.spec.max_positions, engine.budget.context)
 
     def begin(self) -> None:
         """A request is being served."""
@@ -84,3 +93,8 @@ async def body_as(kind: type[_T]) -> _T:
     data = await request.get_data(cache=False, as_text=False)
     assert isinstance(data, bytes)
     return decode(data, kind)
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """`value` is anything that msgspec writes as JSON."""
+    return Response(msgspec.json.encode(value), status, content_type="application/json")

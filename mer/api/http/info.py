@@ -1,0 +1,48 @@
+"""What a server says of itself: GET /v1/models, /health, /ready, /version, /openapi.json."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from quart import Blueprint, Response
+
+from mer.api.http.answers import Model, Models, Status, Version
+from mer.api.http.openapi import document
+from mer.api.http.service import Service, json_response
+
+
+def blueprint(service: Service) -> Blueprint:
+    """The endpoints."""
+    made = Blueprint("info", __name__)
+    described = document()
+
+    def model() -> Model:
+        return Model(service.settings.model_name, service.started, service.context)
+
+    @made.get("/v1/models")
+    async def models() -> Response:
+        return json_response(Models([model()]))
+
+    @made.get("/v1/models/<path:name>")
+    async def one_model(name: str) -> Response:
+        service.check_model(name)
+        return json_response(model())
+
+    @made.get("/health")
+    async def health() -> Response:
+        return json_response(Status("ok"))
+
+    @made.get("/ready")
+    async def ready() -> Response:
+        status = service.status
+        return json_response(Status(status), 200 if status == "ready" else 503)
+
+    @made.get("/version")
+    async def version_of_mer() -> Response:
+        return json_response(Version(version("mer")))
+
+    @made.get("/openapi.json")
+    async def openapi() -> Response:
+        return json_response(described)
+
+    return made

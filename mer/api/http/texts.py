@@ -1,0 +1,55 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from quart import Blueprint, Response
+
+from mer.api.generation import off_loop, template_messages, text_tokens
+from mer.api.http.answers import DetokenizedText, Tokens
+from mer.api.http.errors import api_error, invalid
+from mer.api.http.schemas import DetokenizeRequest, TokenizeRequest
+from mer.api.http.service import Service, body_as, json_response
+from mer.errors import RequestError
+
+
+def blueprint(service: Service) -> Blueprint:
+    """The endpoints."""
+    made = Blueprint("texts", __name__)
+
+    @made.post("/tokenize")
+    async def tokenize() -> Response:
+        body = await body_as(TokenizeRequest)
+        service.check_model(body.model)
+        engine = service.engine
+        if (body.prompt is None) == (body.messages is None):
+            raise invalid("give a prompt or messages, and not both", "prompt")
+        if body.messages is None:
+            tokens = await text_tokens(engine, body.prompt or "", special=body.add_special_tokens)
+        else:
+            messages = template_messages(msgspec.to_builtins(body.messages))
+            tools = msgspec.to_builtins(body.tools) if body.tools else None
+            variables = {**(body.chat_template_kwargs or {}), "tools": tools}
+            variables["add_generation_prompt"] = body.add_generation_prompt
+            size = sum(len(message["content"]) for message in messages)
+            tokens = await off_loop(size, lambda: engine.chat_prompt(messages, **variables))
+        strings: list[str] | UnsetType = UNSET
+        if body.return_token_strs and engine.tokenizer is not None:
+            strings = [engine.tokenizer.token_text(token) for token in tokens]
+        return json_response(Tokens(len(tokens), service.context, tokens, strings))
+
+    @made.post("/detokenize")
+    async def detokenize() -> Response:
+        body = await body_as(DetokenizeRequest)
+        service.check_model(body.model)
+        tokenizer = service.engine.tokenizer
+        if tokenizer is None:
+            raise invalid("this model came without a tokenizer", "tokens")
+        try:
+            text = await off_loop(len(body.tokens), lambda: tokenizer.decode(body.tokens, skip_special=False))
+        except RequestError as error:
+            raise api_error(error, {"prompt": "tokens"}) from None
+        return json_response(DetokenizedText(text))
+
+    return made
