@@ -54,7 +54,8 @@ async def _embedded(engine: Engine, prompts: list[list[int]]) -> list[NDArray[np
     async def one(tokens: list[int]) -> NDArray[np.float32]:
         async with room:
             vector = await engine.embed(tokens)
-        return vector / max(float(np.linalg.norm(vector)), np.finfo(np.float32).tiny)
+        length = float(np.linalg.norm(vector))
+        return vector / np.float32(length) if length else vector
 
     tasks = [asyncio.create_task(one(tokens)) for tokens in prompts]
     try:
