@@ -193,9 +193,14 @@ class Scheduler:
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
+            full = len(self.running) == self.max_running
+            if full and not self._yields(self.running[-1], sequence):
+                break
             if self._is_coming(sequence):
                 continue
-            if not (self._has_place(sequence) and self._take_blocks(sequence)):
+            if full:
+                self._set_back(self.running[-1])
+            if not self._take_blocks(sequence):
                 break
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_place)
@@ -213,14 +218,6 @@ class Scheduler:
             at < len(other.keys) and other.keys[at] == sequence.keys[at] and other.computed < (at + 1) * BLOCK
             for other in self.running
         )
-
-    def _has_place(self, sequence: Sequence) -> bool:
-        if len(self.running) < self.max_running:
-            return True
-        if not self._yields(self.running[-1], sequence):
-            return False
-        self._set_back(self.running[-1])
-        return True
 
     @staticmethod
     def _yields(running: Sequence, waiting: Sequence) -> bool:
