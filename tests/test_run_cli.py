@@ -109,6 +109,17 @@ async def test_chat_option(model):
     assert (done.returncode, done.stdout, done.stderr) == (0, result.text + "\n", "")
 
 
+def test_structures(model, tmp_path):
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps({"type": "array", "items": {"type": "boolean"}, "maxItems": 2}))
+    done = mer("run", model, "x", "-q", "--chat", "--json-schema", file)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert len(found) <= 2
+    assert all(type(each) is bool for each in found)
+    assert re.fullmatch(r"[0-9]{4}\n", mer("run", model, "x", "-q", "--chat", "--regex", "[0-9]{4}").stdout)
+
+
 async def test_ids_of_a_model_without_text(bare):
     result = await expected(bare, [5, 6, 7])
     done = mer("run", bare, "--ids", "5, 6 7", "-q", "-n", 10, *OPTIONS)
@@ -135,6 +146,9 @@ ERRORS = {
     "chat and ids": (["run", "MODEL", "1", "--chat", "--ids"], 2, "--chat"),
     "too many logprobs": (["run", "MODEL", "x", "--logprobs", "21"], 1, "logprobs"),
     "no template": (["run", "BARE", "x", "--chat"], 1, "chat template"),
+    "no regular expression": (["run", "MODEL", "x", "--regex", "(a"], 1, "unclosed group"),
+    "no schema": (["run", "MODEL", "x", "--json-schema", "-"], 1, "JSON schema is no JSON"),
+    "two structures": (["run", "MODEL", "x", "--json-schema", "-", "--regex", "a"], 2, "--regex"),
     "no place for a trace": (["run", "MODEL", "x", "--trace", "/dev/null/t"], 1, "trace /dev/null/t"),
     "chat without template": (["chat", "BARE"], 1, "chat template"),
     "chat without model": (["chat", "nowhere"], 1, "nowhere"),

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import attrs
 import click
@@ -18,6 +18,7 @@ from mer.config import EngineConfig
 from mer.engine.engine import Engine
 from mer.engine.outputs import Delta, join
 from mer.engine.params import SamplingParams
+from mer.engine.structure import Structure
 from mer.errors import RequestError
 
 
@@ -29,6 +30,13 @@ from mer.errors import RequestError
 )
 @click.option("--ids", is_flag=True, help="PROMPT is token ids, separated by spaces or commas.")
 @click.option("--logprobs", type=int, help="With --json: log-probabilities of this many likeliest tokens.")
+@click.option(
+    "--json-schema",
+    "schema",
+    type=click.File(encoding="utf-8"),
+    help="The answer is JSON that is valid by the schema in this file (- for standard input).",
+)
+@click.option("--regex", help="The answer matches this regular expression as a whole.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @click.option(
     "--trace", type=click.Path(path_type=Path), help="Write which experts each token chose, as CSV."
@@ -36,12 +44,22 @@ from mer.errors import RequestError
 @click.option("-q", "--quiet", is_flag=True, help="No summary.")
 @engine_options
 @sampling_options
-def run(model: Path, prompt: str, chat: bool, ids: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def run(
+    model: Path,
+    prompt: str,
+    chat: bool,
+    ids: bool,
+    schema: TextIO | None,
+    regex: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Generate text that continues PROMPT (- for standard input).
 
     The text goes to standard output as it is made, a summary of what it took to standard error.
     """
-    config, params = split(options)
+    config, params = split(options | {"structure": _structure(schema, regex)})
     if prompt == "-":
         try:
             prompt = sys.stdin.read()
@@ -86,6 +104,17 @@ async def _run(
         if not quiet:
             result = join(deltas, seed=0)
             print_summary(messages(), engine, result.usage, result.timings)
+
+
+def _structure(schema: TextIO | None, regex: str | None) -> Structure | None:
+    if schema is not None and regex is not None:
+        raise click.UsageError("--json-schema and --regex can't be combined")
+    if schema is not None:
+        try:
+            return Structure.json_schema(schema.read())
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{schema.name}: is not text in UTF-8: {error}", "structure") from None
+    return None if regex is None else Structure.regex(regex)
 
 
 def _prompt(engine: Engine, text: str, chat: bool, ids: bool) -> str | list[int]:

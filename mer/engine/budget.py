@@ -12,6 +12,7 @@ from mer._ext.cpus import usable_cpus
 from mer._ext.moe import scratch_bytes
 from mer.config import EngineConfig
 from mer.engine.blocks import blocks_for
+from mer.engine.constraint import constraint_bytes
 from mer.errors import BudgetError, ConfigError
 from mer.model.dense import dense_bytes
 from mer.model.families import Architecture
@@ -131,6 +132,7 @@ def measure(
         + scratch_bytes(tables.layers, tables.reads, spec.router.top_k, step)
         + tables.total * (tables.n_experts + 64)  # what the cache's policy knows of each expert
         + 48 * spec.vocab  # sampling copies a row of logits some times
+        + constraint_bytes(spec.vocab)
         + _MARGIN
     )
     ram = config.ram or default_ram()

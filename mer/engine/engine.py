@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mer.config import EngineConfig
 from mer.engine.budget import Budget, resident_bytes
+from mer.engine.constraint import Constraints
 from mer.engine.mailbox import Mailbox
 from mer.engine.observer import Observer, Snapshot
 from mer.engine.outputs import Delta, Result, join
@@ -97,6 +98,7 @@ class Engine:
         )
         self._ids = itertools.count(1)
         self._worker = Worker(runner, self._scheduler, config.max_waiting)
+        self._constraints = Constraints(tokenizer, runner.spec.vocab, ends, budget.threads)
 
     @classmethod
     def open(cls, path: str | PathLike[str], config: EngineConfig | None = None, **settings: Any) -> _Opening:
@@ -135,6 +137,7 @@ class Engine:
     def _close(self, drain: bool) -> None:
         # All of it on one thread: who stops waiting for it does not stop it.
         self._worker.close(drain=drain)
+        self._constraints.close()
         self._runner.close()
 
     @property
@@ -264,6 +267,9 @@ class Engine:
         self._refuse_beyond(tokens, limit - (params.max_tokens != 0))  # an answer needs a place
         if params.max_tokens is not None:
             limit = min(limit, len(tokens) + params.max_tokens)
+        constraint = None
+        if params.structure is not None:
+            constraint = await asyncio.to_thread(self._constraints.compile, params.structure)
         request = Request(
             tokens=tokens,
             wants="last" if params.prompt_logprobs is None else "all",
@@ -277,6 +283,7 @@ class Engine:
             tokenizer=self._tokenizer,
             eos_ids=self._eos_ids,
             limit=limit,
+            constraint=constraint,
         )
         self._worker.submit(request)
         return request

@@ -9,6 +9,7 @@ import numpy as np
 from attrs import Factory, define, field
 from numpy.typing import NDArray
 
+from mer.engine.constraint import Constraint
 from mer.engine.mailbox import Mailbox
 from mer.engine.outputs import Delta, FinishReason, Timings, TokenLogprob, Usage
 from mer.engine.params import SamplingParams
@@ -76,6 +77,7 @@ class Request(Job):
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int]
     limit: int  # most tokens, prompt and answer together
+    constraint: Constraint | None = None
     _detokenizer: Detokenizer | None = field(init=False)
     _stops: StopStrings = field(init=False)
     _end_ids: frozenset[int] = field(init=False)
@@ -106,33 +108,43 @@ class Request(Job):
         if self.wants == "all":
             prompt_logprobs = (None, *(self._prompt_logprobs[i] for i in range(1, self.prompt_tokens)))
             self.wants = "last"  # they are delivered: from here on it is a request like others
-        if self.prompt_tokens == self.limit:
-            self._first_at = self._last_at = time.perf_counter()
-            end: FinishReason = "length"
-            timings = self._timings()
-            return Delta("", (), None, end, self.usage(), timings, prompt_logprobs)
-        drawn = self.sampler.sample(logits)
-        self.tokens.append(drawn.token)
+        drawn, complete = self._draw(logits)
+        tokens: tuple[int, ...] = ()
+        logprobs: tuple[TokenLogprob, ...] | None = None
+        if drawn is not None:
+            tokens = (drawn.token,)
+            self.tokens.append(drawn.token)
         self._last_at = time.perf_counter()
         self._first_at = self._first_at or self._last_at
-        text, reason = self._read(drawn.token)
-        logprobs = None
+        text, reason = self._read(drawn.token if drawn else None, complete)
         if self.params.logprobs is not None:
-            logprobs = (self._logprob(drawn),)
+            logprobs = (self._logprob(drawn),) if drawn else ()
         if reason is None:
-            return Delta(text, (drawn.token,), logprobs, prompt_logprobs=prompt_logprobs)
-        return Delta(text, (drawn.token,), logprobs, reason, self.usage(), self._timings(), prompt_logprobs)
+            return Delta(text, tokens, logprobs, prompt_logprobs=prompt_logprobs)
+        return Delta(text, tokens, logprobs, reason, self.usage(), self._timings(), prompt_logprobs)
 
     @property
     def last_at(self) -> float:
         """When its last token was drawn; when it was asked for, if there is none."""
         return self._last_at or self.asked_at
 
-    def _read(self, token: int) -> tuple[str, FinishReason | None]:
+    def _draw(self, logits: NDArray[np.float32]) -> tuple[Sampled | None, bool]:
+        """The next token, and whether it completes what `structure` asks for; None: there is none to draw."""
+        if self.prompt_tokens == self.limit:
+            return None, False
+        if self.constraint is None:
+            return self.sampler.sample(logits), False
+        allowed = self.constraint.allowed(self._end_ids)
+        if allowed is None:
+            return None, True
+        drawn = self.sampler.sample(logits, allowed)
+        return drawn, drawn.token not in self._end_ids and self.constraint.accept(drawn.token)
+
+    def _read(self, token: int | None, complete: bool) -> tuple[str, FinishReason | None]:
         """The text that is certain now, and why the answer ends here if it does."""
         text = ""
-        ended = token in self._end_ids
-        if self._detokenizer is not None and not ended:
+        ended = complete or token in self._end_ids
+        if self._detokenizer is not None and token is not None and token not in self._end_ids:
             text, stop = self._stops.push(self._detokenizer.push(token))
             if stop is not None:
                 return text, "stop"

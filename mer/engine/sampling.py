@@ -1,13 +1,13 @@
 """From logits to a token.
 
 The steps, in the order of transformers' `generate`: biases, repetition penalty, then presence and frequency
-penalties (where vLLM has them), temperature, top-k, top-p, min-p. Each filter sees the distribution that the
-one before it left, and at least the likeliest token survives. Ties: greedy takes the lowest index; top-k
-keeps every token that equals the k-th, as transformers does; of equal tokens at its edge top-p keeps those of
-the lowest indices, so that it never loses greedy's choice.
+penalties (where vLLM has them), what a structure excludes, temperature, top-k, top-p, min-p. Each filter sees
+the distribution that the one before it left, and at least the likeliest token survives. Ties: greedy takes
+the lowest index; top-k keeps every token that equals the k-th, as transformers does; of equal tokens at its
+edge top-p keeps those of the lowest indices, so that it never loses greedy's choice.
 
-Log-probabilities are natural logarithms of the model's own distribution, before penalties and temperature, as
-OpenAI and vLLM report them.
+Log-probabilities are natural logarithms of the model's own distribution, before all of these steps, as OpenAI
+and vLLM report them.
 
 A token's draw is a function of (seed, number of tokens drawn before) alone: Philox4x64-10 (Salmon et al.,
 'Parallel random numbers: as easy as 1, 2, 3', 2011) keyed by the seed, with that number as the counter. So
@@ -80,12 +80,15 @@ class Sampler:
         if params.presence_penalty or params.frequency_penalty:
             self._counts = np.zeros(vocab, dtype=np.uint32)
 
-    def sample(self, logits: NDArray[np.float32]) -> Sampled:
+    def sample(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> Sampled:
         """The next token. `logits`: f32 [vocab], neither kept nor changed.
 
+        `allowed`: bool [vocab], the tokens to draw from, at least one; None: all.
         Raises MerError when the largest logit is not finite.
         """
         adjusted = self._penalised(logits)
+        if allowed is not None:
+            adjusted = np.where(allowed, adjusted, np.float32(-np.inf))
         if self.params.temperature == 0:
             token = _likeliest(adjusted)
         else:

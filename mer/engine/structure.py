@@ -29,14 +29,14 @@ class Structure:
         return cls("json_object", "")
 
     @classmethod
-    def json_schema(cls, schema: dict[str, Any] | bool | str) -> Self:
+    def json_schema(cls, schema: dict[str, Any] | str) -> Self:
         """JSON that is valid by this JSON schema (an object, or its text)."""
         if isinstance(schema, str):
             try:
                 schema = json.loads(schema)
             except ValueError as error:
                 raise RequestError(f"structure: the JSON schema is no JSON: {error}", "structure") from None
-        if not isinstance(schema, dict | bool):
+        if not isinstance(schema, dict):
             raise RequestError("structure: a JSON schema must be an object", "structure")
         try:
             return cls("json_schema", json.dumps(schema, ensure_ascii=False))
@@ -45,12 +45,12 @@ class Structure:
 
     @classmethod
     def regex(cls, pattern: str) -> Self:
-        """A text that matches this regular expression as a whole."""
+        """A text that matches this regular expression as a whole (Rust's syntax: no look-around)."""
         return cls("regex", _text("regular expression", pattern))
 
     @classmethod
     def grammar(cls, source: str) -> Self:
-        """A text of the language that this grammar describes."""
+        """A text of the language that this grammar describes: llguidance's kind of Lark, or GBNF."""
         return cls("grammar", _text("grammar", source))
 
     @classmethod

@@ -26,6 +26,11 @@ class Tokenizer:
     any. chat_template: None when the model has none.
     """
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text, such as the end of an answer."""
+        return self._vocabulary.special_ids
+
     @classmethod
     def open(cls, path: Path) -> Tokenizer | None:
         """From tokenizer.json, else SentencePiece's tokenizer.model; None when there is neither.
@@ -93,6 +98,16 @@ class Tokenizer:
         for stage in self._stages:
             piece = stage.alone(piece)
         return piece if isinstance(piece, bytes) else piece.encode()
+
+    def all_token_bytes(self) -> list[bytes]:
+        """`token_bytes` of every id. The strings are not kept, as they are for tokens that were met."""
+        tokens = []
+        for id in range(self.vocab_size):
+            piece: bytes | str = self._vocabulary.token(id) or ""
+            for stage in self._stages:
+                piece = stage.alone(piece)
+            tokens.append(piece if isinstance(piece, bytes) else piece.encode())
+        return tokens
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """For one answer to this prompt; special tokens are not shown. Raises RequestError."""
