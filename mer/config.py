@@ -101,3 +101,5 @@ class EngineConfig:
     prefetch: int = field(default=8, validator=_at_least(0))
     # A file for the routing of every step, as bench/policy.py replays it; None: none is written.
     trace: Path | None = field(default=None, converter=converters.optional(Path))
+    # A file for a Chrome trace of where the time of every step went; None: none is written.
+    profile: Path | None = field(default=None, converter=converters.optional(Path))

@@ -3,6 +3,7 @@ from numpy.typing import NDArray
 
 from mer._ext.cache import ExpertCache
 from mer._ext.kernels import Kernels, Pool
+from mer._ext.recorder import Recorder
 from mer._ext.uring import Reader
 
 def scratch_bytes(
@@ -38,4 +39,5 @@ class ExpertStreamer:
         out: NDArray[np.float32],
         ahead: NDArray[np.int32] | None = None,
     ) -> None: ...
+    def record(self, recorder: Recorder) -> None: ...
     def stats(self) -> dict[str, float]: ...

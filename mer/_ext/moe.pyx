@@ -16,11 +16,12 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
+from posix.time cimport nanosleep, timespec
 
 from mer._ext.cache cimport ACQ_BUSY, ACQ_HIT, ACQ_MISS, ExpertCache, STATE_LOADING, STATE_RESIDENT
 from mer._ext.kernels cimport Kernels, Pool, mer_task_fn
-from mer._ext.prefetch cimport Prefetcher, plan_read
+from mer._ext.prefetch cimport Prefetcher, plan_bytes, plan_read
+from mer._ext.recorder cimport Recorder, SPAN_COMPUTE, SPAN_EXPERTS, SPAN_READ, SPAN_WAIT, now
 from mer._ext.uring cimport MER_IO_DEMAND, Reader, ReadOp, mer_read_done
 
 from mer.errors import BudgetError
@@ -41,12 +42,6 @@ cdef enum:
     # Once this many (token, expert) pairs are ready they are computed, and then the reads looked at again:
     # so a long prefill keeps the device's queue full, and its middle rows stay in the processor's cache.
     BATCH_ROWS = 256
-
-
-cdef inline int64_t now() noexcept nogil:
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
 
 
 cdef void input_task(void *arg, long task, int thread) noexcept nogil:
@@ -121,6 +116,7 @@ cdef class ExpertStreamer:
         cdef int64_t i, act = 0, mid = 0, rows
         sizes = _sizes(layers, reads, top_k, max_tokens)
         self.cache, self.reader, self.kernels, self.pool = cache, reader, kernels, pool
+        self.arrays = (None, None, None, None)
         self.n_layers, self.max_reads = layers.shape[0], reads.shape[1]
         self.n_experts = reads.shape[0] // self.n_layers
         self.top_k, self.max_tokens, self.scratch_bytes = top_k, max_tokens, sum(sizes)
@@ -192,8 +188,7 @@ cdef class ExpertStreamer:
                                  f"slots of {room} bytes")
         return 0
 
-    def forward(self, int64_t layer, const float[:, ::1] x, const int32_t[:, ::1] ids,
-                const float[:, ::1] weights, float[:, ::1] out, const int32_t[:, ::1] ahead=None):
+    def forward(self, int64_t layer, x, ids, weights, out, ahead=None):
         """x f32 [T, hidden], ids i32 [T, top_k], weights f32 [T, top_k] -> out f32 [T, hidden] (overwritten).
 
         layer counts MoE layers only. ahead, i32 [T, top_k]: what the next MoE layer will probably want, best first;
@@ -203,36 +198,58 @@ cdef class ExpertStreamer:
         fit, IndexError for a layer.
         """
         cdef int error
+        cdef int64_t start
         if not 0 <= layer < self.n_layers:
             raise IndexError(f"layer {layer} is outside 0..{self.n_layers - 1}")
-        self.shape = &self.layers[layer]
-        self.tokens = x.shape[0]
-        if not (0 < self.tokens <= self.max_tokens and x.shape[1] == self.shape.hidden
-                and ids.shape[0] == self.tokens and ids.shape[1] == self.top_k
-                and weights.shape[0] == self.tokens and weights.shape[1] == self.top_k
-                and out.shape[0] == self.tokens and out.shape[1] == self.shape.hidden):
-            raise ValueError(
-                f"shapes do not fit: x {np.shape(x)}, ids {np.shape(ids)}, weights {np.shape(weights)}, "
-                f"out {np.shape(out)}; hidden {self.shape.hidden}, top_k {self.top_k}, max_tokens {self.max_tokens}")
-        if not self.group(&ids[0, 0]):
-            raise ValueError(f"the ids of a token must be distinct and in 0..{self.n_experts - 1}")
-        self.x, self.weights, self.out = &x[0, 0], &weights[0, 0], &out[0, 0]
-        self.ahead = NULL
+        self.shape, self.layer, self.ahead = &self.layers[layer], layer, NULL
+        self.bind(x, ids, weights, out)
         if ahead is not None and self.prefetcher is not None and layer + 1 < self.n_layers:
-            if ahead.shape[0] != self.tokens or ahead.shape[1] != self.top_k:
-                raise ValueError(f"ahead {np.shape(ahead)} must be [{self.tokens}, {self.top_k}]")
-            self.ahead = &ahead[0, 0]
+            self.bind_ahead(ahead)
+        start = now()
+        if not self.group(self.ids):
+            raise ValueError(f"the ids of a token must be distinct and in 0..{self.n_experts - 1}")
         with nogil:
-            self.cache.visit(layer, &ids[0, 0], self.tokens * self.top_k, self.tokens)
+            self.cache.visit(layer, self.ids, self.tokens * self.top_k, self.tokens)
             self.run_tokens(input_task)
             error = self.stream(layer * self.n_experts)
             if error == 0 and self.failed is NULL:
                 self.run_tokens(combine_task)
+            if self.recorder is not None:
+                self.recorder.add(SPAN_EXPERTS, layer, start, now(), 0)
         if error == ENOSPC:
             raise BudgetError(f"all {self.cache.n_slots} slots of the expert cache hold experts of its pinned set: "
                               "raise --ram, or pin fewer")
         if self.failed is not NULL:
             raise self.reader.error(self.failed.file, self.failed.offset, self.failed.needed, self.failed.result)
+
+    cdef int bind(self, x, ids, weights, out) except -1:
+        """Takes up the arrays of a call; looking into them takes longer than comparing them with the last call's."""
+        if not (x is self.arrays[0] and ids is self.arrays[1] and weights is self.arrays[2]
+                and out is self.arrays[3]):
+            self.arrays = (None, None, None, None)
+            self.x_view, self.ids_view, self.weights_view, self.out_view = x, ids, weights, out
+            self.arrays = (x, ids, weights, out)
+        self.tokens = self.x_view.shape[0]
+        if not (0 < self.tokens <= self.max_tokens and self.x_view.shape[1] == self.shape.hidden
+                and self.ids_view.shape[0] == self.tokens and self.ids_view.shape[1] == self.top_k
+                and self.weights_view.shape[0] == self.tokens and self.weights_view.shape[1] == self.top_k
+                and self.out_view.shape[0] == self.tokens and self.out_view.shape[1] == self.shape.hidden):
+            raise ValueError(
+                f"shapes do not fit: x {np.shape(x)}, ids {np.shape(ids)}, weights {np.shape(weights)}, "
+                f"out {np.shape(out)}; hidden {self.shape.hidden}, top_k {self.top_k}, max_tokens {self.max_tokens}")
+        self.x, self.ids = &self.x_view[0, 0], &self.ids_view[0, 0]
+        self.weights, self.out = &self.weights_view[0, 0], &self.out_view[0, 0]
+        return 0
+
+    cdef int bind_ahead(self, ahead) except -1:
+        if ahead is not self.ahead_array:
+            self.ahead_array = None
+            self.ahead_view = ahead
+            self.ahead_array = ahead
+        if self.ahead_view.shape[0] != self.tokens or self.ahead_view.shape[1] != self.top_k:
+            raise ValueError(f"ahead {np.shape(ahead)} must be [{self.tokens}, {self.top_k}]")
+        self.ahead = &self.ahead_view[0, 0]
+        return 0
 
     cdef bint group(self, const int32_t *ids) noexcept nogil:
         """Counting sort of the (token, choice) pairs by expert; False for ids that make no sense."""
@@ -263,7 +280,7 @@ cdef class ExpertStreamer:
         cdef char *slot = self.cache.slot_ptr(e.slot)
         cdef ReadOp *op
         cdef int64_t j
-        e.first_op = self.n_ops
+        e.first_op, e.asked = self.n_ops, now() if self.recorder is not None else 0
         for j in range(self.max_reads):
             if plan[j].length == 0:
                 break
@@ -282,6 +299,8 @@ cdef class ExpertStreamer:
                 return
             if self.ops[j].result < 0:
                 failed = &self.ops[j]
+        if self.recorder is not None:
+            self.recorder.add(SPAN_READ, e.key, e.asked, now(), plan_bytes(&self.reads[e.key * self.max_reads], self.max_reads))
         if failed is NULL:
             self.cache.publish(e.key)
             e.state = READY
@@ -357,7 +376,7 @@ cdef class ExpertStreamer:
         self.n_ops = 0
         for e in range(self.n_experts):
             if self.first[e + 1] > self.first[e]:
-                self.active[n] = Expert(base + e, self.first[e], self.first[e + 1] - self.first[e], -1, 0, 0, WAITING)
+                self.active[n] = Expert(base + e, self.first[e], self.first[e + 1] - self.first[e], -1, 0, 0, 0, WAITING)
                 n += 1
         for i in range(n):                           # what is resident is pinned before a miss may evict it
             if self.cache.state(self.active[i].key) == STATE_RESIDENT:
@@ -386,19 +405,19 @@ cdef class ExpertStreamer:
                     if self.active[i].state == COMPUTING:
                         self.cache.release(self.active[i].key)
                         self.active[i].state = DONE
-                self.compute_ns += now() - mark
+                self.spent(SPAN_COMPUTE, mark)
                 self.reader.wait(0)
             elif under_way[LOADING] or (self.prefetcher is not None and self.prefetcher.under_way
                                         and (under_way[BUSY] or under_way[WAITING])):
                 self.reader.wait_past(seen)
-                self.io_wait_ns += now() - mark
+                self.spent(SPAN_WAIT, mark)
             elif under_way[BUSY] or under_way[WAITING]:
                 if not under_way[BUSY] and self.cache.all_protected():
                     return ENOSPC
                 # It hangs on others, who read it or hold the slots; nothing here is pinned but what they read.
                 pause.tv_sec, pause.tv_nsec = 0, 50000
                 nanosleep(&pause, NULL)
-                self.io_wait_ns += now() - mark
+                self.spent(SPAN_WAIT, mark)
             else:
                 return 0
 
@@ -414,7 +433,16 @@ cdef class ExpertStreamer:
     cdef void run_tokens(self, mer_task_fn task) noexcept nogil:
         cdef int64_t mark = now()
         self.pool.run(task, <void *>self, self.tokens)
-        self.compute_ns += now() - mark
+        self.spent(SPAN_COMPUTE, mark)
+
+    cdef void spent(self, int64_t kind, int64_t since) noexcept nogil:
+        cdef int64_t end = now()
+        if kind == SPAN_COMPUTE:
+            self.compute_ns += end - since
+        else:
+            self.io_wait_ns += end - since
+        if self.recorder is not None:
+            self.recorder.add(kind, self.layer, since, end, 0)
 
     cdef void prepare_input(self, int64_t token) noexcept nogil:
         self.kernels.prepare(self.shape.gate_format, self.x + token * self.shape.hidden,
@@ -462,6 +490,12 @@ cdef class ExpertStreamer:
             row = self.out_rows + self.position[token * self.top_k + k] * hidden
             for i in range(hidden):
                 out[i] += w * row[i]
+
+    def record(self, Recorder recorder):
+        """Have this and every later call recorded; its reads, too."""
+        self.recorder = recorder
+        if self.prefetcher is not None:
+            self.prefetcher.recorder = recorder
 
     def stats(self):
         """Totals since the start: seconds waiting for reads and computing, bytes asked of the device,

@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
 
 from mer._ext.cache cimport ExpertCache
+from mer._ext.recorder cimport Recorder
 from mer._ext.uring cimport Reader, ReadOp
 
 ctypedef struct ReadPlan:
@@ -21,13 +22,24 @@ cdef inline void plan_read(ReadOp *op, const ReadPlan *plan, char *slot, int pri
     op.priority = priority
 
 
+cdef inline int64_t plan_bytes(const ReadPlan *plans, int64_t max_reads) noexcept nogil:
+    cdef int64_t j, total = 0
+    for j in range(max_reads):
+        if plans[j].length == 0:
+            break
+        total += plans[j].length
+    return total
+
+
 cdef class Prefetcher:
     cdef ExpertCache cache
     cdef Reader reader
+    cdef Recorder recorder             # None: nothing is recorded
     cdef const ReadPlan *plans         # [n_experts of the cache, max_reads]; length 0: not used
     cdef int64_t max_reads, capacity
     cdef ReadOp *ops                   # [capacity, max_reads]
     cdef int64_t *keys                 # [capacity] the expert that is being read, -1: this place is free
+    cdef int64_t *asked                # [capacity] when its reads were submitted, ns, if that is recorded
     cdef uint8_t *unused               # [n_experts of the cache] read ahead, and not used since
     cdef readonly int64_t under_way    # experts whose reads have not been collected
     cdef readonly int64_t issued, useful, failed, bytes_read

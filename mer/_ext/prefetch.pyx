@@ -8,6 +8,7 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
 from mer._ext.cache cimport ACQ_HIT, ACQ_MISS, STATE_ABSENT, STATE_RESIDENT
+from mer._ext.recorder cimport SPAN_READ_AHEAD, now
 from mer._ext.uring cimport MER_IO_PREFETCH, mer_read_done
 
 
@@ -21,8 +22,9 @@ cdef class Prefetcher:
         self.max_reads, self.capacity = max_reads, capacity
         self.ops = <ReadOp *>calloc(capacity * max_reads, sizeof(ReadOp))
         self.keys = <int64_t *>calloc(capacity, sizeof(int64_t))
+        self.asked = <int64_t *>calloc(capacity, sizeof(int64_t))
         self.unused = <uint8_t *>calloc(cache.n_experts, 1)
-        if self.ops is NULL or self.keys is NULL or self.unused is NULL:
+        if self.ops is NULL or self.keys is NULL or self.asked is NULL or self.unused is NULL:
             raise MemoryError("no memory for the prefetcher")
         for i in range(capacity):
             self.keys[i] = -1
@@ -38,6 +40,7 @@ cdef class Prefetcher:
                         self.reader.wait_past(seen)
         free(self.ops)
         free(self.keys)
+        free(self.asked)
         free(self.unused)
 
     cdef void collect(self) noexcept nogil:
@@ -57,6 +60,9 @@ cdef class Prefetcher:
                 failed = failed or (over and op.result < 0)
             if not over:
                 continue
+            if self.recorder is not None:
+                self.recorder.add(SPAN_READ_AHEAD, key, self.asked[i], now(),
+                                  plan_bytes(&self.plans[key * self.max_reads], self.max_reads))
             if failed:                         # whoever needs it reads it again, and is told why it fails
                 self.cache.fail(key)
                 self.failed += 1
@@ -94,6 +100,7 @@ cdef class Prefetcher:
         if j < self.max_reads:
             ops[j].length = 0
         self.keys[i] = key
+        self.asked[i] = now() if self.recorder is not None else 0
         self.unused[key] = 1
         self.under_way += 1
         self.issued += 1

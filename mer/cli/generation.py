@@ -18,6 +18,7 @@ from mer.config import EngineConfig
 from mer.engine.engine import Engine
 from mer.engine.outputs import Timings, Usage
 from mer.engine.params import SamplingParams
+from mer.streaming.profile import ProfileSummary
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -129,7 +130,14 @@ def describe(engine: Engine, usage: Usage, timings: Timings) -> dict[str, Any]:
             "decode_tokens_per_s": _rate(usage.completion_tokens - 1, timings.decode_s),
         },
         "engine": {**engine.facts(), "ram": engine.budget.ram, "peak_bytes": peak_bytes()},
+        **_profile(engine.profile),
     }
+
+
+def _profile(summary: ProfileSummary | None) -> dict[str, Any]:
+    if summary is None:
+        return {}
+    return {"profile": {**attrs.asdict(summary), "python_share": summary.python_share}}
 
 
 def _rate(count: int, seconds: float) -> float | None:
@@ -167,5 +175,16 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
         "memory": f"peak {size(peak_bytes())}, allowed {size(budget.ram)}",
         "uses": f"{facts['io_backend']} reads, {facts['isa']} kernels, {facts['threads']} threads",
     }
+    if engine.profile is not None:
+        lines["profile"] = _decode_steps(engine.profile)
     for name, text in lines.items():
         console.print(f"  {name:8} {text}", style="dim", soft_wrap=True)
+
+
+def _decode_steps(profile: ProfileSummary) -> str:
+    if not profile.decode_steps:
+        return "no decode steps"
+    return (
+        f"{profile.decode_steps} decode steps of {1e3 * profile.step_s / profile.decode_steps:.2f} ms, "
+        f"Python between kernels {profile.python_share:.1%}"
+    )

@@ -41,6 +41,11 @@ from mer.errors import RequestError
 @click.option(
     "--trace", type=click.Path(path_type=Path), help="Write which experts each token chose, as CSV."
 )
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="Write where the time of every step went, as a Chrome trace (open it in ui.perfetto.dev).",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No summary.")
 @engine_options
 @sampling_options

@@ -33,6 +33,7 @@ from mer.errors import ConfigError, EngineClosedError, MerError, RequestError
 from mer.model.settings import eos_ids
 from mer.model.spec import ModelSpec
 from mer.model.tokenizer import Tokenizer
+from mer.streaming.profile import ProfileSummary
 from mer.weights.checkpoint import Checkpoint
 
 Prompt = str | list[int]
@@ -185,6 +186,11 @@ class Engine:
     def stats(self) -> StepStats:
         """Seconds, bytes and counts of all steps since the engine was opened."""
         return self._runner.stats
+
+    @property
+    def profile(self) -> ProfileSummary | None:
+        """What a profile says so far; None where none is written."""
+        return self._runner.profile.summary if self._runner.profile else None
 
     def facts(self) -> Mapping[str, Any]:
         """What this engine uses: back end and why, instruction set, threads, slots."""

@@ -25,6 +25,7 @@ from mer.model.forward import Forward
 from mer.model.kv import KVCache
 from mer.model.spec import ModelSpec
 from mer.streaming.experts import expert_tables
+from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
 from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
 
@@ -66,6 +67,7 @@ class Runner:
     isa: str
     _forward: Forward = field(alias="forward")
     _streamer: ExpertStreamer = field(alias="streamer")
+    profile: Profile | None = None
     _step_s: float = field(default=0.0, init=False)
     _arena_registered: bool = field(default=False, init=False)
 
@@ -81,6 +83,7 @@ class Runner:
         `prepare` is called before memory is divided: what it loads is counted. Raises CheckpointError,
         UnsupportedModelError, BudgetError, ConfigError or DeviceReadError.
         """
+        profile: Profile | None = None
         checkpoint = open_checkpoint(path)
         require_streamable(checkpoint)
         architecture = load(checkpoint)
@@ -112,16 +115,22 @@ class Runner:
                     config.trace, model=path.name, n_layers=spec.n_moe_layers,
                     n_experts=tables.n_experts, top_k=spec.router.top_k,
                 )  # fmt: skip
+            if config.profile is not None:
+                profile = Profile(config.profile, model=path.name, n_experts=tables.n_experts)
+                forward.profile(profile)
+                streamer.record(profile.recorder)
         except BaseException:
             reader.close()
             raise
-        return cls(checkpoint, spec, budget, reader, cache, kernels.isa, forward, streamer)
+        return cls(checkpoint, spec, budget, reader, cache, kernels.isa, forward, streamer, profile)
 
     def close(self) -> None:
         """Give the files back; no step may be under way."""
         self.reader.close()
         if self._forward.trace is not None:
             self._forward.trace.close()
+        if self.profile is not None:
+            self.profile.close()
 
     @property
     def stats(self) -> StepStats:
@@ -143,6 +152,7 @@ class Runner:
         Overwritten by the next step. Raises DeviceReadError or CheckpointError when an expert can't be read;
         the chunks can then be computed again.
         """
+        started = time.monotonic_ns()
         tokens: list[int] = []
         positions: list[NDArray[np.int32]] = []
         offsets: list[int] = [0]
@@ -163,12 +173,13 @@ class Runner:
             block_tables=tables,
             logit_rows=np.array(rows, np.int32),
         )
-        started = time.perf_counter()
         try:
             return self._forward.step(batch)
         finally:
             self._register_arena()
-            self._step_s += time.perf_counter() - started
+            self._step_s += (time.monotonic_ns() - started) / 1e9
+            if self.profile is not None:
+                self.profile.step(started, len(tokens), len(chunks))
 
     def hidden(self) -> NDArray[np.float32]:
         """f32 [T, hidden]: of each token of the last step, after the final norm; overwritten by the next."""

@@ -185,6 +185,7 @@ class Worker:
         rows = [(chunk.sequence.computed, chunk.count, chunk.rows, chunk.last) for chunk in chunks]
         self._scheduler.commit(chunks)
         self._tell("step", sum(chunk.count for chunk in chunks), len(chunks), stats)
+        drawing = time.monotonic_ns()
         token = row = 0
         for job, (start, count, n_rows, last) in zip(jobs, rows, strict=True):
             job.end_step(stats)
@@ -201,6 +202,8 @@ class Worker:
                 _log.exception("a request ended")
                 self._fail([job], MerError(f"the request ended by an error inside mer: {error!r}"))
             token, row = token + count, row + n_rows
+        if self._runner.profile is not None:
+            self._runner.profile.span("sampling and text", drawing)
 
     def _embed(self, job: Embedding, start: int, here: slice) -> None:
         mean = job.add(start, self._runner.hidden()[here])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from mer.model.batch import Batch
 from mer.model.dense import DenseWeights
 from mer.model.kv import KVCache
 from mer.model.spec import ModelSpec
+from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
 
 
@@ -62,9 +64,19 @@ class Forward:
         self._decoder = Decoder(spec, kernels, pool, self._buffers, dense.model, kv.dtype == "f16")
         for layer, weights, blocks in zip(spec.layers, dense.layers, kv.layers, strict=True):
             self._decoder.add_layer(weights, blocks, layer.window or 0, layer.moe_index is not None)
+        # Of each layer, whether it and the next one have experts: what can be predicted.
+        self._pairs = [
+            layer.moe_index is not None and following.moe_index is not None
+            for layer, following in pairwise(spec.layers)
+        ] + [False]
+        self._views: dict[str, NDArray[Any]] = {}
         self.trace: TraceWriter | None = None
         # Whether each layer is told what the next one will probably want.
         self.look_ahead = False
+
+    def profile(self, profile: Profile) -> None:
+        """Have the decoder's part of every further step recorded."""
+        self._decoder = profile.timed(self._decoder)
 
     @staticmethod
     def scratch_bytes(spec: ModelSpec, max_tokens: int, max_rows: int, n_threads: int) -> int:
@@ -83,9 +95,9 @@ class Forward:
             max_rows=self.max_rows,
             n_blocks=self._kv.n_blocks,
         )
-        n = len(batch.tokens)
-        buffers, decoder = self._buffers, self._decoder
-        self._dense.embed(batch.tokens, buffers["x"][:n])
+        decoder, view = self._decoder, self._view(len(batch.tokens))
+        h, y, ids, weights = view["h"], view["y"], view["expert_ids"], view["expert_weights"]
+        self._dense.embed(batch.tokens, view["x"])
         decoder.begin(batch.positions, batch.query_offsets, batch.block_tables)
         for index, layer in enumerate(self.spec.layers):
             decoder.attend(index)
@@ -94,25 +106,23 @@ class Forward:
                 continue
             decoder.route(index)
             ahead = None
-            following = self.spec.layers[index + 1 : index + 2]
-            if self.look_ahead and following and following[0].moe_index is not None:
+            if self.look_ahead and self._pairs[index]:
                 decoder.predict(index + 1)
-                ahead = buffers["ahead_ids"][:n]
+                ahead = view["ahead_ids"]
             if self.trace is not None:
-                ids, weights = buffers["expert_ids"][:n], buffers["expert_weights"][:n]
                 self.trace.record(layer.moe_index, batch.positions, batch.query_offsets, ids, weights)
-            self._moe.forward(
-                layer.moe_index,
-                buffers["h"][:n],
-                buffers["expert_ids"][:n],
-                buffers["expert_weights"][:n],
-                buffers["y"][:n],
-                ahead,
-            )
+            self._moe.forward(layer.moe_index, h, ids, weights, y, ahead)
             decoder.finish(index)
         decoder.logits(batch.logit_rows)
-        return buffers["logits"][: len(batch.logit_rows)]
+        return self._buffers["logits"][: len(batch.logit_rows)]
 
     def hidden(self) -> NDArray[np.float32]:
         """f32 [T, hidden]: each token of the last step after the final norm; overwritten by the next step."""
         return self._buffers["h"][: self._decoder.hidden_states()]
+
+    def _view(self, tokens: int) -> dict[str, NDArray[Any]]:
+        """The first rows of the buffers. Kept: making them takes longer than a small product."""
+        if not self._views or len(self._views["x"]) != tokens:
+            names = ("x", "h", "y", "expert_ids", "expert_weights", "ahead_ids")
+            self._views = {name: self._buffers[name][:tokens] for name in names}
+        return self._views

@@ -14,6 +14,15 @@ from mer.errors import ConfigError
 COLUMNS = "turn,phase,step,layer,slot,expert,weight"
 
 
+@contextmanager
+def writing(what: str, path: Path) -> Iterator[None]:
+    """Failures to write the file become ConfigErrors that name it."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{what} {path}: {error.strerror}; name a file that can be written") from error
+
+
 class TraceWriter:
     """Writes a line per token, MoE layer and chosen expert, in the order in which they are computed.
 
@@ -24,7 +33,7 @@ class TraceWriter:
 
     def __init__(self, path: Path, *, model: str, n_layers: int, n_experts: int, top_k: int) -> None:
         self._path = path
-        with self._errors():
+        with writing("trace", path):
             self._file = path.open("w")
         sizes = f"n_layer={n_layers} n_expert={n_experts} n_expert_used={top_k}"
         self._file.write(f"# route_trace v1\n# model={model} {sizes}\n{COLUMNS}\n")
@@ -48,18 +57,9 @@ class TraceWriter:
                     f"{head},{slot},{expert},{weight:.6f}\n"
                     for slot, (expert, weight) in enumerate(zip(ids[t], weights[t], strict=True))
                 ]
-        with self._errors():
+        with writing("trace", self._path):
             self._file.writelines(lines)
 
     def close(self) -> None:
-        with self._errors():
+        with writing("trace", self._path):
             self._file.close()
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ConfigError(
-                f"trace {self._path}: {error.strerror}; name a file that can be written"
-            ) from error
