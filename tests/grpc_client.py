@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import grpc
+import pytest
 from engine_models import opened
 from google.rpc import error_details_pb2
 from grpc_status.rpc_status import aio as rpc_status
@@ -15,6 +17,7 @@ from grpc_status.rpc_status import aio as rpc_status
 from mer import Engine
 from mer.api.grpc.server import GrpcServer, serve_grpc
 from mer.api.settings import ServerSettings
+from mer.engine.runner import Runner
 from mer.v1 import inference_pb2 as pb
 from mer.v1 import inference_pb2_grpc as rpc
 
@@ -102,3 +105,18 @@ async def until(condition, what: str) -> None:
             return
         await asyncio.sleep(0.01)
     raise AssertionError(f"never: {what}")
+
+
+@contextmanager
+def slowed(seconds: float) -> Iterator[list[int]]:
+    """Every step of an engine takes at least so long; gives a list with the number of tokens of each."""
+    step, seen = Runner.step, []
+
+    def slower(self: Runner, chunks):
+        seen.append(sum(chunk.count for chunk in chunks))
+        time.sleep(seconds)
+        return step(self, chunks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "step", slower)
+        yield seen

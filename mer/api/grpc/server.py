@@ -87,15 +87,14 @@ class GrpcServer:
 
         May be called again meanwhile, with less grace.
         """
+        # Not by grpc's own grace: that waits for those who watch the health as well, who never end, and
+        # gives calls that come meanwhile the status CANCELLED, after which no client tries elsewhere.
         self._gate.draining.set()
         await self._healths.enter_graceful_shutdown()
-        # By itself grpc would wait for those who watch the health as well, and they never end.
-        stopping = asyncio.create_task(self._server.stop(grace))
         with suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self._gate.wait_idle()
         await self._server.stop(None)
-        await stopping
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:

@@ -1,0 +1,235 @@
+"""Session: many requests on one stream, begun, cancelled and their ids used again in any order."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import grpc
+import pytest
+from engine_models import write_text_model
+from grpc_client import FOREVER, chat, connected, generate, refused, served, slowed, text_of, until
+
+from mer.v1 import inference_pb2 as pb
+
+PROMPTS = ["The old man", "the sea", "Hello", "é漢字"]
+CANCEL = pb.Cancel()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_text_model(tmp_path_factory.mktemp("session") / "tiny", chat=True)
+
+
+def begin(id: str, request: pb.GenerateRequest | pb.ChatRequest) -> pb.SessionRequest:
+    if isinstance(request, pb.ChatRequest):
+        return pb.SessionRequest(id=id, chat=request)
+    return pb.SessionRequest(id=id, generate=request)
+
+
+class Reader:
+    """Everything that a session answered, by id: text so far, and how each request with this id ended."""
+
+    def __init__(self, call) -> None:
+        self.texts: dict[str, str] = {}
+        self.ends: dict[str, list[tuple[str, pb.Final | pb.Error]]] = {}
+        self.order: list[str] = []
+        self._task = asyncio.create_task(self._read(call))
+
+    async def _read(self, call) -> None:
+        async for response in call:
+            id, kind = response.id, response.WhichOneof("response")
+            self.order.append(id)
+            if kind == "error":
+                self.ends.setdefault(id, []).append((self.texts.pop(id, ""), response.error))
+                continue
+            piece = getattr(response, kind)
+            self.texts[id] = self.texts.get(id, "") + (piece.text if kind == "generate" else piece.content)
+            if piece.HasField("final"):
+                self.ends.setdefault(id, []).append((self.texts.pop(id), piece.final))
+
+    async def ended(self, id: str, times: int = 1) -> tuple[str, pb.Final | pb.Error]:
+        await until(lambda: len(self.ends.get(id, ())) >= times or self._task.done(), f"{id} ends")
+        return self.ends[id][times - 1]
+
+    async def end(self) -> None:
+        """Until the stream has ended."""
+        await self._task
+
+
+async def test_requests_run_side_by_side(model):
+    """Text by text what each would get by itself; their pieces are mixed."""
+    async with served(model) as (stub, _, _):
+        requests = {f"g{i}": generate(text) for i, text in enumerate(PROMPTS)}
+        requests |= {f"c{i}": chat(text) for i, text in enumerate(PROMPTS)}
+        alone = {}
+        for id, request in requests.items():
+            call = stub.Generate(request) if id[0] == "g" else stub.Chat(request)
+            alone[id] = "".join([piece.text if id[0] == "g" else piece.content async for piece in call])
+        with slowed(0.002):
+            call = stub.Session()
+            reader = Reader(call)
+            for id, request in requests.items():
+                await call.write(begin(id, request))
+            await call.done_writing()
+            await reader.end()
+        assert {id: ends[0][0] for id, ends in reader.ends.items()} == alone
+        assert all(ends[0][1].usage.completion_tokens == 12 for ends in reader.ends.values())
+        assert len(set(reader.order[: len(requests)])) > 1, "one after the other"
+        assert await call.code() == grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_any_order_of_messages(model, seed):
+    """Begun, cancelled and used again at random: nothing is lost, mixed up or held."""
+    rng = random.Random(seed)
+    params = pb.SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    async with served(model) as (stub, _, _):
+        whole = {text: await text_of(stub.Generate(generate(text, params))) for text in PROMPTS}
+        with slowed(0.001):
+            call = stub.Session()
+            reader = Reader(call)
+            begun: dict[str, list[str]] = {}
+            for _ in range(60):
+                id = rng.choice("abcdefgh")
+                running = len(begun.get(id, ())) > len(reader.ends.get(id, ()))
+                if running and rng.random() < 0.6:
+                    await call.write(pb.SessionRequest(id=id, cancel=CANCEL))
+                    if rng.random() < 0.5:
+                        await reader.ended(id, len(begun[id]))
+                elif not running:
+                    text = rng.choice(PROMPTS)
+                    begun.setdefault(id, []).append(text)
+                    await call.write(begin(id, generate(text, params)))
+                await asyncio.sleep(rng.choice([0, 0, 0.005]))
+            await call.done_writing()
+            await reader.end()
+        assert {id: len(ends) for id, ends in reader.ends.items()} == {
+            id: len(texts) for id, texts in begun.items()
+        }
+        cancelled = 0
+        for id, texts in begun.items():
+            for text, (got, end) in zip(texts, reader.ends[id], strict=True):
+                if isinstance(end, pb.Error):
+                    assert (end.code, end.reason) == (grpc.StatusCode.CANCELLED.value[0], "CANCELLED")
+                    assert whole[text].startswith(got)
+                    cancelled += 1
+                else:
+                    assert got == whole[text]
+        assert cancelled
+
+
+async def test_cancel_ends_a_request_and_no_other(model):
+    async with served(model) as (stub, engine, _):
+        with slowed(0.005):
+            call = stub.Session()
+            reader = Reader(call)
+            await call.write(begin("long", generate("Hello", FOREVER)))
+            await call.write(begin("short", generate("the sea")))
+            await until(lambda: "long" in reader.texts, "the first piece")
+            await call.write(pb.SessionRequest(id="long", cancel=CANCEL))
+            await call.write(pb.SessionRequest(id="long", cancel=CANCEL))
+            await call.write(pb.SessionRequest(id="nobody", cancel=CANCEL))
+            _, error = await reader.ended("long")
+            assert error.reason == "CANCELLED"
+            await until(lambda: len(engine._worker._requests) <= 1, "the request is gone from the engine")
+            _, final = await reader.ended("short")
+            assert final.usage.completion_tokens == 12
+            await call.write(begin("long", generate("the sea")))  # the id is free again
+            assert (await reader.ended("long", 2))[1].usage.completion_tokens == 12
+            await call.done_writing()
+            await reader.end()
+        assert set(reader.ends) == {"long", "short"}
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "code"),
+    [
+        (begin("bad", generate("x", pb.SamplingParams(top_p=2))), "params.top_p", "INVALID_ARGUMENT"),
+        (begin("bad", pb.GenerateRequest()), "prompt", "INVALID_ARGUMENT"),
+        (begin("bad", pb.ChatRequest()), "messages", "INVALID_ARGUMENT"),
+        (begin("", generate("x")), "id", "INVALID_ARGUMENT"),
+        (begin("x" * 129, generate("x")), "id", "INVALID_ARGUMENT"),
+        (pb.SessionRequest(id="bad"), "request", "INVALID_ARGUMENT"),
+        (begin("good", generate("x")), "id", "ALREADY_EXISTS"),
+    ],
+)
+async def test_what_is_refused_harms_no_other(model, message, field, code):
+    async with served(model) as (stub, _, _):
+        expected = await text_of(stub.Generate(generate("the sea")))
+        with slowed(0.005):
+            call = stub.Session()
+            reader = Reader(call)
+            await call.write(begin("good", generate("the sea")))
+            await call.write(message)
+            await call.done_writing()
+            await reader.end()
+        errors = [end for ends in reader.ends.values() for _, end in ends if isinstance(end, pb.Error)]
+        assert [(error.field, error.code) for error in errors] == [
+            (field, getattr(grpc.StatusCode, code).value[0])
+        ]
+        finals = [end for _, end in reader.ends["good"] if isinstance(end, pb.Final)]
+        assert [final.usage.completion_tokens for final in finals] == [12]
+        if code != "ALREADY_EXISTS":
+            assert reader.ends["good"][0][0] == expected
+
+
+async def test_what_is_no_message_ends_the_session(model):
+    async with served(model) as (_, engine, server):
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            call = channel.stream_stream("/mer.v1.Inference/Session")()
+            await call.write(begin("a", generate("Hello", FOREVER)).SerializeToString())
+            await until(lambda: engine._worker._requests, "it has begun")
+            await call.write(b"\xff\xff\xff")
+            error = await refused(call)
+        assert error.code == grpc.StatusCode.INVALID_ARGUMENT
+        assert "mer.v1.SessionRequest" in error.message
+        await until(lambda: not engine._worker._requests, "its requests are gone")
+
+
+async def test_who_leaves_ends_all_of_them(model):
+    async with served(model) as (stub, engine, _):
+        with slowed(0.005):
+            call = stub.Session()
+            for i in range(5):
+                await call.write(begin(str(i), generate("Hello", FOREVER)))
+            await until(lambda: len(engine._worker._requests) == 5, "all have begun")
+            call.cancel()
+            await until(lambda: not engine._worker._requests, "all are gone")
+
+
+async def test_who_does_not_read_holds_up_nobody_else(model):
+    """The requests of the sleeper wait; another client's go on, and the sleeper gets all in the end."""
+    params = pb.SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, logprobs=20)
+    async with served(model) as (stub, _, server):
+        # A channel of its own with the smallest window: what nobody reads must wait at the server.
+        options = {"grpc.http2.lookahead_bytes": 1024, "grpc.http2.bdp_probe": 0}
+        async with connected(server.port, **options) as sleeper:
+            call = sleeper.Session()
+            await call.write(begin("big", generate("Hello", params)))
+            await call.done_writing()
+            for _ in range(3):
+                assert len(await text_of(stub.Generate(generate("the sea"))))
+            reader = Reader(call)
+            await reader.end()
+        assert (await reader.ended("big"))[1].usage.completion_tokens == 400
+
+
+async def test_a_server_that_stops_ends_sessions_when_they_are_idle(model):
+    async with served(model) as (stub, engine, server):
+        with slowed(0.005):
+            call = stub.Session()
+            await call.write(begin("a", generate("the sea")))
+            await until(lambda: len(engine._worker._requests) == 1, "it has begun")
+            stopping = asyncio.create_task(server.stop(30))
+            error, texts = None, []
+            try:
+                async for response in call:
+                    texts.append(response.generate.text)
+                    final = response.generate.final
+            except grpc.aio.AioRpcError as raised:
+                error = raised
+        assert final.usage.completion_tokens == 12
+        assert error is not None
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        await stopping
