@@ -98,6 +98,12 @@ async def refused(call) -> Refused:
     raise AssertionError("the call was served")
 
 
+def asked(engine: Engine) -> int:
+    """Requests that the engine has and that have not ended."""
+    snapshot = engine.snapshot()
+    return snapshot.waiting + snapshot.running
+
+
 async def until(condition, what: str) -> None:
     """Waits until `condition()` holds; fails when it does not for a long time."""
     for _ in range(3000):

@@ -6,6 +6,7 @@ import asyncio
 import json
 
 import grpc
+import numpy as np
 import pytest
 from engine_models import write_text_model
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -96,6 +97,55 @@ async def test_a_conversation_is_written_by_the_template(model, stub):
     assert answer[-1].final.usage.prompt_tokens == len(prompt)
     tokenized = await stub.Tokenize(pb.TokenizeRequest(messages=request.messages))
     assert list(tokenized.token_ids) == prompt
+
+
+@pytest.mark.parametrize("n", [3, 700])
+async def test_logprobs_of_the_prompt(model, stub, n):
+    """Those of a long prompt come in several pieces; none of it is the answer's."""
+    text = ("the sea " * 1000)[:n]
+    fields = {"temperature": 0, "max_tokens": 0, "prompt_logprobs": 2}
+    async with Engine.open(model) as engine:
+        expected = (await engine.generate(text, SamplingParams(**fields))).prompt_logprobs
+        ids = engine.tokenizer.encode(text)
+    answer = await pieces(stub.Generate(generate(text, pb.SamplingParams(**fields))))
+    given = [each for piece in answer for each in piece.prompt_logprobs]
+    assert [each.token_id for each in given] == ids
+    assert not given[0].HasField("logprob")
+    for each, right in zip(given[1:], expected[1:], strict=True):
+        assert (each.token_id, each.text, each.logprob) == (right.token_id, right.text, right.logprob)
+        assert [(top.token_id, top.text, top.logprob) for top in each.top] == list(right.top)
+    assert all(len(piece.prompt_logprobs) <= 512 for piece in answer)
+    assert not any(piece.token_ids for piece in answer)
+    assert answer[-1].final.usage.completion_tokens == 0
+
+
+async def test_what_was_computed_before_is_not_again(stub):
+    request = chat("A question that was asked before, and is longer than a block of the KV cache")
+    first, second = [(await pieces(stub.Chat(request)))[-1].final.usage for _ in range(2)]
+    assert first.prompt_tokens == second.prompt_tokens
+    assert second.cached_tokens >= 16
+
+
+async def test_embeddings(model, stub):
+    async with Engine.open(model) as engine:
+        for text in PROMPTS:
+            told = await stub.Embed(pb.EmbedRequest(text=text))
+            assert np.array_equal(np.float32(told.values), await engine.embed(text))
+            assert told.prompt_tokens == len(engine.tokenizer.encode(text))
+
+
+async def test_stats(stub):
+    before = await stub.GetStats(pb.GetStatsRequest())
+    await pieces(stub.Generate(generate("Some text that was not seen before")))
+    after = await stub.GetStats(pb.GetStatsRequest())
+    assert (after.running, after.waiting, after.pinned) == (0, 0, 0)
+    assert after.kv_blocks_free == after.kv_blocks > 0
+    assert (after.cache_slots, after.experts) == (4, 12)
+    assert 0 < after.resident <= 4
+    assert after.steps.step_s > before.steps.step_s
+    assert after.prefix_query_tokens > before.prefix_query_tokens
+    assert after.resident_bytes > 1 << 20
+    assert after.uptime_s > before.uptime_s
 
 
 async def test_where_the_time_went(stub):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 
 import grpc
@@ -10,6 +11,7 @@ import pytest
 from engine_models import write_text_model
 from grpc_client import (
     FOREVER,
+    asked,
     chat,
     connected,
     generate,
@@ -190,7 +192,7 @@ async def test_limits_of_a_caller(model):
         one, two = ([("x-api-key", key)] for key in "ab")
         with slowed(0.005):
             running = [stub.Generate(generate("x", FOREVER), metadata=one) for _ in range(2)]
-            await until(lambda: len(engine._worker._requests) == 2, "both run")
+            await until(lambda: asked(engine) == 2, "both run")
             error = await refused(stub.Generate(generate("x"), metadata=one))
             assert (error.code, error.reason) == (
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -206,7 +208,7 @@ async def test_limits_of_a_caller(model):
             assert await text_of(stub.Generate(generate("x"), metadata=two))
             for call in running:
                 call.cancel()
-            await until(lambda: not engine._worker._requests, "both are gone")
+            await until(lambda: not asked(engine), "both are gone")
         assert await text_of(stub.Generate(generate("x"), metadata=one))
 
 
@@ -215,8 +217,48 @@ async def test_the_deadline_of_the_call(model):
         with slowed(0.02):
             error = await refused(stub.Generate(generate("x", FOREVER), timeout=0.3))
             assert error.code == grpc.StatusCode.DEADLINE_EXCEEDED
-            await until(lambda: not engine._worker._requests, "it is gone from the engine")
+            await until(lambda: not asked(engine), "it is gone from the engine")
         assert await text_of(stub.Generate(generate("x"), timeout=60))
+
+
+async def test_the_time_of_a_request(model):
+    async with served(model) as (stub, engine, _):
+        with slowed(0.02):
+            params = Params(ignore_eos=True, timeout=0.2)
+            error = await refused(stub.Generate(generate("x", params), timeout=60))
+            assert (error.code, error.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "TIMEOUT")
+            call = stub.Session(iter([pb.SessionRequest(id="a", generate=generate("x", params))]))
+            *_, last = await pieces(call)
+            assert last.error.reason == "TIMEOUT"
+        assert not asked(engine)
+
+
+async def test_a_queue_that_is_full(model):
+    async with served(model, max_running=1, max_waiting=1) as (stub, engine, _):
+        with slowed(0.01):
+            running = [stub.Generate(generate("x", FOREVER)) for _ in range(2)]
+            await until(lambda: asked(engine) == 2, "one runs, one waits")
+            error = await refused(stub.Generate(generate("x")))
+            assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+            delay = error.details["RetryInfo"].retry_delay.ToMilliseconds()
+            assert delay == int(error.trailing["grpc-retry-pushback-ms"]) > 0
+            for call in running:
+                call.cancel()
+        await until(lambda: not asked(engine), "both are gone")
+        assert await text_of(stub.Generate(generate("x")))
+
+
+async def test_a_read_that_fails(model):
+    """Every read fails: who needs one is told so; afterwards all is well again."""
+    async with served(model, cache_experts=4) as (stub, engine, _):
+        expected = await text_of(stub.Generate(generate("the sea")))
+        reader, checkpoint = engine._runner.reader, engine._runner.checkpoint
+        for i in range(len(checkpoint.files)):
+            reader.set_fault(i, 0, 1 << 40, times=1 << 30, error=errno.EIO)
+        error = await refused(stub.Generate(generate("a b c d e f g h i j k l m n o p")))
+        assert (error.code, error.reason) == (grpc.StatusCode.INTERNAL, "READ_ERROR")
+        reader.clear_faults()
+        assert await text_of(stub.Generate(generate("the sea"))) == expected
 
 
 STAGES = ["at once", "while it is prefilled", "at the first piece", "in the middle"]
@@ -233,14 +275,14 @@ async def test_who_goes_away_costs_nothing_any_more(model, stage, how):
             async with connected(server.port) as leaving:
                 call = leaving.Generate(generate("Hello " * 30, FOREVER))
                 if stage == "while it is prefilled":
-                    await until(lambda: len(engine._worker._requests) == 2 and len(steps) > 2, "it runs")
+                    await until(lambda: asked(engine) == 2 and len(steps) > 2, "it runs")
                 elif stage != "at once":
                     for _ in range(1 if stage == "at the first piece" else 5):
                         await call.read()
                 if how == "cancel":
                     call.cancel()
             assert await other == expected
-            await until(lambda: not engine._worker._requests, "it is gone")
+            await until(lambda: not asked(engine), "it is gone")
             before = len(steps)
             await asyncio.sleep(0.1)
             assert len(steps) == before, "something is still computed"
@@ -250,12 +292,12 @@ async def test_cancelled_while_it_waits(model):
     async with served(model, max_running=1) as (stub, engine, _):
         with slowed(0.005):
             first = asyncio.create_task(text_of(stub.Generate(generate("the sea"))))
-            await until(lambda: len(engine._worker._requests) == 1, "one runs")
+            await until(lambda: asked(engine) == 1, "one runs")
             call = stub.Generate(generate("Hello", FOREVER))
-            await until(lambda: len(engine._worker._requests) == 2, "one waits")
+            await until(lambda: asked(engine) == 2, "one waits")
             call.cancel()
             await first
-        await until(lambda: not engine._worker._requests, "both are gone")
+        await until(lambda: not asked(engine), "both are gone")
 
 
 async def test_before_the_model_is_there():
@@ -278,7 +320,7 @@ async def test_a_server_that_stops(model):
             assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
             with slowed(0.01):
                 running = asyncio.create_task(text_of(stub.Generate(generate("the sea"))))
-                await until(lambda: engine._worker._requests, "it runs")
+                await until(lambda: asked(engine), "it runs")
                 stopping = asyncio.create_task(server.stop(600))
                 assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
                 for call in stub.Generate(generate("x")), stub.Session(iter([])):
@@ -297,7 +339,7 @@ async def test_a_server_that_can_wait_no_longer(model):
             await asyncio.sleep(0.05)
             await server.stop(0)
             await asyncio.wait_for(stopping, 60)
-            await until(lambda: not engine._worker._requests, "it is gone")
+            await until(lambda: not asked(engine), "it is gone")
 
 
 async def test_a_port_that_is_taken():

@@ -8,7 +8,7 @@ import random
 import grpc
 import pytest
 from engine_models import write_text_model
-from grpc_client import FOREVER, chat, connected, generate, refused, served, slowed, text_of, until
+from grpc_client import FOREVER, asked, chat, connected, generate, refused, served, slowed, text_of, until
 
 from mer.v1 import inference_pb2 as pb
 
@@ -132,7 +132,7 @@ async def test_cancel_ends_a_request_and_no_other(model):
             await call.write(pb.SessionRequest(id="nobody", cancel=CANCEL))
             _, error = await reader.ended("long")
             assert error.reason == "CANCELLED"
-            await until(lambda: len(engine._worker._requests) <= 1, "the request is gone from the engine")
+            await until(lambda: asked(engine) <= 1, "the request is gone from the engine")
             _, final = await reader.ended("short")
             assert final.usage.completion_tokens == 12
             await call.write(begin("long", generate("the sea")))  # the id is free again
@@ -179,12 +179,12 @@ async def test_what_is_no_message_ends_the_session(model):
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             call = channel.stream_stream("/mer.v1.Inference/Session")()
             await call.write(begin("a", generate("Hello", FOREVER)).SerializeToString())
-            await until(lambda: engine._worker._requests, "it has begun")
+            await until(lambda: asked(engine), "it has begun")
             await call.write(b"\xff\xff\xff")
             error = await refused(call)
         assert error.code == grpc.StatusCode.INVALID_ARGUMENT
         assert "mer.v1.SessionRequest" in error.message
-        await until(lambda: not engine._worker._requests, "its requests are gone")
+        await until(lambda: not asked(engine), "its requests are gone")
 
 
 async def test_who_leaves_ends_all_of_them(model):
@@ -193,9 +193,9 @@ async def test_who_leaves_ends_all_of_them(model):
             call = stub.Session()
             for i in range(5):
                 await call.write(begin(str(i), generate("Hello", FOREVER)))
-            await until(lambda: len(engine._worker._requests) == 5, "all have begun")
+            await until(lambda: asked(engine) == 5, "all have begun")
             call.cancel()
-            await until(lambda: not engine._worker._requests, "all are gone")
+            await until(lambda: not asked(engine), "all are gone")
 
 
 async def test_who_does_not_read_holds_up_nobody_else(model):
@@ -220,7 +220,7 @@ async def test_a_server_that_stops_ends_sessions_when_they_are_idle(model):
         with slowed(0.005):
             call = stub.Session()
             await call.write(begin("a", generate("the sea")))
-            await until(lambda: len(engine._worker._requests) == 1, "it has begun")
+            await until(lambda: asked(engine) == 1, "it has begun")
             stopping = asyncio.create_task(server.stop(30))
             error, texts = None, []
             try:

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from mer.api.generation import ChatRequest, Event, template_messages
+from mer.engine.observer import Snapshot
 from mer.engine.outputs import Delta, Timings, TokenLogprob, Usage
 from mer.engine.params import SamplingParams
 from mer.engine.runner import StepStats
@@ -23,6 +24,10 @@ from mer.v1 import inference_pb2 as pb
 _M = TypeVar("_M", bound=Message)
 
 _SAMPLING: Final = frozenset(field.name for field in attrs.fields(SamplingParams))
+_STEP_FIELDS: Final = [field.name for field in pb.StepStats.DESCRIPTOR.fields]
+_STATS_FIELDS: Final = [
+    field.name for field in pb.GetStatsResponse.DESCRIPTOR.fields if field.name not in ("steps", "uptime_s")
+]
 _REASONS: Final = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -227,11 +232,15 @@ def _timings(timings: Timings) -> pb.Timings:
     )
 
 
-def steps(stats: StepStats) -> pb.StepStats:
+def steps(given: StepStats) -> pb.StepStats:
     """The fields that this version of the API has."""
-    return pb.StepStats(
-        **{field.name: getattr(stats, field.name) for field in pb.StepStats.DESCRIPTOR.fields}
-    )
+    return pb.StepStats(**{name: getattr(given, name) for name in _STEP_FIELDS})
+
+
+def stats(snapshot: Snapshot, uptime_s: float) -> pb.GetStatsResponse:
+    """The fields that this version of the API has."""
+    fields = {name: getattr(snapshot, name) for name in _STATS_FIELDS}
+    return pb.GetStatsResponse(**fields, steps=steps(snapshot.steps), uptime_s=uptime_s)
 
 
 def logprobs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from importlib.metadata import version
@@ -42,6 +43,7 @@ class Inference:
         self.engine: Engine | None = None
         self._settings = settings
         self._gate = gate
+        self._begun = time.monotonic()
 
     @property
     def _engine(self) -> Engine:
@@ -62,7 +64,9 @@ class Inference:
             "Session": grpc.stream_stream_rpc_method_handler(run_session),
             "Tokenize": self._unary("Tokenize", pb.TokenizeRequest, self.tokenize),
             "Detokenize": self._unary("Detokenize", pb.DetokenizeRequest, self.detokenize),
+            "Embed": self._unary("Embed", pb.EmbedRequest, self.embed),
             "GetModel": self._unary("GetModel", pb.GetModelRequest, self.get_model),
+            "GetStats": self._unary("GetStats", pb.GetStatsRequest, self.get_stats),
         }
 
     def _unary(
@@ -163,6 +167,12 @@ class Inference:
         )
         return pb.DetokenizeResponse(text=text)
 
+    async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
+        """Raises RequestError and what `Engine.embed` raises."""
+        prompt = await self._prompt(request)
+        values = await self._engine.embed(prompt)
+        return pb.EmbedResponse(values=values, prompt_tokens=len(prompt))
+
     async def get_model(self, request: pb.GetModelRequest) -> pb.GetModelResponse:
         """What is served, and how."""
         engine = self._engine
@@ -182,7 +192,11 @@ class Inference:
             facts={name: str(value) for name, value in engine.facts().items()},
         )
 
-    async def _prompt(self, request: pb.GenerateRequest) -> list[int]:
+    async def get_stats(self, request: pb.GetStatsRequest) -> pb.GetStatsResponse:
+        """The engine now."""
+        return convert.stats(self._engine.snapshot(), time.monotonic() - self._begun)
+
+    async def _prompt(self, request: pb.GenerateRequest | pb.EmbedRequest) -> list[int]:
         match request.WhichOneof("prompt"):
             case "text":
                 return await generation.text_tokens(self._engine, request.text)

@@ -83,7 +83,7 @@ class _Session:
             reading = asyncio.ensure_future(anext(incoming, None))
             try:
                 await asyncio.wait({reading, drained}, return_when=asyncio.FIRST_COMPLETED)
-                if not reading.done():
+                if drained.done():
                     raise EngineClosedError("the server is shutting down")
                 data = reading.result()
             finally:
