@@ -31,8 +31,8 @@ static long between(long low, long high) { return low + (long)(next_random() % (
 
 static float unit(void) { return (float)next_random() * 0x1p-31f - 1.0f; }
 
-static const int formats[] = {MER_F32, MER_F16, MER_BF16, MER_Q4_0, MER_Q8_0, MER_Q4_K};
-enum { N_FORMATS = 6 };
+static const int formats[] = {MER_F32, MER_F16, MER_BF16, MER_Q4_0, MER_Q8_0, MER_Q4_K, MER_MXFP4};
+enum { N_FORMATS = 7 };
 
 /* Sane weights: random quants, scales and floats of moderate size. */
 static void fill_weights(int fmt, char *w, size_t bytes) {
@@ -45,6 +45,8 @@ static void fill_weights(int fmt, char *w, size_t bytes) {
         } else if (fmt == MER_BF16) {
             const uint16_t h = (uint16_t)(mer_f32_bits(unit()) >> 16);
             memcpy(w + i, &h, 2);
+        } else if (fmt == MER_MXFP4) {
+            w[i] = (char)(110 + next_random() % 20);
         } else { /* F16 elements or scales: keep the exponent below 1 */
             w[i + 1] = (char)(w[i + 1] & 0xb7);
             if (fmt == MER_Q4_K) w[i + 3] = (char)(w[i + 3] & 0xb7);
@@ -128,6 +130,13 @@ static void odd_values(const mer_isa *isa) {
             float want;
             mer_isa_scalar.swiglu(gate + i, gate + i, &want, 1);
             CHECK(want != want ? h[i] != h[i] : mer_f32_bits(want) == mer_f32_bits(h[i]), "%s swiglu(%g)",
+                  isa->name, (double)gate[i]);
+        }
+        isa->clamped_swiglu(gate, gate, h, n, 1.702f, 7.0f);
+        for (long i = 0; i < n; i++) {
+            float want;
+            mer_isa_scalar.clamped_swiglu(gate + i, gate + i, &want, 1, 1.702f, 7.0f);
+            CHECK(want != want ? h[i] != h[i] : mer_f32_bits(want) == mer_f32_bits(h[i]), "%s clamped_swiglu(%g)",
                   isa->name, (double)gate[i]);
         }
         free(gate);

@@ -17,6 +17,7 @@ PEERS = {
     "f16": gguf.GGMLQuantizationType.F16,
     "f32": gguf.GGMLQuantizationType.F32,
     "q4_k": gguf.GGMLQuantizationType.Q4_K,
+    "mxfp4": gguf.GGMLQuantizationType.MXFP4,
 }
 BLOCKS = {
     "f32": (1, 4),
@@ -25,8 +26,9 @@ BLOCKS = {
     "q4_0": (32, 18),
     "q8_0": (32, 34),
     "q4_k": (256, 144),
+    "mxfp4": (32, 17),
 }
-QUANTISED_BY_PEER = ["q8_0", "q4_0", "bf16", "f16", "f32"]
+QUANTISED_BY_PEER = ["q8_0", "q4_0", "mxfp4", "bf16", "f16", "f32"]
 
 
 def weights(rng, rows, cols, scale=0.02):
@@ -38,7 +40,7 @@ def peer_quantize(name, values):
 
 
 def peer_dequantize(name, data):
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         return gguf.quants.dequantize(data, PEERS[name])
 
 
@@ -61,10 +63,10 @@ def test_quantises_as_the_gguf_package(name, scale):
     np.testing.assert_array_equal(got, peer_quantize(name, values))
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "mxfp4"])
 def test_rounds_ties_as_the_gguf_package(name):
     """Values that fall on and beside the middle between two codes."""
-    top = {"q8_0": 127.0, "q4_0": -8.0}[name]
+    top = {"q8_0": 127.0, "q4_0": -8.0, "mxfp4": 12.0}[name]
     ties = np.concatenate(
         [np.arange(-7.5, 8, 1), np.nextafter(np.arange(-7.5, 7, 1, np.float32), np.float32(9))]
     )
@@ -75,7 +77,7 @@ def test_rounds_ties_as_the_gguf_package(name):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(["q8_0", "q4_0"]),
+    st.sampled_from(["q8_0", "q4_0", "mxfp4"]),
     # Scales so small that their inverse overflows have no defined result in GGUF.
     arrays.arrays(
         np.float32,
@@ -117,7 +119,9 @@ def test_a_row_has_the_same_bytes_whatever_is_around_it(form):
     np.testing.assert_array_equal(form.dequantize(whole[7]), form.dequantize(whole)[7])
 
 
-@pytest.mark.parametrize(("name", "most"), [("q8_0", 0.006), ("q4_0", 0.11), ("q4_k", 0.08), ("bf16", 0.002)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("q8_0", 0.006), ("q4_0", 0.11), ("q4_k", 0.08), ("mxfp4", 0.16), ("bf16", 0.002)]
+)
 def test_error_of_a_round_trip(name, most):
     form = formats.by_name(name)
     values = weights(np.random.default_rng(4), 64, 1024)
@@ -139,7 +143,9 @@ def test_q4_k_keeps_what_it_can_represent():
         np.testing.assert_allclose(restored, constant, rtol=2e-3)
 
 
-@pytest.mark.parametrize("form", [formats.Q8_0, formats.Q4_0, formats.Q4_K], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "form", [formats.Q8_0, formats.Q4_0, formats.Q4_K, formats.MXFP4], ids=lambda f: f.name
+)
 def test_what_has_no_code_disturbs_only_its_block(form):
     values = weights(np.random.default_rng(7), 1, 4 * 256)
     clean = form.quantize(values)

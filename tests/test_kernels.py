@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from mer._ext.kernels import Kernels, Pool, isas
 from mer.errors import ConfigError
 
-F32, F16, Q4_0, Q8_0, Q4_K, BF16 = 0, 1, 2, 8, 12, 30
-BLOCK = {F32: 1, F16: 1, BF16: 1, Q4_0: 32, Q8_0: 32, Q4_K: 256}
-BLOCK_BYTES = {F32: 4, F16: 2, BF16: 2, Q4_0: 18, Q8_0: 34, Q4_K: 144}
-INTEGER = (Q4_0, Q8_0, Q4_K)
+F32, F16, Q4_0, Q8_0, Q4_K, BF16, MXFP4 = 0, 1, 2, 8, 12, 30, 39
+BLOCK = {F32: 1, F16: 1, BF16: 1, Q4_0: 32, Q8_0: 32, Q4_K: 256, MXFP4: 32}
+BLOCK_BYTES = {F32: 4, F16: 2, BF16: 2, Q4_0: 18, Q8_0: 34, Q4_K: 144, MXFP4: 17}
+INTEGER = (Q4_0, Q8_0, Q4_K, MXFP4)
 FORMATS = pytest.mark.parametrize("fmt", BLOCK, ids=lambda f: gguf.GGMLQuantizationType(f).name)
 ISAS = pytest.mark.parametrize("isa", isas())
 
@@ -227,6 +227,9 @@ def test_extreme_weights(isa: str, fmt: int) -> None:
     fills = [0x00, 0xFF, 0x80]
     for r in range(rows):
         w[r, :, :] = fills[r % 3]
+        if fmt == MXFP4:
+            w[r, :, 0] = (0, 1, 2, 3, 127, 140, 150, 160)[r % 8]  # beyond, sums overflow
+            continue
         w[r, :, :2] = scales[r % 8 : r % 8 + 1].view(np.uint8)
         if fmt == Q4_K:
             w[r, :, 2:4] = scales[(r + 3) % 8 : (r + 3) % 8 + 1].view(np.uint8)
@@ -287,6 +290,25 @@ def test_swiglu_accuracy(isa: str) -> None:
 
 
 @ISAS
+def test_clamped_swiglu_accuracy(isa: str) -> None:
+    rng = np.random.default_rng(9)
+    gate, up = (8 * rng.standard_normal((2, 50_003))).astype(np.float32)
+    h = Kernels(isa).swiglu_py(gate, up, (1.702, 7.0))
+    g, u = np.minimum(gate.astype(np.float64), 7), np.clip(up.astype(np.float64), -7, 7)
+    exact = g / (1 + np.exp(-1.702 * g)) * (u + 1)
+    assert all(((each > 7).any() and (each < -7).any()) for each in (gate, up))
+    # alpha * g is rounded before the exponential, and u + 1 where u is near -1
+    bound = 2.0**-23 * (
+        np.abs(g / (1 + np.exp(-1.702 * g))) * (8 + np.abs(u) * 6 + np.abs(u + 1) * np.abs(g) * 2)
+    )
+    assert np.all(np.abs(h - exact) <= bound + 1e-30)
+    wide = Kernels(isa).swiglu_py(
+        np.array([-200, np.nan, 9], np.float32), np.array([1, 1, np.nan], np.float32), (1.702, 7.0)
+    )
+    np.testing.assert_array_equal(wide, [0, np.nan, np.nan])
+
+
+@ISAS
 def test_swiglu_edges(isa: str) -> None:
     gate = np.array([0, -0.0, np.inf, np.nan, -200, 200, -3.4e38, 3.4e38, 1, np.nan], np.float32)
     up = np.array([1, 1, 1, 1, 1, 2, 1, 1, np.inf, np.inf], np.float32)
@@ -296,15 +318,16 @@ def test_swiglu_edges(isa: str) -> None:
     )
 
 
-def test_swiglu_bytes_depend_on_neither_place_nor_instruction_set() -> None:
+@pytest.mark.parametrize("clamp", [None, (1.702, 7.0)])
+def test_swiglu_bytes_depend_on_neither_place_nor_instruction_set(clamp: tuple[float, float] | None) -> None:
     rng = np.random.default_rng(8)
     gate, up = (rng.standard_normal((2, 200)) * 10).astype(np.float32)
     one_by_one = b"".join(
-        Kernels("scalar").swiglu_py(gate[i : i + 1], up[i : i + 1]).tobytes() for i in range(200)
+        Kernels("scalar").swiglu_py(gate[i : i + 1], up[i : i + 1], clamp).tobytes() for i in range(200)
     )
     for isa in isas():
         for start, end in [(0, 200), (1, 8), (5, 22), (3, 36), (100, 101)]:
-            part = Kernels(isa).swiglu_py(gate[start:end], up[start:end]).tobytes()
+            part = Kernels(isa).swiglu_py(gate[start:end], up[start:end], clamp).tobytes()
             assert part == one_by_one[4 * start : 4 * end]
 
 

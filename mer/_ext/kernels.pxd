@@ -10,6 +10,8 @@ cdef extern from "mer_kernels.h" nogil:
     ctypedef struct mer_isa:
         const char *name
         void (*swiglu)(const float *gate, const float *up, float *h, long n) noexcept nogil
+        void (*clamped_swiglu)(const float *gate, const float *up, float *h, long n, float alpha,
+                               float limit) noexcept nogil
         mer_matmul_fn *matmul
 
 cdef enum Fmt:
@@ -19,6 +21,7 @@ cdef enum Fmt:
     Q8_0 = 8
     Q4_K = 12
     BF16 = 30
+    MXFP4 = 39
 
 cdef class Pool:
     cdef mer_pool *_pool
@@ -42,6 +45,9 @@ cdef class Kernels:
                      long n_tok, float *y, long y_stride) noexcept nogil
     # h[i] = silu(gate[i]) * up[i]; h may be gate or up.
     cdef void swiglu(self, const float *gate, const float *up, float *h, long n) noexcept nogil
+    # h[i] = g * sigmoid(alpha * g) * (u + 1): g is gate[i], at the most `limit`, u is up[i] within +-limit.
+    cdef void clamped_swiglu(self, const float *gate, const float *up, float *h, long n, float alpha,
+                             float limit) noexcept nogil
     # y[t * rows + r] = dot(W[r], x[t]) on the pool, for x [n_tok, cols].
     # scratch: linear_scratch_bytes(fmt, cols, n_tok) bytes, any alignment.
     cdef void linear(self, Pool pool, int fmt, const void *w, long rows, long cols, const float *x,

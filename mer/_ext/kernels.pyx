@@ -118,6 +118,10 @@ cdef class Kernels:
     cdef void swiglu(self, const float *gate, const float *up, float *h, long n) noexcept nogil:
         self._isa.swiglu(gate, up, h, n)
 
+    cdef void clamped_swiglu(self, const float *gate, const float *up, float *h, long n, float alpha,
+                             float limit) noexcept nogil:
+        self._isa.clamped_swiglu(gate, up, h, n, alpha, limit)
+
     cdef void linear(self, Pool pool, int fmt, const void *w, long rows, long cols, const float *x,
                      long n_tok, float *y, void *scratch) noexcept nogil:
         mer_linear(self._isa, pool._pool, fmt, w, rows, cols, x, n_tok, y, scratch)
@@ -184,16 +188,22 @@ cdef class Kernels:
                         &scratch[0])
         return y
 
-    def swiglu_py(self, gate, up):
-        """silu(gate) * up of two f32 [n]. Raises ValueError where the lengths differ."""
+    def swiglu_py(self, gate, up, clamp=None):
+        """silu(gate) * up of two f32 [n]. Raises ValueError where the lengths differ.
+
+        clamp (alpha, limit): g * sigmoid(alpha * g) * (u + 1), g being gate, at the most limit, and u up within
+        -limit to limit.
+        """
         cdef const float[::1] g = np.ascontiguousarray(gate, np.float32)
         cdef const float[::1] u = np.ascontiguousarray(up, np.float32)
         if g.shape[0] != u.shape[0]:
             raise ValueError(f"gate has {g.shape[0]} elements, up {u.shape[0]}")
         h = np.empty(g.shape[0], np.float32)
         cdef float[::1] out = h
-        if h.size:
+        if h.size and clamp is None:
             self.swiglu(&g[0], &u[0], &out[0], h.size)
+        elif h.size:
+            self.clamped_swiglu(&g[0], &u[0], &out[0], h.size, clamp[0], clamp[1])
         return h
 
 

@@ -132,9 +132,10 @@ Q4_0: Final = Format("q4_0", 2, 32, 18, quants.encode_q4_0, quants.decode_q4_0)
 Q8_0: Final = Format("q8_0", 8, 32, 34, quants.encode_q8_0, quants.decode_q8_0)
 Q4_K: Final = Format("q4_k", 12, 256, 144, encode_q4_k, decode_q4_k)
 BF16: Final = Format("bf16", 30, 1, 2, _encode_bf16, _decode_bf16)
+MXFP4: Final = Format("mxfp4", 39, 32, 17, quants.encode_mxfp4, quants.decode_mxfp4)
 
 # What the kernels multiply and what `mer convert` writes.
-FORMATS: Final = (F32, F16, BF16, Q8_0, Q4_0, Q4_K)
+FORMATS: Final = (F32, F16, BF16, Q8_0, Q4_0, Q4_K, MXFP4)
 
 # Known only as a source of conversion: ggml has no number for it, and no kernel reads it.
 F8_E4M3: Final = Format("f8_e4m3", -1, 1, 1, _encode_e4m3, _decode_e4m3)

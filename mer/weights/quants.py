@@ -1,4 +1,4 @@
-"""Q8_0 and Q4_0: blocks of 32 with one F16 scale. Rounding and order of operations are those of GGUF."""
+"""Q8_0, Q4_0 and MXFP4: blocks of 32 with one scale. Rounding and order of operations are those of GGUF."""
 
 from __future__ import annotations
 
@@ -78,4 +78,41 @@ def decode_q4_0(data: Bytes) -> Floats:
     values[:, 16:] = data[:, 2:] >> 4
     values -= 8
     values *= _scale_values(data)
+    return values
+
+
+# Twice the values of MXFP4's codes: a sign, 2 bits of exponent, 1 of mantissa. Its scales are powers of two.
+_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+# Between two neighbours; a value that is just there gets the smaller one.
+_BETWEEN = (_E2M1[:7] + _E2M1[1:8]) / 2
+
+
+def _half_powers(exponents: Bytes) -> Floats:
+    """2^(e - 128), exact down to e = 0."""
+    bits = np.where(
+        exponents < 2, 0x00200000 << exponents.astype(np.uint32), (exponents.astype(np.uint32) - 1) << 23
+    )
+    return bits.astype(np.uint32).view(np.float32)
+
+
+def encode_mxfp4(values: Floats) -> Bytes:
+    """f32 [n, 32] -> uint8 [n, 17]: exponent of the scale (from the largest magnitude), 32 codes as Q4_0."""
+    top = np.abs(values).max(axis=1, keepdims=True)
+    exponent = np.where(top > 0, np.floor(np.log2(top)) + np.float32(125), np.float32(0))
+    exponent = np.clip(np.nan_to_num(exponent, posinf=0), 0, 254).astype(np.uint8)
+    scaled = values / _half_powers(exponent)
+    codes = np.searchsorted(_BETWEEN, np.abs(scaled)).astype(np.uint8)
+    codes |= np.where((scaled < 0) & (codes > 0), np.uint8(8), np.uint8(0))
+    out = np.empty((len(values), 17), np.uint8)
+    out[:, :1] = exponent
+    out[:, 1:] = codes[:, :16] | (codes[:, 16:] << 4)
+    return out
+
+
+def decode_mxfp4(data: Bytes) -> Floats:
+    """uint8 [n, 17] -> f32 [n, 32]."""
+    values = np.empty((len(data), 32), np.float32)
+    values[:, :16] = _E2M1[data[:, 1:] & 15]
+    values[:, 16:] = _E2M1[data[:, 1:] >> 4]
+    values *= _half_powers(data[:, :1])
     return values

@@ -14,6 +14,7 @@ enum {
     MER_Q8_0 = 8,
     MER_Q4_K = 12,
     MER_BF16 = 30,
+    MER_MXFP4 = 39,
     MER_FORMAT_IDS = 40, /* size of a table indexed by id */
 };
 
@@ -37,11 +38,17 @@ typedef struct {
     uint8_t scales[12]; /* eight 6-bit scales and eight 6-bit minima, see mer_q4_k_unpack */
     uint8_t qs[128];    /* 32 bytes per pair of sub-blocks: low nibbles the even one, high the odd one */
 } mer_block_q4_k;
+
+typedef struct {
+    uint8_t e;      /* scale, a power of two: see mer_e8m0_half */
+    uint8_t qs[16]; /* as Q4_0's, each a code of mer_e2m1 */
+} mer_block_mxfp4;
 #pragma pack(pop)
 
 _Static_assert(sizeof(mer_block_q4_0) == 18, "Q4_0 block");
 _Static_assert(sizeof(mer_block_q8_0) == 34, "Q8_0 block");
 _Static_assert(sizeof(mer_block_q4_k) == 144, "Q4_K block");
+_Static_assert(sizeof(mer_block_mxfp4) == 17, "MXFP4 block");
 
 /* Block length in elements, 0 for an id that is not known. */
 static inline long mer_block_len(int fmt) {
@@ -50,6 +57,7 @@ static inline long mer_block_len(int fmt) {
     case MER_F16:
     case MER_BF16: return 1;
     case MER_Q4_0:
+    case MER_MXFP4:
     case MER_Q8_0: return 32;
     case MER_Q4_K: return 256;
     default: return 0;
@@ -65,6 +73,7 @@ static inline size_t mer_row_bytes(int fmt, long cols) {
     case MER_Q4_0: return (size_t)(cols / 32) * sizeof(mer_block_q4_0);
     case MER_Q8_0: return (size_t)(cols / 32) * sizeof(mer_block_q8_0);
     case MER_Q4_K: return (size_t)(cols / 256) * sizeof(mer_block_q4_k);
+    case MER_MXFP4: return (size_t)(cols / 32) * sizeof(mer_block_mxfp4);
     default: return 0;
     }
 }
@@ -97,6 +106,14 @@ static inline uint32_t mer_f32_bits(float f) {
     return bits;
 }
 
+/* Twice the values of the sixteen codes of a 4-bit float (sign, 2 bits of exponent, 1 of mantissa): integers. */
+static const int8_t mer_e2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+/* 2^(e - 128): half of the scale that e stands for, since mer_e2m1 is doubled. */
+static inline float mer_e8m0_half(uint8_t e) {
+    return mer_bits_f32(e < 2 ? 0x00200000u << e : (uint32_t)(e - 1) << 23);
+}
+
 static inline float mer_bf16_to_f32(uint16_t h) { return mer_bits_f32((uint32_t)h << 16); }
 
 static inline float mer_f16_to_f32(uint16_t h) {
@@ -126,7 +143,9 @@ typedef struct {
 
 #define MER_ACT_TINY 0x1p-100f
 
-static inline int mer_act_is_q8(int fmt) { return fmt == MER_Q4_0 || fmt == MER_Q8_0 || fmt == MER_Q4_K; }
+static inline int mer_act_is_q8(int fmt) {
+    return fmt == MER_Q4_0 || fmt == MER_Q8_0 || fmt == MER_Q4_K || fmt == MER_MXFP4;
+}
 
 static inline size_t mer_pad64(size_t n) { return (n + 63) & ~(size_t)63; }
 

@@ -1,6 +1,6 @@
 /* The compute kernels: one table of functions per instruction set.
  *
- * Order of accumulation. For the integer formats (Q4_0, Q8_0, Q4_K) a block's dot product is an exact
+ * Order of accumulation. For the integer formats (Q4_0, Q8_0, Q4_K, MXFP4) a block's dot product is an exact
  * integer, and the blocks of a row are added in ascending order in one float per (row, token), multiply
  * and add rounded separately. So every instruction set gives the same bytes. For F32, F16 and BF16 the
  * order is one of plain C, another of AVX2 and AVX-512, and for BF16 a third of AMX. In no case does it depend on how many rows or tokens a call
@@ -25,6 +25,8 @@ typedef struct mer_isa {
     void (*split)(const float *x, void *act, long cols);
     /* h[i] = silu(gate[i]) * up[i]; h may be gate or up. */
     void (*swiglu)(const float *gate, const float *up, float *h, long n);
+    /* h[i] = g * sigmoid(alpha * g) * (u + 1), g being gate[i], at the most `limit`, and u up[i] within +-limit. */
+    void (*clamped_swiglu)(const float *gate, const float *up, float *h, long n, float alpha, float limit);
     /* By format id; NULL where the format is not known. */
     mer_matmul_fn matmul[MER_FORMAT_IDS];
 } mer_isa;

@@ -100,6 +100,25 @@ INLINE void strip_q4_0(strip *s, const rows16 *row, const mer_ahead *ahead, long
     }
 }
 
+INLINE void strip_mxfp4(strip *s, const rows16 *row, const mer_ahead *ahead, long n_tok, long cols) {
+    const __m512i mask = _mm512_set1_epi8(15), values = _mm512_broadcast_i32x4(load128((const char *)mer_e2m1));
+    for (long b = 0; b < cols / 32; b++) {
+        const size_t at = (size_t)b * sizeof(mer_block_mxfp4);
+        if (ahead) ahead_step(*ahead, row->run[0] + ROWS * at, ROWS * sizeof(mer_block_mxfp4));
+        __m512i raw[4], low[4], high[4];
+        load_lanes(row, at + 1, raw);
+        for (int k = 0; k < 4; k++) {
+            low[k] = _mm512_shuffle_epi8(values, _mm512_and_si512(raw[k], mask));
+            high[k] = _mm512_shuffle_epi8(values, _mm512_and_si512(_mm512_srli_epi16(raw[k], 4), mask));
+        }
+        store_lanes(s->weights[0], low);
+        store_lanes(s->weights[0] + 4, high);
+        gather_block(s->a, n_tok, b, s->q);
+        multiply_block(s->weights[0], s->q, n_tok, s->sums);
+        add_sums(s, load_powers(row, at), n_tok, b);
+    }
+}
+
 INLINE void strip_q8_0(strip *s, const rows16 *row, const mer_ahead *ahead, long n_tok, long cols) {
     for (long b = 0; b < cols / 32; b++) {
         const size_t at = (size_t)b * sizeof(mer_block_q8_0);
@@ -189,6 +208,7 @@ INLINE void strip_q4_k(strip *s, const rows16 *row, const mer_ahead *ahead, long
 INT_MATMUL(matmul_q4_0, MER_Q4_0, strip_q4_0)
 INT_MATMUL(matmul_q8_0, MER_Q8_0, strip_q8_0)
 INT_MATMUL(matmul_q4_k, MER_Q4_K, strip_q4_k)
+INT_MATMUL(matmul_mxfp4, MER_MXFP4, strip_mxfp4)
 
 /* BF16. A step is 32 columns: 64 bytes of each row, and of each token's three parts. */
 #define STEP 32
@@ -292,6 +312,10 @@ static void quantise(const float *x, void *act, long cols) { mer_isa_avx512.quan
 
 static void swiglu(const float *gate, const float *up, float *h, long n) { mer_isa_avx512.swiglu(gate, up, h, n); }
 
+static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit) {
+    mer_isa_avx512.clamped_swiglu(gate, up, h, n, alpha, limit);
+}
+
 static void matmul_f16(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, float *y,
                        long y_stride) {
     mer_isa_avx512.matmul[MER_F16](w, cols, r0, r1, acts, n_tok, y, y_stride);
@@ -307,6 +331,7 @@ const mer_isa mer_isa_amx = {
     .quantise = quantise,
     .split = split,
     .swiglu = swiglu,
+    .clamped_swiglu = clamped_swiglu,
     .matmul =
         {
             [MER_F32] = matmul_f32,
@@ -315,6 +340,7 @@ const mer_isa mer_isa_amx = {
             [MER_Q4_0] = matmul_q4_0,
             [MER_Q8_0] = matmul_q8_0,
             [MER_Q4_K] = matmul_q4_k,
+            [MER_MXFP4] = matmul_mxfp4,
         },
 };
 #ifdef __clang__

@@ -114,6 +114,54 @@ INLINE __m256i dot_bytes(__m256i w, __m256i q) {
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
+/* The scales of a block of eight rows. */
+INLINE __m256 load_powers(const char *const row[ROWS], size_t at) {
+    uint8_t e[8];
+    for (int i = 0; i < ROWS; i++) e[i] = (uint8_t)row[i][at];
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)e));
+    const __m256i one = _mm256_set1_epi32(1), normal = _mm256_slli_epi32(_mm256_sub_epi32(wide, one), 23);
+    const __m256i tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), wide);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(tiny, normal, _mm256_cmpgt_epi32(wide, one)));
+}
+
+/* As dot_nibbles, for weights with sign: no 16-bit sum exceeds 16 * 12 * 127 < 2^15. */
+INLINE __m256i dot_small(const __m256i first[4], const __m256i second[4], const int8_t *q) {
+    const __m256i q0 = both_halves(q), q1 = both_halves(q + 16);
+    __m256i s[4];
+    for (int p = 0; p < 4; p++)
+        s[p] = _mm256_add_epi16(
+            _mm256_maddubs_epi16(_mm256_abs_epi8(first[p]), _mm256_sign_epi8(q0, first[p])),
+            _mm256_maddubs_epi16(_mm256_abs_epi8(second[p]), _mm256_sign_epi8(q1, second[p])));
+    const __m256i s01 = FOLD_64(_mm256_add_epi16, s[0], s[1]), s23 = FOLD_64(_mm256_add_epi16, s[2], s[3]);
+    return _mm256_madd_epi16(FOLD_32(_mm256_add_epi16, s01, s23), _mm256_set1_epi16(1));
+}
+
+INLINE void tile_mxfp4(const char *const row[ROWS], const mer_ahead *ahead, const void *const *acts, int n_tok,
+                       long cols, __m256 *acc) {
+    const __m256i mask = _mm256_set1_epi8(15), values = both_halves(mer_e2m1);
+    mer_act_q8 a[TOKENS];
+    for (int t = 0; t < n_tok; t++) {
+        a[t] = mer_act_view(acts[t], cols);
+        acc[t] = _mm256_setzero_ps();
+    }
+    for (long b = 0; b < cols / 32; b++) {
+        const size_t at = (size_t)b * sizeof(mer_block_mxfp4);
+        if (ahead) ahead_step(*ahead, row[0] + ROWS * at, ROWS * sizeof(mer_block_mxfp4));
+        const __m256 d = load_powers(row, at);
+        __m256i lo[4], hi[4];
+        for (int p = 0; p < 4; p++) {
+            const __m256i raw = load_pair(row[p] + at + 1, row[p + 4] + at + 1);
+            lo[p] = _mm256_shuffle_epi8(values, _mm256_and_si256(raw, mask));
+            hi[p] = _mm256_shuffle_epi8(values, _mm256_and_si256(_mm256_srli_epi16(raw, 4), mask));
+        }
+        for (int t = 0; t < n_tok; t++) {
+            const __m256i n = dot_small(lo, hi, a[t].q + b * 32);
+            const __m256 scale = _mm256_mul_ps(d, _mm256_set1_ps(a[t].d[b]));
+            acc[t] = _mm256_add_ps(acc[t], _mm256_mul_ps(scale, _mm256_cvtepi32_ps(n)));
+        }
+    }
+}
+
 INLINE void tile_q8_0(const char *const row[ROWS], const mer_ahead *ahead, const void *const *acts, int n_tok,
                       long cols, __m256 *acc) {
     mer_act_q8 a[TOKENS];
@@ -264,6 +312,7 @@ INLINE void store_rows(float *y, __m256 v, long n) {
 INT_MATMUL(matmul_q4_0, MER_Q4_0, tile_q4_0)
 INT_MATMUL(matmul_q8_0, MER_Q8_0, tile_q8_0)
 INT_MATMUL(matmul_q4_k, MER_Q4_K, tile_q4_k)
+INT_MATMUL(matmul_mxfp4, MER_MXFP4, tile_mxfp4)
 
 /* Float formats: element k goes to lane k mod 16 (two registers of eight), a row's tail padded with zeros. */
 #define LANES 16
@@ -423,10 +472,24 @@ static void swiglu(const float *gate, const float *up, float *h, long n) {
     for (; i < n; i++) h[i] = mer_swiglu1(gate[i], up[i]);
 }
 
+static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit) {
+    const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f), a = _mm256_set1_ps(alpha);
+    const __m256 high = _mm256_set1_ps(limit), low = _mm256_set1_ps(-limit);
+    long i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256 g = _mm256_min_ps(high, _mm256_loadu_ps(gate + i));
+        const __m256 u = _mm256_max_ps(low, _mm256_min_ps(high, _mm256_loadu_ps(up + i)));
+        const __m256 below = _mm256_add_ps(one, exp8(_mm256_xor_ps(_mm256_mul_ps(a, g), sign)));
+        _mm256_storeu_ps(h + i, _mm256_mul_ps(_mm256_div_ps(g, below), _mm256_add_ps(u, one)));
+    }
+    for (; i < n; i++) h[i] = mer_clamped_swiglu1(gate[i], up[i], alpha, limit);
+}
+
 const mer_isa mer_isa_avx2 = {
     .name = "avx2",
     .quantise = quantise,
     .swiglu = swiglu,
+    .clamped_swiglu = clamped_swiglu,
     .matmul =
         {
             [MER_F32] = matmul_f32,
@@ -435,6 +498,7 @@ const mer_isa mer_isa_avx2 = {
             [MER_Q4_0] = matmul_q4_0,
             [MER_Q8_0] = matmul_q8_0,
             [MER_Q4_K] = matmul_q4_k,
+            [MER_MXFP4] = matmul_mxfp4,
         },
 };
 #ifdef __clang__

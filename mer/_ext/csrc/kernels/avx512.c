@@ -103,6 +103,31 @@ INLINE void tile_q4_0(const rows16 *row, const mer_ahead *ahead, const void *con
     }
 }
 
+/* A byte product needs weights without sign: 16 is added to each. */
+INLINE void tile_mxfp4(const rows16 *row, const mer_ahead *ahead, const void *const *acts, int n_tok, long cols,
+                       __m512 *acc) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    const __m512i values = _mm512_add_epi8(_mm512_broadcast_i32x4(load128((const char *)mer_e2m1)), _mm512_set1_epi8(16));
+    mer_act_q8 a[TOKENS];
+    open_acts(acts, n_tok, cols, a, acc);
+    for (long b = 0; b < cols / 32; b++) {
+        const size_t at = (size_t)b * sizeof(mer_block_mxfp4);
+        if (ahead) ahead_step(*ahead, row->run[0] + ROWS * at, ROWS * sizeof(mer_block_mxfp4));
+        const __m512 d = load_powers(row, at);
+        __m512i raw[4], low[4], high[4];
+        load_lanes(row, at + 1, raw);
+        for (int k = 0; k < 4; k++) {
+            low[k] = _mm512_shuffle_epi8(values, _mm512_and_si512(raw[k], mask));
+            high[k] = _mm512_shuffle_epi8(values, _mm512_and_si512(_mm512_srli_epi16(raw[k], 4), mask));
+        }
+        for (int t = 0; t < n_tok; t++) {
+            const int8_t *const q = a[t].q + b * 32;
+            const __m512i n = dot_lanes(dot_lanes(_mm512_setzero_si512(), low, q), high, q + 16);
+            acc[t] = add_block(acc[t], d, n, &a[t], b, 4);
+        }
+    }
+}
+
 INLINE void tile_q8_0(const rows16 *row, const mer_ahead *ahead, const void *const *acts, int n_tok, long cols,
                       __m512 *acc) {
     const __m512i bias = _mm512_set1_epi8(-128);
@@ -200,6 +225,7 @@ INLINE long tile_tokens(long left) { return left >= TOKENS ? TOKENS : left < 4 ?
 INT_MATMUL(matmul_q4_0, MER_Q4_0, tile_q4_0)
 INT_MATMUL(matmul_q8_0, MER_Q8_0, tile_q8_0)
 INT_MATMUL(matmul_q4_k, MER_Q4_K, tile_q4_k)
+INT_MATMUL(matmul_mxfp4, MER_MXFP4, tile_mxfp4)
 
 /* Float formats: element k goes to lane k mod 16; lanes beyond the row's end are zero. */
 #define LANES 16
@@ -340,10 +366,23 @@ static void swiglu(const float *gate, const float *up, float *h, long n) {
     }
 }
 
+static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit) {
+    const __m512 one = _mm512_set1_ps(1.0f), high = _mm512_set1_ps(limit), low = _mm512_set1_ps(-limit);
+    for (long i = 0; i < n; i += LANES) {
+        const __mmask16 lanes = (__mmask16)(n - i < LANES ? (1u << (n - i)) - 1 : 0xffff);
+        const __m512 g = _mm512_min_ps(high, _mm512_maskz_loadu_ps(lanes, gate + i));
+        const __m512 u = _mm512_max_ps(low, _mm512_min_ps(high, _mm512_maskz_loadu_ps(lanes, up + i)));
+        const __m512 turned = _mm512_xor_ps(_mm512_mul_ps(_mm512_set1_ps(alpha), g), _mm512_set1_ps(-0.0f));
+        const __m512 part = _mm512_div_ps(g, _mm512_add_ps(one, exp16(turned)));
+        _mm512_mask_storeu_ps(h + i, lanes, _mm512_mul_ps(part, _mm512_add_ps(u, one)));
+    }
+}
+
 const mer_isa mer_isa_avx512 = {
     .name = "avx512",
     .quantise = quantise,
     .swiglu = swiglu,
+    .clamped_swiglu = clamped_swiglu,
     .matmul =
         {
             [MER_F32] = matmul_f32,
@@ -352,6 +391,7 @@ const mer_isa mer_isa_avx512 = {
             [MER_Q4_0] = matmul_q4_0,
             [MER_Q8_0] = matmul_q8_0,
             [MER_Q4_K] = matmul_q4_k,
+            [MER_MXFP4] = matmul_mxfp4,
         },
 };
 #ifdef __clang__

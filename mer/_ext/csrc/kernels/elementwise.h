@@ -44,6 +44,13 @@ static inline float mer_exp1(float x) {
 
 static inline float mer_swiglu1(float gate, float up) { return gate / (1.0f + mer_exp1(-gate)) * up; }
 
+static inline float mer_clamped_swiglu1(float gate, float up, float alpha, float limit) {
+    gate = limit < gate ? limit : gate;
+    up = limit < up ? limit : up;
+    up = -limit > up ? -limit : up;
+    return gate / (1.0f + mer_exp1(-(alpha * gate))) * (up + 1.0f);
+}
+
 /* One block of 32 activations into int8; see mer_act_q8. */
 static inline void mer_quantise_block(const float *x, int8_t *q, float *d, int32_t *sum, float *dsum) {
     uint32_t top = 0; /* as bits, magnitudes sort like integers and NaN and infinity come last */

@@ -57,6 +57,16 @@ INLINE __m512 load_scales(const rows16 *row, size_t at) {
     return _mm512_cvtph_ps(_mm256_inserti128_si256(low, load_halves(row, 8, at), 1));
 }
 
+/* The scales of an MXFP4 block, which is one byte and 16: a register of lanes has its first four. */
+INLINE __m512 load_powers(const rows16 *row, size_t at) {
+    __m512i w[4];
+    load_lanes(row, at, w);
+    const __m512i e = _mm512_and_si512(w[0], _mm512_set1_epi32(0xff));
+    const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
+    const __mmask16 tiny = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+    return _mm512_castsi512_ps(_mm512_mask_sllv_epi32(normal, tiny, _mm512_set1_epi32(0x00200000), e));
+}
+
 /* The head of a Q4_K block of sixteen rows: d, dmin, and eight scales and minima each. */
 struct q4_k_head {
     __m512 d, dmin, scale[8], min[8];

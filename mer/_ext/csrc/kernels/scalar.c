@@ -12,6 +12,10 @@ static void swiglu(const float *gate, const float *up, float *h, long n) {
     for (long i = 0; i < n; i++) h[i] = mer_swiglu1(gate[i], up[i]);
 }
 
+static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit) {
+    for (long i = 0; i < n; i++) h[i] = mer_clamped_swiglu1(gate[i], up[i], alpha, limit);
+}
+
 static float dot_q4_0(const char *row, const void *act, long cols) {
     const mer_act_q8 a = mer_act_view(act, cols);
     const mer_block_q4_0 *w = (const mer_block_q4_0 *)row;
@@ -33,6 +37,19 @@ static float dot_q8_0(const char *row, const void *act, long cols) {
         int32_t n = 0;
         for (int i = 0; i < 32; i++) n += w[b].qs[i] * a.q[b * 32 + i];
         acc += mer_f16_to_f32(w[b].d) * a.d[b] * (float)n;
+    }
+    return acc;
+}
+
+static float dot_mxfp4(const char *row, const void *act, long cols) {
+    const mer_act_q8 a = mer_act_view(act, cols);
+    const mer_block_mxfp4 *w = (const mer_block_mxfp4 *)row;
+    float acc = 0;
+    for (long b = 0; b < cols / 32; b++) {
+        const int8_t *q = a.q + b * 32;
+        int32_t n = 0;
+        for (int i = 0; i < 16; i++) n += mer_e2m1[w[b].qs[i] & 15] * q[i] + mer_e2m1[w[b].qs[i] >> 4] * q[i + 16];
+        acc += mer_e8m0_half(w[b].e) * a.d[b] * (float)n;
     }
     return acc;
 }
@@ -91,11 +108,13 @@ MATMUL(matmul_bf16, MER_BF16, dot_bf16)
 MATMUL(matmul_q4_0, MER_Q4_0, dot_q4_0)
 MATMUL(matmul_q8_0, MER_Q8_0, dot_q8_0)
 MATMUL(matmul_q4_k, MER_Q4_K, dot_q4_k)
+MATMUL(matmul_mxfp4, MER_MXFP4, dot_mxfp4)
 
 const mer_isa mer_isa_scalar = {
     .name = "scalar",
     .quantise = quantise,
     .swiglu = swiglu,
+    .clamped_swiglu = clamped_swiglu,
     .matmul =
         {
             [MER_F32] = matmul_f32,
@@ -104,5 +123,6 @@ const mer_isa mer_isa_scalar = {
             [MER_Q4_0] = matmul_q4_0,
             [MER_Q8_0] = matmul_q8_0,
             [MER_Q4_K] = matmul_q4_k,
+            [MER_MXFP4] = matmul_mxfp4,
         },
 };
