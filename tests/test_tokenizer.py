@@ -391,3 +391,13 @@ def test_a_decoder_that_is_not_known(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json: the decoder 'CTC' is not supported"):
         Tokenizer.open(tmp_path)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("kind", JSON)
+def test_long_texts_are_encoded_as_short_ones(pairs: dict[str, Pair], kind: str, special: bool) -> None:
+    """They take another way through the package, which does not hold the interpreter's lock."""
+    text = "".join(made.CORPUS) * 40 + "".join(_SPOKEN) * 40
+    assert len(text) > 2000
+    pair = pairs[kind]
+    assert pair.ours.encode(text, special=special) == pair.oracle.encode(text, add_special_tokens=special)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sized
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sized
 from contextlib import aclosing, suppress
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import attrs
 import numpy as np
@@ -37,6 +37,7 @@ from mer.streaming.profile import ProfileSummary
 from mer.weights.checkpoint import Checkpoint
 
 Prompt = str | list[int]
+_T = TypeVar("_T")
 
 # Characters or ids of a prompt that would keep the event loop waiting for milliseconds.
 _LONG: Final = 2000
@@ -240,7 +241,7 @@ class Engine:
 
         Raises as `stream` does.
         """
-        tokens = await self._ready(prompt)
+        tokens = await self._off_loop(prompt, lambda: self._tokens(prompt))
         self._refuse_beyond(tokens, min(self.spec.max_positions, self.budget.context))
         job = Embedding(tokens=tokens, wants="hidden", id=next(self._ids), mailbox=Mailbox())
         self._worker.submit(job)
@@ -267,40 +268,41 @@ class Engine:
 
     async def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Submitted already."""
-        asked_at = time.perf_counter()
-        tokens = await self._ready(prompt)
+        asked_at, mailbox = time.perf_counter(), Mailbox[Delta]()
+        request = await self._off_loop(prompt, lambda: self._make(prompt, params, mailbox, asked_at))
+        if params.structure is not None:
+            request.constraint = await asyncio.to_thread(self._constraints.compile, params.structure)
+        self._worker.submit(request)
+        return request
+
+    def _make(self, prompt: Prompt, params: SamplingParams, mailbox: Mailbox[Delta], at: float) -> Request:
+        tokens = self._tokens(prompt)
         limit = min(self.spec.max_positions, self.budget.context)
         self._refuse_beyond(tokens, limit - (params.max_tokens != 0))  # an answer needs a place
         if params.max_tokens is not None:
             limit = min(limit, len(tokens) + params.max_tokens)
-        constraint = None
-        if params.structure is not None:
-            constraint = await asyncio.to_thread(self._constraints.compile, params.structure)
-        request = Request(
+        return Request(
             tokens=tokens,
             wants="last" if params.prompt_logprobs is None else "all",
             priority=params.priority,
             id=next(self._ids),
-            mailbox=Mailbox(),
-            asked_at=asked_at,
+            mailbox=mailbox,
+            asked_at=at,
             timeout=params.timeout,
             params=params,
             sampler=Sampler(params, tokens, self.spec.vocab),
             tokenizer=self._tokenizer,
             eos_ids=self._eos_ids,
             limit=limit,
-            constraint=constraint,
         )
-        self._worker.submit(request)
-        return request
 
-    async def _ready(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; that of a long one is left to another thread."""
+    async def _off_loop(self, prompt: Prompt, prepare: Callable[[], _T]) -> _T:
+        """What `prepare` makes of a prompt; of a long one on another thread."""
         if self._closed:
             raise EngineClosedError("the engine is closed and takes no more requests")
         if isinstance(prompt, Sized) and len(prompt) > _LONG:
-            return await asyncio.to_thread(self._tokens, prompt)
-        return self._tokens(prompt)
+            return await asyncio.to_thread(prepare)
+        return prepare()
 
     def _refuse_beyond(self, tokens: list[int], most: int) -> None:
         if len(tokens) > most:

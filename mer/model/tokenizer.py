@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import tokenizers
 from tokenizers import AddedToken
@@ -15,6 +15,9 @@ from mer.model import sentencepiece
 from mer.model.chat import ChatTemplate
 from mer.model.detokenizer import Detokenizer, Vocabulary, stages
 from mer.model.settings import added_tokens, eos_ids, read_optional, special_tokens
+
+# Characters of a text from which on it is encoded as a batch: that does not hold the interpreter's lock.
+_LONG: Final = 2000
 
 
 class Tokenizer:
@@ -159,6 +162,8 @@ class JsonVocabulary:
         self.decoder: dict[str, Any] | None = None if decoder is None else json.loads(decoder.__getstate__())
 
     def encode(self, text: str, special: bool) -> list[int]:
+        if len(text) > _LONG:
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def token(self, id: int) -> str | None:
