@@ -1,0 +1,190 @@
+"""The text of a chat answer as reasoning, content and calls of tools, in the format of the model's family.
+
+What a model was taught to write around them shows in its chat template, so that is what `OutputFormat.of`
+looks at. Nothing that may turn out to be the beginning of a tag is delivered, and however the text is cut the
+pieces say the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from attrs import field, frozen
+
+from mer.errors import RequestError
+from mer.model.pieces import Content, Piece, Reasoning, ToolArguments, ToolCall
+from mer.model.tool_formats import Harmony, ToolFormat, find
+from mer.model.tool_formats.base import random_id
+from mer.model.tool_formats.lark import Lark
+from mer.model.tool_formats.source import Schemas, Source, Steps
+
+__all__ = ["Content", "OutputFormat", "OutputParser", "Piece", "Reasoning", "ToolArguments", "ToolCall"]
+
+_THINKING: Final = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+_TOOLS: Final = re.compile(r"\btools\b")
+_SPACE: Final = r"/\n{0,2}/"  # between the end of the reasoning and the answer
+_Thinking = tuple[str, str]
+
+
+def _find_thinking(template: str) -> _Thinking | None:
+    return next((tags for tags in _THINKING if tags[1] in template), None)
+
+
+@frozen
+class OutputFormat:
+    """What a model's answers look like.
+
+    calls: the format of calls of tools; None when it is not known. thinking: the tags around reasoning; None
+    when there are none. takes_tools: the chat template shows tools to the model.
+    """
+
+    calls: ToolFormat | None = None
+    thinking: _Thinking | None = None
+    takes_tools: bool = False
+    markers: tuple[str, ...] = field(init=False)
+    """Tags that the parser must see, also where they are special tokens: `SamplingParams.show_special`."""
+
+    @markers.default
+    def _markers(self) -> tuple[str, ...]:
+        return (*(self.calls.markers if self.calls else ()), *(self.thinking or ()))
+
+    @classmethod
+    def of(cls, template: str) -> OutputFormat:
+        """By the source of a chat template."""
+        calls = find(template)
+        thinking = None if isinstance(calls, Harmony) else _find_thinking(template)
+        return cls(calls, thinking, bool(_TOOLS.search(template)))
+
+    def parser(
+        self,
+        prompt: str = "",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        new_id: Callable[[], str] | None = None,
+    ) -> OutputParser:
+        """For one answer.
+
+        prompt: its prompt, or the end of it: templates may open the reasoning there. tools: those that may be
+        called, as in OpenAI's API; None or none: what looks like a call is content. new_id: makes the ids of
+        calls; default: random ones of the family's form.
+        """
+        return OutputParser(self, prompt, tools, new_id)
+
+    def forced_call(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        special: Callable[[str], int | None],
+        *,
+        prompt: str = "",
+        several: bool = False,
+    ) -> str:
+        """A Lark grammar of answers that call these tools (and say nothing else): reasoning, then calls.
+
+        special: the token id of a text that is one special token, else None. several: more than one call is
+        allowed. Raises RequestError ("tool_choice") when the format is not known.
+        """
+        if self.calls is None:
+            raise RequestError(
+                "tool_choice: how this model writes calls of tools is not known (its chat template shows "
+                "none of the known formats), so they can't be forced; use 'auto' or 'none'",
+                "tool_choice",
+            )
+        lark = Lark(special)
+        each = [self.calls.call(lark, name, schema) for name, schema in _schemas(tools).items()]
+        one = lark.rule(" | ".join(lark.rule(call) for call in each))
+        return lark.grammar(f"{self._thought(lark, prompt)} {self.calls.calls(lark, one, several)}")
+
+    def structured(
+        self, body: Callable[[Lark], str], special: Callable[[str], int | None], *, prompt: str = ""
+    ) -> str:
+        """A Lark grammar of answers whose content is `body` (JSON of some schema): reasoning, then that."""
+        lark = Lark(special)
+        expression = body(lark)
+        if isinstance(self.calls, Harmony):
+            expression = self.calls.final(lark, expression)
+        return lark.grammar(f"{self._thought(lark, prompt)} {expression}")
+
+    def plain(self, prompt: str = "") -> bool:
+        """Whether an answer is content from its first character on, so that a structure needs no frame."""
+        return not isinstance(self.calls, Harmony) and not self._may_think(prompt)
+
+    def _begins(self, prompt: str) -> bool:
+        """The prompt opened the reasoning."""
+        return self.thinking is not None and prompt.rstrip().endswith(self.thinking[0])
+
+    def _may_think(self, prompt: str) -> bool:
+        return self.thinking is not None and not prompt.rstrip().endswith(self.thinking[1])
+
+    def _thought(self, lark: Lark, prompt: str) -> str:
+        if isinstance(self.calls, Harmony):
+            return self.calls.thought(lark)
+        if self.thinking is None or not self._may_think(prompt):
+            return ""
+        begin, end = self.thinking
+        rest = f"{lark.before(end)} {_SPACE}"
+        return rest if self._begins(prompt) else f"({lark.tag(begin)} {rest})?"
+
+
+class OutputParser:
+    """Reads one answer as it comes."""
+
+    def __init__(
+        self,
+        format: OutputFormat,
+        prompt: str,
+        tools: Sequence[Mapping[str, Any]] | None,
+        new_id: Callable[[], str] | None,
+    ) -> None:
+        """As `OutputFormat.parser`."""
+        calls = format.calls
+        self._source = Source(_schemas(tools or ()), new_id or (calls.new_id if calls else random_id))
+        self._steps = _read(self._source, format, format._begins(prompt), bool(tools))
+
+    def push(self, text: str) -> list[Piece]:
+        """What is certain once this text is there."""
+        return self._go(text, ended=False)
+
+    def finish(self) -> list[Piece]:
+        """The rest: the answer is complete."""
+        return self._go("", ended=True)
+
+    def _go(self, text: str, *, ended: bool) -> list[Piece]:
+        self._source.feed(text, ended=ended)
+        next(self._steps, None)
+        return self._source.pieces()
+
+
+def _schemas(tools: Iterable[Mapping[str, Any]]) -> Schemas:
+    functions = [tool.get("function", tool) for tool in tools]
+    return {each["name"]: each.get("parameters") or {} for each in functions}
+
+
+def _read(source: Source, format: OutputFormat, thinks: bool, tools: bool) -> Steps[None]:
+    if isinstance(format.calls, Harmony):
+        yield from format.calls.read(source)
+        return
+    if format.thinking is not None:
+        begin, end = format.thinking
+        if not thinks:
+            thinks = yield from _opens(source, begin)
+        if thinks:
+            yield from source.space()
+            if not (yield from source.until((end,), source.reasoning)):
+                return
+            yield from source.space()
+    if format.calls is not None and tools:
+        yield from format.calls.read(source)
+    while source.text or (yield from source.more()):
+        source.content(source.take(len(source.text)))
+
+
+def _opens(source: Source, tag: str) -> Steps[bool]:
+    """Whether the answer begins with this tag, perhaps behind white space; both are taken then."""
+    while True:
+        text = source.text.lstrip()
+        if text.startswith(tag):
+            source.text = text[len(tag) :]
+            return True
+        if not tag.startswith(text) or not (yield from source.more()):
+            return False

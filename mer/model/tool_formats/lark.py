@@ -1,0 +1,47 @@
+"""Grammars of answers, in llguidance's Lark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# JSON as models were trained to write it: without this, white space may go on for ever.
+_SPACING = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+
+
+class Lark:
+    """Writes a grammar. special: the id of a text that is one special token, None for other texts."""
+
+    def __init__(self, special: Callable[[str], int | None]) -> None:
+        self._special = special
+        self._rules: list[str] = []
+
+    def rule(self, body: str, options: str = "") -> str:
+        """A new rule's name. options: as in `name[options]`."""
+        name = f"r{len(self._rules)}"
+        self._rules.append(f"{name}{options}: {body}")
+        return name
+
+    def tag(self, tag: str) -> str:
+        """A tag: the token itself where it is a special one, which no text can stand for."""
+        id = self._special(tag)
+        return json.dumps(tag, ensure_ascii=False) if id is None else f"<[{id}]>"
+
+    def text(self, text: str) -> str:
+        """Exactly this text."""
+        return json.dumps(text, ensure_ascii=False)
+
+    def json(self, schema: Mapping[str, Any]) -> str:
+        """A JSON value of this schema."""
+        return self.rule("%json " + json.dumps({**_SPACING, **schema}, ensure_ascii=False))
+
+    def before(self, tag: str) -> str:
+        """Any text up to and with the first `tag`."""
+        if self._special(tag) is not None:
+            return f"/(?s:.*)/ {self.tag(tag)}"
+        return self.rule("/(?s:.*)/", f"[suffix={json.dumps(tag, ensure_ascii=False)}]")
+
+    def grammar(self, start: str) -> str:
+        """The whole, beginning with this expression."""
+        return "\n".join(["%llguidance {}", f"start: {start}", *self._rules])

@@ -1,0 +1,229 @@
+"""Calls whose arguments stand between tags, each for itself: Qwen3-Coder, GLM-4-MoE, MiniMax-M2.
+
+The text of an argument says nothing of its type: the tool's schema decides.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from attrs import field, frozen
+
+from mer.model.tool_formats.base import random_id
+from mer.model.tool_formats.lark import Lark
+from mer.model.tool_formats.source import Source, Steps
+
+_NAME: Final = re.compile(r"[^\s<>{}\"]+")
+_PYTHON: Final = {"True": "true", "False": "false", "None": "null"}  # templates write them so
+_TYPES: Final = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
+
+
+@frozen
+class Tagged:
+    """The tags, in the order in which they come; `begin` opens one call, or several when `head` is not empty.
+
+    head, head_end: around the tool's name; without a head it ends where the first key or the end of the call
+    is. line: name and values stand on lines of their own.
+    """
+
+    begin: str
+    head: str
+    head_end: str
+    key: str
+    key_end: str
+    value: str
+    value_end: str
+    call_end: str
+    end: str
+    line: bool
+    markers: tuple[str, ...] = field(init=False)
+
+    @markers.default
+    def _markers(self) -> tuple[str, ...]:
+        tags = (self.begin, self.key, self.key_end, self.value, self.value_end, self.call_end, self.end)
+        return tuple(tag for tag in tags if tag.startswith("<") and tag.endswith(">"))
+
+    def read(self, source: Source) -> Steps[None]:
+        openers = tuple(filter(None, (self.begin, self.head)))  # Qwen3-Coder may forget the outer tag
+        while tag := (yield from source.until(openers, source.content)):
+            if tag == self.begin:
+                yield from source.space()
+            else:
+                source.back(tag)
+            while not self.head or (yield from source.starts(self.head)):
+                yield from self._read_call(source)
+                source.mark()
+                yield from source.space()
+                if not self.head:
+                    break
+            source.reject()
+            if self.end:
+                yield from source.starts(self.end)
+            yield from source.space()
+
+    def _read_call(self, source: Source) -> Steps[None]:
+        stops = tuple(filter(None, (self.head_end, self.key, self.call_end)))
+        name, tag = yield from source.hold(*stops)
+        if tag is None or (self.head and tag != self.head_end) or not _NAME.fullmatch(name.strip()):
+            source.reject()
+            return
+        if tag != self.head_end:
+            source.back(tag)
+        name = name.strip()
+        properties = source.schemas.get(name, {}).get("properties", {})
+        source.call(name)
+        source.arguments("{")
+        comma = ""
+        while (tag := (yield from source.until((self.key, self.call_end), source.content))) == self.key:
+            key, tag = yield from source.hold(self.key_end)
+            if tag is None:
+                return
+            source.arguments(f"{comma}{_dumps(key.strip())}: ")
+            comma = ", "
+            if self.value:
+                yield from source.space()
+                yield from source.starts(self.value)
+            yield from self._read_value(source, properties.get(key.strip(), {}))
+        if tag:
+            source.arguments("}")
+
+    def _read_value(self, source: Source, schema: Any) -> Steps[None]:
+        ends = (self.value_end, "\n" + self.value_end) if self.line else (self.value_end,)
+        if self.line:
+            yield from source.starts("\n")
+        types = _types(schema)
+        if types == {"string"}:
+            source.arguments('"')
+            if (yield from source.until(ends, lambda text: source.arguments(_dumps(text)[1:-1]), trim=False)):
+                source.arguments('"')
+            return
+        text, tag = yield from source.hold(*ends)
+        if tag:
+            source.arguments(_typed(text, types))
+
+    def call(self, lark: Lark, name: str, schema: Mapping[str, Any]) -> str:
+        newline = lark.text("\n") if self.line or not self.head else ""
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        parts = []
+        for key, value in properties.items():
+            open = f"{self._text(lark, self.key)} {lark.text(key)} {self._text(lark, self.key_end)}"
+            if self.value:
+                open += f" {newline} {lark.tag(self.value)}"
+            body = self._value(lark, value, definitions)
+            part = lark.rule(f"{open} {newline if self.line else ''} {body} {newline}")
+            parts.append(part if key in required else f"{part}?")
+        head = f"{self._text(lark, self.head)} {lark.text(name)} {self._text(lark, self.head_end)}"
+        if self.head:
+            return f"{head} {newline} {' '.join(parts)} {lark.tag(self.call_end)}"
+        return f"{lark.tag(self.begin)} {head} {newline} {' '.join(parts)} {lark.tag(self.call_end)}"
+
+    def _value(self, lark: Lark, schema: Any, definitions: Mapping[str, Any]) -> str:
+        newline = "\n" if self.line else ""
+        end = f"{lark.text(newline)} {lark.tag(self.value_end)}" if newline else lark.tag(self.value_end)
+        if _types(schema) != {"string"}:
+            return f"{lark.json({**schema, **definitions} if isinstance(schema, dict) else {})} {end}"
+        choices = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+        if choices:
+            return f"({' | '.join(map(lark.text, choices))}) {end}"
+        return lark.before(newline + self.value_end)
+
+    def _text(self, lark: Lark, tag: str) -> str:
+        return lark.tag(tag) if tag else ""
+
+    def calls(self, lark: Lark, one: str, several: bool) -> str:
+        newline = lark.text("\n")
+        if not self.head:
+            return f"{one} ({newline} {one})*" if several else one
+        begin, end = lark.tag(self.begin), lark.tag(self.end)
+        if self.line:  # one call in each
+            one = f"{begin} {newline} {one} {newline} {end}"
+            return f"{one} ({newline} {one})*" if several else one
+        more = f"({newline} {one})*" if several else ""
+        return f"{begin} {newline} {one} {more} {newline} {end}"
+
+    def new_id(self) -> str:
+        return random_id()
+
+
+QWEN_CODER: Final = Tagged(
+    begin="<tool_call>",
+    head="<function=",
+    head_end=">",
+    key="<parameter=",
+    key_end=">",
+    value="",
+    value_end="</parameter>",
+    call_end="</function>",
+    end="</tool_call>",
+    line=True,
+)
+MINIMAX: Final = Tagged(
+    begin="<minimax:tool_call>",
+    head='<invoke name="',
+    head_end='">',
+    key='<parameter name="',
+    key_end='">',
+    value="",
+    value_end="</parameter>",
+    call_end="</invoke>",
+    end="</minimax:tool_call>",
+    line=False,
+)
+GLM: Final = Tagged(
+    begin="<tool_call>",
+    head="",
+    head_end="",
+    key="<arg_key>",
+    key_end="</arg_key>",
+    value="<arg_value>",
+    value_end="</arg_value>",
+    call_end="</tool_call>",
+    end="",
+    line=False,
+)
+
+
+def _dumps(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _types(schema: Any) -> set[str]:
+    """JSON types that the schema allows; empty when it does not say."""
+    if not isinstance(schema, dict):
+        return set()
+    declared = schema.get("type")
+    if declared is not None:
+        return {declared} if isinstance(declared, str) else set(declared)
+    for values in schema.get("enum"), [schema["const"]] if "const" in schema else None:
+        if values:
+            return {_TYPES.get(type(value), "null") for value in values}
+    for choices in schema.get("anyOf"), schema.get("oneOf"):
+        if choices:
+            found = [_types(choice) for choice in choices]
+            return set().union(*found) if all(found) else set()
+    return set()
+
+
+def _typed(text: str, types: set[str]) -> str:
+    """The text of an argument as JSON of one of these types, else as a string."""
+    bare = text.strip()
+    bare = _PYTHON.get(bare, bare)
+    try:
+        value = json.loads(bare, strict=False)
+    except ValueError:
+        return _dumps(text)
+    kind = _TYPES.get(type(value), "null")
+    if not types or kind in types or (kind == "integer" and "number" in types):
+        return bare
+    return _dumps(text)
