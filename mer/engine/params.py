@@ -144,6 +144,8 @@ class SamplingParams:
     stop: tuple[str, ...] = field(default=(), converter=_strings, validator=_check_strings)
     """The answer ends before the first of these."""
     stop_token_ids: tuple[int, ...] = field(default=(), converter=_tokens, validator=_check_tokens)
+    show_special: tuple[str, ...] = field(default=(), converter=_strings, validator=_check_strings)
+    """Special tokens that the text shows, e.g. those around a call of a tool; all others are left out."""
     ignore_eos: bool = field(default=False, validator=_check_flag)
     logprobs: int | None = field(default=None, validator=_LOGPROBS)
     """None: none; n: the log-probability of the chosen token and of the n likeliest."""

@@ -54,9 +54,13 @@ class ChatTemplate:
         return None
 
     def __init__(self, file: Path, templates: Mapping[str, str], special: Mapping[str, str]) -> None:
-        """templates: source by name; 'tool_use' is taken when there are tools, else 'default'."""
+        """templates: source by name; 'tool_use' is taken when there are tools, else 'default'.
+
+        `source`: the text of all of them.
+        """
         self._file = file
         self._special = special
+        self.source = "\n".join(templates.values())
         environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )

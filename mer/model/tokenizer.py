@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,9 +112,16 @@ class Tokenizer:
             tokens.append(piece if isinstance(piece, bytes) else piece.encode())
         return tokens
 
-    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
-        """For one answer to this prompt; special tokens are not shown. Raises RequestError."""
-        return Detokenizer(self._shown, self._vocabulary.decoder, prompt_ids)
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written so, one that ends answers included; None for others."""
+        id = self._vocabulary.id(text)
+        return id if id in self._vocabulary.special_ids or id in self.eos_ids else None
+
+    def detokenizer(self, prompt_ids: Sequence[int], show: Collection[str] = ()) -> Detokenizer:
+        """For one answer to this prompt; of the special tokens only `show` are shown. Raises RequestError."""
+        shown = {self._vocabulary.id(text) for text in show}
+        piece = (lambda id: self._token(id) if id in shown else self._shown(id)) if shown else self._shown
+        return Detokenizer(piece, self._vocabulary.decoder, prompt_ids)
 
     def _token(self, id: int) -> str | None:
         try:

@@ -61,22 +61,24 @@ class Tagged:
             else:
                 source.back(tag)
             while not self.head or (yield from source.starts(self.head)):
-                yield from self._read_call(source)
+                if not (yield from self._read_call(source)):
+                    break
                 source.mark()
                 yield from source.space()
                 if not self.head:
                     break
-            source.reject()
-            if self.end:
-                yield from source.starts(self.end)
-            yield from source.space()
+            else:
+                source.reject()
+                if (yield from source.starts(self.end)):
+                    yield from source.space()
 
-    def _read_call(self, source: Source) -> Steps[None]:
+    def _read_call(self, source: Source) -> Steps[bool]:
+        """Read one from the name on; False when it is none, and was content."""
         stops = tuple(filter(None, (self.head_end, self.key, self.call_end)))
         name, tag = yield from source.hold(*stops)
         if tag is None or (self.head and tag != self.head_end) or not _NAME.fullmatch(name.strip()):
             source.reject()
-            return
+            return False
         if tag != self.head_end:
             source.back(tag)
         name = name.strip()
@@ -87,7 +89,7 @@ class Tagged:
         while (tag := (yield from source.until((self.key, self.call_end), source.content))) == self.key:
             key, tag = yield from source.hold(self.key_end)
             if tag is None:
-                return
+                return True
             source.arguments(f"{comma}{_dumps(key.strip())}: ")
             comma = ", "
             if self.value:
@@ -96,6 +98,7 @@ class Tagged:
             yield from self._read_value(source, properties.get(key.strip(), {}))
         if tag:
             source.arguments("}")
+        return True
 
     def _read_value(self, source: Source, schema: Any) -> Steps[None]:
         ends = (self.value_end, "\n" + self.value_end) if self.line else (self.value_end,)
@@ -112,7 +115,7 @@ class Tagged:
             source.arguments(_typed(text, types))
 
     def call(self, lark: Lark, name: str, schema: Mapping[str, Any]) -> str:
-        newline = lark.text("\n") if self.line or not self.head else ""
+        newline = lark.text("\n")
         properties, required = schema.get("properties", {}), schema.get("required", [])
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         parts = []

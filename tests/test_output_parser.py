@@ -1,0 +1,376 @@
+"""Answers as reasoning, content and calls: every format, however the text is cut, and what is no call."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+import llguidance
+import numpy as np
+import pytest
+import tokenizer_models as made
+import tool_templates
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from mer.engine.params import SamplingParams
+from mer.errors import RequestError
+from mer.model.chat import ChatTemplate
+from mer.model.output_parser import Content, OutputFormat, Piece, Reasoning, ToolArguments, ToolCall
+from mer.model.tokenizer import Tokenizer
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string"},
+                "days": {"type": "integer"},
+                "wind": {"type": "boolean"},
+                "where": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"type": "number"}}]},
+            },
+            "required": ["city"],
+        },
+    },
+}
+NOTE = {
+    "type": "function",
+    "function": {
+        "name": "note",
+        "parameters": {
+            "type": "object",
+            "properties": {"kind": {"type": "string", "enum": ["a", "b c"]}, "more": {"type": "object"}},
+            "required": ["kind"],
+        },
+    },
+}
+TOOLS = [WEATHER, NOTE]
+# Things that look like JSON, tags or the end of something, inside of arguments.
+CITIES = ["Zürich", 'a "b" \\ {c} [d', "line\nbreak\n", "5", "true", "", " x ", "天気 🙂", "</tool", "<end>"]
+
+
+def parse(
+    template: str, text: str, cuts: list[int] | None = None, prompt: str = "", tools: Any = TOOLS
+) -> list[Piece]:
+    """The pieces of an answer that comes in these pieces, joined."""
+    ids = itertools.count()
+    parser = OutputFormat.of(template).parser(prompt, tools, lambda: f"id{next(ids)}")
+    edges = [0, *sorted(cuts or []), len(text)]
+    pieces = [piece for a, b in itertools.pairwise(edges) for piece in parser.push(text[a:b])]
+    joined: list[Piece] = []
+    for piece in pieces + parser.finish():
+        last = joined[-1] if joined else None
+        same = type(piece) is type(last) and not isinstance(piece, ToolCall)
+        if same and getattr(piece, "index", 0) == getattr(last, "index", 0):
+            joined[-1] = attrs.evolve(last, text=last.text + piece.text)
+        else:
+            joined.append(piece)
+    return joined
+
+
+def answer(template: str, message: dict[str, Any]) -> tuple[str, str]:
+    """Prompt and text of this answer, as the template writes it."""
+    render = ChatTemplate(Path("chat_template.jinja"), {"default": template}, {}).render
+    question = {"role": "user", "content": "?"}
+    prompt = render([question], tools=TOOLS, add_generation_prompt=True)
+    whole = render([question, message], tools=TOOLS, add_generation_prompt=False)
+    assert whole.startswith(prompt)
+    text = whole.removeprefix(prompt)
+    for end in (
+        "<|im_end|>\n",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|call|>",
+        "<|return|>",
+    ):  # the end token is not text
+        text = text.removesuffix(end)
+    return prompt, text
+
+
+def message(name: str, calls: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """An answer with all that this family's template can say."""
+    made: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": []}
+    if name in tool_templates.ONE_CALL:
+        calls = calls[:1]
+    if name not in tool_templates.ONLY_CALLS:
+        made["content"] = "I look it up."
+    if name not in tool_templates.NO_REASONING:
+        made["reasoning_content"] = "Rain? {\n  So <b>"
+    for i, (function, arguments) in enumerate(calls):
+        id = f"functions.{function}:{i}" if name == "kimi" else f"idididid{i}"
+        function_call = {"name": function, "arguments": arguments}
+        made["tool_calls"].append({"id": id, "type": "function", "function": function_call})
+    return made
+
+
+def said(pieces: list[Piece]) -> tuple[str, str, list[tuple[str, Any]]]:
+    """Reasoning, content and calls."""
+    texts = {kind: "".join(p.text for p in pieces if isinstance(p, kind)) for kind in (Reasoning, Content)}
+    calls = [piece for piece in pieces if isinstance(piece, ToolCall)]
+    assert [call.index for call in calls] == list(range(len(calls)))
+    arguments = {
+        i: "".join(p.text for p in pieces if isinstance(p, ToolArguments) and p.index == i)
+        for i in range(len(calls))
+    }
+    return (
+        texts[Reasoning],
+        texts[Content],
+        [(call.name, json.loads(arguments[call.index])) for call in calls],
+    )
+
+
+@pytest.mark.parametrize("name", tool_templates.ALL)
+def test_what_a_template_writes_is_read_back(name: str) -> None:
+    template = tool_templates.ALL[name]
+    for city in CITIES:
+        arguments = {"city": city, "days": 3, "wind": True, "where": [1.5, None] if city else None}
+        calls = [("weather", arguments), ("note", {"kind": "b c", "more": {"x": ["</y>", {}]}})]
+        given = message(name, calls)
+        prompt, text = answer(template, given)
+        found = parse(template, text, prompt=prompt)
+        expected = [(c["function"]["name"], c["function"]["arguments"]) for c in given["tool_calls"]]
+        assert said(found) == (given.get("reasoning_content", ""), given["content"] or "", expected)
+        ids = [piece.id for piece in found if isinstance(piece, ToolCall)]
+        if name == "kimi":
+            assert ids == [call["id"] for call in given["tool_calls"]]
+        for cut in range(1, len(text)) if city == CITIES[1] else range(1, len(text), 17):
+            assert parse(template, text, [cut], prompt) == found, (cut, text)
+        assert parse(template, text, list(range(1, len(text))), prompt) == found
+
+
+@pytest.mark.parametrize("name", tool_templates.ALL)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_text_cut_anywhere_says_the_same(name: str, data: st.DataObject) -> None:
+    """Text made of the format's own tags and pieces of calls, mostly no calls at all."""
+    template = tool_templates.ALL[name]
+    parts = [
+        *OutputFormat.of(template).markers,
+        '{"name": "note", "arguments": {"kind": "a"}}',
+        "note",
+        "{",
+        "}",
+    ]
+    parts += [
+        "<function=",
+        "<parameter=",
+        ">",
+        '<invoke name="',
+        '">',
+        '{"a": 1}',
+        "[",
+        "]",
+        ",",
+        " ",
+        "\n",
+        "x",
+    ]
+    parts += ["functions.note:0", "analysis", "final", " to=functions.note", "```json\n", '"', "\\", "<"]
+    text = "".join(data.draw(st.lists(st.sampled_from(parts), max_size=14)))
+    cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=8))
+    assert parse(template, text, cuts) == parse(template, text)
+    tokens = list(itertools.accumulate(map(len, parts)))
+    assert parse(template, text, [cut for cut in tokens if cut < len(text)]) == parse(template, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", "so <tool_call> not json </tool_call> there"),
+        ("hermes", '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>'),
+        ("hermes", '<tool_call>{"name": 7, "arguments": {}}</tool_call>'),
+        ("hermes", '<tool_call>{"nam'),
+        ("hermes", "a < b, <tool"),
+        ("hermes", '<tool_call>{"name": "weather", "arguments": '),
+        ("qwen_coder", "<tool_call>\n<function=we ather>\n</function>\n</tool_call>"),
+        ("qwen_coder", "<tool_call>\n<function=weather"),
+        ("qwen_coder", '<tool_call>\n{"name": "weather"}\n</tool_call>'),
+        ("glm", '<tool_call>{"name": "weather"}</tool_call>'),
+        ("minimax", "x\n<minimax:tool_call>\n<foo>\n</minimax:tool_call>"),
+        ("mistral", '[TOOL_CALLS] [{"name": "weather"'),
+        ("mistral", "[TOOL_CALLS] [7]"),
+        ("mistral", "[TOOL_CALLS] weather, please"),
+        ("mistral_named", "[TOOL_CALLS]weather[ARGS]now"),
+        ("granite", "<|tool_call|>weather"),
+        ("deepseek_r1", "<｜tool▁calls▁begin｜>weather"),
+        ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>[1]"),
+        ("kimi", "<|tool_calls_section_begin|><|tool_call_begin|>weather<|tool_call_argument_begin|>{}"),
+        ("llama", '{"name": "other", "parameters": {}}'),
+        ("llama", '{"x": {"y": "}"}} and more'),
+        ("llama", "<|python_tag|>print(1)"),
+    ],
+)
+def test_what_is_no_call_is_content(name: str, text: str) -> None:
+    assert parse(tool_templates.ALL[name], text) == [Content(text)]
+
+
+@pytest.mark.parametrize("name", tool_templates.ALL)
+def test_text_without_tags_is_content_at_once(name: str) -> None:
+    format = OutputFormat.of(tool_templates.ALL[name])
+    parser = format.parser(tools=TOOLS)
+    assert parser.push("Hello, ") == [Content("Hello,")]  # white space may belong to a tag
+    assert parser.push("world") == [Content(" world")]
+    assert parser.finish() == []
+
+
+def test_without_tools_a_call_is_content() -> None:
+    text = "<think>\nx\n</think>\n\n<tool_call>\n{}\n</tool_call>"
+    assert parse(tool_templates.HERMES, text, tools=None) == [
+        Reasoning("x"),
+        Content("<tool_call>\n{}\n</tool_call>"),
+    ]
+
+
+def test_reasoning_ends_with_the_answer_at_the_latest() -> None:
+    assert parse(tool_templates.HERMES, "<think>\nso it", tools=None) == [Reasoning("so it")]
+    assert parse(tool_templates.DEEPSEEK_R1, "so it", prompt="<｜Assistant｜><think>\n") == [
+        Reasoning("so it")
+    ]
+    # A tag within a text about tags begins nothing.
+    assert parse(tool_templates.HERMES, "The tag <think>") == [Content("The tag <think>")]
+
+
+def test_arguments_are_delivered_as_they_come() -> None:
+    parser = OutputFormat.of(tool_templates.HERMES).parser(tools=TOOLS, new_id=lambda: "id")
+    assert parser.push('<tool_call>\n{"name": "weather", "arguments": {"city": "Z') == [
+        ToolCall(0, "id", "weather"),
+        ToolArguments(0, '{"city": "Z'),
+    ]
+    assert parser.push("ür") == [ToolArguments(0, "ür")]
+    parser = OutputFormat.of(tool_templates.QWEN_CODER).parser(tools=TOOLS, new_id=lambda: "id")
+    parser.push("<tool_call>\n<function=weather>\n<parameter=city>\n")
+    assert parser.push('Zür"') == [ToolArguments(0, 'Zür\\"')]
+
+
+def test_calls_that_models_write_a_little_differently() -> None:
+    calls = [("weather", {"city": "Bern"})]
+    body = '{"city": "Bern"}'
+    for name, text in [
+        ("hermes", '<tool_call>{"arguments": {"city": "Bern"}, "name": "weather"}</tool_call>'),
+        (
+            "hermes",
+            '<tool_call>{"type": "function", "function": {"name": "weather", "arguments": ' + body + "}}",
+        ),
+        ("hermes", '<tool_call>{"name": "weather", "arguments": "{\\"city\\": \\"Bern\\"}"}</tool_call>'),
+        ("hermes", f'<tool_call>\n{{"name": "weather", "arguments": {body}\n</tool_call>'),
+        ("hermes", f'<tool_call>\n{{"name": "weather", "arguments": {body}}}}}\n</tool_call>\n'),
+        ("qwen_coder", "<function=weather>\n<parameter=city>\nBern\n</parameter>\n</function>\n</tool_call>"),
+        ("glm", "<tool_call>weather<arg_key>city</arg_key><arg_value>Bern</arg_value></tool_call>"),
+        ("mistral", f"[TOOL_CALLS]weather{body}"),
+        ("mistral", f'[TOOL_CALLS] {{"name": "weather", "arguments": {body}}}'),
+        ("mistral_named", f"[TOOL_CALLS]weather[CALL_ID]abcdefghi[ARGS]{body}"),
+        ("granite", f'<|tool_call|> {{"name": "weather", "arguments": {body}}}<|/tool_call|>'),
+        ("llama", f'<|python_tag|>{{"name": "weather", "parameters": {body}}}'),
+        ("harmony", f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{body}"),
+        ("harmony", f"<|channel|>analysis to=functions.weather code<|message|>{body}<|call|>"),
+    ]:
+        assert said(parse(tool_templates.ALL[name], text)) == ("", "", calls), text
+
+
+def test_formats_are_told_apart_and_others_are_refused() -> None:
+    found = {name: OutputFormat.of(template).calls for name, template in tool_templates.ALL.items()}
+    assert len(set(map(repr, found.values()))) == len(found)
+    plain = OutputFormat.of("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert plain == OutputFormat(None, None, False)
+    assert parse("", "<think>x</think><tool_call>") == [Content("<think>x</think><tool_call>")]
+    with pytest.raises(RequestError, match=r"^tool_choice: ") as caught:
+        plain.forced_call(TOOLS, lambda text: None)
+    assert caught.value.param == "tool_choice"
+
+
+def accepts(grammar: str, text: str, vocabulary: llguidance.LLTokenizer) -> bool:
+    matcher = llguidance.LLMatcher(vocabulary, llguidance.grammar_from("grammar", grammar))
+    assert not matcher.is_error(), (matcher.get_error(), grammar)
+    tokens = vocabulary.tokenize_str(text)
+    return matcher.consume_tokens(tokens) and matcher.is_accepting() and not matcher.is_error()
+
+
+@pytest.mark.parametrize("name", tool_templates.ALL)
+def test_a_forced_call_is_what_the_template_writes(name: str) -> None:
+    """The grammar takes the family's own text and no other: no prose, no other tool, no missing argument."""
+    template = tool_templates.ALL[name]
+    format, bytes_ = OutputFormat.of(template), llguidance.LLTokenizer("byte")
+    calls = [("weather", {"city": "Zürich", "days": 3}), ("note", {"kind": "b c"})]
+    given = message(name, calls) | {"content": None}
+    prompt, text = answer(template, given)
+    text = text.lstrip("\n") if name in ("qwen_coder", "glm", "minimax") else text
+    text = (
+        text.replace("</think>\n\n\n", "</think>\n\n")
+        .replace(', "id": "idididid0"', "")
+        .replace(', "id": "idididid1"', "")
+    )
+    if name == "harmony":
+        text = (
+            text.replace(
+                "<|start|>assistant to=functions.weather<|channel|>commentary json",
+                "<|start|>assistant<|channel|>commentary to=functions.weather <|constrain|>json",
+            )
+            + "<|call|>"
+        )
+    special = lambda text: None  # noqa: E731
+    grammar = format.forced_call(TOOLS, special, prompt=prompt, several=True)
+    assert accepts(grammar, text, bytes_), (text, grammar)
+    assert not accepts(grammar, "Hello", bytes_)
+    assert not accepts(grammar, text.replace("weather", "whether"), bytes_)
+    assert not accepts(grammar, text.replace("city", "town"), bytes_)
+    one = format.forced_call([WEATHER], special, prompt=prompt)
+    assert accepts(one, text, bytes_) == (len(given["tool_calls"]) == 1)
+
+
+@pytest.mark.parametrize("name", sorted(set(tool_templates.ALL) - {"harmony"}))  # it may think for ever
+def test_any_forced_call_is_read_as_one(name: str) -> None:
+    """Random text within the grammar; no free text in it, which would hardly ever end."""
+    random = np.random.default_rng(3)
+    format, vocabulary = OutputFormat.of(tool_templates.ALL[name]), llguidance.LLTokenizer("byte")
+    schema = {
+        "type": "object",
+        "properties": {
+            "kind": {"type": "string", "enum": ["a", "b c"]},
+            "on": {"type": "boolean"},
+            "list": {"type": "array", "items": {"enum": [1, "x", None]}, "maxItems": 3},
+        },
+        "required": ["kind", "list"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("f", "g")]
+    grammar = format.forced_call(
+        tools, lambda text: None, prompt=format.thinking[1] if format.thinking else ""
+    )
+    for _ in range(4):
+        matcher = llguidance.LLMatcher(vocabulary, llguidance.grammar_from("grammar", grammar))
+        text = bytearray()
+        while not matcher.is_stopped():
+            mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+            allowed = np.flatnonzero(mask[: vocabulary.vocab_size])
+            token = int(random.choice(allowed))
+            if token == vocabulary.eos_token:
+                break
+            assert matcher.consume_token(token)
+            text.append(token)
+        _, content, calls = said(parse(tool_templates.ALL[name], text.decode(), tools=tools))
+        assert content == ""
+        assert [call[0] for call in calls] in (["f"], ["g"])
+        assert {"kind", "list"} <= set(calls[0][1]) <= {"kind", "list", "on"}
+        assert calls[0][1]["kind"] in ("a", "b c")
+        assert all(each in (1, "x", None) for each in calls[0][1]["list"])
+
+
+def test_special_tokens_of_a_format_reach_the_parser(tmp_path: Path) -> None:
+    made.write_json("byte_level", tmp_path)
+    tokenizer, oracle = Tokenizer.open(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ids = oracle.encode("a <|im_start|> b <|im_end|> c", add_special_tokens=False)
+    stream = tokenizer.detokenizer([], ("<|im_start|>", "no token"))
+    text = "".join(map(stream.push, ids)) + stream.finish()
+    assert text == oracle.decode(ids).replace("<|im_end|>", "")
+    assert tokenizer.special_id("<|im_end|>") == oracle.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.special_id("<think>") is None  # a token, but an ordinary one
+    assert tokenizer.special_id("nothing") is None
+    assert SamplingParams(show_special=["<x>"]).show_special == ("<x>",)
+    with pytest.raises(RequestError, match="show_special"):
+        SamplingParams(show_special=3)
