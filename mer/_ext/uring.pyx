@@ -37,6 +37,15 @@ cdef extern from "mer_io.h" nogil:
         int64_t batches
         int64_t registered_bytes
 
+    enum:
+        MER_IO_LATENCIES
+
+    ctypedef struct mer_io_latency:
+        int64_t counts[16]
+        int64_t total_ns
+
+    const int64_t mer_io_latency_bounds[16]
+
     int mer_io_open(mer_io **out, const int *fds, int n, int uring, int direct, int depth, int threads)
     void mer_io_close(mer_io *io)
     void mer_io_free(mer_io *io)
@@ -53,6 +62,7 @@ cdef extern from "mer_io.h" nogil:
     int mer_io_set_fault(mer_io *io, int file, int64_t lo, int64_t hi, int error, int64_t limit, long times)
     void mer_io_clear_faults(mer_io *io)
     void mer_io_get_stats(mer_io *io, mer_io_stats *out)
+    void mer_io_get_latency(mer_io *io, mer_io_latency *out)
     int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds,
                        int64_t *bytes, double *elapsed)
     int mer_dio_alignment(const char *path, uint32_t *memory, uint32_t *offset)
@@ -438,6 +448,20 @@ cdef class Reader:
             raise RuntimeError("the Reader was not opened")
         mer_io_get_stats(self._io, &s)
         return s
+
+    def latency(self):
+        """How long reads took, from the device being asked until it was noticed that they were over.
+
+        (bounds in seconds, counts, sum in seconds): counts[i] reads took at most bounds[i] and more than the
+        bound before; the last count, which has no bound, those that took longer than all bounds.
+        """
+        cdef mer_io_latency found
+        cdef int i
+        if self._io == NULL:
+            raise RuntimeError("the Reader was not opened")
+        mer_io_get_latency(self._io, &found)
+        bounds = tuple(mer_io_latency_bounds[i] / 1e9 for i in range(MER_IO_LATENCIES - 1))
+        return bounds, tuple(found.counts[i] for i in range(MER_IO_LATENCIES)), found.total_ns / 1e9
 
     def measure(self, int file, int64_t block, long depth, double seconds):
         """(bytes, seconds) of random aligned reads of `block` bytes (a multiple of 4096), `depth` at once."""

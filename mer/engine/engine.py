@@ -21,7 +21,7 @@ from mer.config import EngineConfig
 from mer.engine.budget import Budget, resident_bytes
 from mer.engine.constraint import Constraints
 from mer.engine.mailbox import Mailbox
-from mer.engine.observer import Observer, Snapshot
+from mer.engine.observer import Observer, ReadLatency, Snapshot
 from mer.engine.outputs import Delta, Result, join
 from mer.engine.params import SamplingParams
 from mer.engine.request import Embedding, Request
@@ -178,6 +178,8 @@ class Engine:
             resident=cache["resident"],
             evictions=cache["evictions"],
             pinned=cache["in_use"],
+            read_latency=ReadLatency(*self._runner.reader.latency()),
+            read_errors=self._runner.reader.stats()["errors"],
             ram_budget_bytes=budget.ram,
             resident_bytes=resident_bytes(),
             steps=self._runner.stats,

@@ -12,6 +12,19 @@ from mer.engine.runner import StepStats
 EndReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 
+@frozen
+class ReadLatency:
+    """How long reads took, from the device being asked until it was noticed that they were over.
+
+    counts[i] reads took at most bounds[i] seconds and more than the bound before; the last count, which has
+    no bound, is of those that took longer. seconds: of all together.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    seconds: float
+
+
 @frozen(kw_only=True)
 class Snapshot:
     """An engine at a moment; totals are since it was opened. Sizes in bytes."""
@@ -29,6 +42,8 @@ class Snapshot:
     resident: int  # experts in memory now
     evictions: int  # total, of experts
     pinned: int  # experts in use by the step under way
+    read_latency: ReadLatency  # of all reads, those at the start included
+    read_errors: int  # total
     ram_budget_bytes: int
     resident_bytes: int  # of the process
     steps: StepStats  # totals
@@ -50,4 +65,4 @@ class Observer(Protocol):
         """A step of this many tokens of this many requests was computed; stats: of this step alone."""
 
     def ended(self, reason: EndReason, usage: Usage | None) -> None:
-        """A request is over; usage is None where it never got a token."""
+        """A request is over; usage is None where it failed or was left before its first token."""

@@ -147,7 +147,8 @@ class Worker:
             self._pace += 0.1 * (now - self._last_end - self._pace)
         self._last_end = now
         usage = job.usage()
-        self._tell("ended", reason, usage if usage.completion_tokens else None)
+        known = usage.completion_tokens or reason in ("stop", "length")
+        self._tell("ended", reason, usage if known else None)
 
     def _put(self, job: Job, item: Any) -> None:
         if not job.mailbox.put(item):

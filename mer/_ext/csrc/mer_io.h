@@ -34,6 +34,7 @@ typedef struct mer_read_op {
     int64_t limit;    /* bytes it may deliver, by an injected fault */
     int injected;     /* result of an injected fault, 0 for none */
     int retries;      /* consecutive ones without progress */
+    int64_t started;  /* nanoseconds of CLOCK_MONOTONIC, when the device was first asked */
     struct mer_read_op *next;
 } mer_read_op;
 
@@ -93,6 +94,15 @@ int mer_io_set_fault(mer_io *io, int file, int64_t lo, int64_t hi, int error, in
 void mer_io_clear_faults(mer_io *io);
 
 void mer_io_get_stats(mer_io *io, mer_io_stats *out);
+
+/* How long reads took, from the device being asked until somebody noticed that they were over. */
+enum { MER_IO_LATENCIES = 16 };
+typedef struct mer_io_latency {
+    int64_t counts[MER_IO_LATENCIES]; /* counts[i]: at most mer_io_latency_bounds[i] ns, and more than the bound before */
+    int64_t total_ns;
+} mer_io_latency;
+extern const int64_t mer_io_latency_bounds[MER_IO_LATENCIES]; /* the last is INT64_MAX */
+void mer_io_get_latency(mer_io *io, mer_io_latency *out);
 
 /* Random aligned reads of `block` bytes at `depth` for `seconds`; 0 or -errno. */
 int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds,

@@ -1,10 +1,11 @@
-"""What a server says of itself: GET /v1/models, /health, /ready, /version, /openapi.json."""
+"""What a server says of itself: GET /v1/models, /health, /ready, /metrics, /version, /openapi.json."""
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import version
 
-from quart import Blueprint, Response
+from quart import Blueprint, Response, request
 
 from mer.api.http.answers import Model, Models, Status, Version
 from mer.api.http.openapi import document
@@ -36,6 +37,12 @@ def blueprint(service: Service) -> Blueprint:
     async def ready() -> Response:
         status = service.status
         return json_response(Status(status), 200 if status == "ready" else 503)
+
+    @made.get("/metrics")
+    async def metrics() -> Response:
+        accept = request.headers.get("Accept", "")
+        text, content_type = await asyncio.to_thread(service.metrics.render, accept)
+        return Response(text, content_type=content_type)
 
     @made.get("/version")
     async def version_of_mer() -> Response:

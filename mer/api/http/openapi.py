@@ -12,11 +12,12 @@ from mer.api.http import answers, schemas
 
 _JSON: Final = "application/json"
 _EVENTS: Final = "text/event-stream"
+_TEXT: Final = "text/plain"
 
 
 @frozen
 class _Operation:
-    """answer: of status 200. chunk: the event of a stream. errors: further statuses that may come."""
+    """answer: of status 200 (str: plain text). chunk: the event of a stream. errors: further statuses."""
 
     method: str
     path: str
@@ -54,6 +55,7 @@ _OPERATIONS: Final = [
     _Operation("get", "/v1/models/{model}", "The same, by name.", answers.Model, errors=(404, 503)),
     _Operation("get", "/health", "The process is alive.", answers.Status, open=True),
     _Operation("get", "/ready", "It can serve: the model is loaded.", answers.Status, open=True),
+    _Operation("get", "/metrics", "Counters and histograms, as Prometheus reads them.", str, errors=(503,)),
     _Operation("get", "/version", "The version of mer.", answers.Version),
 ]  # fmt: skip
 _REASONS: Final = {
@@ -73,7 +75,7 @@ def document() -> dict[str, Any]:
     """OpenAPI 3.1."""
     types: set[type] = {answers.ErrorAnswer}
     for each in _OPERATIONS:
-        types |= {kind for kind in (each.answer, each.body, each.chunk) if kind is not None}
+        types |= {kind for kind in (each.answer, each.body, each.chunk) if kind not in (None, str)}
     ordered = sorted(types, key=lambda kind: kind.__name__)
     _, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
     paths: dict[str, Any] = {}
@@ -96,7 +98,9 @@ def document() -> dict[str, Any]:
 
 
 def _operation(each: _Operation) -> dict[str, Any]:
-    content = {_JSON: {"schema": _ref(each.answer)}}
+    content: dict[str, Any] = {_JSON: {"schema": _ref(each.answer)}}
+    if each.answer is str:
+        content = {_TEXT: {"schema": {"type": "string"}}}
     if each.chunk is not None:
         events = f"With `stream`: events whose data is a {each.chunk.__name__}, then `data: [DONE]`."
         content[_EVENTS] = {"schema": {"type": "string", "description": events}}

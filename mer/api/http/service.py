@@ -12,6 +12,7 @@ from quart import Response, request
 from mer.api.access import Access
 from mer.api.http.errors import ApiError, unavailable
 from mer.api.http.schemas import decode
+from mer.api.metrics import Metrics
 from mer.api.settings import ServerSettings
 from mer.engine.engine import Engine
 
@@ -31,7 +32,10 @@ class Service:
         self.running = 0
         self.idle = asyncio.Event()
         self.idle.set()
-        self._engine = engine
+        self._engine: Engine | None = None
+        self._metrics: Metrics | None = None
+        if engine is not None:
+            self.engine = engine
 
     @property
     def engine(self) -> Engine:
@@ -43,6 +47,14 @@ class Service:
     @engine.setter
     def engine(self, engine: Engine) -> None:
         self._engine = engine
+        self._metrics = Metrics(engine, self.settings.model_name)
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the engine did since it is served here. Raises ApiError (503) while it is being loaded."""
+        if self._metrics is None:
+            raise unavailable("the model is being loaded", 2, "loading")
+        return self._metrics
 
     @property
     def status(self) -> Literal["ready", "loading", "draining"]:

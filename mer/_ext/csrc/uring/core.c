@@ -3,9 +3,20 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "internal.h"
+
+const int64_t mer_io_latency_bounds[MER_IO_LATENCIES] = {
+    25000,    50000,    100000,    250000,    500000,    1000000,   2500000,    5000000,
+    10000000, 25000000, 50000000, 100000000, 250000000, 500000000, 1000000000, INT64_MAX};
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
 
 int mer_io_open(mer_io **out, const int *fds, int n, int uring, int direct, int depth, int threads) {
     mer_io *io = calloc(1, sizeof *io);
@@ -48,6 +59,7 @@ mer_read_op *mer_io_take(mer_io *io) {
 }
 
 int mer_io_prepare(mer_io *io, mer_read_op *op) {
+    if (!op->started) op->started = now_ns();
     op->injected = 0;
     op->limit = INT64_MAX;
     op->asked = op->length - op->progress;
@@ -66,7 +78,16 @@ int mer_io_prepare(mer_io *io, mer_read_op *op) {
     return 0;
 }
 
+static void time_read(mer_io *io, const mer_read_op *op) {
+    int64_t took = now_ns() - op->started;
+    int i = 0;
+    while (took > mer_io_latency_bounds[i]) i++;
+    io->latency.counts[i]++;
+    io->latency.total_ns += took;
+}
+
 void mer_io_finish(mer_io *io, mer_read_op *op, int result) {
+    if (result == 0) time_read(io, op);
     io->stats.ops++;
     io->stats.prefetch_ops += op->priority == MER_IO_PREFETCH;
     io->stats.errors += result < 0 && result != -ECANCELED;
@@ -128,7 +149,7 @@ void mer_io_submit(mer_io *io, mer_read_op *ops, long n) {
         mer_read_op *op = &ops[i];
         op->next = NULL;
         op->done = op->retries = 0;
-        op->progress = 0;
+        op->progress = op->started = 0;
         if (op->needed <= 0) op->needed = op->length;
         if (op->priority != MER_IO_PREFETCH) op->priority = MER_IO_DEMAND;
         if (io->closing || !acceptable(io, op)) {
@@ -224,6 +245,12 @@ void mer_io_clear_faults(mer_io *io) {
 void mer_io_get_stats(mer_io *io, mer_io_stats *out) {
     pthread_mutex_lock(&io->lock);
     *out = io->stats;
+    pthread_mutex_unlock(&io->lock);
+}
+
+void mer_io_get_latency(mer_io *io, mer_io_latency *out) {
+    pthread_mutex_lock(&io->lock);
+    *out = io->latency;
     pthread_mutex_unlock(&io->lock);
 }
 

@@ -46,6 +46,7 @@ struct mer_io {
     int n_faults;
     mer_fault faults[MER_IO_MAX_FAULTS];
     mer_io_stats stats;
+    mer_io_latency latency;
 
     int uring; /* this back end, else the threads */
     struct io_uring ring;

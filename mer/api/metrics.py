@@ -1,0 +1,204 @@
+"""What Prometheus reads: counters, gauges and histograms of one engine. docs/metrics.md lists them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Final
+
+from prometheus_client.core import (
+    CollectorRegistry,
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from mer.engine.engine import Engine
+from mer.engine.observer import EndReason, Snapshot
+from mer.engine.outputs import Usage
+from mer.engine.runner import StepStats
+
+_QUEUE_S: Final = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_FIRST_TOKEN_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_NEXT_TOKEN_S: Final = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)
+_REQUESTS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+_TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_REASONS: Final[tuple[EndReason, ...]] = ("stop", "length", "cancelled", "timeout", "error")
+
+
+class Metrics(Collector):
+    """Watches one engine from now on; any number may live in a process, each has its own registry."""
+
+    def __init__(self, engine: Engine, model_name: str) -> None:
+        self._engine = engine
+        self._info = {"version": version("mer"), "model": model_name}
+        self._info |= {
+            name: str(engine.facts()[name]) for name in ("io_backend", "isa", "threads", "kv_dtype")
+        }
+        self._ended: dict[EndReason, int] = dict.fromkeys(_REASONS, 0)
+        self._prompt_tokens = self._completion_tokens = 0
+        self._queue = _Histogram(_QUEUE_S)
+        self._first_token = _Histogram(_FIRST_TOKEN_S)
+        self._next_token = _Histogram(_NEXT_TOKEN_S)
+        self._step_requests = _Histogram(_REQUESTS)
+        self._step_tokens = _Histogram(_TOKENS)
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        engine.observe(self)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """All metrics as text, and its content type.
+
+        In Prometheus' format, or in OpenMetrics' where `accept`, the header of that name, asks for it.
+        """
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    # What the engine's thread tells.
+
+    def queued(self, request_id: int) -> None:
+        pass  # a snapshot has how many wait
+
+    def started(self, queue_s: float) -> None:
+        self._queue.observe(queue_s)
+
+    def token(self, first: bool, seconds: float) -> None:
+        self._completion_tokens += 1
+        (self._first_token if first else self._next_token).observe(seconds)
+
+    def step(self, tokens: int, requests: int, stats: StepStats) -> None:
+        self._step_requests.observe(requests)
+        self._step_tokens.observe(tokens)
+
+    def ended(self, reason: EndReason, usage: Usage | None) -> None:
+        self._ended[reason] += 1
+        self._prompt_tokens += usage.prompt_tokens if usage else 0
+
+    # What Prometheus is told.
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # registering asks for nothing
+
+    def collect(self) -> Iterable[Metric]:
+        now = self._engine.snapshot()
+        yield InfoMetricFamily("mer_engine", "What this engine is and uses.", self._info)
+        yield from self._requests(now)
+        yield from _memory(now)
+        yield from _experts(now)
+        yield from _time(now)
+
+    def _requests(self, now: Snapshot) -> Iterable[Metric]:
+        states = {"waiting": now.waiting, "running": now.running}
+        yield _gauges("mer_requests", "Requests that are here now.", "state", states)
+        yield _counters("mer_requests_ended", "Requests that are over, and why.", "reason", self._ended)
+        yield self._queue.metric("mer_request_queue_seconds", "From a request to its first step.")
+        yield self._first_token.metric(
+            "mer_time_to_first_token_seconds", "From a request to its first token."
+        )
+        yield self._next_token.metric(
+            "mer_inter_token_latency_seconds", "From one token of a request to the next."
+        )
+        yield _counter(
+            "mer_prompt_tokens", "Tokens of the prompts of requests that are over.", self._prompt_tokens
+        )
+        yield _counter("mer_completion_tokens", "Tokens drawn.", self._completion_tokens)
+        yield self._step_requests.metric("mer_step_requests", "Requests that were computed in one step.")
+        yield self._step_tokens.metric("mer_step_tokens", "Tokens that were computed in one step.")
+        yield _counter(
+            "mer_preemptions", "Requests that gave up their KV blocks for others.", now.preemptions
+        )
+
+
+def _memory(now: Snapshot) -> Iterable[Metric]:
+    blocks = {
+        "used": now.kv_blocks - now.kv_blocks_free,
+        "cached": now.kv_blocks_cached,
+        "free": now.kv_blocks_free - now.kv_blocks_cached,
+    }
+    yield _gauges("mer_kv_blocks", "Blocks of the KV cache, 16 tokens each.", "state", blocks)
+    yield _counter(
+        "mer_prefix_cache_query_tokens",
+        "Prompt tokens looked up in the prefix cache.",
+        now.prefix_query_tokens,
+    )
+    yield _counter("mer_prefix_cache_hit_tokens", "Prompt tokens found there.", now.prefix_hit_tokens)
+    yield GaugeMetricFamily("mer_ram_budget_bytes", "What the process may hold.", now.ram_budget_bytes)
+    yield GaugeMetricFamily("mer_resident_bytes", "What the process holds.", now.resident_bytes)
+
+
+def _experts(now: Snapshot) -> Iterable[Metric]:
+    cache = "mer_expert_cache_"
+    yield GaugeMetricFamily("mer_experts", "Experts of the model, of all layers.", now.experts)
+    yield _gauges(cache + "slots", "Experts that the cache has room for.", "tier", {"ram": now.cache_slots})
+    yield _gauges(cache + "resident", "Experts in the cache now.", "tier", {"ram": now.resident})
+    yield _gauges(cache + "pinned", "Experts that a step is using now.", "tier", {"ram": now.pinned})
+    yield _counters(cache + "hits", "Experts found in the cache.", "tier", {"ram": now.steps.hits})
+    yield _counters(cache + "misses", "Experts that had to be read.", "tier", {"ram": now.steps.misses})
+    yield _counters(cache + "evictions", "Experts that made room.", "tier", {"ram": now.evictions})
+    yield _counter("mer_prefetch_issued", "Experts read ahead of their layer.", now.steps.prefetched)
+    yield _counter("mer_prefetch_useful", "Those that were wanted then.", now.steps.prefetch_used)
+    yield _counter("mer_read_bytes", "Bytes of experts read from disk.", now.steps.bytes_read)
+    latency = now.read_latency
+    yield _histogram(
+        "mer_read_seconds", "Single reads from disk.", latency.bounds, latency.counts, latency.seconds
+    )
+    yield _counter("mer_read_errors", "Reads from disk that failed.", now.read_errors)
+
+
+def _time(now: Snapshot) -> Iterable[Metric]:
+    yield _counter("mer_step_seconds", "Time in steps.", now.steps.step_s)
+    yield _counter(
+        "mer_io_wait_seconds", "Of it with nothing to compute before reads came.", now.steps.io_wait_s
+    )
+    yield _counter("mer_expert_compute_seconds", "Of it computing experts.", now.steps.expert_s)
+
+
+class _Histogram:
+    """Counts of one writer; a reader may miss what is being counted. Cheaper than prometheus_client's."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def metric(self, name: str, help_text: str) -> Metric:
+        return _histogram(name, help_text, self._bounds, self._counts, self._sum)
+
+
+def _histogram(
+    name: str, help_text: str, bounds: Sequence[float], counts: Sequence[int], total: float
+) -> Metric:
+    buckets, below = [], 0
+    for bound, count in zip([*map(str, map(float, bounds)), "+Inf"], counts, strict=True):
+        below += count
+        buckets.append((bound, below))
+    return HistogramMetricFamily(name, help_text, buckets, total)
+
+
+def _counter(name: str, help_text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, help_text, value)
+
+
+def _counters(name: str, help_text: str, label: str, values: Mapping[Any, int]) -> Metric:
+    return _labelled(CounterMetricFamily(name, help_text, labels=[label]), values)
+
+
+def _gauges(name: str, help_text: str, label: str, values: Mapping[Any, int]) -> Metric:
+    return _labelled(GaugeMetricFamily(name, help_text, labels=[label]), values)
+
+
+def _labelled(
+    family: CounterMetricFamily | GaugeMetricFamily, values: Mapping[Any, int]
+) -> CounterMetricFamily | GaugeMetricFamily:
+    for value, number in values.items():
+        family.add_metric([value], number)
+    return family
