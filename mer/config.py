@@ -103,3 +103,9 @@ class EngineConfig:
     trace: Path | None = field(default=None, converter=converters.optional(Path))
     # A file for a Chrome trace of where the time of every step went; None: none is written.
     profile: Path | None = field(default=None, converter=converters.optional(Path))
+
+    def __attrs_post_init__(self) -> None:
+        if self.prefix_store is not None and not self.prefix_cache:
+            raise ConfigError(
+                "prefix_store keeps what the prefix cache has no room for; leave prefix_cache on"
+            )

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mer.engine.blocks import blocks_for
-from mer.engine.scheduler import AGEING, Scheduler, Sequence
+from mer.engine.scheduler import AGEING, Load, Scheduler, Sequence
 from mer.model.kv import BLOCK
 
 
@@ -228,15 +228,29 @@ def test_the_end_of_a_prefix_goes_first():
 
 
 class Content:
-    """What each block holds: the tokens up to its end, as whoever computes them would write them."""
+    """What each block holds: the tokens up to its end, as whoever computes them would write them.
+
+    And what the disk holds.
+    """
 
     def __init__(self) -> None:
         self.blocks: dict[int, list[tuple[int, ...] | None]] = {}
+        self.disk: dict[bytes, list[tuple[int, ...] | None]] = {}
 
     def write(self, s: Sequence, count: int) -> None:
         for position in range(s.computed, s.computed + count):
             block = self.blocks.setdefault(s.blocks[position // BLOCK], [None] * BLOCK)
             block[position % BLOCK] = tuple(s.tokens[: position + 1])
+
+    def spill(self, key: bytes, block: int) -> None:
+        self.disk[key] = list(self.blocks[block])
+
+    def load(self, load: Load, count: int) -> None:
+        for key, block in list(zip(load.keys, load.blocks, strict=True))[:count]:
+            self.blocks[block] = list(self.disk[key])
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.disk
 
     def check(self, s: Sequence) -> None:
         for position in range(s.computed):
@@ -254,9 +268,13 @@ def test_what_always_holds(data):
         step_tokens=step_tokens,
         max_running=data.draw(st.integers(1, 5)),
         prefix_cache=data.draw(st.booleans()),
+        store=(content := Content()),
+        least_load=data.draw(st.integers(1, 2)),
     )
+    if data.draw(st.booleans()):
+        scheduler.pool.dropped = content.spill
     most = n_blocks * BLOCK
-    content = Content()
+    loads: list[Load] = []
     lives: dict[Sequence, int] = {}
     paused: set[Sequence] = set()
     for _ in range(data.draw(st.integers(1, 8))):
@@ -296,8 +314,14 @@ def test_what_always_holds(data):
             for who in paused:
                 scheduler.resume(who)
             paused.clear()
+        while loads and (steps > 200 or data.draw(st.booleans())):
+            load = loads.pop(0)
+            count = data.draw(st.integers(0, len(load.keys)))
+            content.load(load, count)
+            scheduler.loaded(load, count)
         chunks = scheduler.schedule()
-        assert chunks or len(paused) == len(lives)
+        loads += scheduler.take_loads()
+        assert chunks or loads or len(paused) == len(lives)
         assert sum(chunk.count for chunk in chunks) <= step_tokens
         assert sum(chunk.rows for chunk in chunks) <= scheduler.max_running
         assert len({chunk.sequence for chunk in chunks}) == len(chunks)
@@ -305,7 +329,7 @@ def test_what_always_holds(data):
         places = [*scheduler.waiting, *scheduler.running, *scheduler.paused]
         assert len(places) == len(set(places)) == len(lives)
         assert paused == set(scheduler.paused)
-        held = {block for s in lives for block in s.blocks}
+        held = {block for s in [*lives, *loads] for block in s.blocks}
         assert len(held) + scheduler.pool.free == n_blocks
         written = [chunk.sequence.blocks[chunk.sequence.computed // BLOCK] for chunk in chunks]
         assert len(set(written)) == len(written), "two write to one block"
@@ -317,9 +341,9 @@ def test_what_always_holds(data):
             content.check(s)
             content.write(s, chunk.count)
         ready = scheduler.waiting + scheduler.running
-        if ready and calm:
+        if ready and calm and not content.disk:
             first = min(ready, key=lambda s: s.place)
-            shares = any(r.keys[:1] == first.keys[:1] != [] for r in scheduler.running)
+            shares = any(r.keys[:1] == first.keys[:1] != [] for r in [*scheduler.running, *loads])
             assert first in scheduler.running or shares, "the first one is never set back"
         scheduler.commit(chunks)
         for s in [chunk.sequence for chunk in chunks if not chunk.sequence.pending]:
@@ -328,5 +352,8 @@ def test_what_always_holds(data):
             if len(s.tokens) == lives[s]:
                 del lives[s]
                 scheduler.remove(s)
+    for load in loads:
+        assert scheduler
+        scheduler.loaded(load, 0)
     assert not scheduler
     assert scheduler.pool.free == n_blocks

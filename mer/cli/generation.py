@@ -50,6 +50,18 @@ _ENGINE: Final = (
         help="Precision of keys and values; auto: f16 beside quantised weights, else f32.",
     ),
     click.option(
+        "--prefix-store",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Directory for keys and values of prompts that memory has no room for; survives a restart.",
+    ),
+    click.option(
+        "--prefix-store-size",
+        callback=size_option,
+        default="20GiB",
+        show_default=True,
+        help="Most that it may hold.",
+    ),
+    click.option(
         "--io",
         "io_backend",
         type=click.Choice(BACKENDS),

@@ -79,6 +79,10 @@ class BlockPool:
         blocks += [self._take() for _ in range(missing)]
         return True
 
+    def spare(self, count: int) -> list[int]:
+        """Up to so many blocks, which are now someone's."""
+        return [self._take() for _ in range(min(count, self.free))]
+
     def publish(self, blocks: list[int], at: int, key: bytes) -> None:
         """Block number `at` of someone's is full; where the same is here already, that takes its place."""
         mine, known = blocks[at], self._found.get(key)

@@ -13,6 +13,7 @@ from mer._ext.moe import scratch_bytes
 from mer.config import EngineConfig
 from mer.engine.blocks import blocks_for
 from mer.engine.constraint import constraint_bytes
+from mer.engine.prefix_store import buffer_bytes
 from mer.errors import BudgetError, ConfigError
 from mer.model.dense import dense_bytes
 from mer.model.families import Architecture
@@ -136,7 +137,10 @@ def measure(
         + _MARGIN
     )
     ram = config.ram or default_ram()
-    kv = blocks_for(limit) * KVCache.bytes_per_block(spec, dtype)
+    block = KVCache.bytes_per_block(spec, dtype)
+    kv = blocks_for(limit) * block
+    if config.prefix_store is not None:
+        buffers += buffer_bytes(block)
     least_slots = min(spec.router.top_k, tables.total)
     interpreter, dense = resident_bytes(), dense_bytes(checkpoint, architecture)
     left = ram - ram // _PAGE_TABLES - (interpreter + dense + kv + buffers)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sized
 from contextlib import aclosing, suppress
+from hashlib import blake2b
+from importlib.metadata import version
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -24,6 +27,7 @@ from mer.engine.mailbox import Mailbox
 from mer.engine.observer import Observer, ReadLatency, Snapshot
 from mer.engine.outputs import Delta, Result, join
 from mer.engine.params import SamplingParams
+from mer.engine.prefix_store import PrefixStore
 from mer.engine.request import Embedding, Request
 from mer.engine.runner import Runner, StepStats
 from mer.engine.sampling import Sampler
@@ -35,12 +39,24 @@ from mer.model.spec import ModelSpec
 from mer.model.tokenizer import Tokenizer
 from mer.streaming.profile import ProfileSummary
 from mer.weights.checkpoint import Checkpoint
+from mer.weights.fingerprint import compiled_code, fingerprint
 
 Prompt = str | list[int]
 _T = TypeVar("_T")
 
 # Characters or ids of a prompt that would keep the event loop waiting for milliseconds.
 _LONG: Final = 2000
+
+
+def _open_store(runner: Runner, config: EngineConfig) -> PrefixStore | None:
+    if config.prefix_store is None:
+        return None
+    # Whatever may change a bit of keys and values: the model, the code, the kernels, how they are kept.
+    code = f"{version('mer')} {runner.isa} {runner.kv.dtype}".encode() + compiled_code()
+    mark = blake2b(fingerprint(runner.checkpoint) + code, digest_size=16).digest()
+    return PrefixStore(
+        config.prefix_store, config.prefix_store_size, runner.kv, mark, backend=config.io_backend
+    )
 
 
 class _Opening:
@@ -85,9 +101,16 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer | None, ends: frozenset[int], config: EngineConfig
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None,
+        ends: frozenset[int],
+        config: EngineConfig,
+        store: PrefixStore | None,
     ) -> None:
         self._runner = runner
+        self._store = store
+        self._giving_back = threading.Lock()
         self._tokenizer = tokenizer
         self._eos_ids = ends
         self._closed = False
@@ -97,9 +120,13 @@ class Engine:
             step_tokens=budget.step_tokens,
             max_running=config.max_running,
             prefix_cache=config.prefix_cache,
+            root=b"" if store is None else store.fingerprint,
+            store=store,
         )
+        if store is not None:
+            self._scheduler.pool.dropped = store.spill
         self._ids = itertools.count(1)
-        self._worker = Worker(runner, self._scheduler, config.max_waiting)
+        self._worker = Worker(runner, self._scheduler, config.max_waiting, store)
         self._constraints = Constraints(tokenizer, runner.spec.vocab, ends, budget.threads)
 
     @classmethod
@@ -129,7 +156,12 @@ class Engine:
             ends = found or frozenset()
 
         runner = Runner.open(path, config, prepare)
-        return cls(runner, tokenizer, ends, config)
+        try:
+            store = _open_store(runner, config)
+        except BaseException:
+            runner.close()
+            raise
+        return cls(runner, tokenizer, ends, config, store)
 
     async def close(self, *, drain: bool = True) -> None:
         """End all requests (drain) or drop them, then give everything back. Closing twice is allowed."""
@@ -140,7 +172,13 @@ class Engine:
         # All of it on one thread: who stops waiting for it does not stop it.
         self._worker.close(drain=drain)
         self._constraints.close()
-        self._runner.close()
+        with self._giving_back:
+            if self._store is not None:
+                for key, block in self._scheduler.pool.kept():
+                    self._store.spill(key, block, wait=True)
+                self._store.close()
+                self._store = None
+            self._runner.close()
 
     @property
     def spec(self) -> ModelSpec:

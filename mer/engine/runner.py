@@ -181,6 +181,11 @@ class Runner:
             if self.profile is not None:
                 self.profile.step(started, len(tokens), len(chunks))
 
+    @property
+    def kv(self) -> KVCache:
+        """Keys and values."""
+        return self._forward.kv
+
     def hidden(self) -> NDArray[np.float32]:
         """f32 [T, hidden]: of each token of the last step, after the final norm; overwritten by the next."""
         return self._forward.hidden()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import insort
-from typing import Final, Literal
+from itertools import takewhile
+from typing import Final, Literal, Protocol
 
 from attrs import Factory, define, frozen
 
@@ -18,10 +19,11 @@ AGEING: Final = 64
 class Sequence:
     """What the scheduler knows of a request. tokens: the prompt, then the answer so far.
 
-    computed: leading tokens whose keys and values are in `blocks`. cached: how many of them others had
-    computed before its first step; None until then. keys: of its full blocks (see mer.engine.blocks).
     wants: logits after the last token, after each token (both for its answer), or the hidden states alone.
     priority: lower comes sooner. deadline: when it is to be given up, by the clock of who asks for that.
+    computed: leading tokens whose keys and values are in `blocks`. cached: how many of them others had
+    computed before its first step; None until then. keys: of its full blocks (see mer.engine.blocks).
+    fetched: whether the store was asked for them.
     """
 
     tokens: list[int]
@@ -32,12 +34,27 @@ class Sequence:
     cached: int | None = None
     blocks: list[int] = Factory(list)
     keys: list[bytes] = Factory(list)
+    fetched: bool = False
     place: tuple[int, int] = (0, 0)
 
     @property
     def pending(self) -> int:
         """Tokens still to be computed: 1 while decoding."""
         return len(self.tokens) - self.computed
+
+
+@frozen(eq=False)
+class Load:
+    """Blocks to be read from the store: those with these keys, into these blocks."""
+
+    keys: list[bytes]
+    blocks: list[int]
+
+
+class Store(Protocol):
+    """Where blocks are kept that memory has no room for; mer.engine.prefix_store is one."""
+
+    def __contains__(self, key: bytes) -> bool: ...
 
 
 @frozen(eq=False)
@@ -76,9 +93,9 @@ class Scheduler:
     Work whose experts are resident is not preferred: every running sequence is in every step, and which
     experts it needs is known only while the step runs, layer by layer.
 
-    Prefixes are shared through the pool's keys. One that begins with what a running one is just computing
-    waits for that instead of computing it as well. Logits of earlier tokens need all of a prompt computed:
-    who wants them shares nothing.
+    Prefixes are shared through the pool's keys. One that begins with what a running one is just computing, or
+    with what is being read from the store, waits for that instead of computing it as well; others go first
+    meanwhile. Logits of earlier tokens need all of a prompt computed: who wants them shares nothing.
     """
 
     def __init__(
@@ -89,7 +106,10 @@ class Scheduler:
         max_running: int,
         prefix_cache: bool = True,
         root: bytes = b"",
+        store: Store | None = None,
+        least_load: int = 1,
     ) -> None:
+        """root: what all keys stand on. least_load: fewer blocks than these are computed, not read."""
         self.pool = BlockPool(n_blocks)
         self.step_tokens = step_tokens
         self.max_running = min(max_running, step_tokens)
@@ -102,12 +122,16 @@ class Scheduler:
         self.query_tokens = 0
         self._prefix_cache = prefix_cache
         self._root = root
+        self._store = store
+        self._least_load = least_load
+        self._loads: list[Load] = []
+        self._loading: set[bytes] = set()
         self._arrivals = 0
         self._deadlines: dict[Sequence, float] = {}
 
     def __bool__(self) -> bool:
-        """Whether anybody is here."""
-        return bool(self.waiting or self.running or self.paused)
+        """Whether anybody is here, or blocks are on their way."""
+        return bool(self.waiting or self.running or self.paused or self._loading)
 
     @property
     def next_deadline(self) -> float | None:
@@ -168,6 +192,18 @@ class Scheduler:
                 rows -= chunks[-1].rows
         return chunks
 
+    def take_loads(self) -> list[Load]:
+        """What is to be read from the store since the last call; `loaded` must follow for each."""
+        loads, self._loads = self._loads, []
+        return loads
+
+    def loaded(self, load: Load, count: int) -> None:
+        """The first `count` blocks are there, the others could not be read."""
+        for at in range(count):
+            self.pool.publish(load.blocks, at, load.keys[at])
+        self._loading.difference_update(load.keys)
+        self.pool.release(load.blocks)
+
     def commit(self, chunks: list[Chunk]) -> None:
         """The step has been computed."""
         for chunk in chunks:
@@ -196,7 +232,8 @@ class Scheduler:
             full = len(self.running) == self.max_running
             if full and not self._yields(self.running[-1], sequence):
                 break
-            if self._is_coming(sequence):
+            self._share(sequence)
+            if self._is_coming(sequence) or self._fetch(sequence):
                 continue
             if full:
                 self._set_back(self.running[-1])
@@ -211,25 +248,52 @@ class Scheduler:
 
     def _is_coming(self, sequence: Sequence) -> bool:
         """Whether a running one is just computing the first block that it would have to compute."""
-        if sequence.blocks:
-            return False
-        at = self.pool.match(self._sharable(sequence))
-        return at < len(self._sharable(sequence)) and any(
-            at < len(other.keys) and other.keys[at] == sequence.keys[at] and other.computed < (at + 1) * BLOCK
-            for other in self.running
+        at = len(sequence.blocks)
+        missing = self._missing(sequence)
+        return bool(missing) and (
+            missing[0] in self._loading
+            or any(
+                other.keys[at : at + 1] == missing[:1] and other.computed < (at + 1) * BLOCK
+                for other in self.running
+            )
         )
+
+    def _fetch(self, sequence: Sequence) -> bool:
+        """Whether the store is now asked for blocks that it would have to compute; it is, once."""
+        if self._store is None or sequence.fetched:
+            return False
+        sequence.fetched = True
+        keys = list(takewhile(self._store.__contains__, self._missing(sequence)))
+        if len(keys) < self._least_load:
+            return False
+        blocks = self.pool.spare(len(keys))
+        if not blocks:
+            return False
+        self._loads.append(Load(keys[: len(blocks)], blocks))
+        self._loading.update(keys[: len(blocks)])
+        return True
+
+    def _share(self, sequence: Sequence) -> None:
+        """Take up what is in memory of the beginning of one that has computed nothing itself."""
+        keys = self._missing(sequence)
+        keys = keys[: self.pool.match(keys)]
+        self.pool.share(sequence.blocks, keys)
+        sequence.computed += len(keys) * BLOCK
+
+    @staticmethod
+    def _missing(sequence: Sequence) -> list[bytes]:
+        """Keys behind its blocks, if those are all full: all that it need not compute but the last token."""
+        at = len(sequence.blocks)
+        if sequence.computed < at * BLOCK:
+            return []
+        return sequence.keys[at : (len(sequence.tokens) - 1) // BLOCK]
 
     @staticmethod
     def _yields(running: Sequence, waiting: Sequence) -> bool:
         return running.priority > waiting.priority and running.place > waiting.place
 
     def _take_blocks(self, sequence: Sequence) -> bool:
-        """Blocks for all its tokens: shared ones of its beginning, free ones, those of others behind it."""
-        if not sequence.blocks:
-            keys = self._sharable(sequence)
-            keys = keys[: self.pool.match(keys)]
-            self.pool.share(sequence.blocks, keys)
-            sequence.computed = len(keys) * BLOCK
+        """Blocks for all its tokens: free ones, or those of others behind it."""
         while not self.pool.extend(sequence.blocks, len(sequence.tokens)):
             holder = self._holder([other for other in self.waiting if other.place > sequence.place])
             if holder is None:
@@ -255,9 +319,4 @@ class Scheduler:
 
     def _strip(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
-        sequence.computed = 0
-
-    @staticmethod
-    def _sharable(sequence: Sequence) -> list[bytes]:
-        """Keys of what it need not compute: the last token's logits are always wanted."""
-        return sequence.keys[: (len(sequence.tokens) - 1) // BLOCK]
+        sequence.computed, sequence.fetched = 0, False

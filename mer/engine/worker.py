@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mer.engine.observer import EndReason, Observer
+from mer.engine.prefix_store import PrefixStore
 from mer.engine.request import Embedding, Job, Request
 from mer.engine.runner import Runner
-from mer.engine.scheduler import Chunk, Scheduler
+from mer.engine.scheduler import Chunk, Load, Scheduler
 from mer.errors import EngineClosedError, MerError, QueueFullError, RequestTimeoutError
 
 _log = logging.getLogger("mer")
@@ -27,8 +28,11 @@ _Command = Callable[[], None]
 class Worker:
     """Runs a Runner's steps on a thread of its own until `close`. Any thread may call its methods."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, max_waiting: int) -> None:
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, max_waiting: int, store: PrefixStore | None = None
+    ) -> None:
         self._runner = runner
+        self._store = store
         self._scheduler = scheduler
         self._most = scheduler.max_running + max_waiting
         self._observers: list[Observer] = []
@@ -97,6 +101,8 @@ class Worker:
                 self._obey(wait=idle and not (self._closing and not self._scheduler))
                 self._expire()
                 chunks = self._scheduler.schedule()
+                for load in self._scheduler.take_loads():
+                    self._fetch(load)
                 idle = not chunks
                 if chunks:
                     self._step(chunks)
@@ -120,6 +126,12 @@ class Worker:
                 return
             command()
             wait = False
+
+    def _fetch(self, load: Load) -> None:
+        assert self._store is not None
+        self._store.fetch(
+            load.keys, load.blocks, lambda count: self._send(lambda: self._scheduler.loaded(load, count))
+        )
 
     def _add(self, job: Job) -> None:
         if self._closing:

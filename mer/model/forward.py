@@ -116,6 +116,11 @@ class Forward:
         decoder.logits(batch.logit_rows)
         return self._buffers["logits"][: len(batch.logit_rows)]
 
+    @property
+    def kv(self) -> KVCache:
+        """The blocks it computes on."""
+        return self._kv
+
     def hidden(self) -> NDArray[np.float32]:
         """f32 [T, hidden]: each token of the last step after the final norm; overwritten by the next step."""
         return self._buffers["h"][: self._decoder.hidden_states()]
