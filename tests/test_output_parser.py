@@ -151,7 +151,7 @@ def test_any_text_cut_anywhere_says_the_same(name: str, data: st.DataObject) -> 
     """Text made of the format's own tags and pieces of calls, mostly no calls at all."""
     template = tool_templates.ALL[name]
     parts = [
-        *OutputFormat.of(template).markers,
+        *OutputFormat.of(template).shown(True),
         '{"name": "note", "arguments": {"kind": "a"}}',
         "note",
         "{",

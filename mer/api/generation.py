@@ -1,14 +1,13 @@
-"""What every face does with a request: prompt tokens, parameters, and the answers as one stream of events."""
+"""What every face does with a request: prompt tokens, parameters, and all its answers as one stream."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Final, Literal, TypeVar
+from typing import Final, TypeVar
 
-from attrs import evolve, field, frozen
+from attrs import evolve
 
 from mer.engine.engine import Engine
 from mer.engine.outputs import Delta
@@ -23,62 +22,6 @@ _LONG: Final = 8192
 
 _T = TypeVar("_T")
 Job = tuple[list[int], SamplingParams]
-ChatFinishReason = Literal["stop", "length", "tool_calls"]
-
-
-@frozen(kw_only=True)
-class ChatRequest:
-    """A conversation to be continued, whatever the face.
-
-    messages, tools: in OpenAI's shape, contents as text (see `template_messages`). tool_name: the function
-    that must be called. variables: further ones of the chat template. reasoning: part the model's thoughts
-    from its answer.
-    """
-
-    messages: list[dict[str, Any]]
-    params: SamplingParams
-    n: int = 1
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none", "required"] = "auto"
-    tool_name: str | None = None
-    variables: Mapping[str, Any] = field(factory=dict)
-    reasoning: bool = True
-
-
-@frozen
-class Content:
-    text: str
-
-
-@frozen
-class Event:
-    """What a token brought to one of the answers. index: which one; delta: as the engine gave it."""
-
-    index: int
-    delta: Delta
-    pieces: Sequence[Content]
-    finish_reason: ChatFinishReason | None
-
-
-async def chat(engine: Engine, request: ChatRequest, *, idle: float) -> AsyncGenerator[list[Event], None]:
-    """The answers as they come; see `merged`. Raises RequestError and what `Engine.stream` raises."""
-    prompt = await chat_tokens(engine, request)
-    jobs = [(prompt, params) for params in seeded(request.params, request.n)]
-    async with aclosing(merged(engine, jobs, idle=idle)) as batches:
-        async for batch in batches:
-            yield [
-                Event(index, delta, (Content(delta.text),) if delta.text else (), delta.finish_reason)
-                for index, delta in batch
-            ]
-
-
-async def chat_tokens(engine: Engine, request: ChatRequest) -> list[int]:
-    """The prompt of a conversation."""
-    variables = dict(request.variables)
-    if request.tools:
-        variables["tools"] = request.tools
-    size = sum(len(str(message.get("content"))) for message in request.messages)
-    return await off_loop(size, lambda: engine.chat_prompt(request.messages, **variables))
 
 
 async def text_tokens(engine: Engine, text: str, param: str = "prompt", *, special: bool = True) -> list[int]:
@@ -100,44 +43,6 @@ def seeded(params: SamplingParams, n: int) -> list[SamplingParams]:
         return [params] * n
     seeds = [(params.seed + i + 2**63) % 2**64 - 2**63 for i in range(n)]
     return [evolve(params, seed=seed) for seed in seeds]
-
-
-def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages in OpenAI's shape as chat templates read them.
-
-    Text parts are joined by newlines, the arguments of tool calls are objects, a developer speaks as the
-    system. Raises RequestError ("messages[i]...").
-    """
-    return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _template_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    made = dict(message)
-    if made.get("role") == "developer":
-        made["role"] = "system"
-    content = made.get("content")
-    if isinstance(content, list):
-        made["content"] = "\n".join(part.get("text", part.get("refusal", "")) for part in content)
-    elif content is None:
-        made["content"] = ""
-    if calls := made.pop("tool_calls", None):
-        made["tool_calls"] = [
-            {**call, "function": _function(call["function"], f"{where}.tool_calls[{i}].function.arguments")}
-            for i, call in enumerate(calls)
-        ]
-    return made
-
-
-def _function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
-    arguments = function["arguments"]
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise RequestError(f"{where} is no JSON: {error}", where) from None
-    if not isinstance(arguments, dict):
-        raise RequestError(f"{where} must be a JSON object", where)
-    return {**function, "arguments": arguments}
 
 
 async def merged(

@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from attrs import field, frozen
+from attrs import frozen
 
 from mer.errors import RequestError
 from mer.model.pieces import Content, Piece, Reasoning, ToolArguments, ToolCall
-from mer.model.tool_formats import Harmony, ToolFormat, find
+from mer.model.tool_formats import Harmony, Llama, ToolFormat, find
 from mer.model.tool_formats.base import random_id
 from mer.model.tool_formats.lark import Lark
 from mer.model.tool_formats.source import Schemas, Source, Steps
@@ -43,12 +43,6 @@ class OutputFormat:
     calls: ToolFormat | None = None
     thinking: _Thinking | None = None
     takes_tools: bool = False
-    markers: tuple[str, ...] = field(init=False)
-    """Tags that the parser must see, also where they are special tokens: `SamplingParams.show_special`."""
-
-    @markers.default
-    def _markers(self) -> tuple[str, ...]:
-        return (*(self.calls.markers if self.calls else ()), *(self.thinking or ()))
 
     @classmethod
     def of(cls, template: str) -> OutputFormat:
@@ -91,23 +85,51 @@ class OutputFormat:
                 "tool_choice",
             )
         lark = Lark(special)
-        each = [self.calls.call(lark, name, schema) for name, schema in _schemas(tools).items()]
-        one = lark.rule(" | ".join(lark.rule(call) for call in each))
-        return lark.grammar(f"{self._thought(lark, prompt)} {self.calls.calls(lark, one, several)}")
+        calls = self._calls(lark, self.calls, tools, several)
+        return lark.grammar(f"{self._thought(lark, prompt)} {calls}")
 
     def structured(
-        self, body: Callable[[Lark], str], special: Callable[[str], int | None], *, prompt: str = ""
+        self,
+        body: Callable[[Lark], str],
+        special: Callable[[str], int | None],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        prompt: str = "",
+        several: bool = False,
     ) -> str:
-        """A Lark grammar of answers whose content is `body` (JSON of some schema): reasoning, then that."""
+        """A Lark grammar of answers whose content is `body`: reasoning, then that or calls of these tools.
+
+        Raises RequestError ("tools") for a format in which a call could be either.
+        """
         lark = Lark(special)
         expression = body(lark)
         if isinstance(self.calls, Harmony):
             expression = self.calls.final(lark, expression)
+        if tools and isinstance(self.calls, Llama):
+            raise RequestError(
+                "tools: this model's calls are plain JSON, so that they can't be combined with an answer of "
+                "a given form",
+                "tools",
+            )
+        if tools and self.calls is not None:
+            expression = f"({expression} | {self._calls(lark, self.calls, tools, several)})"
         return lark.grammar(f"{self._thought(lark, prompt)} {expression}")
+
+    def shown(self, tools: bool) -> tuple[str, ...]:
+        """Tags that the parser must see even where they are special tokens: `SamplingParams.show_special`."""
+        calls = self.calls if tools or isinstance(self.calls, Harmony) else None
+        return (*(calls.markers if calls else ()), *(self.thinking or ()))
 
     def plain(self, prompt: str = "") -> bool:
         """Whether an answer is content from its first character on, so that a structure needs no frame."""
         return not isinstance(self.calls, Harmony) and not self._may_think(prompt)
+
+    def _calls(
+        self, lark: Lark, format: ToolFormat, tools: Sequence[Mapping[str, Any]], several: bool
+    ) -> str:
+        each = [format.call(lark, name, schema) for name, schema in _schemas(tools).items()]
+        one = lark.rule(" | ".join(lark.rule(call) for call in each))
+        return format.calls(lark, one, several)
 
     def _begins(self, prompt: str) -> bool:
         """The prompt opened the reasoning."""

@@ -11,13 +11,14 @@ import attrs
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from mer.api.generation import ChatRequest, Event, template_messages
+from mer.api.conversation import ChatRequest, Event, template_messages
 from mer.engine.observer import Snapshot
 from mer.engine.outputs import Delta, Timings, TokenLogprob, Usage
 from mer.engine.params import SamplingParams
 from mer.engine.runner import StepStats
 from mer.engine.structure import Structure
 from mer.errors import RequestError, RequestTimeoutError
+from mer.model.pieces import Reasoning, ToolArguments, ToolCall
 from mer.model.tokenizer import Tokenizer
 from mer.v1 import inference_pb2 as pb
 
@@ -197,7 +198,14 @@ def chatted(event: Event, seed: int, tokenizer: Tokenizer | None) -> pb.ChatResp
     delta = event.delta
     made = pb.ChatResponse(token_ids=delta.token_ids)
     for piece in event.pieces:
-        made.content += piece.text
+        if isinstance(piece, Reasoning):
+            made.reasoning += piece.text
+        elif isinstance(piece, ToolCall):
+            made.tool_calls.add(index=piece.index, id=piece.id, name=piece.name)
+        elif isinstance(piece, ToolArguments):
+            made.tool_calls.add(index=piece.index, arguments=piece.text)
+        else:
+            made.content += piece.text
     if delta.logprobs is not None:
         made.logprobs.extend(logprobs(delta.logprobs, tokenizer))
     if event.finish_reason is not None:

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from mer.api import conversation as conversations
 from mer.api import generation
 from mer.api.grpc import convert
 from mer.api.grpc.errors import LoadingError
@@ -131,11 +132,11 @@ class Inference:
         if self._settings.log_prompts:
             call.log["messages"] = conversation.messages
         seed, tokenizer = params.seed or 0, self._engine.tokenizer
-        async with aclosing(generation.chat(self._engine, conversation, idle=_NEVER)) as batches:
+        async with aclosing(conversations.chat(self._engine, conversation, idle=_NEVER)) as batches:
             async for batch in batches:
                 for event in batch:
                     if event.delta.prompt_logprobs is not None:
-                        prompt = await generation.chat_tokens(self._engine, conversation)
+                        prompt = await conversations.chat_tokens(self._engine, conversation)
                         for piece in self._of_prompt(prompt, event.delta.prompt_logprobs):
                             await write(pb.ChatResponse(prompt_logprobs=piece))
                     await write(convert.chatted(event, seed, tokenizer))
@@ -147,7 +148,7 @@ class Inference:
             if request.text:
                 raise RequestError("text and messages: give one of them", "text")
             conversation = convert.conversation(request, SamplingParams())
-            return pb.TokenizeResponse(token_ids=await generation.chat_tokens(self._engine, conversation))
+            return pb.TokenizeResponse(token_ids=await conversations.chat_tokens(self._engine, conversation))
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
         ids = await generation.text_tokens(self._engine, request.text, "text", special=special)
         return pb.TokenizeResponse(token_ids=ids)

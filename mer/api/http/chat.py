@@ -10,10 +10,11 @@ import msgspec
 from msgspec import UNSET
 from quart import Blueprint, Response
 
-from mer.api import generation
-from mer.api.generation import ChatRequest, Content, Event, template_messages
+from mer.api import conversation
+from mer.api.conversation import ChatRequest, Event, template_messages
 from mer.api.http import sse
 from mer.api.http.answers import (
+    CalledFunction,
     ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
@@ -23,6 +24,9 @@ from mer.api.http.answers import (
     ChunkChoice,
     ContentLogprob,
     FinishReason,
+    FunctionDelta,
+    ToolCallAnswer,
+    ToolCallDelta,
     UsageAnswer,
     chat_logprobs,
     new_id,
@@ -42,6 +46,7 @@ from mer.engine.engine import Engine
 from mer.engine.outputs import Usage
 from mer.engine.structure import Structure
 from mer.errors import RequestError
+from mer.model.pieces import Content, Piece, Reasoning, ToolCall
 
 # What clients of this endpoint call fields of SamplingParams.
 _NAMES: Final = {"prompt": "messages", "logprobs": "top_logprobs", "structure": "response_format"}
@@ -60,7 +65,7 @@ def blueprint(service: Service) -> Blueprint:
             request = to_request(body)
             if service.settings.log_prompts:
                 call.log["messages"] = request.messages
-            events = generation.chat(engine, request, idle=service.settings.keep_alive)
+            events = conversation.chat(engine, request, idle=service.settings.keep_alive)
             if body.stream:
                 return await sse.respond(_chunks(engine, body, model, request.n, events, call))
             return await _whole(engine, body, model, request.n, events, call)
@@ -98,6 +103,7 @@ def to_request(body: ChatCompletionRequest) -> ChatRequest:
         tools=msgspec.to_builtins(body.tools) if body.tools else None,
         tool_choice="required" if named else body.tool_choice or "auto",  # type: ignore[arg-type]
         tool_name=body.tool_choice.function.name if isinstance(body.tool_choice, ChosenTool) else None,
+        several=body.parallel_tool_calls is not False,
         variables=variables,
     )
 
@@ -115,7 +121,8 @@ class _Answer:
     """One of the answers, put together from its events."""
 
     def __init__(self) -> None:
-        self.content: list[str] = []
+        self.content = self.reasoning = ""
+        self.calls: list[ToolCallAnswer] = []
         self.logprobs: list[ContentLogprob] = []
         self.finish_reason: FinishReason = "length"
         self.usage: Usage | None = None
@@ -123,14 +130,22 @@ class _Answer:
     def add(self, event: Event, engine: Engine) -> None:
         for piece in event.pieces:
             if isinstance(piece, Content):
-                self.content.append(piece.text)
+                self.content += piece.text
+            elif isinstance(piece, Reasoning):
+                self.reasoning += piece.text
+            elif isinstance(piece, ToolCall):
+                self.calls.append(ToolCallAnswer(piece.id, CalledFunction(piece.name, "")))
+            else:
+                self.calls[piece.index].function.arguments += piece.text
         if event.delta.logprobs is not None:
             self.logprobs += chat_logprobs(engine, event.delta.logprobs)
         if event.finish_reason is not None:
             self.finish_reason, self.usage = event.finish_reason, event.delta.usage
 
     def choice(self, index: int, logprobs: bool) -> ChatChoice:
-        message = ChatMessage("".join(self.content))
+        message = ChatMessage(
+            self.content or (None if self.calls else ""), self.reasoning or UNSET, self.calls or UNSET
+        )
         return ChatChoice(
             index, message, ChatLogprobs(self.logprobs) if logprobs else None, self.finish_reason
         )
@@ -153,6 +168,17 @@ async def _whole(
     call.used(used)
     choices = [answer.choice(i, bool(body.logprobs)) for i, answer in enumerate(answers)]
     return json_response(ChatCompletion(new_id("chatcmpl"), now(), model, choices, UsageAnswer.of([used])))
+
+
+def _delta(piece: Piece) -> ChatDelta:
+    if isinstance(piece, Content):
+        return ChatDelta(content=piece.text)
+    if isinstance(piece, Reasoning):
+        return ChatDelta(reasoning_content=piece.text)
+    if isinstance(piece, ToolCall):
+        begun = ToolCallDelta(piece.index, FunctionDelta(piece.name, ""), piece.id, "function")
+        return ChatDelta(tool_calls=[begun])
+    return ChatDelta(tool_calls=[ToolCallDelta(piece.index, FunctionDelta(arguments=piece.text))])
 
 
 async def _chunks(
@@ -183,12 +209,14 @@ async def _chunks(
                 begun = True
                 parts = [chunk(i, ChatDelta("assistant", "")) for i in range(n)]
             for event in batch:
-                text = "".join(piece.text for piece in event.pieces)
+                deltas = [_delta(piece) for piece in event.pieces]
                 logprobs = None
                 if event.delta.logprobs is not None:
                     logprobs = ChatLogprobs(chat_logprobs(engine, event.delta.logprobs))
-                if text or logprobs:
-                    parts.append(chunk(event.index, ChatDelta(content=text), logprobs=logprobs))
+                    deltas = deltas or [ChatDelta(content="")]
+                for delta in deltas:
+                    parts.append(chunk(event.index, delta, logprobs=logprobs))
+                    logprobs = None
                 if event.finish_reason is not None:
                     parts.append(chunk(event.index, ChatDelta(), finish_reason=event.finish_reason))
                     assert event.delta.usage is not None

@@ -6,7 +6,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from quart import Blueprint, Response
 
-from mer.api.generation import off_loop, template_messages, text_tokens
+from mer.api.conversation import template_messages
+from mer.api.generation import off_loop, text_tokens
 from mer.api.http.answers import DetokenizedText, Tokens
 from mer.api.http.errors import api_error, invalid
 from mer.api.http.schemas import DetokenizeRequest, TokenizeRequest

@@ -10,7 +10,7 @@ from mer.model.tool_formats.json_calls import Hermes, JsonList, Llama, Mistral
 from mer.model.tool_formats.sections import DeepSeek, Kimi
 from mer.model.tool_formats.tagged import GLM, MINIMAX, QWEN_CODER
 
-__all__ = ["TABLE", "Harmony", "ToolFormat", "find"]
+__all__ = ["TABLE", "Harmony", "Llama", "ToolFormat", "find"]
 
 # What a chat template must contain, all of it -> the format. The first that fits counts.
 TABLE: Final[tuple[tuple[tuple[str, ...], ToolFormat], ...]] = (

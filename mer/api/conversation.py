@@ -1,0 +1,230 @@
+"""A conversation, whatever the face: its prompt, what its answer may be, the answer's parts as they come."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Final, Literal
+
+from attrs import evolve, field, frozen
+
+from mer.api.generation import merged, off_loop, seeded
+from mer.engine.engine import Engine
+from mer.engine.outputs import Delta
+from mer.engine.params import SamplingParams
+from mer.engine.structure import Structure
+from mer.errors import RequestError
+from mer.model.output_parser import OutputFormat, Piece, ToolCall
+from mer.model.tool_formats.lark import Lark
+
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
+# So many of a prompt's last tokens are looked at: whether its template opened the reasoning there.
+_TAIL: Final = 16
+
+
+@frozen(kw_only=True)
+class ChatRequest:
+    """A conversation to be continued.
+
+    messages, tools: in OpenAI's shape, contents as text (see `template_messages`). tool_name: the function
+    that must be called. several: an answer may call more than one tool. variables: further ones of the chat
+    template. reasoning: part the model's thoughts from its answer.
+    """
+
+    messages: list[dict[str, Any]]
+    params: SamplingParams
+    n: int = 1
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["auto", "none", "required"] = "auto"
+    tool_name: str | None = None
+    several: bool = True
+    variables: Mapping[str, Any] = field(factory=dict)
+    reasoning: bool = True
+
+
+@frozen
+class Event:
+    """What a token brought to one of the answers. index: which one; delta: as the engine gave it."""
+
+    index: int
+    delta: Delta
+    pieces: Sequence[Piece]
+    finish_reason: ChatFinishReason | None
+
+
+@frozen
+class Prepared:
+    """A request as the engine takes it. tools: those that may be called; prompt: token ids."""
+
+    request: ChatRequest
+    prompt: list[int]
+    params: SamplingParams
+    format: OutputFormat
+    tail: str
+    tools: list[dict[str, Any]]
+
+    async def answers(self, engine: Engine, *, idle: float) -> AsyncGenerator[list[Event], None]:
+        """The answers as they come; see `merged`. Raises RequestError and what `Engine.stream` raises."""
+        readings = [_Reading(self) for _ in range(self.request.n)]
+        jobs = [(self.prompt, params) for params in seeded(self.params, self.request.n)]
+        try:
+            async with aclosing(merged(engine, jobs, idle=idle)) as batches:
+                async for batch in batches:
+                    yield [readings[index].event(index, delta) for index, delta in batch]
+        except RequestError as error:
+            if error.param == "structure" and self.request.params.structure is None:
+                text = str(error).removeprefix("structure: ")
+                raise RequestError(f"tools: their parameters can't be enforced: {text}", "tools") from None
+            raise
+
+
+class _Reading:
+    """One answer while it is read."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._parser = prepared.format.parser(prepared.tail, prepared.tools)
+        self._several = prepared.request.several
+        self._called = False
+        self._full = False
+
+    def event(self, index: int, delta: Delta) -> Event:
+        pieces = self._parser.push(delta.text)
+        reason: ChatFinishReason | None = delta.finish_reason
+        if reason is not None:
+            pieces += self._parser.finish()
+        pieces = [piece for piece in pieces if self._wanted(piece)]
+        return Event(index, delta, pieces, "tool_calls" if reason == "stop" and self._called else reason)
+
+    def _wanted(self, piece: Piece) -> bool:
+        """False for what comes after the one call that is allowed."""
+        if isinstance(piece, ToolCall):
+            self._full = self._called and not self._several
+            self._called = True
+        return not self._full
+
+
+async def prepare(engine: Engine, request: ChatRequest) -> Prepared:
+    """Prompt and parameters of a conversation. Raises RequestError."""
+    template = engine.tokenizer.chat_template if engine.tokenizer else None
+    format = OutputFormat.of(template.source if template else "")
+    if not request.reasoning:
+        format = evolve(format, thinking=None)
+    tools = _tools(request, format)
+    prompt = await chat_tokens(engine, request)
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+    tail = tokenizer.decode(prompt[-_TAIL:], skip_special=False)
+    params = request.params
+
+    def special(text: str) -> int | None:
+        return tokenizer.special_id(text)
+
+    structure = params.structure
+    if tools and request.tool_choice == "required":
+        several = request.several and request.tool_name is None
+        structure = Structure.grammar(format.forced_call(tools, special, prompt=tail, several=several))
+    elif structure is not None and structure.kind != "grammar" and (tools or not format.plain(tail)):
+        body = structure
+        structure = Structure.grammar(
+            format.structured(
+                lambda lark: _expression(body, lark), special, tools, prompt=tail, several=request.several
+            )
+        )
+    params = evolve(params, structure=structure, show_special=format.shown(bool(tools)))
+    return Prepared(request, prompt, params, format, tail, tools)
+
+
+async def chat(engine: Engine, request: ChatRequest, *, idle: float) -> AsyncGenerator[list[Event], None]:
+    """The answers as they come. Raises RequestError and what `Engine.stream` raises."""
+    prepared = await prepare(engine, request)
+    async with aclosing(prepared.answers(engine, idle=idle)) as batches:
+        async for batch in batches:
+            yield batch
+
+
+def _tools(request: ChatRequest, format: OutputFormat) -> list[dict[str, Any]]:
+    """The tools that the answer may call. Raises RequestError."""
+    tools = request.tools or []
+    names = [tool["function"]["name"] for tool in tools]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RequestError(f"tools: two of them are called {twice!r}", "tools")
+    if request.tool_choice == "none":
+        return []
+    if not tools:
+        if request.tool_choice == "required":
+            raise RequestError("tool_choice: there are no tools to choose from; send 'tools'", "tool_choice")
+        return []
+    if not format.takes_tools:
+        raise RequestError(
+            "tools: this model's chat template does not show tools to the model, so it can't call them; "
+            "leave them out, or put a chat_template.jinja that does into the model's directory",
+            "tools",
+        )
+    if request.tool_name is None:
+        return tools
+    if request.tool_name not in names:
+        raise RequestError(f"tool_choice: {request.tool_name!r} is none of the tools", "tool_choice")
+    return [tools[names.index(request.tool_name)]]
+
+
+def _expression(structure: Structure, lark: Lark) -> str:
+    """A structure as part of a grammar."""
+    if structure.kind == "json_object":
+        return lark.json({"type": "object"})
+    if structure.kind == "json_schema":
+        schema = json.loads(structure.source)
+        return lark.json(schema if isinstance(schema, dict) else {} if schema else {"not": {}})
+    if structure.kind == "choice":
+        return lark.rule(" | ".join(map(lark.text, json.loads(structure.source))))
+    # A regular expression stands between slashes, on one line.
+    source = re.sub(r"\\.|/", lambda m: r"\/" if m[0] == "/" else m[0], structure.source, flags=re.DOTALL)
+    return lark.rule("/" + source.replace("\n", r"\n") + "/")
+
+
+async def chat_tokens(engine: Engine, request: ChatRequest) -> list[int]:
+    """The prompt of a conversation."""
+    variables = dict(request.variables)
+    if request.tools and request.tool_choice != "none":
+        variables["tools"] = request.tools
+    size = sum(len(str(message.get("content"))) for message in request.messages)
+    return await off_loop(size, lambda: engine.chat_prompt(request.messages, **variables))
+
+
+def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in OpenAI's shape as chat templates read them.
+
+    Text parts are joined by newlines, the arguments of tool calls are objects, a developer speaks as the
+    system. Raises RequestError ("messages[i]...").
+    """
+    return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _template_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    made = dict(message)
+    if made.get("role") == "developer":
+        made["role"] = "system"
+    content = made.get("content")
+    if isinstance(content, list):
+        made["content"] = "\n".join(part.get("text", part.get("refusal", "")) for part in content)
+    elif content is None:
+        made["content"] = ""
+    if calls := made.pop("tool_calls", None):
+        made["tool_calls"] = [
+            {**call, "function": _function(call["function"], f"{where}.tool_calls[{i}].function.arguments")}
+            for i, call in enumerate(calls)
+        ]
+    return made
+
+
+def _function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError as error:
+            raise RequestError(f"{where} is no JSON: {error}", where) from None
+    if not isinstance(arguments, dict):
+        raise RequestError(f"{where} must be a JSON object", where)
+    return {**function, "arguments": arguments}

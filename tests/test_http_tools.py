@@ -1,0 +1,191 @@
+"""Tools and reasoning in chat completions: a real `mer serve`, asked by the official `openai` client."""
+
+from __future__ import annotations
+
+import json
+
+import openai
+import pytest
+from engine_models import write_text_model
+from http_server import serving
+from tool_models import PARAMETERS, write_tool_model
+
+ASK = [{"role": "user", "content": "What is the weather?"}]
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": "d", "parameters": PARAMETERS}}
+    for name in ("weather", "forecast")
+]
+HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<|constrain|>")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(write_tool_model(tmp_path_factory.mktemp("tools") / "small"), "--context", 2048) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client, **more):
+    return client.chat.completions.create(
+        model="small", messages=ASK, **{"tools": TOOLS, "max_tokens": 400, "seed": 1} | more
+    )
+
+
+def check(arguments: str) -> dict:
+    found = json.loads(arguments)
+    assert {"city", "unit"} <= set(found) <= {"city", "unit", "wind"}
+    assert found["city"] in PARAMETERS["properties"]["city"]["enum"]
+    return found
+
+
+def test_a_tool_is_called(client):
+    answer = ask(client, tool_choice={"type": "function", "function": {"name": "forecast"}})
+    (choice,) = answer.choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name) == ("function", "forecast")
+    assert call.id.startswith("call_")
+    check(call.function.arguments)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_streamed_deltas_are_the_whole_answer(client, seed):
+    whole = ask(client, tool_choice="required", seed=seed, parallel_tool_calls=False).choices[0].message
+    with client.chat.completions.stream(
+        model="small", messages=ASK, tools=TOOLS, tool_choice="required", max_tokens=400, seed=seed,
+        parallel_tool_calls=False,
+    ) as stream:  # fmt: skip
+        events = list(stream)
+        final = stream.get_final_completion().choices[0]
+    assert final.finish_reason == "tool_calls"
+    (call,), (expected,) = final.message.tool_calls, whole.tool_calls
+    assert call.function.name == expected.function.name
+    assert call.function.arguments == expected.function.arguments
+    deltas = [e for e in events if e.type == "tool_calls.function.arguments.delta"]
+    assert len(deltas) > 3  # as they come, not in one piece
+    assert "".join(e.arguments_delta for e in deltas) == call.function.arguments
+    chunks = [e.chunk.choices[0].delta.tool_calls for e in events if e.type == "chunk" and e.chunk.choices]
+    ids = [each.id for calls in chunks for each in calls or () if each.id]
+    assert ids == [call.id]
+
+
+def test_several_calls_and_several_answers(client):
+    answer = ask(client, tool_choice="required", n=6, max_tokens=600)
+    counts = []
+    for choice in answer.choices:
+        calls = choice.message.tool_calls or []
+        counts.append(len(calls))
+        assert len({call.id for call in calls}) == len(calls)
+        if choice.finish_reason == "tool_calls":
+            assert all(check(call.function.arguments) for call in calls)
+    assert max(counts) > 1
+
+
+def test_auto_without_a_call_is_content(client):
+    answer = ask(client, max_tokens=8, extra_body={"ignore_eos": True})
+    assert answer.choices[0].message.tool_calls is None
+    assert answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "length"
+    assert ask(client, tool_choice="none", max_tokens=1).choices[0].message.tool_calls is None
+
+
+def test_an_answer_of_a_schema_may_call_tools_instead(client):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    # The first token decides; it can be chosen by a bias.
+    angle, brace = (token(client, text) for text in "<{")
+    called = ask(client, response_format=form, logit_bias={angle: 100}, parallel_tool_calls=False)
+    assert called.choices[0].message.tool_calls
+    said = ask(client, response_format=form, logit_bias={brace: 100}).choices[0].message
+    assert json.loads(said.content)["a"] in (1, 2)
+
+
+def token(client, text: str) -> int:
+    return client.post("/../tokenize", body={"prompt": text, "add_special_tokens": False}, cast_to=object)[
+        "tokens"
+    ][0]
+
+
+def test_a_conversation_with_results_goes_on(client):
+    called = ask(client, tool_choice="required", parallel_tool_calls=False).choices[0].message
+    messages = [*ASK, called.model_dump(), {
+        "role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "rain",
+    }]  # fmt: skip
+    first = client.chat.completions.create(model="small", messages=messages, tools=TOOLS, max_tokens=1)
+    alone = client.chat.completions.create(model="small", messages=ASK, tools=TOOLS, max_tokens=1)
+    assert first.usage.prompt_tokens > alone.usage.prompt_tokens + len("rain")
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tools": [*TOOLS, TOOLS[0]]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+    ],
+)
+def test_refusals(client, more, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, **more)
+    assert caught.value.param == param
+
+
+def test_a_schema_that_cannot_be_enforced_is_named(client):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "whatever"}}}
+    with pytest.raises(openai.BadRequestError, match="tools: their parameters") as caught:
+        ask(client, tools=[tool], tool_choice="required")
+    assert caught.value.param == "tools"
+
+
+def test_a_template_without_tools_is_said_to_have_none(tmp_path):
+    model = write_text_model(tmp_path / "small", chat=True)
+    with serving(model, "--context", 512) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.BadRequestError, match="does not show tools") as caught:
+            ask(client)
+        assert caught.value.param == "tools"
+        assert ask(client, tool_choice="none", max_tokens=1).choices
+
+
+def test_harmony_with_its_special_tokens(tmp_path):
+    """Markers that are special tokens: forced as such, read as such, and never shown."""
+    model = write_tool_model(tmp_path / "small", "harmony", HARMONY)
+    with serving(model, "--context", 2048) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        # Straight to the call, without thoughts, which would not end.
+        more = {"tool_choice": "required", "logit_bias": {token(client, "c"): 50}}
+        (call,) = ask(client, **more).choices[0].message.tool_calls
+        check(call.function.arguments)
+        more["logit_bias"] = {token(client, "a"): 50}
+        thought = ask(client, **more, max_tokens=12).choices[0].message
+        assert thought.reasoning_content
+        assert thought.content == ""
+        for text in thought.reasoning_content, thought.content:
+            assert "<|" not in text
+
+
+def test_reasoning_that_the_prompt_opened(tmp_path):
+    model = write_tool_model(tmp_path / "small", "deepseek_r1")
+    with serving(model, "--context", 2048) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        body = {"ignore_eos": True}
+        message = ask(client, max_tokens=8, extra_body=body).choices[0].message
+        assert (message.content, bool(message.reasoning_content)) == ("", True)
+        stream = ask(client, max_tokens=8, stream=True, extra_body=body)
+        deltas = [chunk.choices[0].delta for chunk in stream]
+        assert "".join(d.reasoning_content for d in deltas if hasattr(d, "reasoning_content")) == (
+            message.reasoning_content
+        )
+        # Of a structured answer the structure is what follows the thoughts; here they never end.
+        form = {"type": "json_object"}
+        assert ask(client, tools=[], max_tokens=8, response_format=form).choices[0].message.content == ""
