@@ -9,9 +9,17 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
+
+import httpx
+
+from mer import Engine
+from mer.api.http.server import HttpServer
+from mer.api.http.service import Service
+from mer.api.settings import ServerSettings
 
 # Nothing in here takes that long; it ends a test that would hang.
 PATIENCE = 60
@@ -72,3 +80,14 @@ def serving(model: Path | str, *options: object, **environment: str) -> Iterator
         yield server
     finally:
         server.close()
+
+
+@asynccontextmanager
+async def asking(engine: Engine, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the same server in this process and its event loop, so that a test sees what it holds."""
+    service = Service(ServerSettings(**{"model_name": "small", "port": 0} | settings), engine)
+    async with (
+        HttpServer(service) as server,
+        httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client,
+    ):
+        yield client

@@ -309,7 +309,8 @@ def decode(body: bytes, kind: type[_T]) -> _T:
     try:
         return _decode(body, kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ApiError(400, f"the request's body is not valid JSON: {error}", code="invalid_json") from None
+        why = str(error).partition(" - at ")[0]
+        raise ApiError(400, f"the request's body is not valid JSON: {why}", code="invalid_json") from None
     except RecursionError:
         raise ApiError(400, "the request's body is nested too deeply", code="invalid_json") from None
 
@@ -344,6 +345,8 @@ def _refusal(text: str) -> ApiError:
     if missing := re.fullmatch(r"Object missing required field `(.*)`", what):
         name = f"{where}.{missing[1]}" if where else missing[1]
         return invalid(f"missing parameter: {name!r}", name, "missing_required_parameter")
+    if re.search(r"content\[\d+\]\.type$", where):
+        what += "; this server reads text only"
     what = what.replace("`", "").replace("| null", "or null")
     if not where:
         return ApiError(400, f"the request's body: {what[:1].lower()}{what[1:]}", code="invalid_type")

@@ -1,0 +1,175 @@
+"""`mer serve` as a program: how it ends, what it logs, TLS, settings that can't be."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import ssl
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import trustme
+from cli_models import mer
+from engine_models import write_text_model
+from http_server import PATIENCE, serving
+
+from mer.api.http.server import HttpServer
+from mer.api.http.service import Service
+from mer.api.settings import ServerSettings, read_keys
+from mer.errors import ConfigError
+
+TEXT = "/v1/completions"
+ENDLESS = {"prompt": "The", "max_tokens": 100_000, "ignore_eos": True, "temperature": 0}
+SHORT = {"prompt": "The old man", "max_tokens": 8, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("serve") / "small"
+    return write_text_model(path, chat=True, max_position_embeddings=1 << 17)
+
+
+def stream(server, body, ready):
+    """Its events; `ready` is set after the first."""
+    with httpx.stream(
+        "POST", f"{server.url}{TEXT}", json={**body, "stream": True}, timeout=PATIENCE
+    ) as answer:
+        events = []
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                events.append(line.removeprefix("data: "))
+                ready.set()
+        return events
+
+
+def test_sigterm_drains(model):
+    """What is running ends in order, nobody else is let in, and then the process is gone with status 0."""
+    with serving(model, "--context", 8192) as server, ThreadPoolExecutor(1) as pool:
+        begun = threading.Event()
+        running = pool.submit(stream, server, {**ENDLESS, "max_tokens": 800}, begun)
+        assert begun.wait(PATIENCE)
+        server.signal()
+        server.wait_for("1 running; ending within 30 s")
+        late = httpx.post(f"{server.url}{TEXT}", json=SHORT)
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
+        assert httpx.get(f"{server.url}/ready").json() == {"status": "draining"}
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        events = running.result()
+        assert len(events) > 600
+        assert events[-1] == "[DONE]"
+        assert server.ended() == 0
+
+
+@pytest.mark.parametrize("hurry", ["second signal", "limit"])
+def test_what_does_not_end_in_time_is_ended(model, hurry):
+    """Its stream says why, and is not left hanging."""
+    limit = 0.2 if hurry == "limit" else 60
+    with (
+        serving(model, "--context", 1 << 17, "--drain-timeout", limit) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        begun = threading.Event()
+        running = pool.submit(stream, server, ENDLESS, begun)
+        assert begun.wait(PATIENCE)
+        server.signal(signal.SIGINT)
+        if hurry == "second signal":
+            server.wait_for("1 running")
+            server.signal(signal.SIGTERM)
+        events = running.result()
+        assert json.loads(events[-1])["error"]["code"] == "shutting_down"
+        server.wait_for("1 requests are ended unfinished")
+        assert server.ended() == 0
+
+
+def test_log_in_json_says_who_asked_what_but_not_the_prompt(model):
+    with serving(model, "--log-format", "json") as server:
+        httpx.post(f"{server.url}{TEXT}", json=SHORT, headers={"X-Request-Id": "my-id"})
+        line = json.loads(server.wait_for("my-id").string)
+        assert line.pop("time")
+        assert line.pop("seconds") > 0
+        assert line == {
+            "level": "info", "logger": "mer.access", "message": "request", "request_id": "my-id",
+            "client": "127.0.0.1", "caller": "127.0.0.1", "method": "POST", "path": TEXT, "status": 200,
+            "prompt_tokens": line["prompt_tokens"], "completion_tokens": 8,
+        }  # fmt: skip
+        httpx.get(f"{server.url}/health")
+        server.signal()
+        server.ended()
+        assert SHORT["prompt"] not in "".join(server.lines)
+        assert "/health" not in "".join(server.lines)
+
+
+def test_log_for_people_with_prompts_where_asked(model, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nann  secret\n\n")
+    with serving(model, "--log-prompts", "--api-key-file", keys, MER_API_KEYS="other") as server:
+        for key in ("secret", "other"):
+            answer = httpx.post(f"{server.url}{TEXT}", json=SHORT, headers={"Authorization": f"Bearer {key}"})
+            assert answer.status_code == 200
+        line = server.wait_for("ann").string
+        assert re.search(rf"^\d\d:\d\d:\d\d 127.0.0.1 POST {TEXT} 200 [\d.]+ request_id=", line), line
+        assert "The old man" in line
+        assert "secret" not in "".join(server.lines)
+        assert "key 1" in server.wait_for("key 1").string
+
+
+def test_tls_with_certificates_of_both_sides(model, tmp_path):
+    ca, other = trustme.CA(), trustme.CA()
+    server_cert, client_cert = ca.issue_cert("127.0.0.1"), ca.issue_cert("client@example.org")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    server_cert.cert_chain_pems[0].write_to_path(cert)
+    server_cert.private_key_pem.write_to_path(key)
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+
+    def get(url, trusted, certificate=None):
+        context = ssl.create_default_context()
+        trusted.configure_trust(context)
+        if certificate:
+            certificate.configure_cert(context)
+        with httpx.Client(verify=context) as http:
+            return http.get(f"{url}/v1/models").status_code
+
+    with serving(model, "--tls-cert", cert, "--tls-key", key) as server:
+        assert server.url.startswith("https://")
+        assert get(server.url, ca) == 200
+        with pytest.raises(httpx.ConnectError):
+            get(server.url, other)
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(server.url.replace("https", "http"))
+        assert get(server.url, ca) == 200
+    options = ["--tls-cert", cert, "--tls-key", key, "--tls-client-ca", tmp_path / "ca.pem"]
+    with serving(model, *options) as server:
+        assert get(server.url, ca, client_cert) == 200
+        with pytest.raises(httpx.HTTPError):
+            get(server.url, ca)
+
+
+async def test_settings_that_can_not_be(tmp_path):
+    """Each is refused before the model is loaded, and names the option."""
+    (tmp_path / "empty").write_text("# nothing\n")
+    (tmp_path / "odd").write_text("a b c\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for settings, message in (
+            ({"tls_cert": tmp_path}, "--tls-cert and --tls-key belong together"),
+            ({"tls_cert": tmp_path / "x", "tls_key": tmp_path / "x"}, "can't be used"),
+            ({"tls_client_ca": tmp_path}, "--tls-client-ca needs"),
+            ({"port": taken.getsockname()[1]}, "Address already in use"),
+            ({"host": "203.0.113.1"}, "--host 203.0.113.1"),
+            ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),
+        ):
+            with pytest.raises(ConfigError, match=re.escape(message)):
+                HttpServer(Service(ServerSettings(**{"model_name": "small", "port": 0} | settings)))
+    for name, message in (("none", "No such file"), ("empty", "no key is in there"), ("odd", "line 1")):
+        with pytest.raises(ConfigError, match=message):
+            read_keys(tmp_path / name, None)
+
+
+def test_a_taken_port_is_one_line(model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = mer("serve", model, "--no-grpc", "--port", taken.getsockname()[1])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"error: --host 127.0.0.1, --port \d+: can't listen there: .*\n", done.stderr)
