@@ -66,7 +66,11 @@ def check_idle(engine: Engine) -> None:
     assert engine._worker._here == 0
     assert not scheduler
     assert scheduler.pool.free == scheduler.pool.n_blocks
-    assert (cache["in_use"], cache["loading"], cache["failed"]) == (0, 0, 0)
+    # What the last step read ahead may still be on its way.
+    ahead = engine._runner._streamer.stats()["prefetching"]
+    assert cache["in_use"] <= ahead
+    assert cache["loading"] <= ahead
+    assert cache["failed"] == 0
 
 
 class Logits:

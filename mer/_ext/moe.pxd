@@ -80,13 +80,12 @@ cdef class ExpertStreamer:
     cdef int add_expert(self, int64_t key, const int64_t[:, ::1] reads, const int64_t[::1] matrices) except -1
     cdef int bind(self, x, ids, weights, out) except -1
     cdef int bind_ahead(self, ahead) except -1
-    cdef bint group(self, const int32_t *ids) noexcept nogil
+    cdef bint group(self) noexcept nogil
     cdef void plan_reads(self, Expert *e) noexcept nogil
     cdef void end_reads(self, Expert *e) noexcept nogil
     cdef void try_acquire(self, Expert *e) noexcept nogil
     cdef void advance(self, Expert *e) noexcept nogil
     cdef void add_ready(self, Expert *e) noexcept nogil
-    cdef void read_ahead(self, int64_t base) noexcept nogil
     cdef int stream(self, int64_t base) noexcept nogil
     cdef void compute_ready(self) noexcept nogil
     cdef void run_tokens(self, mer_task_fn task) noexcept nogil

@@ -24,12 +24,17 @@ from mer._ext.prefetch cimport Prefetcher, plan_bytes, plan_read
 from mer._ext.recorder cimport Recorder, SPAN_COMPUTE, SPAN_EXPERTS, SPAN_READ, SPAN_WAIT, now
 from mer._ext.uring cimport MER_IO_DEMAND, Reader, ReadOp, mer_read_done
 
+from mer._ext.prefetch import NOTHING_AHEAD
 from mer.errors import BudgetError
 
 cdef extern from "mer_formats.h" nogil:
     long mer_block_len(int fmt)
     size_t mer_row_bytes(int fmt, long cols)
     size_t mer_act_bytes(int fmt, long cols)
+
+cdef extern from "mer_group.h" nogil:
+    int mer_group(const int32_t *ids, int64_t tokens, int64_t top_k, int64_t n_experts, int64_t *first,
+                  int64_t *position)
 
 cdef enum:
     WAITING          # not acquired, or refused: the slots are in use
@@ -156,7 +161,8 @@ cdef class ExpertStreamer:
         for i in range(reads.shape[0]):
             self.add_expert(i, reads[i], matrices[i])
         if prefetch:
-            self.prefetcher = Prefetcher(cache, reader, self.max_reads, prefetch)
+            self.prefetcher = Prefetcher(cache, reader, self.max_reads, prefetch, self.n_experts, top_k,
+                                         max_tokens * top_k)
             self.prefetcher.plans = self.reads
 
     def __dealloc__(self):
@@ -206,7 +212,7 @@ cdef class ExpertStreamer:
         if ahead is not None and self.prefetcher is not None and layer + 1 < self.n_layers:
             self.bind_ahead(ahead)
         start = now()
-        if not self.group(self.ids):
+        if not self.group():
             raise ValueError(f"the ids of a token must be distinct and in 0..{self.n_experts - 1}")
         with nogil:
             self.cache.visit(layer, self.ids, self.tokens * self.top_k, self.tokens)
@@ -251,27 +257,13 @@ cdef class ExpertStreamer:
         self.ahead = &self.ahead_view[0, 0]
         return 0
 
-    cdef bint group(self, const int32_t *ids) noexcept nogil:
-        """Counting sort of the (token, choice) pairs by expert; False for ids that make no sense."""
-        cdef int64_t pairs = self.tokens * self.top_k, i, j, e, p
-        memset(self.first, 0, (self.n_experts + 1) * sizeof(int64_t))
-        for i in range(pairs):
-            if ids[i] < 0 or ids[i] >= self.n_experts:
-                return False
-            for j in range(i - i % self.top_k, i):
-                if ids[j] == ids[i]:
-                    return False
-            self.first[ids[i] + 1] += 1
-        for e in range(self.n_experts):
-            self.first[e + 1] += self.first[e]
-        for i in range(pairs):
-            p = self.first[ids[i]]
-            self.first[ids[i]] = p + 1
-            self.position[i] = p
-            self.act_pointers[p] = self.acts + (i // self.top_k) * self.act_stride
-        for e in range(self.n_experts, 0, -1):
-            self.first[e] = self.first[e - 1]
-        self.first[0] = 0
+    cdef bint group(self) noexcept nogil:
+        """The pairs by expert; False for ids that make no sense."""
+        cdef int64_t i, top_k = self.top_k
+        if mer_group(self.ids, self.tokens, top_k, self.n_experts, self.first, self.position):
+            return False
+        for i in range(self.tokens * top_k):
+            self.act_pointers[self.position[i]] = self.acts + (i // top_k) * self.act_stride
         return True
 
     cdef void plan_reads(self, Expert *e) noexcept nogil:
@@ -352,20 +344,6 @@ cdef class ExpertStreamer:
         self.n_rows += e.count
         e.state = COMPUTING
 
-    cdef void read_ahead(self, int64_t base) noexcept nogil:
-        """Asks for what the next layer may want: every token's likeliest first."""
-        cdef int64_t rank, t, e, i
-        for i in range(self.tokens * self.top_k):
-            e = self.ahead[i]
-            if 0 <= e < self.n_experts:
-                self.prefetcher.keep(base + self.n_experts + e)
-        for rank in range(self.top_k):
-            for t in range(self.tokens):
-                e = self.ahead[t * self.top_k + rank]
-                if 0 <= e < self.n_experts:
-                    self.prefetcher.ask(base + self.n_experts + e)
-        self.ahead = NULL
-
     cdef int stream(self, int64_t base) noexcept nogil:
         """Acquires, reads and computes every expert of this step. 0 (see `failed`), or ENOSPC."""
         cdef int64_t n = 0, e, i, mark, submitted = 0
@@ -378,6 +356,8 @@ cdef class ExpertStreamer:
             if self.first[e + 1] > self.first[e]:
                 self.active[n] = Expert(base + e, self.first[e], self.first[e + 1] - self.first[e], -1, 0, 0, 0, WAITING)
                 n += 1
+        if self.prefetcher is not None:
+            self.prefetcher.judge(base, self.ids, self.tokens, self.first)
         for i in range(n):                           # what is resident is pinned before a miss may evict it
             if self.cache.state(self.active[i].key) == STATE_RESIDENT:
                 self.try_acquire(&self.active[i])
@@ -396,7 +376,8 @@ cdef class ExpertStreamer:
                 self.reader.submit(&self.ops[submitted], self.n_ops - submitted)
                 submitted = self.n_ops
             if self.ahead is not NULL and not under_way[WAITING] and not under_way[BUSY] and self.failed is NULL:
-                self.read_ahead(base)
+                self.prefetcher.look_ahead(base + self.n_experts, self.ahead, self.tokens)
+                self.ahead = NULL
             mark = now()
             if self.n_ready:
                 if self.failed is NULL:
@@ -491,6 +472,10 @@ cdef class ExpertStreamer:
             for i in range(hidden):
                 out[i] += w * row[i]
 
+    def wants_guesses(self, int64_t tokens):
+        """Whether `ahead` would be of use to the next call, of this many tokens."""
+        return self.prefetcher is not None and self.prefetcher.wants_guesses(tokens)
+
     def record(self, Recorder recorder):
         """Have this and every later call recorded; its reads, too."""
         self.recorder = recorder
@@ -501,16 +486,15 @@ cdef class ExpertStreamer:
         """Totals since the start: seconds waiting for reads and computing, bytes asked of the device,
         and experts found in the cache (hits) or read (misses), each counted once a call.
 
-        An expert that is on its way because it was read ahead counts as found. prefetched: experts read ahead;
-        prefetch_used: those of them that were wanted before they were evicted.
+        An expert that is on its way because it was read ahead counts as found. For the rest see StepStats;
+        prefetch_depth: how many guesses of a token are read ahead now; prefetching: experts on their way.
         """
-        cdef Prefetcher p = self.prefetcher
+        ahead = NOTHING_AHEAD if self.prefetcher is None else self.prefetcher.stats()
         return {
             "io_wait_s": self.io_wait_ns / 1e9,
             "compute_s": self.compute_ns / 1e9,
-            "bytes_read": self.bytes_read + (0 if p is None else p.bytes_read),
+            "bytes_read": self.bytes_read + ahead["prefetch_bytes"],
             "hits": self.hits,
             "misses": self.misses,
-            "prefetched": 0 if p is None else p.issued,
-            "prefetch_used": 0 if p is None else p.useful,
+            **ahead,
         }

@@ -1,7 +1,8 @@
 # Reading experts ahead of their layer, with what the device has to spare.
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.string cimport memset
 
+from mer._ext.ahead cimport AheadDepth
 from mer._ext.cache cimport ExpertCache
 from mer._ext.recorder cimport Recorder
 from mer._ext.uring cimport Reader, ReadOp
@@ -36,19 +37,33 @@ cdef class Prefetcher:
     cdef Reader reader
     cdef Recorder recorder             # None: nothing is recorded
     cdef const ReadPlan *plans         # [n_experts of the cache, max_reads]; length 0: not used
-    cdef int64_t max_reads, capacity
+    cdef int64_t max_reads, capacity, n_experts, top_k
+    cdef readonly AheadDepth depth     # how many of each token's guesses are asked for
     cdef ReadOp *ops                   # [capacity, max_reads]
     cdef int64_t *keys                 # [capacity] the expert that is being read, -1: this place is free
     cdef int64_t *asked                # [capacity] when its reads were submitted, ns, if that is recorded
     cdef uint8_t *unused               # [n_experts of the cache] read ahead, and not used since
+    cdef int64_t *asked_key            # [capacity] what was asked for at the last turn of a layer,
+    cdef int64_t *asked_rank           # [capacity] as which guess,
+    cdef int64_t *asked_place          # [capacity] and where in `keys` that was
+    cdef int64_t n_asked
+    cdef int32_t *guesses              # [most pairs] what the next layer was expected to choose
+    cdef int64_t guessed_base, n_guesses
     cdef readonly int64_t under_way    # experts whose reads have not been collected
-    cdef readonly int64_t issued, useful, failed, bytes_read
+    # totals: experts read ahead, and wanted then; their bytes; guesses, and right ones
+    cdef readonly int64_t issued, useful, failed, bytes_read, useful_bytes, guessed, right
 
     # Ends the reads that are over: their experts are resident from then on, and nobody's pin is left.
     cdef void collect(self) noexcept nogil
-    # An expert that is there will probably be wanted: others shall make room before it.
-    cdef void keep(self, int64_t key) noexcept nogil
-    # Starts to read an expert, unless it is there, on its way, or without a slot; whether it did.
-    cdef bint ask(self, int64_t key) noexcept nogil
+    # Whether guesses for the next layer of a step of this many tokens will be of use.
+    cdef bint wants_guesses(self, int64_t tokens) noexcept nogil
+    # The turn of a layer whose experts begin at `base`, before they are acquired: its tokens chose ids[tokens, top_k],
+    # expert e is wanted by first[e + 1] - first[e] of them. What was guessed for it is compared with that.
+    cdef void judge(self, int64_t base, const int32_t *ids, int64_t tokens, const int64_t *first) noexcept nogil
+    # Reads ahead of what ahead[tokens, top_k] guesses of the layer at `base`: every token's likeliest first.
+    cdef void look_ahead(self, int64_t base, const int32_t *ahead, int64_t tokens) noexcept nogil
+    cdef bint ask(self, int64_t key, int64_t rank) noexcept nogil
+    cdef bint reads(self, int64_t i) noexcept nogil
+    cdef bint is_chunk(self, int64_t tokens) noexcept nogil
     # The expert is wanted now: counts it if it was read ahead.
     cdef void note_use(self, int64_t key) noexcept nogil

@@ -6,25 +6,41 @@ not begun it. Used by the one thread that drives the streamer.
 cimport cython
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
 
+from mer._ext.ahead cimport AHEAD_IN_THE_WAY, AHEAD_IN_TIME, AHEAD_LATE, AHEAD_SPARE, AheadDepth
 from mer._ext.cache cimport ACQ_HIT, ACQ_MISS, STATE_ABSENT, STATE_RESIDENT
 from mer._ext.recorder cimport SPAN_READ_AHEAD, now
 from mer._ext.uring cimport MER_IO_PREFETCH, mer_read_done
 
+# The statistics where nothing is read ahead
+NOTHING_AHEAD = dict.fromkeys(("prefetched", "prefetch_used", "prefetch_bytes", "prefetch_used_bytes", "guesses",
+                               "guesses_right", "prefetch_depth", "prefetching"), 0)
+
 
 @cython.no_gc_clear  # it waits for the reader when it goes
 cdef class Prefetcher:
-    """At most `capacity` experts are under way at a time."""
+    """At most `capacity` experts are under way at a time, which tokens of up to `most_pairs` choices ask for.
 
-    def __cinit__(self, ExpertCache cache not None, Reader reader not None, int64_t max_reads, int64_t capacity):
+    n_experts: of a layer. top_k: choices of a token.
+    """
+
+    def __cinit__(self, ExpertCache cache not None, Reader reader not None, int64_t max_reads, int64_t capacity,
+                  int64_t n_experts, int64_t top_k, int64_t most_pairs):
         cdef int64_t i
         self.cache, self.reader = cache, reader
-        self.max_reads, self.capacity = max_reads, capacity
+        self.max_reads, self.capacity, self.n_experts, self.top_k = max_reads, capacity, n_experts, top_k
+        self.depth = AheadDepth(top_k)
+        self.guessed_base = -1
         self.ops = <ReadOp *>calloc(capacity * max_reads, sizeof(ReadOp))
         self.keys = <int64_t *>calloc(capacity, sizeof(int64_t))
         self.asked = <int64_t *>calloc(capacity, sizeof(int64_t))
         self.unused = <uint8_t *>calloc(cache.n_experts, 1)
-        if self.ops is NULL or self.keys is NULL or self.asked is NULL or self.unused is NULL:
+        self.asked_key = <int64_t *>calloc(3 * capacity + 3, sizeof(int64_t))
+        self.asked_rank, self.asked_place = self.asked_key + capacity, self.asked_key + 2 * capacity
+        self.guesses = <int32_t *>calloc(most_pairs, sizeof(int32_t))
+        if (self.ops is NULL or self.keys is NULL or self.asked is NULL or self.unused is NULL
+                or self.asked_key is NULL or self.guesses is NULL):
             raise MemoryError("no memory for the prefetcher")
         for i in range(capacity):
             self.keys[i] = -1
@@ -41,6 +57,8 @@ cdef class Prefetcher:
         free(self.ops)
         free(self.keys)
         free(self.asked)
+        free(self.asked_key)
+        free(self.guesses)
         free(self.unused)
 
     cdef void collect(self) noexcept nogil:
@@ -73,12 +91,68 @@ cdef class Prefetcher:
             self.keys[i] = -1
             self.under_way -= 1
 
-    cdef void keep(self, int64_t key) noexcept nogil:
-        cdef int64_t slot
-        if self.cache.state(key) == STATE_RESIDENT and self.cache.acquire_early(key, &slot) == ACQ_HIT:
-            self.cache.release(key)
+    cdef bint is_chunk(self, int64_t tokens) noexcept nogil:
+        """So many tokens want nearly all experts of a layer: to read ahead is right then, whatever the router guesses."""
+        return tokens * self.top_k >= self.n_experts
 
-    cdef bint ask(self, int64_t key) noexcept nogil:
+    cdef bint wants_guesses(self, int64_t tokens) noexcept nogil:
+        return self.depth.depth > 0 or self.is_chunk(tokens)
+
+    cdef void judge(self, int64_t base, const int32_t *ids, int64_t tokens, const int64_t *first) noexcept nogil:
+        cdef int64_t i, k, e, pairs = tokens * self.top_k
+        cdef bint demand = False, wanted, late
+        if self.guessed_base == base and self.n_guesses == pairs:
+            for i in range(pairs):
+                for k in range(i - i % self.top_k, i - i % self.top_k + self.top_k):
+                    self.right += ids[k] == self.guesses[i]
+            self.guessed += pairs
+        self.guessed_base = -1
+        if self.n_asked:
+            self.reader.wait(0)
+            for e in range(self.n_experts):
+                demand = demand or (first[e + 1] > first[e] and self.cache.state(base + e) == STATE_ABSENT)
+        for i in range(self.n_asked):
+            e = self.asked_key[i] - base
+            if not 0 <= e < self.n_experts:
+                break                          # the layer that they were for never had its turn
+            wanted = first[e + 1] > first[e]
+            late = self.keys[self.asked_place[i]] == self.asked_key[i] and self.reads(self.asked_place[i])
+            if wanted:
+                self.depth.note(self.asked_rank[i], AHEAD_LATE if late else AHEAD_IN_TIME)
+            else:
+                self.depth.note(self.asked_rank[i], AHEAD_IN_THE_WAY if late and demand else AHEAD_SPARE)
+        self.n_asked = 0
+        if not self.is_chunk(tokens):
+            self.depth.tick()
+
+    cdef bint reads(self, int64_t i) noexcept nogil:
+        """Whether reads of a place are still under way."""
+        cdef int64_t j
+        for j in range(i * self.max_reads, (i + 1) * self.max_reads):
+            if self.ops[j].length == 0:
+                break
+            if not mer_read_done(&self.ops[j]):
+                return True
+        return False
+
+    cdef void look_ahead(self, int64_t base, const int32_t *ahead, int64_t tokens) noexcept nogil:
+        cdef int64_t rank, t, i, slot, pairs = tokens * self.top_k
+        cdef bint chunk = self.is_chunk(tokens)
+        memcpy(self.guesses, ahead, pairs * sizeof(int32_t))
+        self.guessed_base, self.n_guesses = base, pairs
+        for i in range(pairs):                 # what is there will probably be wanted: others make room before it
+            if (0 <= ahead[i] < self.n_experts and self.cache.state(base + ahead[i]) == STATE_RESIDENT
+                    and self.cache.acquire_early(base + ahead[i], &slot) == ACQ_HIT):
+                self.cache.release(base + ahead[i])
+        for rank in range(self.top_k if chunk else self.depth.depth):
+            for t in range(tokens):
+                i = ahead[t * self.top_k + rank]
+                if 0 <= i < self.n_experts and self.ask(base + i, rank) and not chunk:
+                    self.asked_key[self.n_asked], self.asked_rank[self.n_asked] = base + i, rank
+                    self.n_asked += 1
+
+    cdef bint ask(self, int64_t key, int64_t rank) noexcept nogil:
+        """Starts to read an expert, unless it is there, on its way, or without a slot; whether it did."""
         cdef int64_t i = 0, j = 0, slot = -1
         cdef const ReadPlan *plan = &self.plans[key * self.max_reads]
         cdef ReadOp *ops
@@ -100,6 +174,7 @@ cdef class Prefetcher:
         if j < self.max_reads:
             ops[j].length = 0
         self.keys[i] = key
+        self.asked_place[self.n_asked] = i
         self.asked[i] = now() if self.recorder is not None else 0
         self.unused[key] = 1
         self.under_way += 1
@@ -108,5 +183,20 @@ cdef class Prefetcher:
         return True
 
     cdef void note_use(self, int64_t key) noexcept nogil:
-        self.useful += self.unused[key]
+        if self.unused[key]:
+            self.useful += 1
+            self.useful_bytes += plan_bytes(&self.plans[key * self.max_reads], self.max_reads)
         self.unused[key] = 0
+
+    def stats(self):
+        """Totals since the start, as ExpertStreamer.stats() explains them, and the depth now."""
+        return {
+            "prefetched": self.issued,
+            "prefetch_used": self.useful,
+            "prefetch_bytes": self.bytes_read,
+            "prefetch_used_bytes": self.useful_bytes,
+            "guesses": self.guessed,
+            "guesses_right": self.right,
+            "prefetch_depth": self.depth.depth,
+            "prefetching": self.under_way,
+        }

@@ -173,10 +173,12 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
 
     speed = _rate(usage.completion_tokens - 1, timings.decode_s)
     prefill = _rate(usage.prompt_tokens, timings.prefill_s)
-    ahead = ""
+    facts, ahead = engine.facts(), ""
     if steps.prefetched:
-        ahead = f", {steps.prefetched} read ahead ({steps.prefetch_used / steps.prefetched:.0%} used)"
-    facts = engine.facts()
+        vain = max(steps.prefetch_bytes - steps.prefetch_used_bytes, 0)
+        ahead = f", {steps.prefetched} read ahead ({steps.prefetch_used / steps.prefetched:.0%} used, "
+        ahead += f"{size(vain)} in vain; {steps.guesses_right / max(steps.guesses, 1):.0%} of guesses right"
+        ahead += f", now {facts['prefetch_depth']} deep)"
     lines = {
         "speed": f"{_speed(usage.completion_tokens, speed)}, prompt {_speed(usage.prompt_tokens, prefill)}",
         "time": f"experts {share(steps.expert_s)}, attention and dense {share(rest)}, waiting for reads "

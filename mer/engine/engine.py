@@ -244,6 +244,7 @@ class Engine:
             "cache_slots": budget.slots,
             "experts": budget.experts,
             "kv_dtype": budget.kv_dtype,
+            "prefetch_depth": self._runner.prefetch_depth,
         }
 
     def chat_prompt(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:

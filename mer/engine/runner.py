@@ -36,7 +36,9 @@ class StepStats:
 
     step_s: all of the steps; of it io_wait_s went by with nothing to compute because reads were not there
     yet, and expert_s with computing experts; the rest is attention, router, head and what lies between.
-    prefetched: experts read ahead of their layer; prefetch_used: those of them that were wanted then.
+    prefetched: experts read ahead of their layer; prefetch_used: those of them that were wanted before they
+    were evicted; prefetch_bytes and prefetch_used_bytes: of all and of those. guesses: what the next layer's
+    router was expected to choose, asked a layer early; guesses_right: what of that it chose.
     """
 
     step_s: float = 0.0
@@ -47,6 +49,10 @@ class StepStats:
     misses: int = 0
     prefetched: int = 0
     prefetch_used: int = 0
+    prefetch_bytes: int = 0
+    prefetch_used_bytes: int = 0
+    guesses: int = 0
+    guesses_right: int = 0
 
     def __sub__(self, other: StepStats) -> StepStats:
         return StepStats(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -144,7 +150,16 @@ class Runner:
             misses=int(s["misses"]),
             prefetched=int(s["prefetched"]),
             prefetch_used=int(s["prefetch_used"]),
+            prefetch_bytes=int(s["prefetch_bytes"]),
+            prefetch_used_bytes=int(s["prefetch_used_bytes"]),
+            guesses=int(s["guesses"]),
+            guesses_right=int(s["guesses_right"]),
         )
+
+    @property
+    def prefetch_depth(self) -> int:
+        """How many guesses of a token are read ahead now: 0 where that does not pay."""
+        return int(self._streamer.stats()["prefetch_depth"])
 
     def step(self, chunks: list[Chunk]) -> NDArray[np.float32]:
         """Compute the chunks: f32 [R, vocab], the logits after the last `rows` tokens of each, in order.

@@ -37,6 +37,9 @@ class Experts(Protocol):
         May raise DeviceReadError; the next call may succeed.
         """
 
+    def wants_guesses(self, tokens: int) -> bool:
+        """Whether `ahead` would be of use to the next call, of this many tokens."""
+
 
 class Forward:
     """One model on one set of blocks. It takes all its memory when made; one thread at a time may `step`."""
@@ -106,7 +109,7 @@ class Forward:
                 continue
             decoder.route(index)
             ahead = None
-            if self.look_ahead and self._pairs[index]:
+            if self.look_ahead and self._pairs[index] and self._moe.wants_guesses(len(h)):
                 decoder.predict(index + 1)
                 ahead = view["ahead_ids"]
             if self.trace is not None:
