@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 
@@ -10,6 +11,7 @@ import pytest
 from engine_models import check_idle, opened, prompt, settle
 from oracle.make_checkpoints import make
 
+from bench import prefix
 from mer import Engine, SamplingParams
 from mer.errors import ConfigError
 
@@ -213,3 +215,14 @@ async def test_closing_without_draining_keeps_what_is_there(model, tmp_path):
     await asyncio.gather(*tasks, return_exceptions=True)
     check_idle(engine)
     assert (await ask(model, LONG[:1], prefix_store=tmp_path))[1] == [96]
+
+
+def test_the_benchmark(model, tmp_path, monkeypatch, capsys):
+    """It checks itself that what was read gives the same tokens."""
+    given = [str(model), "--lengths", "16,40", "--repeat", "2", "--store", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["prefix", *given, "--json", str(tmp_path / "found.json")])
+    prefix.main()
+    assert "times faster" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "found.json").read_text())["lengths"]
+    assert [row["tokens"] for row in rows] == [16, 32]
+    assert all(row["computed_s"] > 0 < row["read_s"] for row in rows)

@@ -269,7 +269,6 @@ def test_what_always_holds(data):
         max_running=data.draw(st.integers(1, 5)),
         prefix_cache=data.draw(st.booleans()),
         store=(content := Content()),
-        least_load=data.draw(st.integers(1, 2)),
     )
     if data.draw(st.booleans()):
         scheduler.pool.dropped = content.spill

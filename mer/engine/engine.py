@@ -175,7 +175,7 @@ class Engine:
         with self._giving_back:
             if self._store is not None:
                 for key, block in self._scheduler.pool.kept():
-                    self._store.spill(key, block, wait=True)
+                    self._store.spill(key, block, patient=True)
                 self._store.close()
                 self._store = None
             self._runner.close()

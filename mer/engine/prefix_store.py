@@ -38,6 +38,8 @@ _ENTRY: Final = struct.Struct("<16sII")
 # Blocks on their way to the disk, and blocks that are read at once.
 _WRITES: Final = 8
 _READS: Final = 4
+# A write takes milliseconds, the computation that asks for its memory many more.
+_PATIENCE_S: Final = 0.05
 
 
 def slot_bytes(block_bytes: int) -> int:
@@ -101,7 +103,7 @@ class PrefixStore:
         self._writes: deque[tuple[bytes, NDArray[np.uint8]]] = deque()
         self._reads: deque[tuple[list[bytes], list[int], Callable[[int], None]]] = deque()
         self._pending: set[bytes] = set()
-        self._closing = self._broken = False
+        self._closing = self._broken = self._late = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="mer-prefixes", daemon=True)
         self._thread.start()
@@ -112,14 +114,14 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def spill(self, key: bytes, block: int, *, wait: bool = False) -> None:
-        """Keep a copy of a block of the KV cache, if there is time for it; wait: also if there is none."""
+    def spill(self, key: bytes, block: int, *, patient: bool = False) -> None:
+        """Keep a copy of a block of the KV cache; a disk that does not keep up loses it, unless `patient`."""
         with self._changed:
             if key in self._slots:
                 self._slots.move_to_end(key)
                 return
-            if wait:
-                self._changed.wait_for(lambda: self._blank or self._broken)
+            patience = None if patient else 0.0 if self._late else _PATIENCE_S
+            self._late = not self._changed.wait_for(lambda: self._blank or self._broken, patience)
             if key in self._pending or not self._blank or self._broken or self._closing:
                 return
             self._pending.add(key)

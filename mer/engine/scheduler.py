@@ -107,9 +107,8 @@ class Scheduler:
         prefix_cache: bool = True,
         root: bytes = b"",
         store: Store | None = None,
-        least_load: int = 1,
     ) -> None:
-        """root: what all keys stand on. least_load: fewer blocks than these are computed, not read."""
+        """root: what all keys stand on."""
         self.pool = BlockPool(n_blocks)
         self.step_tokens = step_tokens
         self.max_running = min(max_running, step_tokens)
@@ -123,7 +122,6 @@ class Scheduler:
         self._prefix_cache = prefix_cache
         self._root = root
         self._store = store
-        self._least_load = least_load
         self._loads: list[Load] = []
         self._loading: set[bytes] = set()
         self._arrivals = 0
@@ -264,8 +262,6 @@ class Scheduler:
             return False
         sequence.fetched = True
         keys = list(takewhile(self._store.__contains__, self._missing(sequence)))
-        if len(keys) < self._least_load:
-            return False
         blocks = self.pool.spare(len(keys))
         if not blocks:
             return False
