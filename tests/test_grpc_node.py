@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 from engine_models import write_text_model
 from http_server import serving
+from node_packages import needs_node, run_node
 
 from mer import Engine, SamplingParams
 
 ROOT = Path(__file__).parent.parent
 CLIENT = ROOT / "tests/grpc_node"
-NODE, NPM = shutil.which("node"), shutil.which("npm")
 
-pytestmark = pytest.mark.skipif(NODE is None or NPM is None, reason="Node is not installed")
-
-
-def node_modules() -> Path:
-    """A directory with what the client needs, kept from run to run."""
-    wanted = (CLIENT / "package.json").read_bytes()
-    kept = Path(tempfile.gettempdir()) / f"mer-node-{os.getuid()}-{hashlib.sha256(wanted).hexdigest()[:12]}"
-    if not kept.exists():
-        with tempfile.TemporaryDirectory() as made:
-            (Path(made) / "package.json").write_bytes(wanted)
-            subprocess.run(
-                [str(NPM), "install", "--no-audit", "--no-fund", "--ignore-scripts", "--silent"],
-                cwd=made,
-                check=True,
-                timeout=300,
-            )
-            partial = kept.with_suffix(f".{os.getpid()}")
-            shutil.copytree(made, partial)
-            partial.rename(kept)
-    return kept / "node_modules"
+pytestmark = needs_node
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +27,12 @@ def model(tmp_path_factory):
 def seen(model):
     """What the client saw of a real server."""
     with serving(model, "--grpc-port", 0, "--context", 512) as server:
-        done = subprocess.run(
-            [str(NODE), CLIENT / "client.js", ROOT / "protos/mer/v1/inference.proto",
-             f"127.0.0.1:{server.grpc_port}"],
-            env={**os.environ, "NODE_PATH": str(node_modules())}, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        printed = run_node(
+            CLIENT, "client.js", ROOT / "protos/mer/v1/inference.proto", f"127.0.0.1:{server.grpc_port}"
+        )
         server.signal()
         assert server.ended() == 0, "requests were left behind"
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(printed)
 
 
 async def test_answers_are_those_of_the_library(seen, model):

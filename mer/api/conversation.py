@@ -223,7 +223,7 @@ def _function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{where} is no JSON: {error}", where) from None
     if not isinstance(arguments, dict):
         raise RequestError(f"{where} must be a JSON object", where)

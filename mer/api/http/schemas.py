@@ -30,10 +30,16 @@ Biases = Annotated[dict[TokenId, Bias], Meta(extra_json_schema=_ID_NAMES)]
 JsonObject = dict[str, Any]
 # A text, several, token ids, or several lists of them; `prompts` refuses what else this type would take.
 _TOKEN: Final = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_STRING: Final = {"type": "string", "minLength": 1}
 _PROMPTS: Final = {
     "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_ANSWERS},
+        {"type": "string", "minLength": 1},
+        {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1},
+            "minItems": 1,
+            "maxItems": MAX_ANSWERS,
+        },
         {"type": "array", "items": _TOKEN, "minItems": 1},
         {
             "type": "array",
