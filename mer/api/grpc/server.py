@@ -107,6 +107,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         # A client that is gone without a word is found out, and its requests end.
         ("grpc.keepalive_time_ms", milliseconds(settings.keep_alive)),
         ("grpc.keepalive_timeout_ms", milliseconds(_PING_TIMEOUT)),
+        ("grpc.http2.ping_timeout_ms", milliseconds(_PING_TIMEOUT)),
         ("grpc.http2.min_ping_interval_without_data_ms", milliseconds(_CLIENT_PING)),
         ("grpc.keepalive_permit_without_calls", 1),
         # Two servers on one port would share its connections without anybody noticing.
