@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
-from oracle.make_checkpoints import make
+from oracle.make_checkpoints import IN_PLACE, make
 from oracle.make_tokenizer import write_tokenizer
 
 from mer import Delta, Engine, SamplingParams
@@ -42,6 +42,11 @@ def convert_to(src: Path, dst: Path, experts: str | None, dense: str | None) -> 
     form = [formats.by_name(name) if name else None for name in (experts, dense)]
     conversion.convert(checkpoint, dst, plan, experts=form[0], dense=form[1])
     return dst
+
+
+def runnable(path: Path, family: str) -> Path:
+    """The checkpoint itself, or a store of it, in the same formats, beside it."""
+    return path if family in IN_PLACE else convert_to(path, path.with_name(path.name + "-store"), None, None)
 
 
 @asynccontextmanager

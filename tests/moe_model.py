@@ -64,6 +64,9 @@ class Model:
         for path, content in zip(self.paths, files, strict=True):
             path.write_bytes(content)
         self.layers = layers
+        # of each layer: of gate, up and down, one row an expert; and what replaces silu(gate) * up
+        self.biases: list[tuple[Floats, Floats, Floats]] = []
+        self.clamp: tuple[float, float] | None = None
         self.tables = expert_tables(sources)
 
     def inputs(self, layer: int, tokens: int, seed: int = 0, top_k: int = TOP_K):
@@ -73,6 +76,14 @@ class Model:
         liking = np.arange(1, EXPERTS + 1) / (EXPERTS * (EXPERTS + 1) / 2)
         ids = np.stack([rng.choice(EXPERTS, top_k, replace=False, p=liking) for _ in range(tokens)])
         return x, ids.astype(np.int32), rng.random((tokens, top_k), np.float32)
+
+    def add_biases(self, alpha: float, limit: float) -> None:
+        """Become a model of experts with biases and a SwiGLU with clamps."""
+        rng = np.random.default_rng(23)
+        for _, _, hidden, inter in self.layers:
+            gate, up, down = (rng.standard_normal((EXPERTS, n), np.float32) for n in (inter, inter, hidden))
+            self.biases.append((gate, up, down))
+        self.clamp = (alpha, limit)
 
     def length(self, key: int) -> int:
         """Bytes that are read for one expert."""
@@ -86,8 +97,11 @@ class Model:
             for k, e in enumerate(chosen):
                 (fg, fu, fd), (gate, up, down) = self.formats[layer], self.weights[layer][e]
                 g, u = product(fg, gate, x[t : t + 1]), product(fu, up, x[t : t + 1])
-                h = kernels.swiglu_py(g[0], u[0])
-                out[t] += weights[t, k] * product(fd, down, h[None])[0]
+                if self.biases:
+                    g, u = g + self.biases[layer][0][e], u + self.biases[layer][1][e]
+                h = kernels.swiglu_py(g[0], u[0], self.clamp)
+                y = product(fd, down, h[None])[0]
+                out[t] += weights[t, k] * (y + self.biases[layer][2][e] if self.biases else y)
         return out
 
     def reference(
@@ -155,6 +169,10 @@ class Streamed:
             self.cache, self.reader, KERNELS, Pool(threads), tables.layers, tables.reads, tables.matrices,
             TOP_K, max_tokens, prefetch,
         )  # fmt: skip
+        if model.biases:
+            self.streamer.add_biases(model.biases)
+        if model.clamp is not None:
+            self.streamer.clamp(*model.clamp)
 
     def forward(self, layer, x, ids, weights, ahead=None):
         out = np.full(x.shape, np.nan, np.float32)

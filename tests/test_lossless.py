@@ -11,8 +11,8 @@ import asyncio
 
 import pytest
 import torch
-from engine_models import Logits, convert_to, opened, prompt
-from oracle.make_checkpoints import FAMILY, make
+from engine_models import Logits, convert_to, opened, prompt, runnable
+from oracle.make_checkpoints import FAMILY, IN_PLACE, make
 
 from mer import SamplingParams
 
@@ -86,7 +86,7 @@ def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     more = {"sliding_window": 45} if request.param == "mixtral" else {}
     make(path, request.param, num_experts_per_tok=TOP_K, **more)
-    return path
+    return runnable(path, request.param)
 
 
 async def test_streamed_cut_batched_and_threaded(model, logits):
@@ -128,7 +128,7 @@ async def test_a_full_cache_of_other_requests_leaves_no_trace(model, logits):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("family", FAMILY)
+@pytest.mark.parametrize("family", IN_PLACE)
 async def test_in_place_and_converted(family, dtype, tmp_path, logits):
     make(tmp_path / "hf", family, num_experts_per_tok=TOP_K, dtype=dtype)
     expected = await alone(tmp_path / "hf", GREEDY, logits)
@@ -142,10 +142,14 @@ async def test_in_place_and_converted(family, dtype, tmp_path, logits):
 
 
 WIDE = {"hidden_size": 256, "num_hidden_layers": 2, "num_experts_per_tok": TOP_K}
-INTER = {"mixtral": {"intermediate_size": 256}, "qwen3_moe": {"moe_intermediate_size": 256}}
+INTER = {
+    "mixtral": {"intermediate_size": 256},
+    "qwen3_moe": {"moe_intermediate_size": 256},
+    "gpt_oss": {"intermediate_size": 256},
+}
 
 
-@pytest.mark.parametrize("experts", ["q8_0", "q4_0", "q4_k", "f16"])
+@pytest.mark.parametrize("experts", ["q8_0", "q4_0", "q4_k", "mxfp4", "f16"])
 @pytest.mark.parametrize("family", INTER)
 async def test_quantised_stores(family, experts, tmp_path, logits):
     make(tmp_path / "hf", family, **WIDE, **INTER[family])

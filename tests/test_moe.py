@@ -99,6 +99,23 @@ def test_more_tokens_than_are_computed_together(model: Model, threads: int, slot
         streamed.check(0, 1)
 
 
+def test_biases_and_clamps(tmp_path: Path) -> None:
+    layers = [(formats.MXFP4, formats.Q8_0, 64, 96), (formats.BF16, formats.MXFP4, 50, 32)]
+    model = Model(tmp_path, layers)
+    plain = model.exact(KERNELS, 0, *model.inputs(0, 5))
+    model.add_biases(1.702, 0.7)
+    assert np.abs(model.exact(KERNELS, 0, *model.inputs(0, 5)) - plain).max() > 0.1
+    streamed = Streamed(model, 3, max_tokens=300)
+    with streamed.reader:
+        for tokens in (1, 5, 300):
+            for layer in (0, 1):
+                streamed.check(layer, tokens)
+        with pytest.raises(ValueError, match="biases"):
+            streamed.streamer.add_biases(model.biases[:1])
+        with pytest.raises(ValueError, match="shapes"):
+            streamed.streamer.add_biases(model.biases[::-1])
+
+
 def test_some_reads_end_after_the_file(model: Model) -> None:
     """The layout that these tests rest on: unaligned pieces, one and several, and supersets past the end."""
     reads = model.tables.reads[model.tables.reads[..., 2] > 0]

@@ -9,6 +9,7 @@ cdef extern from "mer_decoder.h" nogil:
         float *out
         const char *blocks
         const int32_t *positions
+        const float *sinks
         float *scratch
         size_t block_bytes
         size_t scratch_floats
@@ -45,7 +46,8 @@ cdef struct Layer:
     const float *k_norm
     const float *q_latent_norm
     const float *latent_norm
-    const float *router_bias
+    const float *router_bias     # for the choice only
+    const float *sinks
     Matrix q, k, v, o            # in latent attention q takes the query latent, where there is one
     Matrix q_latent, latent, k_up, v_up
     Matrix gate, up, down        # of the plain feed-forward block, or of the shared expert
@@ -122,6 +124,7 @@ cdef class Decoder:
     cdef Layer *layer
     cdef mer_attention attention
     cdef long first_span, end_span, first_token, end_token, heads_per_task
+    cdef const Matrix *routing    # the router that is asked
     cdef const float *norm_weights
     cdef float *normed
     cdef int32_t *chosen

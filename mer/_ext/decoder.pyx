@@ -152,6 +152,7 @@ cdef void swiglu_task(Decoder d, long t, int thread) noexcept nogil:
 
 
 cdef void route_task(Decoder d, long t, int thread) noexcept nogil:
+    add_bias(d.routing, d.router_logits + t * d.router.n_experts)
     mer_route(&d.router, d.router_logits + t * d.router.n_experts, d.choice + thread * d.router.n_experts,
               d.chosen + t * d.router.top_k, d.chosen_weights + t * d.router.top_k)
 
@@ -287,7 +288,7 @@ cdef class Decoder:
         layer.gate, layer.up = self.matrix(weights, "gate"), self.matrix(weights, "up")
         layer.down = self.matrix(weights, "down")
         layer.router, layer.router_bias = self.matrix(weights, "router"), self.vector(weights, "router_choice_bias")
-        layer.shared_gate = self.matrix(weights, "shared_gate")
+        layer.shared_gate, layer.sinks = self.matrix(weights, "shared_gate"), self.vector(weights, "sinks")
         self.n_layers += 1
 
     cdef void linear(self, const Matrix *m, const float *x, long n, float *y) noexcept nogil:
@@ -303,7 +304,7 @@ cdef class Decoder:
 
     cdef void choose(self, const Layer *layer, float *normed, int32_t *ids, float *weights) noexcept nogil:
         """normed = norm(x); ids and weights: the choice of this layer's router for it."""
-        self.router.bias, self.chosen, self.chosen_weights = layer.router_bias, ids, weights
+        self.routing, self.router.bias, self.chosen, self.chosen_weights = &layer.router, layer.router_bias, ids, weights
         self.norm(layer.mlp_norm, normed)
         self.linear(&layer.router, normed, self.n_tokens, self.router_logits)
         self.run(route_task, self.n_tokens)
@@ -359,7 +360,7 @@ cdef class Decoder:
             self.heads_per_task = 1
         self.first_token = 0
         self.attention = mer_attention(
-            self.q, self.attended, layer.blocks, self.positions, self.attention_scratch, layer.block_bytes,
+            self.q, self.attended, layer.blocks, self.positions, layer.sinks, self.attention_scratch, layer.block_bytes,
             self.attention_floats, self.n_heads, self.n_kv, self.head_dim, self.head_dim, layer.window,
             self.attention_scale, self.f16, 0)
         self.attend_spans(0, self.n_spans)
@@ -387,7 +388,7 @@ cdef class Decoder:
                 end += 1
             self.end_token = self.spans[end * 3 - 1]
             self.attention = mer_attention(
-                self.q_wide, self.out_wide, layer.blocks, self.positions + self.first_token,
+                self.q_wide, self.out_wide, layer.blocks, self.positions + self.first_token, NULL,
                 self.attention_scratch, layer.block_bytes, self.attention_floats, self.n_heads, 1,
                 self.latent_dim, self.kv_rank, layer.window, self.attention_scale, self.f16, 1)
             self.run(absorb_task, self.n_heads)

@@ -12,6 +12,9 @@ ctypedef struct LayerShape:
     int down_format
     int64_t hidden
     int64_t inter
+    const float *gate_bias     # [n_experts, inter]; NULL: none
+    const float *up_bias       # [n_experts, inter]
+    const float *down_bias     # [n_experts, hidden]
 
 ctypedef struct Expert:
     int64_t key                # its number in the cache
@@ -27,6 +30,7 @@ ctypedef struct Ready:
     const uint8_t *gate
     const uint8_t *up
     const uint8_t *down
+    int64_t expert
     int64_t first
     int64_t count
     int64_t row                # its first row in `gate_rows`, `up_rows` and `mids`
@@ -41,6 +45,9 @@ cdef class ExpertStreamer:
     cdef Recorder recorder             # None: nothing is recorded
     cdef readonly int64_t n_layers, n_experts, top_k, max_tokens, max_reads, scratch_bytes
     cdef LayerShape *layers
+    cdef list biases                   # what the layers' biases point into
+    cdef bint clamped
+    cdef float alpha, limit            # of the clamped SwiGLU
     cdef ReadPlan *reads               # [n_layers * n_experts, max_reads]; length 0: not used
     cdef int64_t *matrices             # [n_layers * n_experts, 3] offsets in the slot: gate, up, down
     # one step's bookkeeping

@@ -69,6 +69,15 @@ cdef void combine_task(void *arg, long task, int thread) noexcept nogil:
     (<ExpertStreamer>arg).combine(task)
 
 
+cdef inline void add_rows(float *y, int64_t stride, int64_t count, const float *bias, int64_t r0,
+                          int64_t r1) noexcept nogil:
+    """y[t, r] += bias[r] for r in [r0, r1)."""
+    cdef int64_t t, r
+    for t in range(count):
+        for r in range(r0, r1):
+            y[t * stride + r] += bias[r]
+
+
 cdef list _sizes(const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads, int64_t top_k, int64_t max_tokens):
     """Bytes of a streamer's buffers, in the order in which it lays them out. Raises ValueError."""
     cdef int64_t i, hidden = 0, inter = 0, act = 0, mid = 0
@@ -151,7 +160,8 @@ cdef class ExpertStreamer:
         self.up_rows = <float *>(memory + <int64_t>starts[13])
         self.out_rows = <float *>(memory + <int64_t>starts[14])
         for i in range(self.n_layers):
-            self.layers[i] = LayerShape(<int>layers[i, 0], <int>layers[i, 1], layers[i, 2], layers[i, 3])
+            self.layers[i] = LayerShape(<int>layers[i, 0], <int>layers[i, 1], layers[i, 2], layers[i, 3],
+                                        NULL, NULL, NULL)
             act = max(act, <int64_t>mer_act_bytes(<int>layers[i, 0], layers[i, 2]))
             mid = max(mid, <int64_t>mer_act_bytes(<int>layers[i, 1], layers[i, 3]))
         self.act_stride = act
@@ -338,8 +348,8 @@ cdef class ExpertStreamer:
     cdef void add_ready(self, Expert *e) noexcept nogil:
         cdef const uint8_t *slot = <const uint8_t *>self.cache.slot_ptr(e.slot)
         cdef int64_t *places = &self.matrices[e.key * 3]
-        self.ready[self.n_ready] = Ready(slot + places[0], slot + places[1], slot + places[2], e.first, e.count,
-                                         self.n_rows)
+        self.ready[self.n_ready] = Ready(slot + places[0], slot + places[1], slot + places[2], e.key % self.n_experts,
+                                         e.first, e.count, self.n_rows)
         self.n_ready += 1
         self.n_rows += e.count
         e.state = COMPUTING
@@ -442,9 +452,18 @@ cdef class ExpertStreamer:
         cdef int64_t i
         self.kernels.matmul(shape.gate_format, e.gate, shape.hidden, r0, r1, acts, e.count, gate, shape.inter)
         self.kernels.matmul(shape.gate_format, e.up, shape.hidden, r0, r1, acts, e.count, up, shape.inter)
+        if shape.gate_bias is not NULL:
+            add_rows(gate, shape.inter, e.count, shape.gate_bias + e.expert * shape.inter, r0, r1)
+            add_rows(up, shape.inter, e.count, shape.up_bias + e.expert * shape.inter, r0, r1)
+        gate += r0
+        up += r0
         for i in range(e.count):
-            self.kernels.swiglu(gate + i * shape.inter + r0, up + i * shape.inter + r0,
-                                gate + i * shape.inter + r0, r1 - r0)
+            if self.clamped:
+                self.kernels.clamped_swiglu(gate, up, gate, r1 - r0, self.alpha, self.limit)
+            else:
+                self.kernels.swiglu(gate, up, gate, r1 - r0)
+            gate += shape.inter
+            up += shape.inter
 
     cdef void prepare_middle(self, int64_t row) noexcept nogil:
         self.kernels.prepare(self.shape.down_format, self.gate_rows + row * self.shape.inter,
@@ -455,9 +474,12 @@ cdef class ExpertStreamer:
         cdef int64_t chunks = (shape.hidden + self.chunk - 1) // self.chunk
         cdef Ready *e = &self.ready[task // chunks]
         cdef int64_t r0 = (task % chunks) * self.chunk
-        self.kernels.matmul(shape.down_format, e.down, shape.inter, r0, min(r0 + self.chunk, shape.hidden),
-                            self.mid_pointers + e.row, e.count, self.out_rows + e.first * shape.hidden,
+        cdef int64_t r1 = min(r0 + self.chunk, shape.hidden)
+        cdef float *out = self.out_rows + e.first * shape.hidden
+        self.kernels.matmul(shape.down_format, e.down, shape.inter, r0, r1, self.mid_pointers + e.row, e.count, out,
                             shape.hidden)
+        if shape.down_bias is not NULL:
+            add_rows(out, shape.hidden, e.count, shape.down_bias + e.expert * shape.hidden, r0, r1)
 
     cdef void combine(self, int64_t token) noexcept nogil:
         """out[t] = the sum over its choices, in the router's order, of weight * expert output."""
@@ -475,6 +497,27 @@ cdef class ExpertStreamer:
     def wants_guesses(self, int64_t tokens):
         """Whether `ahead` would be of use to the next call, of this many tokens."""
         return self.prefetcher is not None and self.prefetcher.wants_guesses(tokens)
+
+    def add_biases(self, list layers):
+        """Of each layer f32 [n_experts, inter], the same and [n_experts, hidden]: added to what gate, up and down
+        give. Raises ValueError for arrays of other shapes.
+        """
+        cdef const float[:, ::1] gate, up, down
+        cdef LayerShape *shape
+        if len(layers) != self.n_layers:
+            raise ValueError(f"biases of {len(layers)} layers, there are {self.n_layers}")
+        self.biases = layers
+        for i, each in enumerate(layers):
+            shape = &self.layers[<int64_t>i]
+            gate, up, down = each
+            wanted = [(self.n_experts, shape.inter)] * 2 + [(self.n_experts, shape.hidden)]
+            if [np.shape(array) for array in each] != wanted:
+                raise ValueError(f"layer {i}: biases must be of shapes {wanted}")
+            shape.gate_bias, shape.up_bias, shape.down_bias = &gate[0, 0], &up[0, 0], &down[0, 0]
+
+    def clamp(self, float alpha, float limit):
+        """Use g * sigmoid(alpha * g) * (u + 1) for silu(g) * u: g at the most limit, u within -limit to limit."""
+        self.clamped, self.alpha, self.limit = True, alpha, limit
 
     def record(self, Recorder recorder):
         """Have this and every later call recorded; its reads, too."""

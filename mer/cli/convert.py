@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +20,7 @@ from mer.model.families import Architecture
 from mer.weights import convert as conversion
 from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint, open_checkpoint
-from mer.weights.formats import FORMATS, Format
+from mer.weights.formats import FORMATS, MXFP4, Format
 from mer.weights.plan import Plan
 
 _SAME: Final = "same"
@@ -41,7 +42,7 @@ def _format_option(_ctx: click.Context, _param: click.Parameter, value: str) -> 
     callback=_format_option,
     metavar="FORMAT",
     default="q4_k",
-    show_default=True,
+    show_default="q4_k; same, where they are in mxfp4",
     help="Format of the routed experts.",
 )
 @click.option(
@@ -56,8 +57,8 @@ def _format_option(_ctx: click.Context, _param: click.Parameter, value: str) -> 
 def convert(src: Path, dst: Path, experts: Format | None, dense: Format | None, restart: bool) -> None:
     """Write the model SRC as an expert store to the new directory DST.
 
-    Formats: f32, f16, bf16, q8_0 (8.5 bits a weight), q4_0 and q4_k (4.5 bits), as GGUF defines them, or
-    same: as SRC has it, 8-bit floats as bf16. Norms, biases and routers are never changed.
+    Formats: f32, f16, bf16, q8_0 (8.5 bits a weight), q4_0 and q4_k (4.5 bits), mxfp4 (4.25 bits), as GGUF
+    defines them, or same: as SRC has it, 8-bit floats as bf16. Norms, biases and routers are never changed.
 
     SRC may be an expert store, too. What is quantised in it already is then rounded a second time, which
     loses more than converting the original model; mer says so.
@@ -67,6 +68,9 @@ def convert(src: Path, dst: Path, experts: Format | None, dense: Format | None, 
     checkpoint = open_checkpoint(src)
     architecture = families.load(checkpoint)
     before = summarise(checkpoint, architecture)
+    given = click.get_current_context().get_parameter_source("experts")
+    if given is ParameterSource.DEFAULT and architecture.experts[0].experts[0].gate.format is MXFP4:
+        experts = None  # published in four bits: another four would only lose
     _warn(before, experts, dense)
     try:
         report = _convert(checkpoint, dst, architecture, experts, dense, restart)

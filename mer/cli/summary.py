@@ -61,6 +61,8 @@ def summarise(checkpoint: Checkpoint, architecture: Architecture) -> Summary:
     always = sum(math.prod(info.shape) for info in dense)
     dtype = kv_dtype(checkpoint, architecture, EngineConfig())
     one = 3 * spec.hidden * spec.moe_inter
+    idle = spec.n_moe_layers * (spec.router.n_experts - spec.router.top_k)
+    bias = (2 * spec.moe_inter + spec.hidden) * spec.expert_bias  # of an expert, among the dense tensors
     return Summary(
         file_bytes=sum(file.stat().st_size for file in checkpoint.files),
         stored=tuple(
@@ -68,7 +70,7 @@ def summarise(checkpoint: Checkpoint, architecture: Architecture) -> Summary:
             for key, nbytes in sorted(sizes.items(), key=lambda item: (item[0][0] == "dense", -item[1]))
         ),
         parameters=always + len(experts) * one,
-        active_parameters=always + spec.n_moe_layers * spec.router.top_k * one,
+        active_parameters=always - idle * bias + spec.n_moe_layers * spec.router.top_k * one,
         expert_bytes=max(expert.nbytes for expert in experts),
         experts_bytes=sum(expert.nbytes for expert in experts),
         dense_bytes=dense_bytes(checkpoint, architecture),

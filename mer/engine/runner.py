@@ -111,6 +111,10 @@ class Runner:
                 cache, reader, kernels, pool, tables.layers, tables.reads, tables.matrices,
                 spec.router.top_k, budget.step_tokens, config.prefetch,
             )  # fmt: skip
+            if spec.expert_bias:
+                streamer.add_biases(dense.expert_biases())
+            if spec.clamp is not None:
+                streamer.clamp(spec.clamp.alpha, spec.clamp.limit)
             forward = Forward(
                 spec, dense, streamer, kv, pool, kernels,
                 max_tokens=budget.step_tokens, max_rows=min(config.max_running, budget.step_tokens),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from mer.weights.checkpoint import Checkpoint, TensorInfo
 
 _ALIGN = 64
 # Parts that are vectors: kept as f32. All others are matrices.
-_VECTORS = ("norm", "bias")
+_VECTORS = ("norm", "bias", "sinks")
 
 
 class Source(Protocol):
@@ -25,6 +26,9 @@ class Source(Protocol):
 
     def read_into(self, pieces: Sequence[tuple[int, int, int, NDArray[np.uint8], int]]) -> None:
         """Each (file, offset, length, array, place in the array); raises DeviceReadError."""
+
+
+Vectors = NDArray[np.float32]
 
 
 @frozen(eq=False)
@@ -43,6 +47,13 @@ class DenseWeights:
     model: dict[str, Any]
     layers: list[dict[str, Any]]
     embedding: Matrix
+
+    def expert_biases(self) -> list[tuple[Vectors, Vectors, Vectors]]:
+        """Of each MoE layer, where there are such biases: f32 [E, I] of gate and of up, [E, H] of down."""
+        names = ("expert_gate_bias", "expert_up_bias", "expert_down_bias")
+        return [
+            (layer[names[0]], layer[names[1]], layer[names[2]]) for layer in self.layers if names[0] in layer
+        ]
 
     def embed(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
         """Rows of the embedding for i32 [T] into out, f32 [T, hidden]."""
@@ -69,7 +80,7 @@ def dense_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
             total += _kv_up_bytes(architecture.spec, info)
             spare = max(spare, info.nbytes)
         else:
-            total += 4 * info.shape[0] if _is_vector(part) else info.nbytes
+            total += 4 * math.prod(info.shape) if _is_vector(part) else info.nbytes
     return total + spare
 
 
@@ -91,8 +102,12 @@ def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Sourc
         data = raw.pop(part)
         layer, _, name = part.rpartition(".")
         target = layers[int(layer)] if layer else model
-        if _is_vector(part):
-            target[name] = info.format.dequantize(data).astype(np.float32)
+        if name == "expert_gate_up_bias":
+            both = info.format.dequantize(data).reshape(info.shape)
+            target["expert_gate_bias"] = np.ascontiguousarray(both[:, ::2])
+            target["expert_up_bias"] = np.ascontiguousarray(both[:, 1::2])
+        elif _is_vector(part):
+            target[name] = info.format.dequantize(data).reshape(info.shape).astype(np.float32)
         elif name == "kv_up":
             target.update(_split_kv_up(spec, info, data))
         else:

@@ -28,6 +28,8 @@ class AttentionSpec:
     # RMS norm of query and key: over each head, or over the whole projected vector.
     qk_norm: Literal["none", "head", "vector"] = "none"
     clip: float | None = None
+    # A learnt score for each head that takes part in the softmax and has no value.
+    sinks: bool = False
 
 
 @frozen
@@ -69,6 +71,14 @@ class RouterSpec:
 
 
 @frozen
+class ClampSpec:
+    """Experts compute g * sigmoid(alpha * g) * (u + 1), g at the most `limit`, u within +-limit."""
+
+    alpha: float
+    limit: float
+
+
+@frozen
 class LayerSpec:
     """One decoder layer."""
 
@@ -100,6 +110,9 @@ class ModelSpec:
     # The shared expert's output is multiplied by a sigmoid gate of its own.
     shared_gate: bool = False
     tied_embeddings: bool = False
+    # Routed experts: gate, up and down each have a bias; and what stands in the place of silu(gate) * up.
+    expert_bias: bool = False
+    clamp: ClampSpec | None = None
 
     @property
     def n_layers(self) -> int:

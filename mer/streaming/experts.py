@@ -87,6 +87,11 @@ def _layer(source: MoeLayerSource, where: str) -> tuple[int, int, int, int]:
                     f"that of expert 0 {wanted.format.name} {wanted.rows} x {wanted.cols}; "
                     "fetch or convert the model again"
                 )
+    if first.gate.layout is not None:
+        raise CheckpointError(
+            f"{where}: rows of gate and up alternate in these files, which is not run in place; "
+            "convert the model first: mer convert MODEL NEW_DIRECTORY"
+        )
     for m in first.matrices:
         if m.format not in formats.FORMATS:
             raise UnsupportedModelError(

@@ -116,10 +116,10 @@ def parse_object(path: Path, data: bytes | str) -> dict[str, Any]:
 def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
     quantisation = config.get("quantization_config")
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if method not in (None, "fp8"):
+    if method not in (None, "fp8", "mxfp4"):
         raise UnsupportedModelError(
-            f"{path / 'config.json'}: the weights are quantised by {method!r}; mer reads BF16, F16, F32 and "
-            "FP8 with block scales: take the model's original weights and run `mer convert`"
+            f"{path / 'config.json'}: the weights are quantised by {method!r}; mer reads BF16, F16, F32, "
+            "MXFP4 and FP8 with block scales: take the model's original weights and run `mer convert`"
         )
 
 

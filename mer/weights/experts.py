@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mer.errors import CheckpointError
-from mer.weights.extents import ExpertExtents, Matrix, MoeLayerSource, Piece, Scales
-from mer.weights.formats import Format
+from mer.weights.extents import (
+    ExpertExtents,
+    Matrix,
+    MoeLayerSource,
+    Piece,
+    Scales,
+    SplitBlocks,
+    Transposed,
+)
+from mer.weights.formats import MXFP4, Format
 from mer.weights.tensors import Checkpoint, TensorInfo
 
-__all__ = ["ExpertExtents", "Matrix", "MoeLayerSource", "Piece", "fused", "per_expert", "stored"]
+__all__ = [
+    "ExpertExtents", "Matrix", "MoeLayerSource", "Piece", "fused", "per_expert", "split_blocks", "stored",
+    "transposed",
+]  # fmt: skip
 
 
 def per_expert(checkpoint: Checkpoint, gate: str, up: str, down: str) -> ExpertExtents:
@@ -46,6 +57,43 @@ def fused(checkpoint: Checkpoint, gate_up: str, down: str, expert: int) -> Exper
             (a.file, start + inter * row, a.format, inter, h, None),
             (b.file, b.offset + expert * h * down_row, b.format, h, inter, None),
         ]
+    )
+
+
+def transposed(checkpoint: Checkpoint, gate_up: str, down: str, expert: int) -> ExpertExtents:
+    """Expert number `expert` of [E, H, 2I] (columns of gate and up alternate) and [E, I, H]."""
+    a, b = (_matrix(checkpoint, name, 3) for name in (gate_up, down))
+    _, h, twice = a.shape
+    inter, sizes = twice // 2, (a.nbytes // a.shape[0], b.nbytes // b.shape[0])
+    pieces = tuple(
+        Piece(t.file, t.offset + expert * size, size) for t, size in zip((a, b), sizes, strict=True)
+    )
+    return ExpertExtents(
+        pieces,
+        Matrix(0, 0, a.format, inter, h, layout=Transposed(twice, 0, 2)),
+        Matrix(0, 0, a.format, inter, h, layout=Transposed(twice, 1, 2)),
+        Matrix(1, 0, b.format, h, inter, layout=Transposed(h, 0, 1)),
+    )
+
+
+def split_blocks(checkpoint: Checkpoint, gate_up: str, down: str, expert: int) -> ExpertExtents:
+    """Expert number `expert` of NAME_blocks [E, rows, cols / 32, 16] and NAME_scales, MXFP4.
+
+    Rows of gate and up alternate in gate_up.
+    """
+    infos = [checkpoint.tensor(f"{name}_{part}") for name in (gate_up, down) for part in ("blocks", "scales")]
+    pieces = tuple(
+        Piece(t.file, t.offset + expert * (t.nbytes // t.shape[0]), t.nbytes // t.shape[0]) for t in infos
+    )
+    inter, h = infos[0].shape[1] // 2, infos[2].shape[1]
+
+    def matrix(piece: int, rows: int, cols: int, first: int, step: int) -> Matrix:
+        scales = pieces[piece + 1]
+        layout = SplitBlocks(scales.file, scales.offset, first, step)
+        return Matrix(piece, 0, MXFP4, rows, cols, layout=layout)
+
+    return ExpertExtents(
+        pieces, matrix(0, inter, h, 0, 2), matrix(0, inter, h, 1, 2), matrix(2, h, inter, 0, 1)
     )
 
 

@@ -30,8 +30,33 @@ class Scales:
 
 
 @frozen
+class Transposed:
+    """Element (r, c) is element (c, first + step * r) of what is stored, which has `width` columns."""
+
+    width: int
+    first: int
+    step: int
+
+
+@frozen
+class SplitBlocks:
+    """MXFP4 with codes [n, cols / 2] and scales [n, cols / 32] apart; row r is row first + step * r of both.
+
+    A byte of codes is two neighbours, the first one in its low half. file, offset: where the scales lie.
+    """
+
+    file: int
+    offset: int
+    first: int
+    step: int
+
+
+@frozen
 class Matrix:
-    """A matrix [rows, cols], row-major. piece: index into ExpertExtents.pieces; offset: bytes inside it."""
+    """A matrix [rows, cols], row-major unless `layout` says otherwise.
+
+    piece: index into ExpertExtents.pieces; offset: bytes inside it.
+    """
 
     piece: int
     offset: int
@@ -39,6 +64,7 @@ class Matrix:
     rows: int
     cols: int
     scales: Scales | None = None
+    layout: Transposed | SplitBlocks | None = None
 
     @property
     def nbytes(self) -> int:

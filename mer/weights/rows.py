@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from functools import lru_cache
+
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
 from mer.errors import UnsupportedModelError
-from mer.weights.extents import ExpertExtents, Matrix, Scales
+from mer.weights.extents import ExpertExtents, Matrix, Scales, SplitBlocks, Transposed
 from mer.weights.formats import F8_E4M3, Format
 from mer.weights.tensors import Checkpoint, TensorInfo
 
@@ -24,9 +27,18 @@ class Rows:
     rows: int
     cols: int
     scales: Scales | None
+    layout: Transposed | SplitBlocks | None = None
 
     def raw(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Rows start..stop as stored: uint8 [stop - start, row_bytes]. Raises CheckpointError."""
+        """Rows start..stop in their format: uint8 [stop - start, row_bytes]. Raises CheckpointError."""
+        if isinstance(self.layout, Transposed):
+            with _turning:  # slabs of one matrix are read at once, and one of them turns it
+                whole = _turned(
+                    self.checkpoint, self.file, self.offset, self.cols, self.layout.width, self.format
+                )
+            return whole[self.layout.first :: self.layout.step][start:stop]
+        if isinstance(self.layout, SplitBlocks):
+            return self._join_blocks(self.layout, start, stop)
         size = self.format.row_bytes(self.cols)
         data = self.checkpoint.read_bytes(
             self.file, self.offset + start * size, (stop - start) * size, self.name
@@ -39,6 +51,21 @@ class Rows:
         if self.format is F8_E4M3:
             self._scale(values, start, stop)
         return values
+
+    def _join_blocks(self, layout: SplitBlocks, start: int, stop: int) -> NDArray[np.uint8]:
+        first, blocks = layout.first + layout.step * start, self.cols // 32
+        rows = layout.step * (stop - start - 1) + 1
+
+        def read(file: int, offset: int, size: int) -> NDArray[np.uint8]:
+            data = self.checkpoint.read_bytes(file, offset + first * size, rows * size, self.name)
+            return data.reshape(rows, size)[:: layout.step]
+
+        codes = read(self.file, self.offset, 16 * blocks).reshape(-1, blocks, 16)
+        each = np.stack([codes & 15, codes >> 4], axis=-1).reshape(-1, blocks, 32)
+        out = np.empty((stop - start, blocks, 17), np.uint8)
+        out[:, :, 0] = read(layout.file, layout.offset, blocks)
+        out[:, :, 1:] = each[:, :, :16] | (each[:, :, 16:] << 4)
+        return out.reshape(stop - start, 17 * blocks)
 
     def _scale(self, values: NDArray[np.float32], start: int, stop: int) -> None:
         s = self.scales
@@ -59,6 +86,19 @@ class Rows:
             values[lower:upper] *= wide[row - first]
 
 
+_turning = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _turned(
+    checkpoint: Checkpoint, file: int, offset: int, rows: int, width: int, form: Format
+) -> NDArray[np.uint8]:
+    """A stored matrix [rows, width] with its columns as rows: uint8 [width, rows * bytes of an element]."""
+    data = checkpoint.read_bytes(file, offset, rows * form.row_bytes(width), "the experts")
+    elements = data.view(f"u{form.block_bytes}").reshape(rows, width)
+    return np.ascontiguousarray(elements.T).view(np.uint8)
+
+
 def dense_rows(checkpoint: Checkpoint, info: TensorInfo) -> Rows:
     """A tensor as a matrix whose rows are its last dimension."""
     what = f"tensor {info.name}"
@@ -69,4 +109,7 @@ def expert_rows(checkpoint: Checkpoint, extents: ExpertExtents, matrix: Matrix, 
     """One matrix of an expert."""
     piece = extents.pieces[matrix.piece]
     place = piece.offset + matrix.offset
-    return Rows(checkpoint, name, piece.file, place, matrix.format, matrix.rows, matrix.cols, matrix.scales)
+    return Rows(
+        *(checkpoint, name, piece.file, place, matrix.format, matrix.rows, matrix.cols),
+        *(matrix.scales, matrix.layout),
+    )

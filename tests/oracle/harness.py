@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +15,25 @@ from mer.model.families import load
 from mer.model.forward import Forward
 from mer.model.kv import BLOCK, KVCache
 from mer.weights.checkpoint import open_checkpoint
+from mer.weights.rows import expert_rows
 
 
 class ResidentExperts:
     """All experts in memory; each (token, expert) product by the kernels, so that it is batch-invariant."""
 
-    def __init__(self, checkpoint, sources, kernels):
-        self.kernels = kernels
+    def __init__(self, checkpoint, sources, kernels, spec, biases):
+        self.kernels, self.biases = kernels, biases
+        self.clamp = spec.clamp and (spec.clamp.alpha, spec.clamp.limit)
         self.layers = []
         for source in sources:
             experts = []
             for extents in source.experts:
-                pieces = []
-                for piece in extents.pieces:
-                    with open(checkpoint.files[piece.file], "rb") as file:
-                        raw = os.pread(file.fileno(), piece.nbytes, piece.offset)
-                    pieces.append(np.frombuffer(raw, np.uint8))
-                matrices = []
-                for m in (extents.gate, extents.up, extents.down):
-                    size = m.format.row_bytes(m.cols)
-                    data = pieces[m.piece][m.offset : m.offset + m.rows * size].reshape(m.rows, size)
-                    matrices.append((m.format.id, data))
-                experts.append(matrices)
+                experts.append(
+                    [
+                        (m.format.id, expert_rows(checkpoint, extents, m, "expert").raw(0, m.rows))
+                        for m in extents.matrices
+                    ]
+                )
             self.layers.append(experts)
 
     def wants_guesses(self, tokens):
@@ -52,8 +48,12 @@ class ResidentExperts:
             (fg, gate), (fu, up), (fd, down) = self.layers[layer][e]
             tokens, places = np.nonzero(ids == e)
             g, u = product(fg, gate, x[tokens]), product(fu, up, x[tokens])
-            h = np.stack([self.kernels.swiglu_py(a, b) for a, b in zip(g, u, strict=True)])
+            if self.biases:
+                g, u = g + self.biases[layer][0][e], u + self.biases[layer][1][e]
+            h = np.stack([self.kernels.swiglu_py(a, b, self.clamp) for a, b in zip(g, u, strict=True)])
             outputs[tokens, places] = product(fd, down, h)
+            if self.biases:
+                outputs[tokens, places] += self.biases[layer][2][e]
         out[:] = 0
         for k in range(ids.shape[1]):
             out += weights[:, k : k + 1] * outputs[:, k]
@@ -71,7 +71,9 @@ class Runner:
         kernels, pool = Kernels(isa), Pool(threads)
         with Reader([str(file) for file in self.checkpoint.files], backend="preadv") as reader:
             dense = load_dense(self.checkpoint, self.architecture, reader)
-        experts = ResidentExperts(self.checkpoint, self.architecture.experts, kernels)
+        experts = ResidentExperts(
+            self.checkpoint, self.architecture.experts, kernels, self.spec, dense.expert_biases()
+        )
         kv = KVCache(self.spec, n_blocks, kv_dtype)
         for layer in kv.layers:  # what nobody wrote must not be read
             layer.fill(np.nan)

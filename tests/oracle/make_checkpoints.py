@@ -17,6 +17,7 @@ CLASSES = {
     "qwen3_moe": "Qwen3Moe",
     "olmoe": "Olmoe",
     "deepseek_v3": "DeepseekV3",
+    "gpt_oss": "GptOss",
 }
 COMMON: dict[str, Any] = {
     "vocab_size": 211,
@@ -46,6 +47,7 @@ FAMILY: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "olmoe": {"num_experts": 8, "intermediate_size": 32, "num_key_value_heads": 4},
+    "gpt_oss": {"num_local_experts": 6, "intermediate_size": 32, "head_dim": 16, "sliding_window": 37},
     "deepseek_v3": {
         "num_key_value_heads": 4,
         "n_routed_experts": 8,
@@ -61,6 +63,8 @@ FAMILY: dict[str, dict[str, Any]] = {
         "v_head_dim": 20,
     },
 }
+# Those whose experts run where they lie; the others are converted first.
+IN_PLACE = [family for family in FAMILY if family != "gpt_oss"]
 
 
 def make(

@@ -15,8 +15,9 @@ import transformers
 from harness import Runner
 from make_checkpoints import CLASSES, FAMILY, edit_config, make
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from mer.weights.checkpoint import open_checkpoint
+from mer.weights.checkpoint import Checkpoint, open_checkpoint
 from mer.weights.experts import stored
 
 MER = str(Path(sys.executable).with_name("mer"))
@@ -67,7 +68,33 @@ def read_store(path: Path, source: dict[str, torch.Tensor]) -> dict[str, torch.T
         matrix, (piece,) = extents.matrices[part], extents.pieces
         data = store.read_bytes(piece.file, piece.offset + matrix.offset, matrix.nbytes, name)
         tensors[name] = decoded(matrix.format.name, data, (matrix.rows, matrix.cols))
-    return tensors
+    return tensors | interleaved(store, source)
+
+
+def interleaved(store: Checkpoint, source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The experts of a GPT-OSS as transformers has them: [E, H, 2I], gate and up in turn, and [E, I, H]."""
+    found = {}
+    for name in source:
+        if not name.endswith("experts.gate_up_proj"):
+            continue
+        layer, parts = int(name.split(".")[2]), []
+        for e in range(len(source[name])):
+            extents = stored(store, layer, e)
+            (piece,), matrices = extents.pieces, extents.matrices
+            parts.append(
+                [
+                    decoded(
+                        m.format.name,
+                        store.read_bytes(piece.file, piece.offset + m.offset, m.nbytes, name),
+                        (m.rows, m.cols),
+                    )
+                    for m in matrices
+                ]
+            )
+        gate, up, down = (torch.stack([each[i].T for each in parts]) for i in range(3))
+        found[name] = torch.stack([gate, up], -1).reshape(source[name].shape)
+        found[name.replace("gate_up_proj", "down_proj")] = down
+    return found
 
 
 def oracle(family: str, config: Path, tensors: dict[str, torch.Tensor], path: Path):
@@ -110,7 +137,7 @@ def test_bf16_is_lossless(family, tmp_path):
     assert errors.max() < 1e-4
 
 
-@pytest.mark.parametrize("experts", ["q8_0", "q4_0", "q4_k"])
+@pytest.mark.parametrize("experts", ["q8_0", "q4_0", "q4_k", "mxfp4"])
 @pytest.mark.parametrize("family", FAMILY)
 def test_quantised_experts(family, experts, tmp_path):
     make(tmp_path / "src", family, dtype=torch.bfloat16, **WIDE, **ONE_LAYER)
@@ -135,6 +162,41 @@ def test_default_formats(family, tmp_path):
     make(tmp_path / "src", family, dtype=torch.bfloat16, **WIDE)
     errors = compare(tmp_path, family)
     assert np.median(errors) < MEDIAN_ERROR
+
+
+def to_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., cols] as GPT-OSS is published: codes [..., cols / 32, 16], two neighbours a byte, and exponents."""
+    blocks = weight.reshape(*weight.shape[:-1], -1, 32)
+    exponents = torch.floor(torch.log2(blocks.abs().amax(-1))) - 2
+    steps = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    scaled = torch.ldexp(blocks, -exponents[..., None])
+    codes = (scaled.abs()[..., None] - steps).abs().argmin(-1) + 8 * (scaled < 0)
+    packed = codes[..., ::2] | (codes[..., 1::2] << 4)
+    return packed.to(torch.uint8), (exponents + 127).to(torch.uint8)
+
+
+def test_published_mxfp4(tmp_path):
+    """Experts stay as they are, in another order of bytes; the oracle gets what transformers makes of them."""
+    make(tmp_path / "src", "gpt_oss", dtype=torch.bfloat16, **WIDE, **ONE_LAYER)
+    tensors = load_file(tmp_path / "src/model.safetensors")
+    decoded_by_peer = dict(tensors)
+    for name in [name for name in tensors if name.endswith("_proj") and "experts" in name]:
+        blocks, scales = to_mxfp4(tensors.pop(name).float().transpose(1, 2).contiguous())
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+        decoded_by_peer[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    save_file(tensors, tmp_path / "src/model.safetensors", {"format": "pt"})
+    expected = oracle("gpt_oss", tmp_path / "src", decoded_by_peer, tmp_path / "again")
+    edit_config(tmp_path / "src", quantization_config={"quant_method": "mxfp4"})
+    said = subprocess.run([MER, "run", tmp_path / "src", "x"], capture_output=True, text=True, check=False)
+    assert said.returncode != 0
+    assert "mer convert" in said.stderr
+    assert "left out" not in mer("convert", tmp_path / "src", tmp_path / "dst", "--dense", "same")
+    matrices = open_checkpoint(tmp_path / "dst").experts[0, 0].extents.matrices
+    assert {m.format.name for m in matrices} == {"mxfp4"}
+    stored_weights = read_store(tmp_path / "dst", decoded_by_peer)
+    for name, each in decoded_by_peer.items():
+        assert torch.equal(stored_weights[name].float(), each.float()), name
+    assert difference(Runner(tmp_path / "dst").logits(PROMPT), expected).max() < INT8_ERROR
 
 
 def to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

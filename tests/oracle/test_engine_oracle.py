@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from engine_models import runnable
 from make_checkpoints import FAMILY, edit_config, make
 from make_tokenizer import write_tokenizer
 
@@ -55,7 +56,7 @@ def log_softmax(model: torch.nn.Module, ids: list[int], answer: list[int]) -> np
 async def test_greedy_tokens_and_logprobs(family, tmp_path):
     model = make(tmp_path, family)
     params = SamplingParams(temperature=0, max_tokens=64, logprobs=5)
-    async with Engine.open(tmp_path) as engine:
+    async with Engine.open(runnable(tmp_path, family)) as engine:
         for n in LENGTHS:
             ids = prompt(n)
             result = await engine.generate(ids, params)

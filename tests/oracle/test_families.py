@@ -60,6 +60,14 @@ CASES = {
         "clip": {"clip_qkv": 0.7, "num_key_value_heads": 2, "attention_bias": True},
         "normalised": {"norm_topk_prob": True, "num_experts_per_tok": 8, "hidden_size": 40},
     },
+    "gpt_oss": {
+        "plain": {},
+        "no-bias": {"attention_bias": False, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        "clamped": {"swiglu_limit": 0.8, "swiglu_alpha": 0.9, "num_experts_per_tok": 4},
+        "default-rope": rope("default", 1e4),
+        "all-sliding": {"layer_types": ["sliding_attention"] * 3, "sliding_window": 16},
+        "odd": {"hidden_size": 60, "num_attention_heads": 6, "head_dim": 14, "intermediate_size": 37},
+    },
     "deepseek_v3": {
         "plain": {},
         "direct-queries": {"q_lora_rank": None, "first_k_dense_replace": 0},

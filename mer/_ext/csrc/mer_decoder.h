@@ -41,6 +41,7 @@ typedef struct {
     float *out;               /* [tokens, n_heads, value_dim] */
     const char *blocks;       /* this layer's blocks */
     const int32_t *positions; /* [tokens] */
+    const float *sinks;       /* [n_heads] a score that every query has besides its keys', without a value; NULL: none */
     float *scratch;           /* scratch_floats for each thread */
     size_t block_bytes, scratch_floats;
     long n_heads, n_kv, key_dim, value_dim;

@@ -7,7 +7,7 @@ from typing import Final
 
 from attrs import frozen
 
-from mer.model.families import deepseek_v3, mixtral, olmoe, qwen_moe
+from mer.model.families import deepseek_v3, gpt_oss, mixtral, olmoe, qwen_moe
 from mer.model.families.config import Config
 from mer.model.families.tensors import Tensors
 from mer.model.spec import ModelSpec
@@ -17,6 +17,7 @@ from mer.weights.experts import MoeLayerSource
 # By `model_type` of config.json.
 FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
     "deepseek_v3": deepseek_v3.read,
+    "gpt_oss": gpt_oss.read,
     "mixtral": mixtral.read,
     "olmoe": olmoe.read,
     "qwen2_moe": qwen_moe.read_qwen2,
@@ -38,7 +39,7 @@ class Architecture:
     @property
     def kept(self) -> frozenset[str]:
         """Names of dense tensors that are small and that much hangs on: no conversion may change them."""
-        ends = ("norm", "bias", "router", "shared_gate")
+        ends = ("norm", "bias", "sinks", "router", "shared_gate")
         return frozenset(name for part, name in self.dense.items() if part.endswith(ends))
 
 

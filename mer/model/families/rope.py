@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,11 @@ Array = NDArray[np.float64]
 class Rope:
     """The rotary parameters of a model."""
 
-    def __init__(self, config: Config, *, default_theta: float = 10000.0) -> None:
-        found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    def __init__(
+        self, config: Config, *, default_theta: float = 10000.0, default: Mapping[str, Any] | None = None
+    ) -> None:
+        """default: what holds where the file has no rotary parameters at all."""
+        found = config.get("rope_parameters") or config.get("rope_scaling") or dict(default or {})
         if not isinstance(found, dict):
             raise config.wrong(f"rope_parameters is {found!r}, it must be an object")
         self._config = config

@@ -8,7 +8,15 @@ from attrs import frozen
 
 from mer.errors import CheckpointError, UnsupportedModelError
 from mer.weights.checkpoint import Checkpoint
-from mer.weights.experts import ExpertExtents, MoeLayerSource, fused, per_expert, stored
+from mer.weights.experts import (
+    ExpertExtents,
+    MoeLayerSource,
+    fused,
+    per_expert,
+    split_blocks,
+    stored,
+    transposed,
+)
 
 
 @frozen
@@ -71,6 +79,27 @@ class Tensors:
                 for name, shape in zip(triple, wanted, strict=True):
                     self._check(name, shape)
                 extents.append(per_expert(self._checkpoint, *triple))
+        self._append(layer, extents, hidden, inter)
+
+    def take_interleaved_experts(self, layer: int, n_experts: int, hidden: int, inter: int) -> None:
+        """The same where rows of gate and up alternate: stored by columns, or as blocks of MXFP4."""
+        name = f"model.layers.{layer}.mlp.experts"
+        gate_up, down = f"{name}.gate_up_proj", f"{name}.down_proj"
+        if self._checkpoint.kind == "store":
+            extents = [stored(self._checkpoint, layer, e) for e in range(n_experts)]
+        elif f"{gate_up}_blocks" in self._infos:
+            for each, rows, cols in (gate_up, 2 * inter, hidden), (down, hidden, inter):
+                self._check(f"{each}_blocks", (n_experts, rows, cols // 32, 16), "U8")
+                self._check(f"{each}_scales", (n_experts, rows, cols // 32), "U8")
+            extents = [split_blocks(self._checkpoint, gate_up, down, e) for e in range(n_experts)]
+        else:
+            self._check(gate_up, (n_experts, hidden, 2 * inter))
+            self._check(down, (n_experts, inter, hidden))
+            extents = [transposed(self._checkpoint, gate_up, down, e) for e in range(n_experts)]
+        self._append(layer, extents, hidden, inter)
+
+    def _append(self, layer: int, extents: list[ExpertExtents], hidden: int, inter: int) -> None:
+        wanted = [(inter, hidden), (inter, hidden), (hidden, inter)]
         for e, extent in enumerate(extents):
             shapes = [(m.rows, m.cols) for m in (extent.gate, extent.up, extent.down)]
             if shapes != wanted:
@@ -80,7 +109,8 @@ class Tensors:
                 )
         self.experts.append(MoeLayerSource(layer, extents))
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+    def _check(self, name: str, shape: tuple[int, ...], codes: str | None = None) -> None:
+        """codes: the dtype, where it is no floating-point one."""
         self._asked.add(name)
         info = self._infos.get(name)
         if info is None:
@@ -93,7 +123,7 @@ class Tensors:
                 f"{self._checkpoint.files[info.file]}: tensor {name} has shape {list(info.shape)}, "
                 f"by config.json it must be {list(shape)}"
             )
-        if info.weights is None:
+        if info.weights is None and info.dtype != codes:
             raise UnsupportedModelError(
                 f"{self._checkpoint.files[info.file]}: tensor {name} has dtype {info.dtype}, which "
                 "holds no weights that mer reads; take a checkpoint in BF16, F16, F32 or FP8"

@@ -201,7 +201,10 @@ void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, 
     float *max = a->latent ? value_buffer : value_buffer + value_floats;
     float *sum = max + (t1 - t0) * heads;
 
-    for (long i = 0; i < (t1 - t0) * heads; i++) max[i] = -INFINITY, sum[i] = 0.0f;
+    for (long i = 0; i < (t1 - t0) * heads; i++) {
+        max[i] = a->sinks ? a->sinks[h0 + i % heads] : -INFINITY;
+        sum[i] = a->sinks ? 1.0f : 0.0f;
+    }
     for (long t = t0; t < t1; t++)
         memset(a->out + (t * a->n_heads + h0) * a->value_dim, 0, sizeof(float) * heads * a->value_dim);
 
