@@ -25,7 +25,7 @@ class Router(ctypes.Structure):
 
 class Attention(ctypes.Structure):
     _fields_ = (
-        *((name, POINTER) for name in ("q", "out", "blocks", "positions", "scratch")),
+        *((name, POINTER) for name in ("q", "out", "blocks", "positions", "sinks", "scratch")),
         *((name, ctypes.c_size_t) for name in ("block_bytes", "scratch_floats")),
         *((name, LONG) for name in ("n_heads", "n_kv", "key_dim", "value_dim", "window")),
         ("scale", FLOAT),
@@ -103,19 +103,21 @@ def test_router_survives_what_is_no_number(lib, sigmoid):
         assert all(0 <= each < 6 for each in ids)
 
 
-def softmax_attention(q, keys, values, scale):
+def softmax_attention(q, keys, values, scale, sink=-np.inf):
     s = (keys.astype(np.float64) @ q.astype(np.float64)) * scale
-    p = np.exp(s - s.max())
-    return (p / p.sum()) @ values.astype(np.float64)
+    top = max(s.max(), sink)
+    p = np.exp(s - top)
+    return (p / (p.sum() + np.exp(sink - top))) @ values.astype(np.float64)
 
 
-@pytest.mark.parametrize("latent", [0, 1])
+@pytest.mark.parametrize(("latent", "with_sinks"), [(0, False), (0, True), (1, False)])
 @pytest.mark.parametrize("f16", [0, 1])
 @pytest.mark.parametrize(("dim", "length", "window"), [(8, 16, 0), (33, 61, 0), (64, 100, 7), (20, 50, 16)])
-def test_attention(lib, latent, f16, dim, length, window):
+def test_attention(lib, latent, with_sinks, f16, dim, length, window):
     """Keys written one by one to scattered blocks, then queries of the last positions."""
     rng = np.random.default_rng(dim)
     heads, kv_heads, queries = 6, 1 if latent else 2, 9
+    sinks = np.linspace(-4, 20, heads, dtype=np.float32)  # of no weight, up to nearly all of it
     value_dim = dim - 3 if latent else dim
     dtype = np.float16 if f16 else np.float32
     k = rng.normal(size=(length, kv_heads, dim)).astype(dtype).astype(np.float32)
@@ -133,7 +135,8 @@ def test_attention(lib, latent, f16, dim, length, window):
     positions = np.arange(length - queries, length, dtype=np.int32)
     out = np.full((queries, heads, value_dim), np.nan, np.float32)
     a = Attention(
-        q.ctypes.data, out.ctypes.data, blocks.ctypes.data, positions.ctypes.data, None,
+        q.ctypes.data, out.ctypes.data, blocks.ctypes.data, positions.ctypes.data,
+        sinks.ctypes.data if with_sinks else None, None,
         blocks.strides[0], 0, heads, kv_heads, dim, value_dim, window, 0.3, f16, latent,
     )  # fmt: skip
     group = heads // kv_heads
@@ -146,7 +149,9 @@ def test_attention(lib, latent, f16, dim, length, window):
         first = max(0, position - window + 1) if window else 0
         seen = slice(first, position + 1)
         for h in range(heads):
-            expected = softmax_attention(q[t, h], k[seen, h // group], v[seen, h // group], 0.3)
+            expected = softmax_attention(
+                q[t, h], k[seen, h // group], v[seen, h // group], 0.3, sinks[h] if with_sinks else -np.inf
+            )
             np.testing.assert_allclose(out[t, h], expected, rtol=2e-5, atol=2e-6)
 
 
@@ -160,7 +165,7 @@ def test_exponential(lib, seed):
     q, out, position = np.ones(1, np.float32), np.zeros(16, np.float32), np.full(1, 15, np.int32)
     scratch, table = np.zeros(400, np.float32), np.zeros(1, np.int32)
     a = Attention(
-        q.ctypes.data, out.ctypes.data, block.ctypes.data, position.ctypes.data, scratch.ctypes.data,
+        q.ctypes.data, out.ctypes.data, block.ctypes.data, position.ctypes.data, None, scratch.ctypes.data,
         block.nbytes, 0, 1, 1, 1, 16, 0, 1.0, 0, 0,
     )  # fmt: skip
     lib.mer_attend(ctypes.byref(a), at(table), LONG(0), LONG(1), LONG(0), LONG(1), INT(0))
@@ -181,7 +186,7 @@ def test_every_f16_value_is_kept(lib):
     out, q = np.zeros_like(every), np.zeros_like(every)
     scratch, zero = np.zeros(16 * len(every) + 64, np.float32), np.zeros(1, np.int32)
     a = Attention(
-        q.ctypes.data, out.ctypes.data, block.ctypes.data, zero.ctypes.data, scratch.ctypes.data,
+        q.ctypes.data, out.ctypes.data, block.ctypes.data, zero.ctypes.data, None, scratch.ctypes.data,
         block.nbytes, 0, 1, 1, len(every), len(every), 0, 1.0, 1, 1,
     )  # fmt: skip
     lib.mer_attend(ctypes.byref(a), at(zero), LONG(0), LONG(1), LONG(0), LONG(1), INT(0))

@@ -165,7 +165,7 @@ def test_default_formats(family, tmp_path):
 
 
 def to_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[..., cols] as GPT-OSS is published: codes [..., cols / 32, 16], two neighbours a byte, and exponents."""
+    """[..., cols] as GPT-OSS is published: codes [..., cols / 32, 16], two a byte, and exponents."""
     blocks = weight.reshape(*weight.shape[:-1], -1, 32)
     exponents = torch.floor(torch.log2(blocks.abs().amax(-1))) - 2
     steps = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -176,7 +176,7 @@ def to_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_published_mxfp4(tmp_path):
-    """Experts stay as they are, in another order of bytes; the oracle gets what transformers makes of them."""
+    """Experts stay as they are but for the order of bytes; transformers itself decodes for the oracle."""
     make(tmp_path / "src", "gpt_oss", dtype=torch.bfloat16, **WIDE, **ONE_LAYER)
     tensors = load_file(tmp_path / "src/model.safetensors")
     decoded_by_peer = dict(tensors)
