@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated
 
 import httpx
+import jsonschema
 import numpy as np
 import openai
+import pydantic
 import pytest
 from engine_models import write_text_model
 from http_server import serving
@@ -345,3 +349,73 @@ def test_error_in_a_stream_is_raised_by_the_client(client):
                 model="small", prompt="The", max_tokens=1500, stream=True, extra_body={"timeout": 0.3, **MORE}
             )
         )
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "ages": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["name", "ages"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_json_by_a_schema(client, stream):
+    """A model that knows no JSON writes what the schema says."""
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    asked = {"messages": ASK, "model": "small", "max_tokens": 300, "seed": 1, "temperature": 0.7}
+    answer = client.chat.completions.create(**asked, response_format=form, stream=stream)
+    if stream:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+    else:
+        text = answer.choices[0].message.content
+    jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_the_client_parses_what_it_asked_for(client):
+    class Person(pydantic.BaseModel):
+        model_config = {"extra": "forbid"}
+        name: Annotated[str, pydantic.Field(max_length=5)]
+        old: bool
+
+    answer = client.chat.completions.parse(
+        model="small", messages=ASK, response_format=Person, max_tokens=200, seed=1
+    )
+    assert isinstance(answer.choices[0].message.parsed, Person)
+
+
+def test_other_structures(client):
+    def ask(**more):
+        answer = client.completions.create(
+            model="small", prompt="The", max_tokens=100, seed=2, extra_body=more
+        )
+        return answer.choices[0].text
+
+    assert ask(guided_choice=["sea", "rain"]) in ("sea", "rain")
+    assert re.fullmatch(r"[0-9]{4}-[0-9]{2}", ask(guided_regex=r"[0-9]{4}-[0-9]{2}"))
+    assert re.fullmatch(r"(ab)+c", ask(guided_grammar='start: "ab"+ "c"'))
+    jsonschema.validate(json.loads(ask(guided_json=SCHEMA)), SCHEMA)
+    chat = client.chat.completions.create(
+        model="small", messages=ASK, max_tokens=200, seed=1, temperature=0.5,
+        response_format={"type": "json_object"},
+    )  # fmt: skip
+    text = chat.choices[0].message.content
+    assert text.startswith("{")
+    assert chat.choices[0].finish_reason == "length" or isinstance(json.loads(text), dict)
+
+
+def test_the_client_tries_again(model):
+    """What it does by itself with 503 and Retry-After, until there is room."""
+    with serving(model, "--context", 2048, "--max-running", 1, "--max-waiting", 1) as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=20) as client:
+
+            def ask(i):
+                answer = client.completions.create(prompt=f"{i} men", extra_body=MORE, **GREEDY)
+                return answer.usage.completion_tokens
+
+            with ThreadPoolExecutor(6) as pool:
+                assert list(pool.map(ask, range(6))) == [10] * 6
+        assert any(" 503 " in line for line in server.lines)

@@ -62,6 +62,9 @@ BAD_CHATS = [
      "missing_required_parameter", "missing"),
     ({"response_format": {"type": "json_object"}, "guided_regex": "a+"}, "guided_regex", "invalid_value",
      "can't be combined"),
+    ({"reasoning_effort": "high"}, "reasoning_effort", "invalid_value", "no such thing"),
+    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs.enable_thinking",
+     "invalid_value", "does not use it"),
     ({"guided_json": "{"}, "guided_json", "invalid_value", "no JSON"),
     ({"guided_choice": []}, "guided_choice", "invalid_value", "length >= 1"),
     ({"messages": [{"role": "user", "content": "word " * 600}]}, "messages", "context_length_exceeded",
@@ -197,3 +200,20 @@ async def test_model_without_template_or_tokenizer(model, tmp_path):
         assert answer.json()["usage"]["completion_tokens"] == 3
         for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
             assert (await http.post(path, json=body)).status_code == 400
+
+
+async def test_variables_of_the_chat_template(model, tmp_path):
+    """How much a model shall think, in the words that its template knows."""
+    for file in model.iterdir():
+        (tmp_path / file.name).hardlink_to(file)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ messages[0].content }} {{ enable_thinking is defined and enable_thinking }} {{ mood }}"
+    )
+    async with opened(tmp_path) as engine, asking(engine) as http:
+        for asked, said in (
+            ({"reasoning_effort": "none", "chat_template_kwargs": {"mood": "good"}}, "Hello False good"),
+            ({"reasoning_effort": "high"}, "Hello True "),
+            ({"chat_template_kwargs": {"enable_thinking": True}}, "Hello True "),
+        ):
+            answer = await http.post(CHAT, json={"messages": HELLO, "max_tokens": 1, **asked})
+            assert answer.json()["usage"]["prompt_tokens"] == len(engine.tokenizer.encode(said))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -62,7 +62,7 @@ def blueprint(service: Service) -> Blueprint:
         model = service.check_model(body.model)
         engine, call = service.engine, current_call()
         try:
-            request = to_request(body)
+            request = to_request(body, _variables(body, engine))
             if service.settings.log_prompts:
                 call.log["messages"] = request.messages
             events = conversation.chat(engine, request, idle=service.settings.keep_alive)
@@ -75,8 +75,8 @@ def blueprint(service: Service) -> Blueprint:
     return made
 
 
-def to_request(body: ChatCompletionRequest) -> ChatRequest:
-    """What the engine shall do for this body. Raises ApiError and RequestError."""
+def to_request(body: ChatCompletionRequest, variables: Mapping[str, Any]) -> ChatRequest:
+    """What the engine shall do; variables: of the chat template. Raises ApiError and RequestError."""
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options needs stream: true", "stream_options")
     if body.top_logprobs is not None and not body.logprobs:
@@ -92,9 +92,6 @@ def to_request(body: ChatCompletionRequest) -> ChatRequest:
         max_tokens=next(iter(most), None),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    variables: dict[str, Any] = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        variables["reasoning_effort"] = body.reasoning_effort
     named = isinstance(body.tool_choice, ChosenTool)
     return ChatRequest(
         messages=template_messages(msgspec.to_builtins(body.messages)),
@@ -106,6 +103,24 @@ def to_request(body: ChatCompletionRequest) -> ChatRequest:
         several=body.parallel_tool_calls is not False,
         variables=variables,
     )
+
+
+def _variables(body: ChatCompletionRequest, engine: Engine) -> dict[str, Any]:
+    """What the chat template is told beside the messages. Raises ApiError for what it would ignore."""
+    template = engine.tokenizer.chat_template if engine.tokenizer else None
+    source = template.source if template else ""
+    variables = dict(body.chat_template_kwargs or {})
+    for name in variables:
+        if name not in source:
+            where = f"chat_template_kwargs.{name}"
+            raise invalid(f"{where}: this model's chat template does not use it", where)
+    if (effort := body.reasoning_effort) is None:
+        return variables
+    if "reasoning_effort" in source:
+        return variables | {"reasoning_effort": effort}
+    if "enable_thinking" in source:  # which knows no degrees
+        return variables | {"enable_thinking": effort not in ("none", "minimal")}
+    raise invalid("reasoning_effort: this model's chat template knows no such thing", "reasoning_effort")
 
 
 def _structure(body: ChatCompletionRequest) -> Structure | None:

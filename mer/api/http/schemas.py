@@ -254,7 +254,7 @@ class ChatCompletionRequest(Generating, kw_only=True):
     tools: Annotated[list[Tool], Meta(max_length=512)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: JsonObject | None = None
     store: Annotated[bool, Meta(extra_json_schema={"enum": [False]})] | None = None
     service_tier: Literal["auto", "default"] | None = None
