@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final, Literal
 
@@ -121,19 +121,33 @@ async def prepare(engine: Engine, request: ChatRequest) -> Prepared:
     def special(text: str) -> int | None:
         return tokenizer.special_id(text)
 
-    structure = params.structure
+    try:
+        grammar = _grammar(request, format, tools, special, tail)
+    except RecursionError:
+        raise RequestError("tools: their parameters are nested too deeply", "tools") from None
+    params = evolve(params, structure=grammar, show_special=format.shown(bool(tools)))
+    return Prepared(request, prompt, params, format, tail, tools)
+
+
+def _grammar(
+    request: ChatRequest,
+    format: OutputFormat,
+    tools: list[dict[str, Any]],
+    special: Callable[[str], int | None],
+    tail: str,
+) -> Structure | None:
+    """What the whole answer must be: with its reasoning and the tags of calls."""
+    structure = request.params.structure
     if tools and request.tool_choice == "required":
         several = request.several and request.tool_name is None
-        structure = Structure.grammar(format.forced_call(tools, special, prompt=tail, several=several))
-    elif structure is not None and structure.kind != "grammar" and (tools or not format.plain(tail)):
-        body = structure
-        structure = Structure.grammar(
-            format.structured(
-                lambda lark: _expression(body, lark), special, tools, prompt=tail, several=request.several
-            )
-        )
-    params = evolve(params, structure=structure, show_special=format.shown(bool(tools)))
-    return Prepared(request, prompt, params, format, tail, tools)
+        return Structure.grammar(format.forced_call(tools, special, prompt=tail, several=several))
+    if structure is None or structure.kind == "grammar" or (not tools and format.plain(tail)):
+        return structure
+
+    def body(lark: Lark) -> str:
+        return _expression(structure, lark)
+
+    return Structure.grammar(format.structured(body, special, tools, prompt=tail, several=request.several))
 
 
 async def chat(engine: Engine, request: ChatRequest, *, idle: float) -> AsyncGenerator[list[Event], None]:

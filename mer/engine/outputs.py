@@ -85,7 +85,8 @@ class Timings:
 class Delta:
     """The next piece of a stream. finish_reason, usage and timings come with the last one.
 
-    prompt_logprobs comes with the first one, where it was asked for.
+    prompt_logprobs comes with the first one, where it was asked for. stop: the stop string that ended the
+    answer; None when something else did.
 
     text: what became certain with these tokens; it may be empty, and never holds half a character or the
     beginning of what may turn out to be a stop string.
@@ -98,6 +99,7 @@ class Delta:
     usage: Usage | None = None
     timings: Timings | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    stop: str | None = None
 
 
 @frozen

@@ -118,12 +118,12 @@ class Request(Job):
             self.tokens.append(drawn.token)
         self._last_at = time.perf_counter()
         self._first_at = self._first_at or self._last_at
-        text, reason = self._read(drawn.token if drawn else None, complete)
+        text, reason, stop = self._read(drawn.token if drawn else None, complete)
         if self.params.logprobs is not None:
             logprobs = (self._logprob(drawn),) if drawn else ()
         if reason is None:
             return Delta(text, tokens, logprobs, prompt_logprobs=prompt_logprobs)
-        return Delta(text, tokens, logprobs, reason, self.usage(), self._timings(), prompt_logprobs)
+        return Delta(text, tokens, logprobs, reason, self.usage(), self._timings(), prompt_logprobs, stop)
 
     @property
     def last_at(self) -> float:
@@ -142,23 +142,23 @@ class Request(Job):
         drawn = self.sampler.sample(logits, allowed)
         return drawn, drawn.token not in self._end_ids and self.constraint.accept(drawn.token)
 
-    def _read(self, token: int | None, complete: bool) -> tuple[str, FinishReason | None]:
-        """The text that is certain now, and why the answer ends here if it does."""
+    def _read(self, token: int | None, complete: bool) -> tuple[str, FinishReason | None, str | None]:
+        """The text that is certain now, and why the answer ends here if it does: with which stop string."""
         text = ""
         ended = complete or token in self._end_ids
         if self._detokenizer is not None and token is not None and token not in self._end_ids:
             text, stop = self._stops.push(self._detokenizer.push(token))
             if stop is not None:
-                return text, "stop"
+                return text, "stop", stop
         if not ended and len(self.tokens) < self.limit:
-            return text, None
+            return text, None, None
         if self._detokenizer is not None:
             more, stop = self._stops.push(self._detokenizer.finish())
             text += more
             if stop is not None:
-                return text, "stop"
+                return text, "stop", stop
             text += self._stops.finish()
-        return text, "stop" if ended else "length"
+        return text, "stop" if ended else "length", None
 
     def _logprob(self, drawn: Sampled) -> TokenLogprob:
         def text(token: int) -> str:

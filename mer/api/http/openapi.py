@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 from attrs import frozen
 
-from mer.api.http import answers, schemas
+from mer.api.http import answers, anthropic, responses_types, schemas
 
 _JSON: Final = "application/json"
 _EVENTS: Final = "text/event-stream"
@@ -27,6 +27,7 @@ class _Operation:
     chunk: type | None = None
     errors: tuple[int, ...] = ()
     open: bool = False
+    failure: type = answers.ErrorAnswer
 
 
 _WORK: Final = (400, 404, 408, 413, 415, 429, 500, 503)
@@ -34,6 +35,19 @@ _OPERATIONS: Final = [
     _Operation(
         "post", "/v1/chat/completions", "Continue a conversation.", answers.ChatCompletion,
         schemas.ChatCompletionRequest, answers.ChatCompletionChunk, _WORK,
+    ),
+    _Operation(
+        "post", "/v1/responses", "Continue a conversation, by OpenAI's newer API; nothing is stored.",
+        responses_types.ResponseAnswer, responses_types.ResponsesRequest, responses_types.ResponseEvent,
+        _WORK,
+    ),
+    _Operation(
+        "post", "/v1/messages", "Continue a conversation, by Anthropic's API.", anthropic.MessageAnswer,
+        anthropic.MessagesRequest, anthropic.MessageEvent, _WORK, failure=anthropic.AnthropicError,
+    ),
+    _Operation(
+        "post", "/v1/messages/count_tokens", "Tokens of a conversation, by Anthropic's API.",
+        anthropic.TokenCount, anthropic.CountTokensRequest, None, _WORK, failure=anthropic.AnthropicError,
     ),
     _Operation(
         "post", "/v1/completions", "Continue a text.", answers.Completion,
@@ -75,7 +89,8 @@ def document() -> dict[str, Any]:
     """OpenAPI 3.1."""
     types: set[type] = {answers.ErrorAnswer}
     for each in _OPERATIONS:
-        types |= {kind for kind in (each.answer, each.body, each.chunk) if kind not in (None, str)}
+        kinds = (each.answer, each.body, each.chunk, each.failure)
+        types |= {kind for kind in kinds if kind not in (None, str)}
     ordered = sorted(types, key=lambda kind: kind.__name__)
     _, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
     paths: dict[str, Any] = {}
@@ -92,7 +107,10 @@ def document() -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": components,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
     }
 
@@ -102,20 +120,22 @@ def _operation(each: _Operation) -> dict[str, Any]:
     if each.answer is str:
         content = {_TEXT: {"schema": {"type": "string"}}}
     if each.chunk is not None:
-        events = f"With `stream`: events whose data is a {each.chunk.__name__}, then `data: [DONE]`."
+        events = f"With `stream`: events whose data is a {each.chunk.__name__}."
+        if each.chunk in (answers.ChatCompletionChunk, answers.Completion):
+            events += " The last one is `data: [DONE]`."
         content[_EVENTS] = {"schema": {"type": "string", "description": events}}
     responses = {"200": {"description": "The answer.", "content": content}}
     for status in each.errors if each.open else (401, *each.errors):
         responses[str(status)] = {
             "description": _REASONS[status],
-            "content": {_JSON: {"schema": _ref(answers.ErrorAnswer)}},
+            "content": {_JSON: {"schema": _ref(each.failure)}},
         }
     if each.path == "/ready":
         responses["503"] = {"description": "Not yet, or no longer.", "content": content}
     made: dict[str, Any] = {
         "operationId": each.path.strip("/").replace("/", "_").replace("{", "").replace("}", ""),
         "summary": each.summary,
-        "security": [] if each.open else [{}, {"key": []}],
+        "security": [] if each.open else [{}, {"key": []}, {"x-api-key": []}],
         "responses": responses,
     }
     if each.body is not None:

@@ -54,15 +54,20 @@ Prompts = Annotated[str | list[str | TokenId | list[TokenId]], Meta(extra_json_s
 # What OpenAI's API has and this server does not: what to do instead, and values that ask for nothing.
 UNSUPPORTED: Final[dict[str, tuple[str, tuple[Any, ...]]]] = {
     "audio": ("this server answers in text", ()),
+    "background": ("answers are not made in the background; stream them", (False,)),
     "best_of": ("send 'n' and choose", (1,)),
+    "conversation": ("this server stores no answers: send the whole conversation", ()),
     "dimensions": ("embeddings have the size of the model's hidden state", ()),
     "functions": ("send 'tools' instead", ()),
     "function_call": ("send 'tool_choice' instead", ()),
+    "max_tool_calls": ("it limits built-in tools, of which this server has none", ()),
     "metadata": ("this server stores no answers", ({},)),
     "modalities": ("this server answers in text", (["text"],)),
     "moderation": ("this server does not moderate", ()),
     "prediction": ("predicted outputs are not known here", ()),
+    "previous_response_id": ("this server stores no answers: send the whole conversation as 'input'", ()),
     "suffix": ("the models that this server runs continue a text and don't fill gaps", ("",)),
+    "truncation": ("nothing is left out of a conversation", ("disabled",)),
     "verbosity": ("say so in a message", ("medium",)),
     "web_search_options": ("this server does not search the web", ()),
 }

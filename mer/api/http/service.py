@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -92,8 +93,8 @@ class Service:
         return served
 
 
-async def body_as(kind: type[_T]) -> _T:
-    """The body of the request that is being handled. Raises ApiError."""
+async def body_as(kind: type[_T], amend: Callable[[bytes], bytes] = bytes) -> _T:
+    """The body of the request that is being handled, after `amend`. Raises ApiError."""
     given = request.mimetype
     if given != "application/json":
         raise ApiError(
@@ -104,7 +105,7 @@ async def body_as(kind: type[_T]) -> _T:
         )
     data = await request.get_data(cache=False, as_text=False)
     assert isinstance(data, bytes)
-    return decode(data, kind)
+    return decode(amend(data), kind)
 
 
 def json_response(value: Any, status: int = 200) -> Response:

@@ -87,7 +87,7 @@ def _whole(text: str) -> tuple[str, str] | None:
     """Name and arguments of a call whose keys come in another order, or with others; None: it is no call."""
     try:
         call = json.loads(text, strict=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if isinstance(call, dict) and isinstance(call.get("function"), dict):
         call = call["function"]

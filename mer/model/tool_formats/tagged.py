@@ -224,7 +224,7 @@ def _typed(text: str, types: set[str]) -> str:
     bare = _PYTHON.get(bare, bare)
     try:
         value = json.loads(bare, strict=False)
-    except ValueError:
+    except (ValueError, RecursionError):
         return _dumps(text)
     kind = _TYPES.get(type(value), "null")
     if not types or kind in types or (kind == "integer" and "number" in types):
