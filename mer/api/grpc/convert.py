@@ -131,6 +131,8 @@ def conversation(request: pb.ChatRequest | pb.TokenizeRequest, params: SamplingP
     )
     if isinstance(request, pb.TokenizeRequest):
         return made
+    if request.HasField("parallel_tool_calls"):
+        made = attrs.evolve(made, several=request.parallel_tool_calls)
     choice = request.tool_choice
     if choice.WhichOneof("choice") == "name":
         return attrs.evolve(made, tool_choice="required", tool_name=choice.name)

@@ -132,12 +132,12 @@ class Inference:
         if self._settings.log_prompts:
             call.log["messages"] = conversation.messages
         seed, tokenizer = params.seed or 0, self._engine.tokenizer
-        async with aclosing(conversations.chat(self._engine, conversation, idle=_NEVER)) as batches:
+        prepared = await conversations.prepare(self._engine, conversation)
+        async with aclosing(prepared.answers(self._engine, idle=_NEVER)) as batches:
             async for batch in batches:
                 for event in batch:
                     if event.delta.prompt_logprobs is not None:
-                        prompt = await conversations.chat_tokens(self._engine, conversation)
-                        for piece in self._of_prompt(prompt, event.delta.prompt_logprobs):
+                        for piece in self._of_prompt(prepared.prompt, event.delta.prompt_logprobs):
                             await write(pb.ChatResponse(prompt_logprobs=piece))
                     await write(convert.chatted(event, seed, tokenizer))
                     call.used(event.delta.usage)
