@@ -209,7 +209,7 @@ class ToolMessage(Body, tag_field="role", tag="tool"):
 Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
 
 
-class Function(Body):
+class Function(Body, omit_defaults=True):  # what was not given must not show in the prompt as null
     name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_.:-]{1,128}$")]
     description: str | None = None
     parameters: JsonObject | None = None
