@@ -129,7 +129,7 @@ def _print_model(
     table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    kind = "expert store" if checkpoint.kind == "store" else "Hugging Face safetensors"
+    kind = {"store": "expert store", "gguf": "GGUF", "hf": "Hugging Face safetensors"}[checkpoint.kind]
     n_experts = spec.n_moe_layers * spec.router.n_experts
     n_files = len(checkpoint.files)
     for name, value in (

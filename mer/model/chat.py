@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from mer.errors import CheckpointError, RequestError
-from mer.model.settings import read_optional, read_text
+from mer.model.settings import Folder, Text, read_optional, read_text
 
 # Templates come with the weights, from strangers. One rendering may take this many turns of loops, and make
 # no string or list longer than this by arithmetic.
@@ -35,7 +35,7 @@ class ChatTemplate:
     """The template(s) of one model, in the environment that transformers gives them, sandboxed."""
 
     @classmethod
-    def open(cls, path: Path, config: Mapping[str, Any], special: Mapping[str, str]) -> ChatTemplate | None:
+    def open(cls, path: Folder, config: Mapping[str, Any], special: Mapping[str, str]) -> ChatTemplate | None:
         """The template of the model in directory `path`; None when it has none.
 
         chat_template.jinja goes before tokenizer_config.json (`config`), that before chat_template.json.
@@ -53,7 +53,7 @@ class ChatTemplate:
                 return cls(file, _by_name(file, template), special)
         return None
 
-    def __init__(self, file: Path, templates: Mapping[str, str], special: Mapping[str, str]) -> None:
+    def __init__(self, file: Path | Text, templates: Mapping[str, str], special: Mapping[str, str]) -> None:
         """templates: source by name; 'tool_use' is taken when there are tools, else 'default'.
 
         `source`: the text of all of them.
@@ -117,7 +117,7 @@ class ChatTemplate:
             _steps.reset(token)
 
 
-def _by_name(file: Path, given: Any) -> dict[str, str]:
+def _by_name(file: Path | Text, given: Any) -> dict[str, str]:
     if isinstance(given, str):
         return {"default": given}
     if isinstance(given, list) and all(

@@ -111,8 +111,7 @@ def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Sourc
         elif name == "kv_up":
             target.update(_split_kv_up(spec, info, data))
         else:
-            rows, cols = info.shape
-            target[name] = Matrix(data.reshape(rows, -1), info.format.id, cols)
+            target[name] = Matrix(data.reshape(info.rows, -1), info.format.id, info.cols)
     embedding = model.pop("embedding")
     model.setdefault("head", embedding)
     return DenseWeights(model, layers, embedding)

@@ -12,7 +12,42 @@ from mer.errors import CheckpointError
 from mer.weights.checkpoint import parse_object
 
 
-def read_optional(path: Path) -> dict[str, Any]:
+class Text:
+    """A file of such a `Texts`: what is needed of a Path."""
+
+    def __init__(self, origin: Path, name: str, text: str | None) -> None:
+        self._origin = origin
+        self._name = name
+        self._text = text
+
+    def __str__(self) -> str:
+        return f"{self._origin} ({self._name})"
+
+    def exists(self) -> bool:
+        return self._text is not None
+
+    def read_text(self, encoding: str) -> str:
+        """Raises FileNotFoundError."""
+        if self._text is None:
+            raise FileNotFoundError(str(self))
+        return self._text
+
+
+class Texts:
+    """A directory that is none: what `origin`, one file, says, as files by name."""
+
+    def __init__(self, origin: Path, texts: Mapping[str, str]) -> None:
+        self._origin = origin
+        self.texts = texts
+
+    def __truediv__(self, name: str) -> Text:
+        return Text(self._origin, name, self.texts.get(name))
+
+
+Folder = Path | Texts
+
+
+def read_optional(path: Path | Text) -> dict[str, Any]:
     """The JSON object in `path`; empty when there is no such file. Raises CheckpointError."""
     text = read_text(path)
     if text is None:
@@ -20,11 +55,11 @@ def read_optional(path: Path) -> dict[str, Any]:
     return parse_object(path, text)
 
 
-def read_text(path: Path) -> str | None:
+def read_text(path: Path | Text) -> str | None:
     """The text in `path`, UTF-8; None when there is no such file. Raises CheckpointError."""
     try:
         return path.read_text("utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
@@ -32,7 +67,7 @@ def read_text(path: Path) -> str | None:
         raise CheckpointError(f"{path}: is not UTF-8 text: {error}; fetch it again") from error
 
 
-def special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def special_tokens(path: Folder, config: Mapping[str, Any]) -> dict[str, str]:
     """Named special tokens ('bos_token', ...) of the model in directory `path`.
 
     config: its tokenizer_config.json. Where that lists no tokens, special_tokens_map.json counts as well,
@@ -46,14 +81,15 @@ def special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def added_tokens(
-    path: Path, config: Mapping[str, Any], special: Mapping[str, str]
+    path: Folder, config: Mapping[str, Any], special: Mapping[str, str]
 ) -> list[tuple[int, AddedToken]]:
     """Tokens added to the vocabulary, by id: tokenizer_config.json's, else added_tokens.json's.
 
     special: named special tokens; the older file does not say which are special. Raises CheckpointError.
     """
     if "added_tokens_decoder" in config:
-        file, entries = path / "tokenizer_config.json", config["added_tokens_decoder"]
+        file: Path | Text = path / "tokenizer_config.json"
+        entries = config["added_tokens_decoder"]
     else:
         file = path / "added_tokens.json"
         named = set(special.values())
@@ -71,7 +107,7 @@ def added_tokens(
         ) from error
 
 
-def eos_ids(path: Path, config: Mapping[str, Any]) -> frozenset[int] | None:
+def eos_ids(path: Folder, config: Mapping[str, Any]) -> frozenset[int] | None:
     """Tokens that end an answer, from the first of generation_config.json and config.json that names any.
 
     config: the model's config.json. None when neither does. Raises CheckpointError.

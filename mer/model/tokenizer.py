@@ -11,10 +11,11 @@ import tokenizers
 from tokenizers import AddedToken
 
 from mer.errors import CheckpointError, RequestError
-from mer.model import sentencepiece
+from mer.model import gguf_tokenizer, sentencepiece
 from mer.model.chat import ChatTemplate
 from mer.model.detokenizer import Detokenizer, Vocabulary, stages
-from mer.model.settings import added_tokens, eos_ids, read_optional, special_tokens
+from mer.model.settings import Folder, added_tokens, eos_ids, read_optional, special_tokens
+from mer.weights.gguf_checkpoint import is_gguf
 
 # Characters of a text from which on it is encoded as a batch: that does not hold the interpreter's lock.
 _LONG: Final = 2000
@@ -36,22 +37,30 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: Path) -> Tokenizer | None:
-        """From tokenizer.json, else SentencePiece's tokenizer.model; None when there is neither.
+        """From a GGUF file, tokenizer.json, or SentencePiece's tokenizer.model; None when there is none.
 
         Raises CheckpointError for a damaged file, ConfigError when the sentencepiece package is missing.
         """
-        config = read_optional(path / "tokenizer_config.json")
+        if is_gguf(path):
+            files = gguf_tokenizer.open_files(path)
+            return None if files is None else cls._from_json(files)
         if (path / "tokenizer.json").exists():
-            special = special_tokens(path, config)
-            return cls(path, config, special, JsonVocabulary(path, config, special))
+            return cls._from_json(path)
+        config = read_optional(path / "tokenizer_config.json")
         if (path / "tokenizer.model").exists():
             special = special_tokens(path, config)
             vocabulary = sentencepiece.SentencePieceVocabulary(path, config, special)
             return cls(path, config, vocabulary.special_tokens, vocabulary)
         return None
 
+    @classmethod
+    def _from_json(cls, path: Folder) -> Tokenizer:
+        config = read_optional(path / "tokenizer_config.json")
+        special = special_tokens(path, config)
+        return cls(path, config, special, JsonVocabulary(path, config, special))
+
     def __init__(
-        self, path: Path, config: Mapping[str, Any], special: Mapping[str, str], vocabulary: Vocabulary
+        self, path: Folder, config: Mapping[str, Any], special: Mapping[str, str], vocabulary: Vocabulary
     ) -> None:
         self._vocabulary = vocabulary
         self._stages = stages(vocabulary.decoder)
@@ -140,10 +149,10 @@ class Tokenizer:
 class JsonVocabulary:
     """tokenizer.json, run by the `tokenizers` package."""
 
-    def __init__(self, path: Path, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
+    def __init__(self, path: Folder, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
         file = path / "tokenizer.json"
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            self._tokenizer = tokenizers.Tokenizer.from_str(file.read_text("utf-8"))
         except Exception as error:  # the package raises bare Exception, too
             raise CheckpointError(f"{file}: can't be read as a tokenizer: {error}; fetch it again") from error
         # What the file says about batches for training is nothing to a prompt.
@@ -181,7 +190,7 @@ class JsonVocabulary:
 
 
 def _eos_ids(
-    path: Path, config: Mapping[str, Any], special: Mapping[str, str], vocabulary: Vocabulary
+    path: Folder, config: Mapping[str, Any], special: Mapping[str, str], vocabulary: Vocabulary
 ) -> frozenset[int]:
     ids = eos_ids(path, config)
     if ids is not None:

@@ -1,4 +1,4 @@
-"""Opening a checkpoint: a Hugging Face directory of safetensors, or an expert store."""
+"""Opening a checkpoint: a Hugging Face directory of safetensors, a GGUF file, or an expert store."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mer.errors import CheckpointError, UnsupportedModelError
 from mer.weights import expert_store
 from mer.weights.extents import Scales
 from mer.weights.formats import F8_E4M3
+from mer.weights.gguf_checkpoint import is_gguf, open_gguf
 from mer.weights.safetensors import RawTensor, read_header
 from mer.weights.tensors import Checkpoint, TensorInfo, format_of_dtype
 
@@ -25,12 +26,14 @@ _FP8_BLOCK: Final = (128, 128)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open the directory `path` and check every header; reads no weights.
+    """Open the model at `path`, a directory or a GGUF file, and check every header; reads no weights.
 
     Raises CheckpointError, naming file and tensor, for what is missing or damaged, UnsupportedModelError for
     what `mer` can't read.
     """
     path = Path(path)
+    if is_gguf(path) and path.exists():
+        return open_gguf(path)
     _check_directory(path)
     config = read_config(path)
     if expert_store.is_store(path):
@@ -86,7 +89,7 @@ def _check_directory(path: Path) -> None:
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path} is one file of a model; name its directory: {path.parent}")
     raise UnsupportedModelError(
-        f"{path} is no directory; name the directory with config.json and *.safetensors"
+        f"{path} is no model; name a GGUF file, or the directory with config.json and *.safetensors"
     )
 
 
@@ -100,7 +103,7 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
     return parse_object(path, data)
 
 
-def parse_object(path: Path, data: bytes | str) -> dict[str, Any]:
+def parse_object(path: object, data: bytes | str) -> dict[str, Any]:
     """The JSON object that `data`, from `path`, holds. Raises CheckpointError."""
     try:
         value = json.loads(data)

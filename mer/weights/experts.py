@@ -18,8 +18,8 @@ from mer.weights.formats import MXFP4, Format
 from mer.weights.tensors import Checkpoint, TensorInfo
 
 __all__ = [
-    "ExpertExtents", "Matrix", "MoeLayerSource", "Piece", "fused", "per_expert", "split_blocks", "stored",
-    "transposed",
+    "ExpertExtents", "Matrix", "MoeLayerSource", "Piece", "fused", "per_expert", "split_blocks", "stacked",
+    "stored", "transposed",
 ]  # fmt: skip
 
 
@@ -95,6 +95,24 @@ def split_blocks(checkpoint: Checkpoint, gate_up: str, down: str, expert: int) -
     return ExpertExtents(
         pieces, matrix(0, inter, h, 0, 2), matrix(0, inter, h, 1, 2), matrix(2, h, inter, 0, 1)
     )
+
+
+def stacked(checkpoint: Checkpoint, gate: str, up: str, down: str, expert: int) -> ExpertExtents:
+    """Expert number `expert` of three tensors of all experts: [E, I, H], [E, I, H] and [E, H, I].
+
+    Raises CheckpointError.
+    """
+    infos = [_matrix(checkpoint, name, 3) for name in (gate, up, down)]
+    n, i, h = infos[0].shape
+    for info, wanted in zip(infos, ((n, i, h), (n, i, h), (n, h, i)), strict=True):
+        if info.shape != wanted:
+            raise _mismatch(checkpoint, info, wanted, infos[0])
+    parts = []
+    for info in infos:
+        _, rows, cols = info.shape
+        offset = info.offset + expert * rows * info.format.row_bytes(cols)
+        parts.append((info.file, offset, info.format, rows, cols, None))
+    return _extents(parts)
 
 
 def stored(checkpoint: Checkpoint, layer: int, expert: int) -> ExpertExtents:

@@ -77,12 +77,13 @@ class StoredExpert:
 class Checkpoint:
     """An opened checkpoint; no weights are in memory. config: config.json. tensors: by name.
 
-    kind: 'hf', or 'store' for the output of `mer convert`, whose experts are then in `experts`, by
-    (layer, expert). checksums: of a store's dense tensors.
+    kind: 'hf'; 'gguf' (config and tensors under Hugging Face's names all the same); or 'store' for the output
+    of `mer convert`, whose experts are then in `experts`, by (layer, expert). checksums: of a store's dense
+    tensors.
     """
 
     path: Path
-    kind: Literal["hf", "store"]
+    kind: Literal["hf", "gguf", "store"]
     config: dict[str, Any]
     files: list[Path]
     tensors: Mapping[str, TensorInfo]

@@ -13,16 +13,17 @@ class Config:
     """config.json of the checkpoint at `path`. Methods raise CheckpointError naming file and key."""
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self._path = path
+        # What a GGUF file says comes under config.json's names.
+        self._place = f"{path} (its metadata)" if path.suffix == ".gguf" else f"{path}/config.json"
         self._values = values
 
     def wrong(self, text: str) -> CheckpointError:
         """The error to raise when the values contradict each other or the tensors."""
-        return CheckpointError(f"{self._path}/config.json: {text}")
+        return CheckpointError(f"{self._place}: {text}")
 
     def unsupported(self, text: str) -> UnsupportedModelError:
         """The error to raise for what this file asks for and `mer` can't do."""
-        return UnsupportedModelError(f"{self._path}/config.json: {text}")
+        return UnsupportedModelError(f"{self._place}: {text}")
 
     def get(self, *names: str) -> Any:
         """Value of the first of these keys that is there and not null, else None."""

@@ -61,7 +61,12 @@ def _take_attention(tensors: Tensors, i: int, hidden: int, a: LatentAttentionSpe
         tensors.take_linear(f"{i}.q", f"{name}.q_b_proj", q_rows, q_cols)
     tensors.take_linear(f"{i}.latent", f"{name}.kv_a_proj_with_mqa", a.latent_dim, hidden, bias=bias)
     tensors.take(f"{i}.latent_norm", f"{name}.kv_a_layernorm.weight", a.kv_rank)
-    tensors.take_linear(f"{i}.kv_up", f"{name}.kv_b_proj", a.n_heads * (a.nope_dim + a.value_dim), a.kv_rank)
+    if tensors.has(f"{name}.k_b_proj.weight"):  # a GGUF has them apart, keys transposed
+        tensors.take(f"{i}.k_up", f"{name}.k_b_proj.weight", a.n_heads, a.kv_rank, a.nope_dim)
+        tensors.take(f"{i}.v_up", f"{name}.v_b_proj.weight", a.n_heads, a.value_dim, a.kv_rank)
+    else:
+        rows = a.n_heads * (a.nope_dim + a.value_dim)
+        tensors.take_linear(f"{i}.kv_up", f"{name}.kv_b_proj", rows, a.kv_rank)
     tensors.take_linear(f"{i}.o", f"{name}.o_proj", hidden, a.n_heads * a.value_dim, bias=bias)
 
 

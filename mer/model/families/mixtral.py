@@ -41,7 +41,7 @@ def read(config: Config, tensors: Tensors) -> ModelSpec:
         norm_eps=config.number("rms_norm_eps", default=1e-5),
         max_positions=rope.max_positions,
         attention=attention,
-        rope=rope.spec(attention.head_dim),
+        rope=rope.spec(attention.head_dim, interleaved=config.flag("rope_interleave", False)),
         layers=common.number_layers(config, [True] * n_layers, [window] * n_layers),
         router=router,
         moe_inter=inter,

@@ -14,9 +14,11 @@ from mer.weights.experts import (
     fused,
     per_expert,
     split_blocks,
+    stacked,
     stored,
     transposed,
 )
+from mer.weights.formats import FORMATS
 
 
 @frozen
@@ -29,6 +31,9 @@ class ExpertNames:
     # Also as two tensors of all experts: [experts, 2 inter, hidden] and [experts, hidden, inter].
     fused_gate_up: str = "mlp.experts.gate_up_proj"
     fused_down: str = "mlp.experts.down_proj"
+    # With that for down, also each by itself: [experts, inter, hidden].
+    stacked_gate: str = "mlp.experts.gate_proj"
+    stacked_up: str = "mlp.experts.up_proj"
 
 
 class Tensors:
@@ -72,6 +77,12 @@ class Tensors:
             self._check(gate_up, (n_experts, 2 * inter, hidden))
             self._check(down, (n_experts, hidden, inter))
             extents = [fused(self._checkpoint, gate_up, down, e) for e in range(n_experts)]
+        elif prefix + names.stacked_gate in self._infos:
+            triple = [prefix + each for each in (names.stacked_gate, names.stacked_up, names.fused_down)]
+            for name, shape in zip(triple, wanted, strict=True):
+                self._check(name, (n_experts, *shape))
+            gate, up, down = triple
+            extents = [stacked(self._checkpoint, gate, up, down, e) for e in range(n_experts)]
         else:
             extents = []
             for e in range(n_experts):
@@ -124,7 +135,10 @@ class Tensors:
                 f"by config.json it must be {list(shape)}"
             )
         if info.weights is None and info.dtype != codes:
+            known = "BF16, F16, F32 or FP8"
+            if self._checkpoint.kind == "gguf":
+                known = ", ".join(each.name.upper() for each in FORMATS)
             raise UnsupportedModelError(
                 f"{self._checkpoint.files[info.file]}: tensor {name} has dtype {info.dtype}, which "
-                "holds no weights that mer reads; take a checkpoint in BF16, F16, F32 or FP8"
+                f"holds no weights that mer multiplies; take a file in {known}"
             )

@@ -1,0 +1,253 @@
+"""The tokenizer of a GGUF file, written as the files that Hugging Face has for the same tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from mer.errors import CheckpointError, UnsupportedModelError
+from mer.model.settings import Texts
+from mer.weights.gguf import Metadata, read_gguf
+from mer.weights.gguf_checkpoint import first_part
+
+# tokenizer.ggml.token_type.
+_CONTROL, _USER = 3, 4
+
+_CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST_SLASH: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_UPPER: Final = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER: Final = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LLAMA3: Final = [_CONTRACTIONS + "|" + _WORD + r"|\p{N}{1,3}" + _REST]
+_QWEN2: Final = [_CONTRACTIONS + "|" + _WORD + r"|\p{N}" + _REST]
+
+
+def _cased(ending: str, digits: str) -> list[str]:
+    start = r"[^\r\n\p{L}\p{N}]?"
+    return [
+        f"{start}{_UPPER}*{_LOWER}+{ending}|{start}{_UPPER}+{_LOWER}*{ending}|{digits}{_REST_SLASH}",
+    ]
+
+
+# How a text is cut before pairs are merged, by tokenizer.ggml.pre: patterns applied one after the other; None
+# stands for GPT-2's, which the byte-level step brings.
+_CUTS: Final[dict[str, list[str] | None]] = {
+    "default": None,
+    "gpt-2": None,
+    "olmo": None,
+    "smollm": [r"\p{N}"],
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "glm4": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "gpt-4o": _cased(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"),
+    "tekken": _cased("", r"\p{N}"),
+    "deepseek-v3": [
+        r"\p{N}{1,3}",
+        r"[一-龥぀-ゟ゠-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ],
+}
+# Besides the cuts, these split by GPT-2's pattern as well.
+_ALSO_GPT2: Final = {"smollm"}
+_NFC: Final = {"qwen2", "deepseek-r1-qwen"}
+_WHOLE_WORDS_FIRST: Final = {"llama-bpe", "llama3", "llama-v3", "tekken"}
+_BEGINS: Final = {"llama-bpe", "llama3", "llama-v3", "tekken"}
+
+# Control tokens that end an answer, also where the file names only one of several.
+_ENDS: Final = {
+    "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>",
+    "<|return|>", "<|call|>", "<|user|>", "</s>", "<｜end▁of▁sentence｜>",
+}  # fmt: skip
+
+
+def open_files(path: Path) -> Texts | None:
+    """What Hugging Face's directory of the GGUF model at `path` would say; None when it has no tokenizer.
+
+    Raises CheckpointError for what is damaged, UnsupportedModelError for a kind that `mer` does not know.
+    """
+    path = first_part(path)
+    metadata = read_gguf(path).metadata
+    model = metadata.get("tokenizer.ggml.model", "none")
+    if model == "none":
+        return None
+    if model not in ("gpt2", "llama"):
+        raise UnsupportedModelError(
+            f"{path}: tokenizer.ggml.model is {model!r}; gpt2 (byte-level BPE) and llama "
+            "(SentencePiece's BPE) are supported"
+        )
+    tokens = _list(metadata, "tokens", str)
+    kinds = _list(metadata, "token_type", int) if "tokenizer.ggml.token_type" in metadata else []
+    kinds += [1] * (len(tokens) - len(kinds))
+    make = _byte_level if model == "gpt2" else _sentencepiece
+    tokenizer = make(metadata, tokens)
+    tokenizer |= {
+        "version": "1.0",
+        "added_tokens": [
+            _added(id, tokens[id], kind == _CONTROL)
+            for id, kind in enumerate(kinds)
+            if kind in (_CONTROL, _USER)
+        ],
+    }
+    begin = _opening(metadata, tokens, default=model == "llama" or _pre(metadata) in _BEGINS)
+    if begin is not None:
+        tokenizer["post_processor"] = begin
+    settings = {f"{name}_token": token for name in _NAMED if (token := _named(metadata, tokens, name))}
+    if "tokenizer.chat_template" in metadata:
+        settings["chat_template"] = metadata["tokenizer.chat_template"]
+    ends = {id for id, kind in enumerate(kinds) if kind == _CONTROL and tokens[id] in _ENDS}
+    for name in ("eos", "eot", "eom"):
+        id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if id is not None:
+            ends.add(id)
+    return Texts(
+        path,
+        {
+            "tokenizer.json": json.dumps(tokenizer),
+            "tokenizer_config.json": json.dumps(settings),
+            "generation_config.json": json.dumps({"eos_token_id": sorted(ends)}),
+        },
+    )
+
+
+_NAMED: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+
+def _list(metadata: Metadata, name: str, kind: type) -> list[Any]:
+    key = f"tokenizer.ggml.{name}"
+    value = metadata.get(key)
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise CheckpointError(
+            f"{metadata.path}: {key} must be a list of {kind.__name__}; fetch the file again"
+        )
+    return value
+
+
+def _named(metadata: Metadata, tokens: list[str], name: str) -> str | None:
+    id = metadata.get(f"tokenizer.ggml.{_NAMED[name]}_token_id")
+    if id is None:
+        return None
+    if type(id) is not int or not 0 <= id < len(tokens):
+        key = f"tokenizer.ggml.{_NAMED[name]}_token_id"
+        raise CheckpointError(
+            f"{metadata.path}: {key} is {id!r}, there are {len(tokens)} tokens; fetch the file again"
+        )
+    return tokens[id]
+
+
+def _pre(metadata: Metadata) -> str:
+    return str(metadata.get("tokenizer.ggml.pre", "default"))
+
+
+def _added(id: int, content: str, special: bool) -> dict[str, Any]:
+    return {
+        "id": id,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": special,
+    }
+
+
+def _opening(metadata: Metadata, tokens: list[str], default: bool) -> dict[str, Any] | None:
+    """The step that puts what begins and ends every text around it; None when nothing does."""
+    bos, eos = _named(metadata, tokens, "bos"), _named(metadata, tokens, "eos")
+    first = bos if metadata.get("tokenizer.ggml.add_bos_token", default) else None
+    last = eos if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    used = [token for token in (first, last) if token is not None]
+    if not used:
+        return None
+    text: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
+    if first is not None:
+        text.insert(0, {"SpecialToken": {"id": first, "type_id": 0}})
+    if last is not None:
+        text.append({"SpecialToken": {"id": last, "type_id": 0}})
+    return {
+        "type": "TemplateProcessing",
+        "single": text,
+        "pair": [*text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            token: {"id": token, "ids": [tokens.index(token)], "tokens": [token]} for token in used
+        },
+    }
+
+
+def _byte_level(metadata: Metadata, tokens: list[str]) -> dict[str, Any]:
+    pre = _pre(metadata)
+    if pre not in _CUTS:
+        raise UnsupportedModelError(
+            f"{metadata.path}: tokenizer.ggml.pre is {pre!r}; known are {', '.join(sorted(_CUTS))}"
+        )
+    cuts = _CUTS[pre]
+    steps: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
+        for cut in cuts or []
+    ]
+    bytes_step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    steps.append(bytes_step | {"use_regex": cuts is None or pre in _ALSO_GPT2})
+    return {
+        "normalizer": {"type": "NFC"} if pre in _NFC else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "decoder": bytes_step | {"use_regex": False},
+        "model": {
+            "type": "BPE",
+            "vocab": _ids(metadata, tokens),
+            "merges": _list(metadata, "merges", str),
+            "ignore_merges": pre in _WHOLE_WORDS_FIRST,
+        },
+    }
+
+
+def _sentencepiece(metadata: Metadata, tokens: list[str]) -> dict[str, Any]:
+    scores = _list(metadata, "scores", float)
+    ids = _ids(metadata, tokens)
+    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    after: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        steps.insert(0, {"type": "Prepend", "prepend": "▁"})
+        after.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "decoder": {"type": "Sequence", "decoders": after},
+        "model": {
+            "type": "BPE",
+            "vocab": ids,
+            "merges": _merges(tokens, scores, ids),
+            "unk_token": _named(metadata, tokens, "unk"),
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+    }
+
+
+def _ids(metadata: Metadata, tokens: list[str]) -> dict[str, int]:
+    ids = {token: id for id, token in enumerate(tokens)}
+    if len(ids) < len(tokens):
+        twice = next(token for id, token in enumerate(tokens) if ids[token] != id)
+        raise CheckpointError(f"{metadata.path}: the token {twice!r} is there twice; fetch the file again")
+    return ids
+
+
+def _merges(tokens: list[str], scores: list[float], ids: dict[str, int]) -> list[list[str]]:
+    """Pairs in the order in which SentencePiece joins them: the best whole first."""
+    found: list[tuple[float, int, int, str, str]] = []
+    for token, score in zip(tokens, scores, strict=False):
+        pairs = [(token[:at], token[at:]) for at in range(1, len(token))]
+        known = [(left, right) for left, right in pairs if left in ids and right in ids]
+        found += [
+            (score, len(left), len(right), left, right)
+            for left, right in sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        ]
+    found.sort(key=lambda each: each[:3], reverse=True)
+    return [[left, right] for *_, left, right in found]

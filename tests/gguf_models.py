@@ -1,0 +1,119 @@
+"""GGUF files of small models, written by the gguf package from what transformers wrote."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+
+ARCHITECTURES = {
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "olmoe": gguf.MODEL_ARCH.OLMOE,
+    "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
+}
+
+
+def write_gguf(model: torch.nn.Module, path: Path, *, experts="f32", dense="f32", shards=0, **more) -> Path:
+    """The model in a GGUF file, as llama.cpp's converter lays it out; returns its (first) file.
+
+    shards: most tensors of a part, 0: one part. more: `tokenizer`, a function that adds to the writer.
+    """
+    family, config = model.config.model_type, model.config.to_dict()
+    arch = ARCHITECTURES[family]
+    writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], split_max_tensors=shards)
+    _metadata(writer, family, config)
+    more.get("tokenizer", lambda writer: writer.add_tokenizer_model("none"))(writer)
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    for name, tensor in _tensors(model, family, config):
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        values = tensor.detach().float().numpy()
+        form = experts if "_exps" in found else dense
+        if values.ndim == 1 or "ffn_gate_inp" in found:
+            form = "f32"
+        kind = GGMLQuantizationType[form.upper()]
+        writer.add_tensor(found, gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(path.parent.glob(f"{path.stem}*.gguf"))[0]
+
+
+def _metadata(w: GGUFWriter, family: str, config: dict) -> None:
+    rope = config["rope_parameters"]
+    w.add_block_count(config["num_hidden_layers"])
+    w.add_context_length(config["max_position_embeddings"])
+    w.add_embedding_length(config["hidden_size"])
+    w.add_feed_forward_length(config["intermediate_size"])
+    w.add_head_count(config["num_attention_heads"])
+    w.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    w.add_rope_freq_base(rope["rope_theta"])
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    w.add_expert_count(next(config[name] for name in counts if config.get(name)))
+    w.add_expert_used_count(config["num_experts_per_tok"])
+    if "factor" in rope:
+        w.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        w.add_rope_scaling_factor(rope["factor"])
+        w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if "mscale_all_dim" in rope:
+            w.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+    if config.get("moe_intermediate_size"):
+        w.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if family == "qwen2_moe":
+        w.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if config.get("clip_qkv"):
+        w.add_clamp_kqv(config["clip_qkv"])
+    if family != "deepseek_v3":
+        head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        w.add_head_count_kv(config["num_key_value_heads"])
+        w.add_key_length(head)
+        w.add_value_length(head)
+        w.add_rope_dimension_count(head)
+        return
+    rank, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    w.add_head_count_kv(1)
+    w.add_key_length(rank + turned)
+    w.add_value_length(rank)
+    w.add_key_length_mla(config["qk_nope_head_dim"] + turned)
+    w.add_value_length_mla(config["v_head_dim"])
+    if config["q_lora_rank"]:
+        w.add_q_lora_rank(config["q_lora_rank"])
+    w.add_kv_lora_rank(rank)
+    w.add_rope_dimension_count(turned)
+    w.add_leading_dense_block_count(config["first_k_dense_replace"])
+    w.add_expert_shared_count(config["n_shared_experts"])
+    w.add_expert_weights_scale(config["routed_scaling_factor"])
+    w.add_expert_weights_norm(config["norm_topk_prob"])
+    w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    w.add_expert_group_count(config["n_group"])
+    w.add_expert_group_used_count(config["topk_group"])
+
+
+def _tensors(model: torch.nn.Module, family: str, config: dict):
+    """(Hugging Face's name, values), in the order and form that llama.cpp expects."""
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config["tie_word_embeddings"]:
+            continue
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)
+            yield name.replace("gate_up_proj", "gate_proj.weight"), gate
+            yield name.replace("gate_up_proj", "up_proj.weight"), up
+        elif name.endswith("experts.down_proj"):
+            yield f"{name}.weight", tensor
+        elif family == "mixtral" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            # llama.cpp's Llama turns neighbours where Hugging Face's turns (i, i + dim/2).
+            half = config["hidden_size"] // config["num_attention_heads"] // 2
+            yield name, tensor.reshape(-1, 2, half, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+        elif name.endswith("kv_b_proj.weight"):
+            nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
+            both = tensor.reshape(-1, nope + value, tensor.shape[1])
+            yield name.replace("kv_b_proj", "k_b_proj"), both[:, :nope].swapaxes(1, 2)
+            yield name.replace("kv_b_proj", "v_b_proj"), both[:, nope:]
+        elif name.endswith("shared_expert_gate.weight"):
+            yield name, tensor[0]
+        else:
+            yield name.replace("e_score_correction_bias", "e_score_correction.bias"), tensor
