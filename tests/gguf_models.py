@@ -13,6 +13,7 @@ ARCHITECTURES = {
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
     "olmoe": gguf.MODEL_ARCH.OLMOE,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
+    "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
 }
 
 
@@ -30,6 +31,7 @@ def write_gguf(model: torch.nn.Module, path: Path, *, experts="f32", dense="f32"
     for name, tensor in _tensors(model, family, config):
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
+        found += ".weight" if found.endswith("attn_sinks") else ""
         values = tensor.detach().float().numpy()
         form = experts if "_exps" in found else dense
         if values.ndim == 1 or "ffn_gate_inp" in found:
@@ -65,6 +67,9 @@ def _metadata(w: GGUFWriter, family: str, config: dict) -> None:
         w.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if family == "qwen2_moe":
         w.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    if family == "gpt_oss":
+        w.add_expert_feed_forward_length(config["intermediate_size"])
+        w.add_sliding_window(config["sliding_window"])
     if config.get("clip_qkv"):
         w.add_clamp_kqv(config["clip_qkv"])
     if family != "deepseek_v3":
@@ -98,7 +103,18 @@ def _tensors(model: torch.nn.Module, family: str, config: dict):
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
-        if name.endswith("experts.gate_up_proj"):
+        if family == "gpt_oss" and "experts.gate_up_proj" in name:
+            # Columns of gate and up alternate here, and matrices lie the other way.
+            bias = name.endswith("_bias")
+            for at, part in enumerate(("gate_proj", "up_proj")):
+                values = tensor[..., at::2]
+                place = name.removesuffix("_bias").replace("gate_up_proj", part)
+                yield f"{place}.{'bias' if bias else 'weight'}", values if bias else values.swapaxes(1, 2)
+        elif family == "gpt_oss" and "experts.down_proj" in name:
+            bias = name.endswith("_bias")
+            place = name.removesuffix("_bias")
+            yield f"{place}.{'bias' if bias else 'weight'}", tensor if bias else tensor.swapaxes(1, 2)
+        elif name.endswith("experts.gate_up_proj"):
             gate, up = tensor.chunk(2, dim=1)
             yield name.replace("gate_up_proj", "gate_proj.weight"), gate
             yield name.replace("gate_up_proj", "up_proj.weight"), up

@@ -21,6 +21,7 @@ _WHOLE: Final = {
 _LAYER: Final = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -146,6 +147,13 @@ def _name(path: Path, name: str, config: dict[str, Any]) -> str:
     layer, part, ending = match.groups()
     family = config["model_type"]
     prefix = f"model.layers.{layer}"
+    if family == "gpt_oss":
+        if part == "attn_sinks":
+            return f"{prefix}.self_attn.sinks"
+        if part == "ffn_gate_inp":
+            return f"{prefix}.mlp.router.{ending}"
+        if part in _STACKED and ending == "bias":
+            return f"{prefix}.{_STACKED[part]}_bias"
     if part in _LAYER:
         return f"{prefix}.{_LAYER[part]}.{ending}"
     if part in _STACKED and ending == "weight":

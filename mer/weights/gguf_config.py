@@ -30,9 +30,9 @@ class _Keys:
     def get(self, key: str, default: Any = None) -> Any:
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
-    def one(self, key: str) -> Any:
+    def one(self, key: str, default: Any = None) -> Any:
         """A value that may be given for each layer, but has to be the same in all of them."""
-        value = self[key]
+        value = self[key] if default is None else self.get(key, default)
         if not isinstance(value, list):
             return value
         if len(set(value)) != 1:
@@ -47,7 +47,9 @@ def _common(keys: _Keys) -> dict[str, Any]:
     head_dim = keys.get("attention.key_length")
     return {
         "hidden_size": keys["embedding_length"],
-        "intermediate_size": keys.one("feed_forward_length"),
+        "intermediate_size": None
+        if keys.get("feed_forward_length") is None
+        else keys.one("feed_forward_length"),
         "num_hidden_layers": keys["block_count"] - keys.get("nextn_predict_layers", 0),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.one("attention.head_count_kv"),
@@ -135,9 +137,19 @@ def _deepseek_v3(keys: _Keys) -> dict[str, Any]:
     return config
 
 
+def _gpt_oss(keys: _Keys) -> dict[str, Any]:
+    return {
+        "model_type": "gpt_oss",
+        "intermediate_size": keys["expert_feed_forward_length"],
+        "sliding_window": keys["attention.sliding_window"],
+        "rope_parameters": _rope(keys) | {"truncate": False},
+    }
+
+
 # By general.architecture.
 _ARCHITECTURES: Final[dict[str, Callable[[_Keys], dict[str, Any]]]] = {
     "deepseek2": _deepseek_v3,
+    "gpt-oss": _gpt_oss,
     "llama": _mixtral,
     "olmoe": _olmoe,
     "qwen2moe": _qwen2_moe,

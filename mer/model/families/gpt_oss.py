@@ -45,11 +45,15 @@ def read(config: Config, tensors: Tensors) -> ModelSpec:
         common.take_grouped_attention(tensors, i, hidden, attention, qkv_bias=bias, o_bias=bias)
         tensors.take(f"{i}.sinks", f"{name}.self_attn.sinks", attention.n_heads)
         tensors.take_linear(f"{i}.router", f"{name}.mlp.router", router.n_experts, hidden, bias=True)
-        tensors.take_interleaved_experts(i, router.n_experts, hidden, inter)
-        experts = f"{name}.mlp.experts"
-        n, biases = router.n_experts, (f"{i}.expert_gate_up_bias", f"{i}.expert_down_bias")
-        tensors.take(biases[0], f"{experts}.gate_up_proj_bias", n, 2 * inter)
-        tensors.take(biases[1], f"{experts}.down_proj_bias", n, hidden)
+        experts, n = f"{name}.mlp.experts", router.n_experts
+        tensors.take(f"{i}.expert_down_bias", f"{experts}.down_proj_bias", n, hidden)
+        if tensors.has(f"{experts}.gate_proj_bias"):  # as a GGUF has them
+            tensors.take(f"{i}.expert_gate_bias", f"{experts}.gate_proj_bias", n, inter)
+            tensors.take(f"{i}.expert_up_bias", f"{experts}.up_proj_bias", n, inter)
+            tensors.take_experts(i, common.MLP_EXPERTS, n, hidden, inter)
+        else:
+            tensors.take(f"{i}.expert_gate_up_bias", f"{experts}.gate_up_proj_bias", n, 2 * inter)
+            tensors.take_interleaved_experts(i, n, hidden, inter)
     return ModelSpec(
         family="gpt_oss",
         vocab=config.integer("vocab_size"),
