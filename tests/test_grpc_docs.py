@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from http_server import serving
+from node_packages import NODE, needs_node, node_modules
 
 from mer.api.grpc.errors import _KINDS
 from mer.v1 import inference_pb2 as pb
@@ -42,13 +43,11 @@ def test_it_begins_with_one():
     assert DOCS.index("```python") < DOCS.index("## ")
 
 
+@needs_node
 def test_program_for_node(port):
-    from test_grpc_node import NODE, NPM, node_modules
-
-    if NODE is None or NPM is None:
-        pytest.skip("Node is not installed")
     [program] = re.findall(r"```js\n(.*?)```", DOCS, re.DOTALL)
-    text = run([NODE, "-e", program.replace("50051", str(port))], NODE_PATH=str(node_modules()))
+    packages = node_modules(ROOT / "tests/grpc_node")
+    text = run([str(NODE), "-e", program.replace("50051", str(port))], NODE_PATH=str(packages))
     assert len(text.split()) > 20
 
 
