@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Literal
 
+import msgspec
 import openai
 import pytest
 from http_server import serving
 from pydantic import BaseModel
 from tool_models import PARAMETERS, write_tool_model
+
+from mer.api.http.anthropic import MessagesRequest
+from mer.api.http.responses_types import ResponsesRequest
 
 TOOLS = [
     {"type": "function", "name": name, "description": "d", "parameters": PARAMETERS, "strict": True}
@@ -139,7 +145,7 @@ def test_thoughts_are_an_item(tmp_path):
     model = write_tool_model(tmp_path / "small", "deepseek_r1")
     with serving(model, "--context", 2048) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        asked = {"temperature": 0, "max_output_tokens": 8, "reasoning": {"effort": "low"}}
+        asked = {"temperature": 0, "max_output_tokens": 8}
         whole = ask(client, **asked)
         (item,) = whole.output
         assert (item.type, item.summary) == ("reasoning", [])
@@ -172,6 +178,8 @@ def test_thoughts_are_an_item(tmp_path):
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"extra_body": {"surprise": 1}}, "surprise"),
         ({"input": "x" * 40000}, "input"),
+        ({"reasoning": {"effort": "low"}}, "reasoning.effort"),
+        ({"extra_body": {"chat_template_kwargs": {"x": 1}}}, "chat_template_kwargs.x"),
     ],
 )
 def test_refusals(client, more, param):
@@ -186,3 +194,11 @@ def test_refusals(client, more, param):
 def test_another_model_is_not_found(client):
     with pytest.raises(openai.NotFoundError):
         ask(client, model="other")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("Responses", ResponsesRequest), ("Messages", MessagesRequest)])
+def test_the_docs_name_every_parameter(name, kind):
+    text = (Path(__file__).parent.parent / "docs/http.md").read_text()
+    section = text.partition(f"## {name}\n")[2].partition("\n## ")[0]
+    told = {word.partition(".")[0].partition(":")[0] for word in re.findall(r"`([^`]+)`", section)}
+    assert {field.name for field in msgspec.structs.fields(kind)} <= told

@@ -206,6 +206,27 @@ async def chat_tokens(engine: Engine, request: ChatRequest) -> list[int]:
     return await off_loop(size, lambda: engine.chat_prompt(request.messages, **variables))
 
 
+def template_variables(engine: Engine, given: Mapping[str, Any] | None, effort: str | None) -> dict[str, Any]:
+    """What the chat template is told beside the messages. Raises RequestError for what it would ignore.
+
+    given: by name ("chat_template_kwargs"). effort: how much the model shall think ("reasoning_effort").
+    """
+    template = engine.tokenizer.chat_template if engine.tokenizer else None
+    source = template.source if template else ""
+    variables = dict(given or {})
+    for name in variables:
+        if name not in source:
+            where = f"chat_template_kwargs.{name}"
+            raise RequestError(f"{where}: this model's chat template does not use it", where)
+    if effort is None:
+        return variables
+    if "reasoning_effort" in source:
+        return variables | {"reasoning_effort": effort}
+    if "enable_thinking" in source:  # which knows no degrees
+        return variables | {"enable_thinking": effort not in ("none", "minimal")}
+    raise RequestError("reasoning_effort: this model's chat template knows no such thing", "reasoning_effort")
+
+
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages in OpenAI's shape as chat templates read them.
 

@@ -11,7 +11,7 @@ from msgspec import UNSET
 from quart import Blueprint, Response
 
 from mer.api import conversation
-from mer.api.conversation import ChatRequest, Event, template_messages
+from mer.api.conversation import ChatRequest, Event, template_messages, template_variables
 from mer.api.http import sse
 from mer.api.http.answers import (
     CalledFunction,
@@ -62,7 +62,8 @@ def blueprint(service: Service) -> Blueprint:
         model = service.check_model(body.model)
         engine, call = service.engine, current_call()
         try:
-            request = to_request(body, _variables(body, engine))
+            variables = template_variables(engine, body.chat_template_kwargs, body.reasoning_effort)
+            request = to_request(body, variables)
             if service.settings.log_prompts:
                 call.log["messages"] = request.messages
             events = conversation.chat(engine, request, idle=service.settings.keep_alive)
@@ -103,24 +104,6 @@ def to_request(body: ChatCompletionRequest, variables: Mapping[str, Any]) -> Cha
         several=body.parallel_tool_calls is not False,
         variables=variables,
     )
-
-
-def _variables(body: ChatCompletionRequest, engine: Engine) -> dict[str, Any]:
-    """What the chat template is told beside the messages. Raises ApiError for what it would ignore."""
-    template = engine.tokenizer.chat_template if engine.tokenizer else None
-    source = template.source if template else ""
-    variables = dict(body.chat_template_kwargs or {})
-    for name in variables:
-        if name not in source:
-            where = f"chat_template_kwargs.{name}"
-            raise invalid(f"{where}: this model's chat template does not use it", where)
-    if (effort := body.reasoning_effort) is None:
-        return variables
-    if "reasoning_effort" in source:
-        return variables | {"reasoning_effort": effort}
-    if "enable_thinking" in source:  # which knows no degrees
-        return variables | {"enable_thinking": effort not in ("none", "minimal")}
-    raise invalid("reasoning_effort: this model's chat template knows no such thing", "reasoning_effort")
 
 
 def _structure(body: ChatCompletionRequest) -> Structure | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -11,7 +11,7 @@ from msgspec import UNSET
 from quart import Blueprint, Response
 
 from mer.api import conversation
-from mer.api.conversation import ChatRequest, Event, template_messages
+from mer.api.conversation import ChatRequest, Event, template_messages, template_variables
 from mer.api.http import sse
 from mer.api.http.answers import ContentLogprob, chat_logprobs, new_id, now
 from mer.api.http.call import Call, current_call
@@ -49,7 +49,7 @@ from mer.model.pieces import Content, Piece, Reasoning, ToolCall
 # What clients of this endpoint call parameters.
 _NAMES: Final = {
     "prompt": "input", "messages": "input", "logprobs": "top_logprobs", "structure": "text.format",
-    "max_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort",
 }  # fmt: skip
 _LOGPROBS: Final = "message.output_text.logprobs"
 
@@ -64,7 +64,8 @@ def blueprint(service: Service) -> Blueprint:
         model = service.check_model(body.model)
         engine, call = service.engine, current_call()
         try:
-            request = to_request(body)
+            effort = body.reasoning.effort if body.reasoning else None
+            request = to_request(body, template_variables(engine, body.chat_template_kwargs, effort))
             if service.settings.log_prompts:
                 call.log["messages"] = request.messages
             events = conversation.chat(engine, request, idle=service.settings.keep_alive)
@@ -78,8 +79,8 @@ def blueprint(service: Service) -> Blueprint:
     return made
 
 
-def to_request(body: ResponsesRequest) -> ChatRequest:
-    """The conversation that is meant. Raises ApiError and RequestError."""
+def to_request(body: ResponsesRequest, variables: Mapping[str, Any]) -> ChatRequest:
+    """The conversation that is meant; variables: of the chat template. Raises ApiError and RequestError."""
     if body.store:
         raise invalid("store: this server stores no answers; send false", "store", "unsupported_parameter")
     wanted = body.text.format if body.text else None
@@ -98,9 +99,6 @@ def to_request(body: ResponsesRequest) -> ChatRequest:
         "priority": body.priority,
         "timeout": body.timeout,
     }
-    variables: dict[str, Any] = dict(body.chat_template_kwargs or {})
-    if body.reasoning and body.reasoning.effort:
-        variables["reasoning_effort"] = body.reasoning.effort
     choice = body.tool_choice
     return ChatRequest(
         messages=template_messages(_messages(body)),

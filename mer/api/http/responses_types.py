@@ -103,7 +103,7 @@ class TextConfig(Body):
 class ReasoningConfig(Body):
     """summary: thoughts are given as they are, not summed up."""
 
-    effort: str | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
