@@ -12,7 +12,7 @@ from mer.errors import ConfigError
 
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
-KVChoice = Literal["auto", "f32", "f16"]
+KVChoice = Literal["auto", "f32", "f16", "q8_0"]
 
 
 def parse_size(text: str | int) -> int:
@@ -89,7 +89,7 @@ class EngineConfig:
     # Most bytes that the directory holds (or '20GiB').
     prefix_store_size: int = field(default=20 << 30, converter=parse_size)
     # Keys and values. auto: f16 beside quantised weights, f32 beside others, so that nothing is rounded.
-    kv_dtype: KVChoice = field(default="auto", validator=_one_of("auto", "f32", "f16"))
+    kv_dtype: KVChoice = field(default="auto", validator=_one_of("auto", "f32", "f16", "q8_0"))
     # Slots of the expert cache: a number, or a share of all experts (0.25, '25%'). None: what `ram` leaves.
     cache_experts: int | float | None = field(default=None, converter=_share)
     # Which expert makes room: 'next-use', the one expected to be wanted last, or 'lru'.

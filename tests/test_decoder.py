@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -29,7 +30,7 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_size_t) for name in ("block_bytes", "scratch_floats")),
         *((name, LONG) for name in ("n_heads", "n_kv", "key_dim", "value_dim", "window")),
         ("scale", FLOAT),
-        ("f16", INT),
+        ("kv", INT),
         ("latent", INT),
     )
 
@@ -44,7 +45,7 @@ def lib(tmp_path_factory):
     flags = ["-O3", "-std=gnu11", "-fno-math-errno", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, f"-I{CSRC}", "-o", str(target), *sources, "-lm"], check=True)
     found = ctypes.CDLL(str(target))
-    found.mer_attend_scratch.restype = ctypes.c_size_t
+    found.mer_attend_scratch.restype = found.mer_kv_part_bytes.restype = ctypes.c_size_t
     return found
 
 
@@ -110,34 +111,45 @@ def softmax_attention(q, keys, values, scale, sink=-np.inf):
     return (p / (p.sum() + np.exp(sink - top))) @ values.astype(np.float64)
 
 
+def as_q8_0(x):
+    """What GGUF's Q8_0 makes of each vector, the last block of 32 filled up with zeros."""
+    padded = np.zeros((*x.shape[:-1], -(-x.shape[-1] // 32) * 32), np.float32)
+    padded[..., : x.shape[-1]] = x
+    kind = gguf.GGMLQuantizationType.Q8_0
+    return gguf.quants.dequantize(gguf.quants.quantize(padded, kind), kind)[..., : x.shape[-1]]
+
+
+STORED = (lambda x: x, lambda x: x.astype(np.float16).astype(np.float32), as_q8_0)
+
+
 @pytest.mark.parametrize(("latent", "with_sinks"), [(0, False), (0, True), (1, False)])
-@pytest.mark.parametrize("f16", [0, 1])
+@pytest.mark.parametrize("kv", [0, 1, 2])
 @pytest.mark.parametrize(("dim", "length", "window"), [(8, 16, 0), (33, 61, 0), (64, 100, 7), (20, 50, 16)])
-def test_attention(lib, latent, with_sinks, f16, dim, length, window):
+def test_attention(lib, latent, with_sinks, kv, dim, length, window):
     """Keys written one by one to scattered blocks, then queries of the last positions."""
     rng = np.random.default_rng(dim)
     heads, kv_heads, queries = 6, 1 if latent else 2, 9
     sinks = np.linspace(-4, 20, heads, dtype=np.float32)  # of no weight, up to nearly all of it
     value_dim = dim - 3 if latent else dim
-    dtype = np.float16 if f16 else np.float32
-    k = rng.normal(size=(length, kv_heads, dim)).astype(dtype).astype(np.float32)
-    v = k[..., :value_dim] if latent else rng.normal(size=k.shape).astype(dtype).astype(np.float32)
+    given = rng.normal(size=(2, length, kv_heads, dim)).astype(np.float32)
+    k, v = (STORED[kv](each) for each in given)
+    v = k[..., :value_dim] if latent else v
     q = (rng.normal(size=(queries, heads, dim)) * 3).astype(np.float32)
-    elements = 16 * dim * (1 if latent else 2 * kv_heads)
-    blocks = np.full((20, elements), np.nan, dtype)
+    parts = 1 if latent else 2 * kv_heads
+    blocks = np.full((20, parts * lib.mer_kv_part_bytes(kv, LONG(dim))), 255, np.uint8)  # NaN in F16 and F32
     table = rng.permutation(20).astype(np.int32)
     for i in range(length):
         block = ctypes.c_void_p(blocks[table[i // 16]].ctypes.data)
         if latent:
-            lib.mer_latent_store(block, f16, LONG(i % 16), at(k[i]), LONG(dim))
+            lib.mer_latent_store(block, kv, LONG(i % 16), at(given[0, i]), LONG(dim))
         else:
-            lib.mer_kv_store(block, f16, LONG(i % 16), at(k[i]), at(v[i]), LONG(kv_heads), LONG(dim))
+            lib.mer_kv_store(block, kv, LONG(i % 16), *map(at, given[:, i]), LONG(kv_heads), LONG(dim))
     positions = np.arange(length - queries, length, dtype=np.int32)
     out = np.full((queries, heads, value_dim), np.nan, np.float32)
     a = Attention(
         q.ctypes.data, out.ctypes.data, blocks.ctypes.data, positions.ctypes.data,
         sinks.ctypes.data if with_sinks else None, None,
-        blocks.strides[0], 0, heads, kv_heads, dim, value_dim, window, 0.3, f16, latent,
+        blocks.strides[0], 0, heads, kv_heads, dim, value_dim, window, 0.3, kv, latent,
     )  # fmt: skip
     group = heads // kv_heads
     a.scratch_floats = lib.mer_attend_scratch(ctypes.byref(a), LONG(queries), LONG(group))
@@ -172,6 +184,20 @@ def test_exponential(lib, seed):
     expected = np.exp(scores.astype(np.float64))
     expected[scores < -87] = np.exp(-87)
     np.testing.assert_allclose(out, expected / expected.sum(), rtol=5e-7)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_q8_0_of_what_is_no_number(lib, bad):
+    """A group with such an element is NaN, the others are as they were."""
+    rows = np.random.default_rng(3).normal(size=(2, 64)).astype(np.float32)
+    block = np.zeros((2, lib.mer_kv_part_bytes(2, LONG(64))), np.uint8)
+    lib.mer_latent_store(at(block[0]), 2, LONG(5), at(rows[0]), LONG(64))
+    rows[0, 40] = bad
+    lib.mer_latent_store(at(block[1]), 2, LONG(5), at(rows[0]), LONG(64))
+    codes, scales = block[:, 5 * 64 : 6 * 64], block[:, 16 * 64 :].view(np.float16).reshape(2, 16, 2)[:, 5]
+    np.testing.assert_array_equal(codes[0, :32], codes[1, :32])
+    assert scales[0, 0] == scales[1, 0]
+    assert np.isnan(scales[1, 1])
 
 
 def test_every_f16_value_is_kept(lib):

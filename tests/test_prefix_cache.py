@@ -56,7 +56,7 @@ async def conversation(engine, logits):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"cache_experts": 3}, {"step_tokens": 5}, {"threads": 1, "kv_dtype": "f16"}]
+    "settings", [{}, {"cache_experts": 3}, {"step_tokens": 5}, {"threads": 1, "kv_dtype": "q8_0"}]
 )
 async def test_turns_of_a_conversation(model, logits, settings):
     usages, found = [], []

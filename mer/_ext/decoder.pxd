@@ -19,7 +19,7 @@ cdef extern from "mer_decoder.h" nogil:
         long value_dim
         long window
         float scale
-        int f16
+        int kv
         int latent
     ctypedef struct mer_router:
         long n_experts
@@ -73,7 +73,8 @@ cdef class Decoder:
     cdef long hidden, vocab, n_heads, n_kv, head_dim, rope_pairs
     cdef long nope_dim, rope_dim, value_dim, kv_rank, latent_dim, query_rank
     cdef float eps, latent_eps, clip, attention_scale, rope_scale
-    cdef bint latent, interleaved, clips, f16
+    cdef bint latent, interleaved, clips
+    cdef int kv                   # how blocks store numbers
     cdef int qk_norm              # 0 none, 1 each head, 2 the whole vector
     cdef const float *inv_freq
     cdef const float *final_norm

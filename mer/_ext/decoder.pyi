@@ -17,7 +17,7 @@ class Decoder:
         pool: Pool,
         buffers: Mapping[str, NDArray[Any]],
         weights: Mapping[str, Any],
-        f16: bool,
+        kv: int,
     ) -> None: ...
     def add_layer(
         self,

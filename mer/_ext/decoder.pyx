@@ -22,8 +22,8 @@ cdef extern from "mer_decoder.h" nogil:
     void mer_rope_angles(int32_t position, const float *inv_freq, long pairs, float scale, float *cosine,
                          float *sine)
     void mer_rope(float *x, const float *cosine, const float *sine, long pairs, int interleaved)
-    void mer_kv_store(void *block, int f16, long at, const float *k, const float *v, long n_kv, long dim)
-    void mer_latent_store(void *block, int f16, long at, const float *latent, long dim)
+    void mer_kv_store(void *block, int kv, long at, const float *k, const float *v, long n_kv, long dim)
+    void mer_latent_store(void *block, int kv, long at, const float *latent, long dim)
     void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, long h0, long h1, int thread)
     void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, float *weights)
     float mer_sigmoid(float x)
@@ -87,7 +87,7 @@ cdef void grouped_task(Decoder d, long t, int thread) noexcept nogil:
         mer_rope(q + i * d.head_dim, cosine, sine, d.rope_pairs, d.interleaved)
     for i in range(d.n_kv):
         mer_rope(k + i * d.head_dim, cosine, sine, d.rope_pairs, d.interleaved)
-    mer_kv_store(d.block_of(t), d.f16, d.positions[t] % MER_KV_BLOCK, k, v, d.n_kv, d.head_dim)
+    mer_kv_store(d.block_of(t), d.kv, d.positions[t] % MER_KV_BLOCK, k, v, d.n_kv, d.head_dim)
 
 
 cdef void query_latent_task(Decoder d, long t, int thread) noexcept nogil:
@@ -108,7 +108,7 @@ cdef void latent_task(Decoder d, long t, int thread) noexcept nogil:
     mer_rope(latent + d.kv_rank, cosine, sine, d.rope_pairs, d.interleaved)
     for i in range(d.n_heads):
         mer_rope(q + i * (d.nope_dim + d.rope_dim), cosine, sine, d.rope_pairs, d.interleaved)
-    mer_latent_store(d.block_of(t), d.f16, d.positions[t] % MER_KV_BLOCK, latent, d.latent_dim)
+    mer_latent_store(d.block_of(t), d.kv, d.positions[t] % MER_KV_BLOCK, latent, d.latent_dim)
 
 
 cdef void absorb_task(Decoder d, long head, int thread) noexcept nogil:
@@ -174,14 +174,14 @@ cdef class Decoder:
     """A model's decoder.
 
     spec: mer.model.spec.ModelSpec. buffers: of mer.model.scratch. weights: 'head' (a matrix) and 'final_norm'.
-    f16: whether KV blocks hold F16, else F32.
+    kv: how KV blocks store numbers, 0 F32, 1 F16, 2 Q8_0 (see mer.model.kv).
 
     A matrix is an object with `data` uint8 [rows, row_bytes], `format` (id) and `cols`; everything else
     is a f32 vector.
     """
 
-    def __cinit__(self, spec, Kernels kernels not None, Pool pool not None, buffers, weights, bint f16):
-        self.kernels, self.pool, self.f16 = kernels, pool, f16
+    def __cinit__(self, spec, Kernels kernels not None, Pool pool not None, buffers, weights, int kv):
+        self.kernels, self.pool, self.kv = kernels, pool, kv
         self.kept = [buffers]
         self.max_layers = len(spec.layers)
         self.layers = <Layer *>calloc(self.max_layers, sizeof(Layer))
@@ -362,7 +362,7 @@ cdef class Decoder:
         self.attention = mer_attention(
             self.q, self.attended, layer.blocks, self.positions, layer.sinks, self.attention_scratch, layer.block_bytes,
             self.attention_floats, self.n_heads, self.n_kv, self.head_dim, self.head_dim, layer.window,
-            self.attention_scale, self.f16, 0)
+            self.attention_scale, self.kv, 0)
         self.attend_spans(0, self.n_spans)
 
     cdef void attend_latent(self) noexcept nogil:
@@ -390,7 +390,7 @@ cdef class Decoder:
             self.attention = mer_attention(
                 self.q_wide, self.out_wide, layer.blocks, self.positions + self.first_token, NULL,
                 self.attention_scratch, layer.block_bytes, self.attention_floats, self.n_heads, 1,
-                self.latent_dim, self.kv_rank, layer.window, self.attention_scale, self.f16, 1)
+                self.latent_dim, self.kv_rank, layer.window, self.attention_scale, self.kv, 1)
             self.run(absorb_task, self.n_heads)
             self.attend_spans(first, end)
             self.run(unfold_task, self.n_heads)

@@ -44,7 +44,7 @@ _ENGINE: Final = (
     click.option(
         "--kv",
         "kv_dtype",
-        type=click.Choice(["auto", "f32", "f16"]),
+        type=click.Choice(["auto", "f32", "f16", "q8_0"]),
         default="auto",
         show_default=True,
         help="Precision of keys and values; auto: f16 beside quantised weights, else f32.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,19 +10,26 @@ from numpy.typing import NDArray
 from mer.model.spec import LatentAttentionSpec, ModelSpec
 
 BLOCK: Final = 16
-KVDtype = Literal["f32", "f16"]
-_NUMPY: Final[dict[str, np.dtype[np.float32] | np.dtype[np.float16]]] = {
-    "f32": np.dtype(np.float32),
-    "f16": np.dtype(np.float16),
-}
+KVDtype = Literal["f32", "f16", "q8_0"]
+# As mer_decoder.h numbers them.
+_DTYPES: Final = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.uint8))
+_NAMES: Final = ("f32", "f16", "q8_0")
+# Elements of a key or value that share a scale in Q8_0; the last group may be shorter.
+_GROUP: Final = 32
 
 
-def block_elements(spec: ModelSpec) -> int:
-    """Elements that one block holds in one layer."""
+def _vector_bytes(dim: int, dtype: KVDtype) -> int:
+    if dtype == "q8_0":
+        return dim + 2 * -(-dim // _GROUP)
+    return dim * _DTYPES[_NAMES.index(dtype)].itemsize
+
+
+def _block_bytes(spec: ModelSpec, dtype: KVDtype) -> int:
+    """Bytes that one block takes in one layer."""
     attention = spec.attention
     if isinstance(attention, LatentAttentionSpec):
-        return BLOCK * attention.latent_dim
-    return BLOCK * 2 * attention.n_kv_heads * attention.head_dim
+        return BLOCK * _vector_bytes(attention.latent_dim, dtype)
+    return BLOCK * 2 * attention.n_kv_heads * _vector_bytes(attention.head_dim, dtype)
 
 
 class KVCache:
@@ -30,7 +37,8 @@ class KVCache:
 
     One array per layer, [n_blocks, elements]. Within a block, grouped-query attention has the keys as
     [kv head, element, position] (a product with all 16 positions is then one vector operation), then the
-    values as [kv head, position, element]; latent attention has [position, latent and rotary key].
+    values as [kv head, position, element]; latent attention has [position, latent and rotary key]. In Q8_0
+    elements are bytes: of each head int8 codes in that order, then the scales (see mer_decoder.h).
     """
 
     def __init__(self, spec: ModelSpec, n_blocks: int, dtype: KVDtype = "f32") -> None:
@@ -38,12 +46,12 @@ class KVCache:
             raise ValueError("a KV cache has at least one block")
         self.n_blocks = n_blocks
         self.dtype: KVDtype = dtype
-        shape = (n_blocks, block_elements(spec))
-        self.layers: list[NDArray[np.float32] | NDArray[np.float16]] = [
-            np.zeros(shape, _NUMPY[dtype]) for _ in spec.layers
-        ]
+        self.number = _NAMES.index(dtype)
+        element = _DTYPES[self.number]
+        shape = (n_blocks, _block_bytes(spec, dtype) // element.itemsize)
+        self.layers: list[NDArray[Any]] = [np.zeros(shape, element) for _ in spec.layers]
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, dtype: KVDtype = "f32") -> int:
         """Bytes of one block of 16 positions over all layers."""
-        return block_elements(spec) * _NUMPY[dtype].itemsize * spec.n_layers
+        return _block_bytes(spec, dtype) * spec.n_layers

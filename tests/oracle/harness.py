@@ -76,7 +76,7 @@ class Runner:
         )
         kv = KVCache(self.spec, n_blocks, kv_dtype)
         for layer in kv.layers:  # what nobody wrote must not be read
-            layer.fill(np.nan)
+            layer.fill(255 if kv_dtype == "q8_0" else np.nan)  # 0xffff is a NaN of F16
         self.model = Forward(
             self.spec, dense, experts, kv, pool, kernels, max_tokens=max_tokens, max_rows=max_tokens
         )

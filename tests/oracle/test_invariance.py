@@ -19,7 +19,7 @@ def checkpoint(request, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "q8_0"])
 def test_logits_are_the_same_bytes(checkpoint, kv_dtype):
     runner = Runner(checkpoint, kv_dtype=kv_dtype)
     alone = [runner.logits(prompt, sequence=i) for i, prompt in enumerate(PROMPTS)]

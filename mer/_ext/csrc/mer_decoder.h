@@ -29,12 +29,19 @@ void mer_rope_angles(int32_t position, const float *inv_freq, long pairs, float 
 /* Rotate the pairs (i, i + pairs), or (2 i, 2 i + 1) when interleaved, of x [2 * pairs] in place. */
 void mer_rope(float *x, const float *cosine, const float *sine, long pairs, int interleaved);
 
-/* Keys [n_kv, dim] and values [n_kv, dim] of one token to place `at` of a block, as f32 or f16:
- * the block is keys [n_kv, dim, 16], then values [n_kv, 16, dim]. */
-void mer_kv_store(void *block, int f16, long at, const float *k, const float *v, long n_kv, long dim);
+/* How a block stores numbers. Q8_0: a part's int8 codes in order, then F16 scales, one for each 32 elements of a vector
+ * (the last of them may be fewer): [groups, 16] for keys, [16, groups] for what is stored by position. */
+enum { MER_KV_F32, MER_KV_F16, MER_KV_Q8_0 };
 
-/* One token's latent [dim] to place `at` of a block [16, dim]. */
-void mer_latent_store(void *block, int f16, long at, const float *latent, long dim);
+/* Bytes of one part of a block: 16 vectors of `dim`. */
+size_t mer_kv_part_bytes(int kv, long dim);
+
+/* Keys [n_kv, dim] and values [n_kv, dim] of one token to place `at` of a block: it has n_kv parts of keys, each
+ * [dim, 16], then n_kv parts of values, each [16, dim]. */
+void mer_kv_store(void *block, int kv, long at, const float *k, const float *v, long n_kv, long dim);
+
+/* One token's latent [dim] to place `at` of a block, which is one part [16, dim]. */
+void mer_latent_store(void *block, int kv, long at, const float *latent, long dim);
 
 typedef struct {
     const float *q;           /* [tokens, n_heads, key_dim] */
@@ -47,7 +54,7 @@ typedef struct {
     long n_heads, n_kv, key_dim, value_dim;
     long window; /* positions seen, own included; 0: all */
     float scale;
-    int f16;
+    int kv;     /* MER_KV_... */
     int latent; /* a block is [16, key_dim] and the values are its first value_dim elements */
 } mer_attention;
 

@@ -5,72 +5,11 @@
 #include <math.h>
 
 #include "../mer_decoder.h"
-#include "vec.h"
-
-/* F16 without F16C and without branches, so that every clone vectorises it; exact, infinities included. */
-MER_INLINE float half_to_float(uint16_t h) {
-    const uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13;
-    float f;
-    memcpy(&f, &magnitude, 4);
-    f *= 0x1p112f;
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    bits |= (magnitude >= 0x0f800000u) ? 0x7f800000u : 0u;
-    bits |= (uint32_t)(h & 0x8000u) << 16;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-/* Round to nearest even; beyond F16's range the largest finite number, so that a key never becomes infinite. */
-static uint16_t float_to_half(float f) {
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000u);
-    bits &= 0x7fffffffu;
-    if (bits > 0x7f800000u) return sign | 0x7e00u;
-    if (bits >= 0x477fe000u) return sign | 0x7bffu;
-    if (bits < 0x38800000u) { /* subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits */
-        float a;
-        memcpy(&a, &bits, 4);
-        a += 0.5f;
-        memcpy(&bits, &a, 4);
-        return sign | (uint16_t)(bits - 0x3f000000u);
-    }
-    bits += 0xfffu + (bits >> 13 & 1u);
-    return sign | (uint16_t)((bits - 0x38000000u) >> 13);
-}
-
-static void store(void *block, int f16, size_t index, float value) {
-    if (f16)
-        ((uint16_t *)block)[index] = float_to_half(value);
-    else
-        ((float *)block)[index] = value;
-}
-
-void mer_kv_store(void *block, int f16, long at, const float *k, const float *v, long n_kv, long dim) {
-    const size_t values = (size_t)n_kv * dim * MER_KV_BLOCK;
-    for (long h = 0; h < n_kv; h++)
-        for (long d = 0; d < dim; d++) {
-            store(block, f16, (size_t)(h * dim + d) * MER_KV_BLOCK + at, k[h * dim + d]);
-            store(block, f16, values + (size_t)(h * MER_KV_BLOCK + at) * dim + d, v[h * dim + d]);
-        }
-}
-
-void mer_latent_store(void *block, int f16, long at, const float *latent, long dim) {
-    for (long d = 0; d < dim; d++) store(block, f16, (size_t)at * dim + d, latent[d]);
-}
+#include "kv.h"
 
 size_t mer_attend_scratch(const mer_attention *a, long tokens, long heads) {
     const size_t block = MER_KV_BLOCK * (size_t)(a->key_dim + (a->latent ? 0 : a->value_dim));
     return (block + 2 * (size_t)tokens * heads + 15) / 16 * 16;
-}
-
-/* `count` elements from `from` of a block as floats: in place for f32, else converted into `to`. */
-MER_INLINE const float *as_floats(const void *block, int f16, size_t from, size_t count, float *to) {
-    if (!f16) return (const float *)block + from;
-    const uint16_t *h = (const uint16_t *)block + from;
-    for (size_t i = 0; i < count; i++) to[i] = half_to_float(h[i]);
-    return to;
 }
 
 /* q times 16 keys that are stored by element: four chains, so that additions overlap. */
@@ -196,6 +135,7 @@ void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, 
     const size_t key_floats = MER_KV_BLOCK * (size_t)a->key_dim;
     const size_t value_floats = MER_KV_BLOCK * (size_t)a->value_dim;
     const long kv_head = h0 / (a->n_heads / a->n_kv), heads = h1 - h0;
+    const size_t part = mer_kv_part_bytes(a->kv, a->key_dim);
     float *key_buffer = a->scratch + (size_t)thread * a->scratch_floats;
     float *value_buffer = key_buffer + key_floats;
     float *max = a->latent ? value_buffer : value_buffer + value_floats;
@@ -210,12 +150,10 @@ void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, 
 
     const long oldest = a->window && a->positions[t0] >= a->window ? a->positions[t0] - a->window + 1 : 0;
     for (long b = oldest / MER_KV_BLOCK; b <= a->positions[t1 - 1] / MER_KV_BLOCK; b++) {
-        const void *block = a->blocks + (size_t)table[b] * a->block_bytes;
-        const float *keys = as_floats(block, a->f16, kv_head * key_floats, key_floats, key_buffer);
+        const char *block = a->blocks + (size_t)table[b] * a->block_bytes + kv_head * part;
+        const float *keys = as_floats(block, a->kv, a->key_dim, !a->latent, key_buffer);
         const float *values = keys;
-        if (!a->latent)
-            values = as_floats(block, a->f16, a->n_kv * key_floats + kv_head * value_floats, value_floats,
-                               value_buffer);
+        if (!a->latent) values = as_floats(block + a->n_kv * part, a->kv, a->value_dim, 0, value_buffer);
         for (long t = t0; t < t1; t++) {
             const long first = a->window && a->positions[t] >= a->window ? a->positions[t] - a->window + 1 : 0;
             const long j0 = first > b * MER_KV_BLOCK ? first - b * MER_KV_BLOCK : 0;

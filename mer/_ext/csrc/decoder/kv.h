@@ -1,0 +1,56 @@
+/* Keys and values as a block holds them, made into floats. */
+#ifndef MER_DECODER_KV_H
+#define MER_DECODER_KV_H
+
+#include "../mer_decoder.h"
+#include "vec.h"
+
+#define MER_KV_GROUP 32 /* elements of a key or value that share a scale in Q8_0; the last group may be shorter */
+
+/* F16 without F16C and without branches, so that every clone vectorises it; exact, infinities included. */
+MER_INLINE float half_to_float(uint16_t h) {
+    const uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13;
+    float f;
+    memcpy(&f, &magnitude, 4);
+    f *= 0x1p112f;
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    bits |= (magnitude >= 0x0f800000u) ? 0x7f800000u : 0u;
+    bits |= (uint32_t)(h & 0x8000u) << 16;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+/* A part of a block, 16 vectors of `dim`, as floats in the same order: by_element, [dim, 16], else [16, dim]. In place
+ * for F32, else converted into `to`. */
+MER_INLINE const float *as_floats(const char *part, int kv, long dim, int by_element, float *to) {
+    const long n = MER_KV_BLOCK * dim;
+    if (kv == MER_KV_F32) return (const float *)part;
+    if (kv == MER_KV_F16) {
+        const uint16_t *h = (const uint16_t *)part;
+        for (long i = 0; i < n; i++) to[i] = half_to_float(h[i]);
+        return to;
+    }
+    const int8_t *q = (const int8_t *)part;
+    const uint16_t *scales = (const uint16_t *)(part + n);
+    const long groups = (dim + MER_KV_GROUP - 1) / MER_KV_GROUP;
+    if (by_element)
+        for (long g = 0; g < groups; g++, scales += MER_KV_BLOCK) {
+            const long end = (g + 1) * MER_KV_GROUP < dim ? (g + 1) * MER_KV_GROUP : dim;
+            float scale[MER_KV_BLOCK];
+            for (int i = 0; i < MER_KV_BLOCK; i++) scale[i] = half_to_float(scales[i]);
+            for (long d = g * MER_KV_GROUP; d < end; d++)
+                for (int i = 0; i < MER_KV_BLOCK; i++)
+                    to[d * MER_KV_BLOCK + i] = (float)q[d * MER_KV_BLOCK + i] * scale[i];
+        }
+    else
+        for (long i = 0; i < MER_KV_BLOCK; i++)
+            for (long g = 0; g < groups; g++) {
+                const long end = (g + 1) * MER_KV_GROUP < dim ? (g + 1) * MER_KV_GROUP : dim;
+                const float scale = half_to_float(scales[i * groups + g]);
+                for (long d = g * MER_KV_GROUP; d < end; d++) to[i * dim + d] = (float)q[i * dim + d] * scale;
+            }
+    return to;
+}
+
+#endif
