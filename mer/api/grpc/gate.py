@@ -107,6 +107,9 @@ class Gate:
             status = failure.code
             await context.abort(failure.code, failure.message, failure.metadata(call.request_id))
         finally:
+            remaining = context.time_remaining()
+            if status is grpc.StatusCode.CANCELLED and remaining is not None and remaining <= 0:
+                status = grpc.StatusCode.DEADLINE_EXCEEDED
             self.running -= 1
             if not self.running:
                 self._idle.set()
