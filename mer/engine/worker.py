@@ -199,13 +199,15 @@ class Worker:
         self._scheduler.commit(chunks)
         self._tell("step", sum(chunk.count for chunk in chunks), len(chunks), stats)
         drawing = time.monotonic_ns()
+        embeds = any(isinstance(job, Embedding) for job in jobs)
+        hidden = self._runner.hidden() if embeds else logits
         token = row = 0
         for job, (start, count, n_rows, last) in zip(jobs, rows, strict=True):
             job.end_step(stats)
             here = slice(token, token + count)
             try:
                 if isinstance(job, Embedding):
-                    self._embed(job, start, here)
+                    self._embed(job, start, hidden[here])
                 else:
                     assert isinstance(job, Request)
                     self._answer(job, start, logits[row : row + n_rows], last=last)
@@ -218,8 +220,8 @@ class Worker:
         if self._runner.profile is not None:
             self._runner.profile.span("sampling and text", drawing)
 
-    def _embed(self, job: Embedding, start: int, here: slice) -> None:
-        mean = job.add(start, self._runner.hidden()[here])
+    def _embed(self, job: Embedding, start: int, hidden: NDArray[np.float32]) -> None:
+        mean = job.add(start, hidden)
         if mean is not None:
             self._remove(job, "stop")
             self._put(job, mean)
