@@ -11,7 +11,9 @@ import pytest
 from engine_models import opened, write_text_model
 from http_server import PATIENCE, asking
 
+from mer import Engine
 from mer.engine.runner import Runner
+from mer.engine.scheduler import Scheduler
 from mer.errors import DeviceReadError
 
 TEXT = "/v1/completions"
@@ -171,6 +173,18 @@ async def test_an_error_inside_mer_tells_the_client_little(model, monkeypatch, c
         assert "ZeroDivisionError" in caplog.text
         assert answer.headers["x-request-id"] in caplog.text
         assert (await http.post(TEXT, json=SHORT)).status_code == 200
+
+
+async def test_an_engine_that_stopped_is_not_healthy(model, monkeypatch):
+    """Whoever watches the server then starts it anew."""
+    async with Engine.open(model, context=512) as engine, asking(engine) as http:
+        assert (await http.get("/health")).status_code == 200
+        monkeypatch.setattr(Scheduler, "schedule", lambda _: 1 / 0)
+        assert (await http.post(TEXT, json=SHORT)).status_code in (500, 503)
+        for probe in ("/health", "/ready"):
+            answer = await http.get(probe)
+            assert (answer.status_code, answer.json()) == (503, {"status": "failed"})
+        assert (await http.post(TEXT, json=SHORT)).status_code == 503
 
 
 async def test_full_queue(model):

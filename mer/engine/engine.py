@@ -199,6 +199,11 @@ class Engine:
         """Tell `observer` what happens to requests that are asked for from now on."""
         self._worker.observe(observer)
 
+    @property
+    def failure(self) -> str:
+        """Why the engine stopped by itself, for an error inside mer; empty while it has not."""
+        return self._worker.failure
+
     def snapshot(self) -> Snapshot:
         """The engine's state now, and totals."""
         scheduler, cache, budget = self._scheduler, self._runner.cache.stats(), self._runner.budget

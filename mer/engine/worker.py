@@ -38,7 +38,7 @@ class Worker:
         self._observers: list[Observer] = []
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._closing = False
-        self._failure = ""  # why the thread ended by itself
+        self.failure = ""  # why the thread ended by itself
         self._ended = False  # no more commands are obeyed on the thread; changes under the lock
         self._here = 0  # requests submitted and not over; changes under the lock
         self._lock = threading.Lock()
@@ -109,8 +109,8 @@ class Worker:
         except BaseException as error:
             _log.exception("the engine's thread ended")
             self._closing = True
-            self._failure = f"the engine stopped by an error inside mer: {error!r}"
-            self._fail(list(self._jobs), MerError(self._failure))
+            self.failure = f"the engine stopped by an error inside mer: {error!r}"
+            self._fail(list(self._jobs), MerError(self.failure))
         with self._lock:
             self._ended = True
         self._obey(wait=False)  # who came too late is told so
@@ -136,7 +136,7 @@ class Worker:
     def _add(self, job: Job) -> None:
         if self._closing:
             self._gone()
-            text = self._failure or "the engine is closed and takes no more requests"
+            text = self.failure or "the engine is closed and takes no more requests"
             self._put(job, EngineClosedError(text))
             return
         self._jobs.add(job)

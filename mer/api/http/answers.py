@@ -208,7 +208,7 @@ class DetokenizedText(Struct):
 
 
 class Status(Struct):
-    status: Literal["ok", "ready", "loading", "draining"]
+    status: Literal["ok", "ready", "loading", "draining", "failed"]
 
 
 class Version(Struct):

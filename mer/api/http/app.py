@@ -45,6 +45,9 @@ def _http_error(error: HTTPException, service: Service) -> ApiError:
         allowed = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
         message = f"{request.path} does not take {request.method}, only {allowed}"
         return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
+    if code == 408:
+        message = "the body did not arrive in time"
+        return ApiError(408, message, type="timeout_error", code="timeout")
     if code == 413:
         message = f"the body has more than the {service.settings.max_body:,} bytes that are taken"
         return ApiError(413, message, code="body_too_large")

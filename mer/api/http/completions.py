@@ -80,7 +80,7 @@ async def _work(engine: Engine, body: CompletionRequest) -> _Work:
     """Raises ApiError and RequestError."""
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options needs stream: true", "stream_options")
-    given, n = prompts(body.prompt, "prompt"), body.n or 1
+    given, n = prompts(body.prompt, "prompt", MAX_ANSWERS), body.n or 1
     if len(given) * n > MAX_ANSWERS:
         raise invalid(f"{len(given)} prompts with n = {n}: at most {MAX_ANSWERS} answers at a time", "n")
     max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens

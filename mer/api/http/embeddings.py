@@ -14,7 +14,7 @@ from mer.api.generation import text_tokens
 from mer.api.http.answers import Embedding, Embeddings, PromptUsage
 from mer.api.http.call import current_call
 from mer.api.http.errors import api_error
-from mer.api.http.schemas import EmbeddingsRequest, prompts
+from mer.api.http.schemas import MAX_TEXTS, EmbeddingsRequest, prompts
 from mer.api.http.service import Service, body_as, json_response
 from mer.engine.engine import Engine
 from mer.errors import RequestError
@@ -34,7 +34,7 @@ def blueprint(service: Service) -> Blueprint:
         if service.settings.log_prompts:
             current_call().log["input"] = body.input
         try:
-            given = prompts(body.input, "input")
+            given = prompts(body.input, "input", MAX_TEXTS)
             tokens = [await text_tokens(engine, each) if isinstance(each, str) else each for each in given]
             vectors = await _embedded(engine, tokens)
         except RequestError as error:

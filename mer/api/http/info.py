@@ -31,7 +31,8 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.get("/health")
     async def health() -> Response:
-        return json_response(Status("ok"))
+        failed = service.status == "failed"
+        return json_response(Status("failed" if failed else "ok"), 503 if failed else 200)
 
     @made.get("/ready")
     async def ready() -> Response:

@@ -130,7 +130,7 @@ def _operation(each: _Operation) -> dict[str, Any]:
             "description": _REASONS[status],
             "content": {_JSON: {"schema": _ref(each.failure)}},
         }
-    if each.path == "/ready":
+    if each.open:
         responses["503"] = {"description": "Not yet, or no longer.", "content": content}
     made: dict[str, Any] = {
         "operationId": each.path.strip("/").replace("/", "_").replace("{", "").replace("}", ""),

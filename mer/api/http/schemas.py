@@ -28,28 +28,21 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 _ID_NAMES: Final = {"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}}
 Biases = Annotated[dict[TokenId, Bias], Meta(extra_json_schema=_ID_NAMES)]
 JsonObject = dict[str, Any]
-# A text, several, token ids, or several lists of them; `prompts` refuses what else this type would take.
 _TOKEN: Final = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _STRING: Final = {"type": "string", "minLength": 1}
-_PROMPTS: Final = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {
-            "type": "array",
-            "items": {"type": "string", "minLength": 1},
-            "minItems": 1,
-            "maxItems": MAX_ANSWERS,
-        },
-        {"type": "array", "items": _TOKEN, "minItems": 1},
-        {
-            "type": "array",
-            "items": {"type": "array", "items": _TOKEN},
-            "minItems": 1,
-            "maxItems": MAX_ANSWERS,
-        },
-    ]
-}
-Prompts = Annotated[str | list[str | TokenId | list[TokenId]], Meta(extra_json_schema=_PROMPTS)]
+_TOKENS: Final = {"type": "array", "items": _TOKEN, "minItems": 1}
+# Texts of one request for embeddings, as in OpenAI's API.
+MAX_TEXTS: Final = 2048
+
+
+def _several(most: int) -> Meta:
+    """Of a text, several, token ids, or several lists of them; `prompts` refuses what else the type takes."""
+    lists = [{"type": "array", "items": each, "minItems": 1, "maxItems": most} for each in (_STRING, _TOKENS)]
+    return Meta(extra_json_schema={"anyOf": [_STRING, _TOKENS, *lists]})
+
+
+Prompts = Annotated[str | list[str | TokenId | list[TokenId]], _several(MAX_ANSWERS)]
+Texts = Annotated[str | list[str | TokenId | list[TokenId]], _several(MAX_TEXTS)]
 
 # What OpenAI's API has and this server does not: what to do instead, and values that ask for nothing.
 UNSUPPORTED: Final[dict[str, tuple[str, tuple[Any, ...]]]] = {
@@ -275,7 +268,7 @@ class CompletionRequest(Generating, kw_only=True):
 
 
 class EmbeddingsRequest(Body, kw_only=True):
-    input: Prompts
+    input: Texts
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
@@ -299,8 +292,8 @@ class DetokenizeRequest(Body, kw_only=True):
     model: str | None = None
 
 
-def prompts(given: str | list[Any], name: str) -> list[str | list[int]]:
-    """What `Prompts` stands for: several texts or lists of token ids. Raises ApiError."""
+def prompts(given: str | list[Any], name: str, most: int) -> list[str | list[int]]:
+    """What `Prompts` stands for: up to `most` texts or lists of token ids. Raises ApiError."""
     if isinstance(given, str):
         return [given]
     if given and all(isinstance(each, int) for each in given):
@@ -309,6 +302,8 @@ def prompts(given: str | list[Any], name: str) -> list[str | list[int]]:
         all(isinstance(each, str) for each in given) or all(isinstance(each, list) for each in given)
     ):
         raise invalid(f"{name}: must be a text, token ids, or a list of one of them", name)
+    if len(given) > most:
+        raise invalid(f"{name}: {len(given)} of them; at most {most} at a time", name)
     return given
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from typing import Self
+from typing import Final, Self
 
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
@@ -15,7 +15,9 @@ from mer.api.http.service import Service
 from mer.errors import ConfigError
 
 # What is sent already may still be on its way to a client who reads slowly.
-_GRACE = 2.0
+_GRACE: Final = 2.0
+# Longer than clients keep a connection that they don't use, so that none is closed while they send.
+_IDLE: Final = 60.0
 
 
 class HttpServer:
@@ -31,6 +33,7 @@ class HttpServer:
         self._config = config = Config()
         config.errorlog = logging.getLogger("mer.http.connections")
         config.graceful_timeout = _GRACE
+        config.keep_alive_timeout = _IDLE
         config.backlog = 1024
         config.include_server_header = False
         if settings.tls_cert is not None and settings.tls_key is not None:

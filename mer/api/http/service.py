@@ -58,7 +58,9 @@ class Service:
         return self._metrics
 
     @property
-    def status(self) -> Literal["ready", "loading", "draining"]:
+    def status(self) -> Literal["ready", "loading", "draining", "failed"]:
+        if self._engine is not None and self._engine.failure:
+            return "failed"
         if self.draining:
             return "draining"
         return "loading" if self._engine is None else "ready"
