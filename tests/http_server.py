@@ -21,6 +21,7 @@ from mer.api.http.server import HttpServer
 from mer.api.http.service import Service
 from mer.api.settings import ServerSettings
 
+SERVE = [sys.executable, "-c", "from mer.cli.main import main; main()", "serve"]
 # Nothing in here takes that long; it ends a test that would hang.
 PATIENCE = 60
 
@@ -29,10 +30,9 @@ class Server:
     """A running `mer serve`: its URL, its process, what it wrote to standard error."""
 
     def __init__(self, model: Path | str, *options: object, **environment: str) -> None:
-        command = [sys.executable, "-c", "from mer.cli.main import main; main()", "serve", str(model)]
         grpc = [] if "--grpc-port" in options else ["--no-grpc"]
         self.process = subprocess.Popen(
-            [*command, "--port", "0", *grpc, *map(str, options)],
+            [*SERVE, str(model), "--port", "0", *grpc, *map(str, options)],
             stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1", **environment},
         )  # fmt: skip
         self.lines: list[str] = []

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import ssl
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import trustme
-from cli_models import mer
 from engine_models import write_text_model
-from http_server import PATIENCE, serving
+from http_server import PATIENCE, SERVE, serving
 
 from mer.api.http.server import HttpServer
 from mer.api.http.service import Service
@@ -184,6 +184,7 @@ async def test_settings_that_can_not_be(tmp_path):
 
 def test_a_taken_port_is_one_line(model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = mer("serve", model, "--no-grpc", "--port", taken.getsockname()[1])
+        command = [*SERVE, model, "--no-grpc", "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"error: --host 127.0.0.1, --port \d+: can't listen there: .*\n", done.stderr)
