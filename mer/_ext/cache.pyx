@@ -40,6 +40,8 @@ cdef extern from "mer_cache.h" nogil:
     void mer_cache_free(mer_cache *c)
     char *mer_cache_arena(const mer_cache *c)
     int mer_cache_huge_pages(const mer_cache *c)
+    int mer_cache_prefault(mer_cache *c, size_t ahead)
+    void mer_cache_hold_prefault(mer_cache *c, int on)
     int mer_cache_acquire(mer_cache *c, int64_t expert, int64_t *slot)
     int mer_cache_acquire_early(mer_cache *c, int64_t expert, int64_t *slot)
     void mer_cache_visit(mer_cache *c, int64_t layer, const int32_t *ids, int64_t n, int64_t tokens)
@@ -97,6 +99,9 @@ cdef class ExpertCache:
     cdef void visit(self, int64_t layer, const int32_t *ids, int64_t n, int64_t tokens) noexcept nogil:
         mer_cache_visit(self._cache, layer, ids, n, tokens)
 
+    cdef void hold_prefault(self, bint on) noexcept nogil:
+        mer_cache_hold_prefault(self._cache, on)
+
     cdef int publish(self, int64_t expert) noexcept nogil:
         return mer_cache_publish(self._cache, expert)
 
@@ -136,6 +141,18 @@ cdef class ExpertCache:
     def huge_pages(self):
         """Whether huge pages were asked for and the kernel knows them."""
         return bool(mer_cache_huge_pages(self._cache))
+
+    def prefault(self, size_t ahead):
+        """Touch the arena's memory in the background, up to `ahead` bytes beyond the slots used so far.
+
+        For the kernel finds and clears memory at its first touch. Call it before anything is acquired. Returns
+        False where there is no thread to be had.
+        """
+        return mer_cache_prefault(self._cache, ahead) == 0
+
+    def hold_prefault_py(self, bint on):
+        """Whether the processors are wanted, so that no memory is touched ahead."""
+        self.hold_prefault(on)
 
     def slot_view(self, int64_t slot):
         """uint8 [slot_bytes], writable: the memory of one slot. It keeps the cache alive."""

@@ -400,7 +400,9 @@ cdef class ExpertStreamer:
                 self.reader.wait(0)
             elif under_way[LOADING] or (self.prefetcher is not None and self.prefetcher.under_way
                                         and (under_way[BUSY] or under_way[WAITING])):
+                self.cache.hold_prefault(False)
                 self.reader.wait_past(seen)
+                self.cache.hold_prefault(True)
                 self.spent(SPAN_WAIT, mark)
             elif under_way[BUSY] or under_way[WAITING]:
                 if not under_way[BUSY] and self.cache.all_protected():
@@ -428,10 +430,8 @@ cdef class ExpertStreamer:
 
     cdef void spent(self, int64_t kind, int64_t since) noexcept nogil:
         cdef int64_t end = now()
-        if kind == SPAN_COMPUTE:
-            self.compute_ns += end - since
-        else:
-            self.io_wait_ns += end - since
+        cdef int64_t *total = &self.compute_ns if kind == SPAN_COMPUTE else &self.io_wait_ns
+        total[0] += end - since
         if self.recorder is not None:
             self.recorder.add(kind, self.layer, since, end, 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from attrs import astuple, define, field, frozen
@@ -28,6 +29,9 @@ from mer.streaming.experts import expert_tables
 from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
 from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
+
+# Bytes of the expert cache that are touched ahead of their use, in idle time.
+_PREFAULT: Final = 1 << 30
 
 
 @frozen
@@ -100,13 +104,14 @@ class Runner:
         budget = budgets.plan(checkpoint, architecture, tables, config)
         reader = Reader(checkpoint.files, backend=config.io_backend, queue_depth=config.queue_depth)
         try:
-            dense = load_dense(checkpoint, architecture, reader)
-            pool = Pool(budget.threads)
-            kv = KVCache(spec, budget.kv_blocks, budget.kv_dtype)
             cache = ExpertCache(
                 tables.total, budget.slots, budget.slot,
                 policy=config.cache_policy, n_layers=spec.n_moe_layers,
             )  # fmt: skip
+            cache.prefault(_PREFAULT)
+            dense = load_dense(checkpoint, architecture, reader)
+            pool = Pool(budget.threads)
+            kv = KVCache(spec, budget.kv_blocks, budget.kv_dtype)
             streamer = ExpertStreamer(
                 cache, reader, kernels, pool, tables.layers, tables.reads, tables.matrices,
                 spec.router.top_k, budget.step_tokens, config.prefetch,
@@ -172,6 +177,7 @@ class Runner:
         the chunks can then be computed again.
         """
         started = time.monotonic_ns()
+        self.cache.hold_prefault_py(True)
         tokens: list[int] = []
         positions: list[NDArray[np.int32]] = []
         offsets: list[int] = [0]
@@ -195,6 +201,7 @@ class Runner:
         try:
             return self._forward.step(batch)
         finally:
+            self.cache.hold_prefault_py(False)
             self._register_arena()
             self._step_s += (time.monotonic_ns() - started) / 1e9
             if self.profile is not None:

@@ -60,6 +60,12 @@ void mer_cache_free(mer_cache *c); /* NULL is allowed; nobody may be using it */
 char *mer_cache_arena(const mer_cache *c);
 int mer_cache_huge_pages(const mer_cache *c); /* whether the kernel accepted the wish for huge pages */
 
+/* Touches the arena's memory before it is needed, in the background, never more than `ahead` bytes beyond the slots that
+ * were used so far. Before others use the cache. 0, or -1: it can't. */
+int mer_cache_prefault(mer_cache *c, size_t ahead);
+/* Not now (on): the processors are wanted. By one thread at a time. */
+void mer_cache_hold_prefault(mer_cache *c, int on);
+
 /* Returns enum mer_acquired; *slot is set unless it is MER_ACQ_FULL. */
 int mer_cache_acquire(mer_cache *c, int64_t expert, int64_t *slot);
 /* The same for an expert that is likely to be wanted at its layer's next turn: until then it counts as wanted, and

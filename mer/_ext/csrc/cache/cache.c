@@ -6,6 +6,7 @@
  * Order of memory: publishing is a release and acquiring an acquire, so a hit sees the bytes that were read.
  * Dropping a pin is a release and evicting an acquire, so a slot is overwritten after its last reader left. */
 #include "next_use.h"
+#include "prefault.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -26,7 +27,9 @@ struct mer_cache {
     int64_t n_free, n_experts, n_slots;
     char *arena;
     size_t arena_bytes;
+    size_t slot_bytes;
     int huge;
+    prefault *prefault; /* NULL: memory is touched when it is read into */
     pthread_mutex_t mutex;
     _Alignas(LINE) _Atomic uint64_t clock;
     _Alignas(LINE) counter hits; /* apart from the others: written on the hit path */
@@ -71,6 +74,7 @@ mer_cache *mer_cache_new(int64_t n_layers, int64_t n_experts, int64_t n_slots, s
     *c = (mer_cache){.n_experts = n_experts, .n_slots = n_slots, .n_free = n_slots};
     pthread_mutex_init(&c->mutex, NULL);
     c->arena_bytes = (size_t)n_slots * slot_bytes;
+    c->slot_bytes = slot_bytes;
     c->words = calloc((size_t)n_experts, sizeof *c->words);
     c->keys = calloc((size_t)n_slots, sizeof *c->keys);
     c->owner = malloc((size_t)n_slots * sizeof *c->owner);
@@ -93,6 +97,7 @@ mer_cache *mer_cache_new(int64_t n_layers, int64_t n_experts, int64_t n_slots, s
 
 void mer_cache_free(mer_cache *c) {
     if (!c) return;
+    prefault_stop(c->prefault);
     if (c->arena) munmap(c->arena, c->arena_bytes);
     pthread_mutex_destroy(&c->mutex);
     next_use_free(c->next_use);
@@ -105,6 +110,15 @@ void mer_cache_free(mer_cache *c) {
 
 char *mer_cache_arena(const mer_cache *c) { return c->arena; }
 int mer_cache_huge_pages(const mer_cache *c) { return c->huge; }
+
+int mer_cache_prefault(mer_cache *c, size_t ahead) {
+    if (!c->prefault) c->prefault = prefault_start(c->arena, c->arena_bytes, ahead);
+    return c->prefault ? 0 : -1;
+}
+
+void mer_cache_hold_prefault(mer_cache *c, int on) {
+    if (c->prefault) prefault_hold(c->prefault, on);
+}
 
 /* ---- under the mutex ---- */
 
@@ -152,7 +166,11 @@ static int64_t find_victim(const mer_cache *c, int64_t expert, int early) {
 }
 
 static int64_t take_slot(mer_cache *c, int64_t expert, int early) {
-    if (c->n_free) return c->free_slots[--c->n_free];
+    if (c->n_free) { /* the lowest that was never used, or one that was */
+        const int64_t slot = c->free_slots[--c->n_free];
+        if (c->prefault) prefault_reach(c->prefault, (size_t)(slot + 1) * c->slot_bytes);
+        return slot;
+    }
     for (;;) {
         const int64_t slot = find_victim(c, expert, early);
         if (slot < 0) return -1;
