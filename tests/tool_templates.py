@@ -44,12 +44,24 @@ _GRANITE_CALL = (
     "{{ '<|tool_call|>[' if loop.first else ', ' }}{{ call.function | tojson }}{{ ']' if loop.last else '' }}"
 )
 
+_DSML_CALL = (
+    "{{ '\\n\\n<' + dsml + 'function_calls>\\n' if loop.first else '\\n' }}"
+    "{{ '<' + dsml + 'invoke name=\"' + call.function.name + '\">\\n' }}"
+    "{% for key, value in call.function.arguments | items %}"
+    "{{ '<' + dsml + 'parameter name=\"' + key }}"
+    "{{ '\" string=\"' + ('true' if value is string else 'false') + '\">' }}"
+    "{{ (value if value is string else value | tojson) + '</' + dsml + 'parameter>\\n' }}{% endfor %}"
+    "{{ '</' + dsml + 'invoke>' + ('\\n</' + dsml + 'function_calls>' if loop.last else '') }}"
+)
+
 HERMES: Final = _CHATML.replace("CALL", _HERMES_CALL)
 QWEN_CODER: Final = _CHATML.replace("CALL", _CODER_CALL)
 GLM: Final = _CHATML.replace("CALL", _GLM_CALL)
 MINIMAX: Final = _CHATML.replace("CALL", _MINIMAX_CALL).replace(
     "'<|im_start|>assistant\\n' }}{% endif %}", "'<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
 )
+DEEPSEEK_V32: Final = "{% set dsml = '｜DSML｜' %}" + _CHATML.replace("CALL", _DSML_CALL)
+DEEPSEEK_V4: Final = DEEPSEEK_V32.replace("function_calls", "tool_calls")
 GRANITE: Final = _CHATML.replace("CALL", _GRANITE_CALL)
 
 MISTRAL: Final = """\
@@ -147,6 +159,8 @@ ALL: Final = {
     "qwen_coder": QWEN_CODER,
     "glm": GLM,
     "minimax": MINIMAX,
+    "deepseek_v32": DEEPSEEK_V32,
+    "deepseek_v4": DEEPSEEK_V4,
     "granite": GRANITE,
     "mistral": MISTRAL,
     "mistral_named": MISTRAL_NAMED,

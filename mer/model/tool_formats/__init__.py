@@ -8,7 +8,7 @@ from mer.model.tool_formats.base import ToolFormat
 from mer.model.tool_formats.harmony import Harmony
 from mer.model.tool_formats.json_calls import Hermes, JsonList, Llama, Mistral
 from mer.model.tool_formats.sections import DeepSeek, Kimi
-from mer.model.tool_formats.tagged import GLM, MINIMAX, QWEN_CODER
+from mer.model.tool_formats.tagged import DEEPSEEK_V4, DEEPSEEK_V32, GLM, MINIMAX, QWEN_CODER
 
 __all__ = ["TABLE", "Harmony", "Llama", "ToolFormat", "find"]
 
@@ -16,6 +16,8 @@ __all__ = ["TABLE", "Harmony", "Llama", "ToolFormat", "find"]
 TABLE: Final[tuple[tuple[tuple[str, ...], ToolFormat], ...]] = (
     (("<|channel|>", "<|message|>"), Harmony()),
     (("<|tool_calls_section_begin|>",), Kimi()),
+    (("｜DSML｜", "function_calls"), DEEPSEEK_V32),  # whose tags a template puts together
+    (("｜DSML｜",), DEEPSEEK_V4),
     (("<｜tool▁calls▁begin｜>", "```json"), DeepSeek(fenced=True)),
     (("<｜tool▁calls▁begin｜>",), DeepSeek(fenced=False)),
     (("[TOOL_CALLS]", "[ARGS]"), Mistral(named=True)),

@@ -1,6 +1,6 @@
-"""Calls whose arguments stand between tags, each for itself: Qwen3-Coder, GLM-4-MoE, MiniMax-M2.
+"""Calls whose arguments stand between tags, each by itself: Qwen3-Coder, GLM-4, MiniMax-M2, newer DeepSeek.
 
-The text of an argument says nothing of its type: the tool's schema decides.
+Mostly the text of an argument says nothing of its type: the tool's schema decides.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from mer.model.tool_formats.base import random_id
 from mer.model.tool_formats.lark import Lark
@@ -18,6 +18,7 @@ from mer.model.tool_formats.source import Source, Steps
 
 _NAME: Final = re.compile(r"[^\s<>{}\"]+")
 _PYTHON: Final = {"True": "true", "False": "false", "None": "null"}  # templates write them so
+_STRING: Final = 'string="true"'
 _TYPES: Final = {
     bool: "boolean",
     int: "integer",
@@ -33,7 +34,8 @@ class Tagged:
     """The tags, in the order in which they come; `begin` opens one call, or several when `head` is not empty.
 
     head, head_end: around the tool's name; without a head it ends where the first key or the end of the call
-    is. line: name and values stand on lines of their own.
+    is. line: name and values stand on lines of their own. typed: an argument says whether it is a string,
+    behind its key: string="true">.
     """
 
     begin: str
@@ -46,6 +48,7 @@ class Tagged:
     call_end: str
     end: str
     line: bool
+    typed: bool = False
     markers: tuple[str, ...] = field(init=False)
 
     @markers.default
@@ -92,19 +95,22 @@ class Tagged:
                 return True
             source.arguments(f"{comma}{_dumps(key.strip())}: ")
             comma = ", "
+            types = _types(properties.get(key.strip(), {}))
             if self.value:
                 yield from source.space()
                 yield from source.starts(self.value)
-            yield from self._read_value(source, properties.get(key.strip(), {}))
+            if self.typed:
+                attributes, _ = yield from source.hold(">")
+                types = {"string"} if _STRING in attributes else types - {"string"}
+            yield from self._read_value(source, types)
         if tag:
             source.arguments("}")
         return True
 
-    def _read_value(self, source: Source, schema: Any) -> Steps[None]:
+    def _read_value(self, source: Source, types: set[str]) -> Steps[None]:
         ends = (self.value_end, "\n" + self.value_end) if self.line else (self.value_end,)
         if self.line:
             yield from source.starts("\n")
-        types = _types(schema)
         if types == {"string"}:
             source.arguments('"')
             if (yield from source.until(ends, lambda text: source.arguments(_dumps(text)[1:-1]), trim=False)):
@@ -123,6 +129,9 @@ class Tagged:
             open = f"{self._text(lark, self.key)} {lark.text(key)} {self._text(lark, self.key_end)}"
             if self.value:
                 open += f" {newline} {lark.tag(self.value)}"
+            if self.typed:
+                text = f" {_STRING}>" if _types(value) == {"string"} else ' string="false">'
+                open += f" {lark.text(text)}"
             body = self._value(lark, value, definitions)
             part = lark.rule(f"{open} {newline if self.line else ''} {body} {newline}")
             parts.append(part if key in required else f"{part}?")
@@ -183,6 +192,20 @@ MINIMAX: Final = Tagged(
     end="</minimax:tool_call>",
     line=False,
 )
+DEEPSEEK_V32: Final = Tagged(
+    begin="<｜DSML｜function_calls>",
+    head='<｜DSML｜invoke name="',
+    head_end='">',
+    key='<｜DSML｜parameter name="',
+    key_end='"',
+    value="",
+    value_end="</｜DSML｜parameter>",
+    call_end="</｜DSML｜invoke>",
+    end="</｜DSML｜function_calls>",
+    line=False,
+    typed=True,
+)
+DEEPSEEK_V4: Final = evolve(DEEPSEEK_V32, begin="<｜DSML｜tool_calls>", end="</｜DSML｜tool_calls>")
 GLM: Final = Tagged(
     begin="<tool_call>",
     head="",
