@@ -274,6 +274,37 @@ def test_calls_that_models_write_a_little_differently() -> None:
         assert said(parse(tool_templates.ALL[name], text)) == ("", "", calls), text
 
 
+def test_a_call_without_its_end_before_another() -> None:
+    text = '<tool_call>\n{"name": "note", "arguments": {"kind": "a"}}\n'
+    calls = [("note", {"kind": "a"})] * 2
+    assert said(parse(tool_templates.HERMES, text + text)) == ("", "", calls)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("days", "3", 3),
+        ("days", "three", "three"),
+        ("days", "true", "true"),  # no integer, so it can only be meant as text
+        ("wind", "True", True),  # as templates in Python write it
+        ("where", "None", None),
+        ("where", "[1, 2.5]", [1, 2.5]),
+        ("city", "3", "3"),
+        ("other", "3", 3),  # nothing is known of it
+        ("other", "x", "x"),
+    ],
+)
+def test_types_of_arguments_between_tags(key: str, text: str, value: Any) -> None:
+    for name, call in [
+        (
+            "qwen_coder",
+            f"<tool_call>\n<function=weather>\n<parameter={key}>\n{text}\n</parameter>\n</function>",
+        ),
+        ("glm", f"<tool_call>weather\n<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n</tool_call>"),
+    ]:
+        assert said(parse(tool_templates.ALL[name], call)) == ("", "", [("weather", {key: value})])
+
+
 def test_formats_are_told_apart_and_others_are_refused() -> None:
     found = {name: OutputFormat.of(template).calls for name, template in tool_templates.ALL.items()}
     assert len(set(map(repr, found.values()))) == len(found)

@@ -155,11 +155,10 @@ class Source:
 
     def _beginning(self, tags: Sequence[str]) -> int:
         """Length of the longest end of the text that one of the tags begins with."""
-        longest = max(map(len, tags)) - 1
-        for length in range(min(longest, len(self.text)), 0, -1):
-            end = self.text[-length:]
-            if any(len(tag) > length and tag.startswith(end) for tag in tags):
-                return length
+        firsts, size = {tag[0] for tag in tags}, len(self.text)
+        for at in range(max(0, size - max(map(len, tags)) + 1), size):
+            if self.text[at] in firsts and any(tag.startswith(self.text[at:]) for tag in tags):
+                return size - at
         return 0
 
 
