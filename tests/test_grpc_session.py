@@ -201,7 +201,7 @@ async def test_who_leaves_ends_all_of_them(model):
 async def test_who_does_not_read_holds_up_nobody_else(model):
     """The requests of the sleeper wait; another client's go on, and the sleeper gets all in the end."""
     params = pb.SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, logprobs=20)
-    async with served(model) as (stub, _, server):
+    async with served(model) as (stub, engine, server):
         # A channel of its own with the smallest window: what nobody reads must wait at the server.
         options = {"grpc.http2.lookahead_bytes": 1024, "grpc.http2.bdp_probe": 0}
         async with connected(server.port, **options) as sleeper:
@@ -210,6 +210,8 @@ async def test_who_does_not_read_holds_up_nobody_else(model):
             await call.done_writing()
             for _ in range(3):
                 assert len(await text_of(stub.Generate(generate("the sea"))))
+            await until(lambda: engine.snapshot().waiting == 1, "the engine waits for the sleeper")
+            assert engine.snapshot().running == 0
             reader = Reader(call)
             await reader.end()
         assert (await reader.ended("big"))[1].usage.completion_tokens == 400
