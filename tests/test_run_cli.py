@@ -75,6 +75,21 @@ def test_summary_of_one_token(model, bare):
     assert done.stderr.partition("\n")[0].endswith(" tokens/s (1 token)")
 
 
+def test_a_prefix_that_an_earlier_run_left_behind(model, tmp_path):
+    ask = ("run", model, "The old man and the sea " * 5, "-n", 3, "--json", *OPTIONS)
+    plain, *found = (
+        json.loads(mer(*ask, *store).stdout)
+        for store in ((), *(("--prefix-store", tmp_path, "--prefix-store-size", "1MiB"),) * 2)
+    )
+    assert [each["token_ids"] for each in found] == [plain["token_ids"]] * 2
+    first, second = (each["usage"]["cached_tokens"] for each in found)
+    assert first == 0
+    assert second == (plain["usage"]["prompt_tokens"] - 1) // 16 * 16 > 0
+    refused = mer(*ask, "--prefix-store", tmp_path, "--prefix-store-size", "100")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "prefix_store_size 100" in refused.stderr
+
+
 async def test_json(model):
     result = await expected(model, "naïve 你好", logprobs=2, stop=["q"], seed=3)
     done = mer(
