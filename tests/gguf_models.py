@@ -17,10 +17,17 @@ ARCHITECTURES = {
 }
 
 
-def write_gguf(model: torch.nn.Module, path: Path, *, experts="f32", dense="f32", shards=0, **more) -> Path:
+# Where in a block the F16 scales are, of formats that the gguf package does not quantise to.
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
+SCALES |= {"IQ4_XS": (0,)}
+
+
+def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
     """The model in a GGUF file, as llama.cpp's converter lays it out; returns its (first) file.
 
-    shards: most tensors of a part, 0: one part. more: `tokenizer`, a function that adds to the writer.
+    shards: most tensors of a part, 0: one part. more: `tokenizer`, a function that adds to the writer;
+    `formats`, by what a tensor's name ends with before `.weight` ("ffn_down_exps": "q6_k"), F32 for others.
+    The model gets the weights as they are rounded, or random ones where nobody can round.
     """
     family, config = model.config.model_type, model.config.to_dict()
     arch = ARCHITECTURES[family]
@@ -32,17 +39,34 @@ def write_gguf(model: torch.nn.Module, path: Path, *, experts="f32", dense="f32"
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         found += ".weight" if found.endswith("attn_sinks") else ""
-        values = tensor.detach().float().numpy()
-        form = experts if "_exps" in found else dense
-        if values.ndim == 1 or "ffn_gate_inp" in found:
-            form = "f32"
-        kind = GGMLQuantizationType[form.upper()]
-        writer.add_tensor(found, gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+        asked = more.get("formats", {}).items()
+        name = next((form for part, form in asked if found.endswith(f"{part}.weight")), "f32")
+        kind = GGMLQuantizationType[name.upper()]
+        data = _stored(np.ascontiguousarray(tensor.detach().float().numpy()), kind)
+        if kind != GGMLQuantizationType.F32:
+            with torch.no_grad():
+                tensor.copy_(torch.from_numpy(gguf.quants.dequantize(data, kind)))
+        writer.add_tensor(found, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return sorted(path.parent.glob(f"{path.stem}*.gguf"))[0]
+
+
+def _stored(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    if kind.name not in SCALES:
+        return gguf.quants.quantize(values, kind)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(values.size)
+    blocks = rng.integers(0, 256, (values.size // block, size), np.uint8)
+    for at in SCALES[kind.name]:
+        blocks[:, at : at + 2] = np.full((len(blocks), 1), 1e-3, np.float16).view(np.uint8)
+    # Of the size that the values had.
+    ratio = values.std() / gguf.quants.dequantize(blocks, kind).std()
+    for at in SCALES[kind.name]:
+        blocks[:, at : at + 2] = np.full((len(blocks), 1), 1e-3 * ratio, np.float16).view(np.uint8)
+    return blocks.reshape(*values.shape[:-1], -1)
 
 
 def _metadata(w: GGUFWriter, family: str, config: dict) -> None:

@@ -15,7 +15,14 @@ from mer.errors import ConfigError
 F32, F16, Q4_0, Q8_0, Q4_K, BF16, MXFP4 = 0, 1, 2, 8, 12, 30, 39
 BLOCK = {F32: 1, F16: 1, BF16: 1, Q4_0: 32, Q8_0: 32, Q4_K: 256, MXFP4: 32}
 BLOCK_BYTES = {F32: 4, F16: 2, BF16: 2, Q4_0: 18, Q8_0: 34, Q4_K: 144, MXFP4: 17}
-INTEGER = (Q4_0, Q8_0, Q4_K, MXFP4)
+Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS = 3, 6, 7, 10, 11, 13, 14, 20, 23
+READ = (Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS)
+for read in READ:
+    BLOCK[read], BLOCK_BYTES[read] = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(read)]
+INTEGER = (Q4_0, Q8_0, Q4_K, MXFP4, *READ)
+# Where in a block the F16 scale is, and that of the minimum.
+SCALES = {Q4_1: (0, 2), Q5_0: (0,), Q5_1: (0, 2), Q2_K: (80, 82), Q3_K: (108,), Q5_K: (0, 2), Q6_K: (208,)}
+SCALES |= {IQ4_NL: (0,), IQ4_XS: (0,), Q4_K: (0, 2)}
 FORMATS = pytest.mark.parametrize("fmt", BLOCK, ids=lambda f: gguf.GGMLQuantizationType(f).name)
 ISAS = pytest.mark.parametrize("isa", isas())
 
@@ -24,14 +31,15 @@ Floats = NDArray[np.float32]
 
 
 def encode(fmt: int, w: Floats) -> Bytes:
-    """Weights in a format. gguf can't quantise to Q4_K: there, blocks of random bits with sane scales."""
-    if fmt != Q4_K:
+    """Weights in a format. gguf can't quantise to all: there, blocks of random bits with sane scales."""
+    if fmt not in SCALES:
         return gguf.quants.quantize(w, gguf.GGMLQuantizationType(fmt)).view(np.uint8).reshape(len(w), -1)
     rng = np.random.default_rng(abs(hash(w.tobytes())) % 2**32)
-    rows, blocks = len(w), w.shape[1] // 256
-    out = rng.integers(0, 256, (rows, blocks, 144), np.uint8)
-    scale = rng.uniform(1e-4, 1e-2, (rows, blocks, 2)).astype(np.float16)
-    out[:, :, :4] = scale.view(np.uint8)
+    rows, blocks = len(w), w.shape[1] // BLOCK[fmt]
+    out = rng.integers(0, 256, (rows, blocks, BLOCK_BYTES[fmt]), np.uint8)
+    for at in SCALES[fmt]:
+        scale = rng.uniform(1e-4, 1e-2, (rows, blocks, 1)).astype(np.float16)
+        out[:, :, at : at + 2] = scale.view(np.uint8)
     return out.reshape(rows, -1)
 
 
@@ -66,13 +74,14 @@ def activations(k: Kernels, fmt: int, x: Floats) -> NDArray[np.float64]:
 
 
 def weight_bounds(fmt: int, w: Bytes) -> NDArray[np.float64]:
-    """Magnitudes that the rounding of a product works with: |w|, or scale * q and minimum apart for Q4_K."""
-    if fmt != Q4_K:
+    """Magnitudes that the rounding of a product works with: |w|, or scale * q and minimum apart."""
+    if len(SCALES.get(fmt, ())) < 2:
         return np.abs(decode(fmt, w))
-    top = w.copy().reshape(len(w), -1, 144)
+    top = w.copy().reshape(len(w), -1, BLOCK_BYTES[fmt])
     low = top.copy()
-    top[:, :, 2:4] = 0  # no minimum
-    low[:, :, 0:2] = 0  # nothing but the minimum
+    scale, least = SCALES[fmt]
+    top[:, :, least : least + 2] = 0  # no minimum
+    low[:, :, scale : scale + 2] = 0  # nothing but the minimum
     return np.abs(decode(fmt, top.reshape(w.shape))) + np.abs(decode(fmt, low.reshape(w.shape)))
 
 
@@ -230,9 +239,8 @@ def test_extreme_weights(isa: str, fmt: int) -> None:
         if fmt == MXFP4:
             w[r, :, 0] = (0, 1, 2, 3, 127, 140, 150, 160)[r % 8]  # beyond, sums overflow
             continue
-        w[r, :, :2] = scales[r % 8 : r % 8 + 1].view(np.uint8)
-        if fmt == Q4_K:
-            w[r, :, 2:4] = scales[(r + 3) % 8 : (r + 3) % 8 + 1].view(np.uint8)
+        for i, at in enumerate(SCALES.get(fmt, (0,))):
+            w[r, :, at : at + 2] = scales[(r + 3 * i) % 8 : (r + 3 * i) % 8 + 1].view(np.uint8)
     w = w.reshape(rows, -1)
     rng = np.random.default_rng(0)
     x = rng.choice([-1.0, 1.0], (4, cols)).astype(np.float32)

@@ -20,7 +20,7 @@ from mer.model.families import Architecture
 from mer.weights import convert as conversion
 from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint, open_checkpoint
-from mer.weights.formats import FORMATS, MXFP4, Format
+from mer.weights.formats import MXFP4, WRITTEN, Format
 from mer.weights.plan import Plan
 
 _SAME: Final = "same"
@@ -28,7 +28,7 @@ _SAME: Final = "same"
 
 def _format_option(_ctx: click.Context, _param: click.Parameter, value: str) -> Format | None:
     """A weight format in any case; None for 'same'."""
-    known = {form.name: form for form in FORMATS} | {_SAME: None}
+    known = {form.name: form for form in WRITTEN} | {_SAME: None}
     if value.lower() not in known:
         raise click.BadParameter(f"the format {value!r} is not known; known are {', '.join(known)}")
     return known[value.lower()]

@@ -14,7 +14,7 @@ from attrs import field, frozen
 from numpy.typing import NDArray
 
 from mer.errors import UnsupportedModelError
-from mer.weights import quants
+from mer.weights import quants, read_quants
 from mer.weights.q4_k import decode_q4_k, encode_q4_k
 
 Floats = NDArray[np.float32]
@@ -134,8 +134,28 @@ Q4_K: Final = Format("q4_k", 12, 256, 144, encode_q4_k, decode_q4_k)
 BF16: Final = Format("bf16", 30, 1, 2, _encode_bf16, _decode_bf16)
 MXFP4: Final = Format("mxfp4", 39, 32, 17, quants.encode_mxfp4, quants.decode_mxfp4)
 
-# What the kernels multiply and what `mer convert` writes.
-FORMATS: Final = (F32, F16, BF16, Q8_0, Q4_0, Q4_K, MXFP4)
+# What `mer convert` writes.
+WRITTEN: Final = (F32, F16, BF16, Q8_0, Q4_0, Q4_K, MXFP4)
+
+
+def _read_only(name: str, id: int, block: int, block_bytes: int) -> Format:
+    decode = getattr(read_quants, f"decode_{name}")
+    return Format(name, id, block, block_bytes, read_quants.encoder(name), decode)
+
+
+# What the kernels multiply.
+FORMATS: Final = (
+    *WRITTEN,
+    _read_only("q4_1", 3, 32, 20),
+    _read_only("q5_0", 6, 32, 22),
+    _read_only("q5_1", 7, 32, 24),
+    _read_only("q2_k", 10, 256, 84),
+    _read_only("q3_k", 11, 256, 110),
+    _read_only("q5_k", 13, 256, 176),
+    _read_only("q6_k", 14, 256, 210),
+    _read_only("iq4_nl", 20, 32, 18),
+    _read_only("iq4_xs", 23, 256, 136),
+)
 
 # Known only as a source of conversion: ggml has no number for it, and no kernel reads it.
 F8_E4M3: Final = Format("f8_e4m3", -1, 1, 1, _encode_e4m3, _decode_e4m3)

@@ -131,7 +131,7 @@ def _pack_scales(scale: Bytes, minimum: Bytes) -> Bytes:
     return np.concatenate(packed).T
 
 
-def _unpack_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
+def unpack_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
     a, b, c = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scale = np.concatenate([a & 63, (c & 15) | ((a >> 6) << 4)], axis=1)
     minimum = np.concatenate([b & 63, (c >> 4) | ((b >> 6) << 4)], axis=1)
@@ -142,7 +142,7 @@ def decode_q4_k(data: Bytes) -> Floats:
     """uint8 [n, 144] -> f32 [n, 256]."""
     n = len(data)
     units = np.ascontiguousarray(data[:, :4]).view(np.float16).astype(np.float32)
-    scale, minimum = _unpack_scales(data[:, 4:16])
+    scale, minimum = unpack_scales(data[:, 4:16])
     codes = data[:, 16:].reshape(n, 4, 1, 32)
     values = np.empty((n, 4, 2, 32), np.float32)
     values[:, :, :1] = codes & 15

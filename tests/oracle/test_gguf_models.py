@@ -7,6 +7,8 @@ from harness import Runner
 from make_checkpoints import FAMILY, make
 from test_families import error, oracle
 
+from mer.engine.engine import Engine
+from mer.engine.params import SamplingParams
 from mer.weights.gguf import read_gguf
 
 PROMPT = [int(token) for token in np.random.default_rng(3).integers(0, 211, 40)]
@@ -52,3 +54,41 @@ def test_parts(tmp_path):
     for path in first, sorted(tmp_path.glob("*.gguf"))[1], tmp_path:
         runner = Runner(path)
         assert error(runner.logits(PROMPT), oracle(model, PROMPT)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [
+        # As llama.cpp's Q4_K_M, Q2_K, IQ4_XS and Q5_0 mix them.
+        {"_gate_exps": "q4_k", "_up_exps": "q4_k", "_down_exps": "q6_k", "attn_v": "q6_k", "output": "q6_k"},
+        {
+            "_gate_exps": "q2_k",
+            "_up_exps": "q2_k",
+            "_down_exps": "q3_k",
+            "attn_q": "q5_k",
+            "token_embd": "q3_k",
+        },
+        {"_gate_exps": "iq4_xs", "_up_exps": "iq4_xs", "_down_exps": "q5_k", "attn_output": "iq4_nl"},
+        {"_gate_exps": "q5_0", "_up_exps": "q5_0", "_down_exps": "q5_1", "attn_k": "q4_1", "output": "q8_0"},
+        {"_gate_exps": "q4_1", "_up_exps": "q4_1", "_down_exps": "iq4_nl", "token_embd": "q6_k"},
+    ],
+    ids=lambda formats: "-".join(dict.fromkeys(formats.values())),
+)
+async def test_formats(formats, tmp_path):
+    """Weights as published files mix them; activations are rounded to int8, which costs a little."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_attention_heads": 8, "head_dim": 32}
+    # Every expert is chosen: otherwise rounding may choose another.
+    model = make(tmp_path / "hf", "qwen3_moe", **sizes, num_experts=4, num_experts_per_tok=4)
+    path = write_gguf(model, tmp_path / "model.gguf", formats=formats)
+    runner = Runner(path)
+    assert error(runner.logits(PROMPT), oracle(model, PROMPT)) < 0.035
+    answers = set()
+    for settings in (
+        {},
+        {"cache_experts": 4},
+        {"cache_experts": "50%", "io_backend": "buffered", "threads": 1},
+    ):
+        async with Engine.open(path, context=128, kv_dtype="f32", **settings) as engine:
+            result = await engine.generate(PROMPT, SamplingParams(temperature=0, max_tokens=12, logprobs=3))
+            answers.add((result.token_ids, result.logprobs))
+    assert len(answers) == 1

@@ -11,8 +11,17 @@ enum {
     MER_F32 = 0,
     MER_F16 = 1,
     MER_Q4_0 = 2,
+    MER_Q4_1 = 3,
+    MER_Q5_0 = 6,
+    MER_Q5_1 = 7,
     MER_Q8_0 = 8,
+    MER_Q2_K = 10,
+    MER_Q3_K = 11,
     MER_Q4_K = 12,
+    MER_Q5_K = 13,
+    MER_Q6_K = 14,
+    MER_IQ4_NL = 20,
+    MER_IQ4_XS = 23,
     MER_BF16 = 30,
     MER_MXFP4 = 39,
     MER_FORMAT_IDS = 40, /* size of a table indexed by id */
@@ -57,9 +66,18 @@ static inline long mer_block_len(int fmt) {
     case MER_F16:
     case MER_BF16: return 1;
     case MER_Q4_0:
+    case MER_Q4_1:
+    case MER_Q5_0:
+    case MER_Q5_1:
+    case MER_IQ4_NL:
     case MER_MXFP4:
     case MER_Q8_0: return 32;
-    case MER_Q4_K: return 256;
+    case MER_Q2_K:
+    case MER_Q3_K:
+    case MER_Q4_K:
+    case MER_Q5_K:
+    case MER_Q6_K:
+    case MER_IQ4_XS: return 256;
     default: return 0;
     }
 }
@@ -74,6 +92,16 @@ static inline size_t mer_row_bytes(int fmt, long cols) {
     case MER_Q8_0: return (size_t)(cols / 32) * sizeof(mer_block_q8_0);
     case MER_Q4_K: return (size_t)(cols / 256) * sizeof(mer_block_q4_k);
     case MER_MXFP4: return (size_t)(cols / 32) * sizeof(mer_block_mxfp4);
+    /* Their blocks are described where they are unpacked: kernels/units.h. */
+    case MER_Q4_1: return (size_t)(cols / 32) * 20;
+    case MER_Q5_0: return (size_t)(cols / 32) * 22;
+    case MER_Q5_1: return (size_t)(cols / 32) * 24;
+    case MER_IQ4_NL: return (size_t)(cols / 32) * 18;
+    case MER_Q2_K: return (size_t)(cols / 256) * 84;
+    case MER_Q3_K: return (size_t)(cols / 256) * 110;
+    case MER_Q5_K: return (size_t)(cols / 256) * 176;
+    case MER_Q6_K: return (size_t)(cols / 256) * 210;
+    case MER_IQ4_XS: return (size_t)(cols / 256) * 136;
     default: return 0;
     }
 }
@@ -143,9 +171,8 @@ typedef struct {
 
 #define MER_ACT_TINY 0x1p-100f
 
-static inline int mer_act_is_q8(int fmt) {
-    return fmt == MER_Q4_0 || fmt == MER_Q8_0 || fmt == MER_Q4_K || fmt == MER_MXFP4;
-}
+/* Every format of blocks. */
+static inline int mer_act_is_q8(int fmt) { return mer_block_len(fmt) > 1; }
 
 static inline size_t mer_pad64(size_t n) { return (n + 63) & ~(size_t)63; }
 

@@ -17,6 +17,7 @@
 #endif
 #include "ahead.h"
 #include "elementwise.h"
+#include "units.h"
 #include "rows512.h"
 #include "tiles.h"
 
@@ -341,6 +342,7 @@ const mer_isa mer_isa_amx = {
             [MER_Q8_0] = matmul_q8_0,
             [MER_Q4_K] = matmul_q4_k,
             [MER_MXFP4] = matmul_mxfp4,
+            MER_UNIT_FORMATS(MER_UNITS_AVX2)
         },
 };
 #ifdef __clang__

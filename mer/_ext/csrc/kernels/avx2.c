@@ -14,6 +14,7 @@
 #endif
 #include "ahead.h"
 #include "elementwise.h"
+#include "units.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #define ROWS 8
@@ -499,6 +500,7 @@ const mer_isa mer_isa_avx2 = {
             [MER_Q8_0] = matmul_q8_0,
             [MER_Q4_K] = matmul_q4_k,
             [MER_MXFP4] = matmul_mxfp4,
+            MER_UNIT_FORMATS(MER_UNITS_AVX2)
         },
 };
 #ifdef __clang__

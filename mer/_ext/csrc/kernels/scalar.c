@@ -1,5 +1,6 @@
 /* Plain C: the reference of the other instruction sets, and what runs where none of them can. */
 #include "elementwise.h"
+#include "units.h"
 
 static void quantise(const float *x, void *act, long cols) {
     const mer_act_q8 a = mer_act_view(act, cols);
@@ -76,6 +77,30 @@ static float dot_q4_k(const char *row, const void *act, long cols) {
     return acc;
 }
 
+#define UNIT_DOT(NAME, ID, UNIT, GROUP, MINIMA)                                                                \
+    static float dot_##NAME(const char *row, const void *act, long cols) {                                     \
+        const mer_act_q8 a = mer_act_view(act, cols);                                                          \
+        const size_t unit_bytes = mer_row_bytes(ID, UNIT);                                                     \
+        float acc = 0;                                                                                         \
+        for (long b = 0; b < cols / UNIT; b++) {                                                               \
+            mer_unit u;                                                                                        \
+            mer_unit_##NAME((const uint8_t *)row + (size_t)b * unit_bytes, &u);                                \
+            for (int g = 0; g < UNIT / GROUP; g++) {                                                           \
+                const long at = b * UNIT + g * GROUP;                                                          \
+                int32_t n = 0, sum = 0;                                                                        \
+                for (int i = 0; i < GROUP; i++) {                                                              \
+                    n += u.q[g * GROUP + i] * a.q[at + i];                                                     \
+                    sum += a.q[at + i];                                                                        \
+                }                                                                                              \
+                acc += u.d[g] * a.d[at / 32] * (float)n;                                                       \
+                if (MINIMA) acc -= u.m[g] * (GROUP == 32 ? a.dsum[at / 32] : a.d[at / 32] * (float)sum);       \
+            }                                                                                                  \
+        }                                                                                                      \
+        return acc;                                                                                            \
+    }
+
+MER_UNIT_FORMATS(UNIT_DOT)
+
 /* Four partial sums: a quarter of the rounding error of one, and they need not wait for each other. */
 #define FLOAT_DOT(NAME, TYPE, TO_F32)                                                    \
     static float NAME(const char *row, const void *act, long cols) {                     \
@@ -109,6 +134,9 @@ MATMUL(matmul_q4_0, MER_Q4_0, dot_q4_0)
 MATMUL(matmul_q8_0, MER_Q8_0, dot_q8_0)
 MATMUL(matmul_q4_k, MER_Q4_K, dot_q4_k)
 MATMUL(matmul_mxfp4, MER_MXFP4, dot_mxfp4)
+#define UNIT_MATMUL(NAME, ID, UNIT, GROUP, MINIMA) MATMUL(matmul_##NAME, ID, dot_##NAME)
+MER_UNIT_FORMATS(UNIT_MATMUL)
+#define UNIT_ENTRY(NAME, ID, UNIT, GROUP, MINIMA) [ID] = matmul_##NAME,
 
 const mer_isa mer_isa_scalar = {
     .name = "scalar",
@@ -124,5 +152,6 @@ const mer_isa mer_isa_scalar = {
             [MER_Q8_0] = matmul_q8_0,
             [MER_Q4_K] = matmul_q4_k,
             [MER_MXFP4] = matmul_mxfp4,
+            MER_UNIT_FORMATS(UNIT_ENTRY)
         },
 };
