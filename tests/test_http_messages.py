@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 
 import anthropic
 import httpx
@@ -215,3 +217,29 @@ def test_thoughts_are_blocks_where_they_were_asked_for(tmp_path):
         block.thinking = ""
         empty = [*ASK, {"role": "assistant", "content": whole.content}, *ASK]
         assert longer > client.messages.count_tokens(model="small", messages=empty).input_tokens
+
+
+def test_a_stream_that_the_server_ends_says_so_in_its_own_shape(tmp_path):
+    """Both kinds of streams, in an answer that never ends by itself, while the server is told to end."""
+    schema = {"type": "json_schema", "schema": JSON}
+    messages = {"model": "small", "max_tokens": 1900, "messages": ASK, "stream": True,
+                "thinking": {"type": "adaptive"}, "output_config": {"format": schema}}  # fmt: skip
+    responses = {"model": "small", "input": "?", "stream": True, "text": {"format": schema | {"name": "x"}}}
+    model = write_tool_model(tmp_path / "small", "deepseek_r1")
+    with serving(model, "--context", 2048, "--drain-timeout", 0) as server, httpx.Client() as client:
+        asked = [("messages", messages, "content_block_delta"), ("responses", responses, "text.delta")]
+        with contextlib.ExitStack() as streams:
+            lines = []
+            for path, body, sign in asked:
+                stream = client.stream("POST", f"{server.url}/v1/{path}", json=body, timeout=60)
+                lines.append(streams.enter_context(stream).iter_lines())
+                assert any(sign in line for line in iter(lambda i=lines[-1]: next(i), None))
+            server.signal()
+            ended = ["\n".join(each) for each in lines]
+        assert server.ended() == 0
+    events = [[json.loads(data) for data in re.findall("^data: (.*)", text, re.MULTILINE)] for text in ended]
+    assert events[0][-1]["type"] == "error"
+    assert events[0][-1]["error"]["type"] == "overloaded_error"
+    assert events[1][-1]["type"] == "response.failed"
+    assert events[1][-1]["response"]["error"]["code"] == "shutting_down"
+    assert events[1][-1]["response"]["status"] == "failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import openai
 import pytest
@@ -189,3 +190,24 @@ def test_reasoning_that_the_prompt_opened(tmp_path):
         # Of a structured answer the structure is what follows the thoughts; here they never end.
         form = {"type": "json_object"}
         assert ask(client, tools=[], max_tokens=8, response_format=form).choices[0].message.content == ""
+
+
+def test_structures_of_a_model_that_may_think_first(tmp_path):
+    """The grammar of the answer is put behind that of the thoughts, which a bias leaves out here."""
+    model = write_tool_model(tmp_path / "small", "kimi")
+    with serving(model, "--context", 2048) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        bias = {token(client, "<"): -100}
+
+        def answer(**body):
+            message = ask(client, tools=[], logit_bias=bias, extra_body=body).choices[0].message
+            assert not hasattr(message, "reasoning_content")
+            return message.content
+
+        assert re.fullmatch(r"a/b\n[0-9]{2}\\/", answer(guided_regex="a/b\n[0-9]{2}\\\\\\/"))
+        assert answer(guided_choice=["yes", 'n"o']) in ("yes", 'n"o')
+        assert json.loads(answer(guided_json={"enum": [1, [2]]})) in (1, [2])
+        thought = ask(client, tools=[], logit_bias={token(client, "<"): 100}, max_tokens=12,
+                      extra_body={"guided_choice": ["yes"]}).choices[0].message  # fmt: skip
+        assert thought.content == ""
+        assert thought.reasoning_content
