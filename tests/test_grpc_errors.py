@@ -231,6 +231,7 @@ async def test_limits_of_a_caller(model):
             )
             assert error.details["RetryInfo"].retry_delay.ToNanoseconds() > 0
             assert int(error.trailing["grpc-retry-pushback-ms"]) > 0
+            assert (await stub.GetStats(pb.GetStatsRequest(), metadata=one)).running == 2  # not counted
             # A session is no request itself; those on it are.
             call = stub.Session(iter([pb.SessionRequest(id="a", generate=generate("x"))]), metadata=one)
             [response] = await pieces(call)

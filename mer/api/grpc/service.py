@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from importlib.metadata import version
 from typing import Any, Final, TypeVar
 
@@ -66,16 +66,17 @@ class Inference:
             "Tokenize": self._unary("Tokenize", pb.TokenizeRequest, self.tokenize),
             "Detokenize": self._unary("Detokenize", pb.DetokenizeRequest, self.detokenize),
             "Embed": self._unary("Embed", pb.EmbedRequest, self.embed),
-            "GetModel": self._unary("GetModel", pb.GetModelRequest, self.get_model),
-            "GetStats": self._unary("GetStats", pb.GetStatsRequest, self.get_stats),
+            # Asked for by what watches the server: no limit counts them, and a server that drains answers.
+            "GetModel": self._unary("GetModel", pb.GetModelRequest, self.get_model, counted=False),
+            "GetStats": self._unary("GetStats", pb.GetStatsRequest, self.get_stats, counted=False),
         }
 
     def _unary(
-        self, name: str, kind: type[_Q], method: Callable[[_Q], Awaitable[Message]]
+        self, name: str, kind: type[_Q], method: Callable[[_Q], Awaitable[Message]], *, counted: bool = True
     ) -> grpc.RpcMethodHandler[Any, Any]:
         async def handle(data: bytes, context: Context) -> bytes:
             async with self._gate.call(context, name) as call:
-                with self._gate.admitted(call):
+                with self._gate.admitted(call) if counted else nullcontext():
                     request = convert.parsed(kind, data)
                     call.path = convert.path_of(request)
                     return (await method(request)).SerializeToString()
