@@ -45,7 +45,16 @@ def measure(model: Path, prompt: list[int], decode: int, **options: Any) -> dict
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = {
         name: getattr(args, name)
-        for name in ("ram", "threads", "cache_experts", "cache_policy", "prefetch", "io_backend", "profile")
+        for name in (
+            "ram",
+            "threads",
+            "cache_experts",
+            "cache_policy",
+            "prefetch",
+            "io_backend",
+            "profile",
+            "warm_start",
+        )
         if getattr(args, name) is not None
     }
     params = SamplingParams(max_tokens=args.decode + 1, temperature=0, ignore_eos=True)
@@ -74,6 +83,7 @@ def main() -> None:
     parser.add_argument("--cache-policy")
     parser.add_argument("--prefetch", type=int)
     parser.add_argument("--io-backend")
+    parser.add_argument("--warm-start", action="store_true", help="as mer run --warm-start")
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="a Chrome trace, and the share of Python"
     )

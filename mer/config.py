@@ -99,6 +99,8 @@ class EngineConfig:
     queue_depth: int = field(default=64, validator=_at_least(1))
     # Experts that may be on their way before their layer asks for them; 0: none.
     prefetch: int = field(default=8, validator=_at_least(0))
+    # Whether the experts that are in memory at the end are read back at the next start, in the background.
+    warm_start: bool = False
     # A file for the routing of every step, as bench/policy.py replays it; None: none is written.
     trace: Path | None = field(default=None, converter=converters.optional(Path))
     # A file for a Chrome trace of where the time of every step went; None: none is written.

@@ -53,6 +53,9 @@ cdef extern from "mer_cache.h" nogil:
     void mer_cache_protect(mer_cache *c, int64_t expert, int on)
     int mer_cache_all_protected(mer_cache *c)
     int64_t mer_cache_clear(mer_cache *c)
+    void mer_cache_chances(mer_cache *c, double *chances)
+    void mer_cache_remember(mer_cache *c, int64_t expert, double chance)
+    int64_t mer_cache_free_slots(mer_cache *c)
     void mer_cache_get_stats(const mer_cache *c, mer_cache_stats *out)
     void mer_cache_reset_stats(mer_cache *c)
     void mer_cache_count(const mer_cache *c, mer_cache_census *out)
@@ -101,6 +104,9 @@ cdef class ExpertCache:
 
     cdef void hold_prefault(self, bint on) noexcept nogil:
         mer_cache_hold_prefault(self._cache, on)
+
+    cdef int64_t free_slots(self) noexcept nogil:
+        return mer_cache_free_slots(self._cache)
 
     cdef int publish(self, int64_t expert) noexcept nogil:
         return mer_cache_publish(self._cache, expert)
@@ -228,6 +234,19 @@ cdef class ExpertCache:
         """Take experts out of the pinned set."""
         for expert in [self._check(e) for e in experts]:
             mer_cache_protect(self._cache, expert, 0)
+
+    def chances(self):
+        """f64 [n_experts]: of what is resident, the chance that a token wants it (1 where nobody knows), else -1."""
+        found = np.empty(self.n_experts)
+        cdef double[::1] out = found
+        mer_cache_chances(self._cache, &out[0])
+        return found
+
+    def remember(self, int64_t expert, double chance):
+        """What `chances` said at another time, in (0, 1]: who makes room is chosen accordingly."""
+        if not 0 < chance <= 1:
+            raise ValueError(f"expert {expert}: a chance can't be {chance}")
+        mer_cache_remember(self._cache, self._check(expert), chance)
 
     def clear(self):
         """Drop every expert that is neither in use nor in the pinned set; returns how many."""

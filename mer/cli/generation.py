@@ -40,6 +40,11 @@ _ENGINE: Final = (
     click.option(
         "--prefetch", type=int, default=8, show_default=True, help="Experts that may be read ahead."
     ),
+    click.option(
+        "--warm-start",
+        is_flag=True,
+        help="Read back the experts that were in memory at the last end, and remember them at this one.",
+    ),
     click.option("--threads", type=int, help="Compute threads; default: the CPUs this process may use."),
     click.option(
         "--kv",

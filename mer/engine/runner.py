@@ -28,6 +28,7 @@ from mer.model.spec import ModelSpec
 from mer.streaming.experts import expert_tables
 from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
+from mer.streaming.warm import WarmStart
 from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
 
 # Bytes of the expert cache that are touched ahead of their use, in idle time.
@@ -78,6 +79,7 @@ class Runner:
     _forward: Forward = field(alias="forward")
     _streamer: ExpertStreamer = field(alias="streamer")
     profile: Profile | None = None
+    _warm: WarmStart | None = field(default=None, alias="warm")
     _step_s: float = field(default=0.0, init=False)
     _arena_registered: bool = field(default=False, init=False)
 
@@ -94,6 +96,7 @@ class Runner:
         UnsupportedModelError, BudgetError, ConfigError or DeviceReadError.
         """
         profile: Profile | None = None
+        warm: WarmStart | None = None
         checkpoint = open_checkpoint(path)
         require_streamable(checkpoint)
         architecture = load(checkpoint)
@@ -134,13 +137,18 @@ class Runner:
                 profile = Profile(config.profile, model=path.name, n_experts=tables.n_experts)
                 forward.profile(profile)
                 streamer.record(profile.recorder)
+            if config.warm_start:
+                warm = WarmStart(checkpoint, tables, cache, reader)
+                warm.begin()
         except BaseException:
             reader.close()
             raise
-        return cls(checkpoint, spec, budget, reader, cache, kernels.isa, forward, streamer, profile)
+        return cls(checkpoint, spec, budget, reader, cache, kernels.isa, forward, streamer, profile, warm)
 
     def close(self) -> None:
         """Give the files back; no step may be under way."""
+        if self._warm is not None:
+            self._warm.end(used=self._step_s > 0)
         self.reader.close()
         if self._forward.trace is not None:
             self._forward.trace.close()

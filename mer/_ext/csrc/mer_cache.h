@@ -89,6 +89,13 @@ int64_t mer_cache_clear(mer_cache *c);
 /* Whether every slot holds a resident member of the pinned set: MER_ACQ_FULL then lasts until one is taken out. */
 int mer_cache_all_protected(mer_cache *c);
 
+/* chances[n_experts]: of a resident expert, the chance that a token wants it (1 where nobody keeps account), else -1. */
+void mer_cache_chances(mer_cache *c, double *chances);
+/* What such a chance was before; in (0, 1]. */
+void mer_cache_remember(mer_cache *c, int64_t expert, double chance);
+/* Slots that hold nothing. */
+int64_t mer_cache_free_slots(mer_cache *c);
+
 void mer_cache_get_stats(const mer_cache *c, mer_cache_stats *out);
 void mer_cache_reset_stats(mer_cache *c);
 void mer_cache_count(const mer_cache *c, mer_cache_census *out); /* exact while nobody else is at work */

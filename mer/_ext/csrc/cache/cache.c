@@ -331,6 +331,29 @@ int mer_cache_all_protected(mer_cache *c) {
     return all;
 }
 
+/* ---- what is remembered from one run to the next ---- */
+
+void mer_cache_chances(mer_cache *c, double *chances) {
+    pthread_mutex_lock(&c->mutex);
+    for (int64_t e = 0; e < c->n_experts; e++)
+        chances[e] = mer_cache_state(c, e) != MER_STATE_RESIDENT ? -1 : c->next_use ? next_use_chance(c->next_use, e) : 1;
+    pthread_mutex_unlock(&c->mutex);
+}
+
+void mer_cache_remember(mer_cache *c, int64_t expert, double chance) {
+    if (!c->next_use) return;
+    pthread_mutex_lock(&c->mutex);
+    next_use_remember(c->next_use, expert, chance);
+    pthread_mutex_unlock(&c->mutex);
+}
+
+int64_t mer_cache_free_slots(mer_cache *c) {
+    pthread_mutex_lock(&c->mutex);
+    const int64_t n = c->n_free;
+    pthread_mutex_unlock(&c->mutex);
+    return n;
+}
+
 /* ---- statistics ---- */
 
 void mer_cache_get_stats(const mer_cache *c, mer_cache_stats *out) {

@@ -149,6 +149,19 @@ void next_use_admit(next_use *p, int64_t expert) {
     if (p->wait[expert] > *longest) *longest = p->wait[expert];
 }
 
+double next_use_chance(const next_use *p, int64_t expert) {
+    const double *const average = p->averages + expert / p->n_experts * AVERAGES * p->n_experts + expert % p->n_experts;
+    double chance = 0;
+    for (int a = 0; a < AVERAGES; a++) chance += MIX[a] * average[a * p->n_experts];
+    return chance;
+}
+
+void next_use_remember(next_use *p, int64_t expert, double chance) {
+    double *const average = p->averages + expert / p->n_experts * AVERAGES * p->n_experts + expert % p->n_experts;
+    for (int a = 0; a < AVERAGES; a++) average[a * p->n_experts] = chance;
+    p->wait[expert] = (double)p->n_layers * (1 / chance - 1);
+}
+
 double next_use_in(const next_use *p, int64_t expert) { return turn(p, expert / p->n_experts) + p->wait[expert]; }
 
 int64_t next_use_victim(next_use *p, const word *words, double later_than) {

@@ -16,6 +16,9 @@ void next_use_visit(next_use *p, int64_t layer, const int32_t *ids, int64_t n, i
 void next_use_expect(next_use *p, int64_t expert);
 /* The expert has got a slot. */
 void next_use_admit(next_use *p, int64_t expert);
+/* The chance that a token wants it, as the averages say; and what that was at another time, in (0, 1]. */
+double next_use_chance(const next_use *p, int64_t expert);
+void next_use_remember(next_use *p, int64_t expert, double chance);
 /* Layers until it is expected to be wanted. */
 double next_use_in(const next_use *p, int64_t expert);
 /* The evictable expert (by its word) that is expected last, and later than in `later_than` layers, or -1. */
