@@ -9,6 +9,7 @@ after the other; figures are medians of the rounds. What a face costs is the dif
 process in the same round, per token: of the time that all took, and of the processor time of the process that
 has the engine. The lag of the event loop is how late a timer of 5 ms fires in process, and how long GET
 /health takes of a server. Prompts are token ids, other ones in each round; all answers have the same length.
+HTTP sends texts, so of a model without a tokenizer its latencies say nothing: all comes with the last token.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import random
 import statistics
 import time
 from collections.abc import Coroutine, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ class Plan:
     prompt: int = 32
     rounds: int = 3
     goals: tuple[float, float] = (1.0, 0.1)
+    server: bool = True  # else the engine in process alone
 
     def prompts(self, vocab: int, *seed: int) -> list[list[int]]:
         draw = np.random.default_rng(seed)
@@ -171,8 +173,11 @@ class Plan:
 async def measure(model: Path, plan: Plan) -> list[Load]:
     """All runs, in order."""
     loads: list[Load] = []
-    async with in_process(model, plan.settings) as plain, served(model, plan.settings) as (http, grpc):
-        faces: list[Face] = [plain, http, grpc]
+    async with AsyncExitStack() as stack:
+        plain = await stack.enter_async_context(in_process(model, plan.settings))
+        faces: list[Face] = [plain]
+        if plan.server:
+            faces += await stack.enter_async_context(served(model, plan.settings))
         for face in faces:  # the cache is filled, code is loaded
             await closed(face, plan.prompts(plain.vocab, 0)[:4], plan.tokens, 2)
         for number in range(1, plan.rounds + 1):
@@ -225,7 +230,7 @@ def show(loads: list[Load], streams: Sequence[int]) -> dict[str, Any]:
     return {"medians": [asdict(each) for each in medians], "cost_per_token": cost, "scaling": scaling}
 
 
-def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> list[int]:
+def numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> list[int]:
     try:
         found = [int(each) for each in value.split(",")]
     except ValueError:
@@ -237,7 +242,7 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> list[i
 
 @click.command(help=help_of(__doc__))
 @click.argument("model", callback=model_argument)
-@click.option("--streams", callback=_numbers, default="1,8", show_default=True, help="Of closed loops.")
+@click.option("--streams", callback=numbers, default="1,8", show_default=True, help="Of closed loops.")
 @click.option(
     "--rate", type=click.FloatRange(0, min_open=True), help="Requests a second of an open loop, too."
 )
@@ -247,6 +252,7 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> list[i
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--goal-first", default=1.0, show_default=True, help="Seconds to the first token.")
 @click.option("--goal-next", default=0.1, show_default=True, help="From token to token, on an average.")
+@click.option("--server/--no-server", default=True, help="Without: the engine in process alone.")
 @click.option("--ram", help="Of each of the two processes.")
 @click.option("--context", type=int)
 @click.option("--cache-experts")

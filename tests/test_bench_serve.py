@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from engine_models import write_text_model
 
-from bench import serve
+from bench import overhead, serve
 from bench.faces import Record
 
 FACES = ("in process", "HTTP", "gRPC")
@@ -95,6 +95,13 @@ def test_a_small_load_on_every_face(tmp_path):
     assert set(found["cost_per_token"]) == {f"{f}, closed, {n}" for f in FACES[1:] for n in (1, 2)}
     assert set(found["scaling"]) == set(FACES)
     assert "2 streams give" in done.output
+
+
+async def test_what_a_face_costs():
+    found = await overhead.measure([2], 5, 1, 0.001)
+    assert list(found) == ["2"]
+    assert list(found["2"]) == list(FACES)
+    assert all(cost > 0 for cost in found["2"].values())
 
 
 def test_what_can_not_be_is_refused(tmp_path):
