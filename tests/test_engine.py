@@ -422,7 +422,7 @@ def test_an_event_loop_that_goes_away(model):
 
     assert len(asyncio.run(after()).token_ids) == 12
     check_idle(engine)
-    assert engine._worker._failure == ""
+    assert engine._worker.failure == ""
     task._log_destroy_pending = False
     del task
     gc.collect()  # whatever it says about its loop, it says here
