@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -102,6 +103,27 @@ def test_log_in_json_says_who_asked_what_but_not_the_prompt(model):
         server.ended()
         assert SHORT["prompt"] not in "".join(server.lines)
         assert "/health" not in "".join(server.lines)
+
+
+def test_clients_that_die_are_one_line_each(model):
+    """And no traceback, whatever they were about."""
+    with serving(model, "--context", 1 << 15) as server:
+        for part, wait in ((0.2, 0), (0.9, 0), (1, 0), (1, 0.05), (1, 0.3)):
+            for stream in (False, True):
+                body = json.dumps({**ENDLESS, "stream": stream}).encode()
+                head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                sent = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+                with socket.create_connection(("127.0.0.1", server.port)) as client:
+                    client.sendall(sent[: int(part * len(sent))])
+                    time.sleep(wait)
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        httpx.post(f"{server.url}{TEXT}", json=SHORT)
+        server.wait_for("completion_tokens=8")
+        server.signal()
+        assert server.ended() == 0
+    begun = next(i for i, line in enumerate(server.lines) if TEXT in line and "curl" not in line)
+    for line in server.lines[begun:]:
+        assert re.match(rf"\d\d:\d\d:\d\d 127.0.0.1 POST {TEXT} (200|-) ", line), line
 
 
 def test_log_for_people_with_prompts_where_asked(model, tmp_path):

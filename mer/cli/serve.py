@@ -42,8 +42,10 @@ _KEYS: Final = "MER_API_KEYS"
     type=_PATH,
     help=f"Keys of which a client must send one, a line each: KEY or NAME KEY. Also: {_KEYS}, with commas.",
 )
-@click.option("--rate-limit", type=click.IntRange(1), metavar="N", help="Requests a minute and key.")
-@click.option("--max-concurrent", type=click.IntRange(1), metavar="N", help="Requests at a time and key.")
+@click.option(
+    "--rate-limit", type=click.IntRange(1), metavar="N", help="Requests a minute of a key, or of an address."
+)
+@click.option("--max-concurrent", type=click.IntRange(1), metavar="N", help="Requests at a time, likewise.")
 @click.option("--max-running", type=int, metavar="N", help="Requests computed at a time; default: 16.")
 @click.option("--max-waiting", type=int, metavar="N", help="Requests that may wait; default: 256.")
 @click.option("--max-body", callback=size_option, default="16MiB", show_default=True, help="Of a request.")

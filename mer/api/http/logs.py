@@ -15,13 +15,15 @@ _FIRST: Final = ("client", "method", "path", "status", "seconds")
 
 
 def configure(format: LogFormat) -> None:
-    """Have the loggers 'mer' and 'mer.*' write in this format."""
+    """Have the loggers 'mer', 'mer.*' and 'asyncio' write in this format."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if format == "json" else _Text())
-    logger = logging.getLogger("mer")
-    logger.handlers = [handler]
-    logger.propagate = False
-    logger.setLevel(logging.INFO)
+    # asyncio warns of each client that went away while something was written to it.
+    for name, level in (("mer", logging.INFO), ("asyncio", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(level)
     # Hypercorn says by itself where it listens, and that in its own way.
     logging.getLogger("mer.http.connections").setLevel(logging.WARNING)
 
@@ -51,7 +53,7 @@ class _Text(logging.Formatter):
             record.message = record.getMessage()
             text = f"{clock} {record.levelname.lower()}: {record.message}"
             return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
-        first = " ".join(str(fields[name]) for name in _FIRST)
+        first = " ".join("-" if fields[name] is None else str(fields[name]) for name in _FIRST)
         skipped = {*_FIRST, "caller"} if fields["caller"] == fields["client"] else _FIRST
         rest = {name: value for name, value in fields.items() if name not in skipped}
         more = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in rest.items())
