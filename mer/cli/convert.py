@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from mer.cli.common import messages, model_argument, output, progress_bar, size
 from mer.cli.summary import Summary, summarise
-from mer.model import families
+from mer.model import families, gguf_tokenizer
 from mer.model.families import Architecture
 from mer.weights import convert as conversion
 from mer.weights import formats
@@ -60,8 +61,8 @@ def convert(src: Path, dst: Path, experts: Format | None, dense: Format | None, 
     Formats: f32, f16, bf16, q8_0 (8.5 bits a weight), q4_0 and q4_k (4.5 bits), mxfp4 (4.25 bits), as GGUF
     defines them, or same: as SRC has it, 8-bit floats as bf16. Norms, biases and routers are never changed.
 
-    SRC may be an expert store, too. What is quantised in it already is then rounded a second time, which
-    loses more than converting the original model; mer says so.
+    SRC may be a GGUF file or an expert store, too. What is quantised in it already is then rounded a second
+    time, which loses more than converting the original model; mer says so.
 
     An interrupted conversion leaves DST.partial; the same command goes on where it ended.
     """
@@ -81,6 +82,14 @@ def convert(src: Path, dst: Path, experts: Format | None, dense: Format | None, 
     _print(output(), before, summarise(written, families.load(written)), report, architecture.spec.n_layers)
 
 
+def _texts(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a store needs besides weights, of a GGUF file, which has it all in itself."""
+    if checkpoint.kind != "gguf":
+        return {}
+    tokenizer = gguf_tokenizer.open_files(checkpoint.path)
+    return {"config.json": json.dumps(checkpoint.config, indent=2), **(tokenizer.texts if tokenizer else {})}
+
+
 def _convert(
     checkpoint: Checkpoint,
     dst: Path,
@@ -97,7 +106,14 @@ def _convert(
             bar.update(task, description="converting", completed=done, total=total)
 
         return conversion.convert(
-            checkpoint, dst, plan, experts=experts, dense=dense, restart=restart, progress=progress
+            checkpoint,
+            dst,
+            plan,
+            experts=experts,
+            dense=dense,
+            restart=restart,
+            progress=progress,
+            texts=_texts(checkpoint),
         )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -59,10 +60,12 @@ def convert(
     restart: bool = False,
     progress: Progress | None = None,
     max_file: int = MAX_FILE,
+    texts: Mapping[str, str] | None = None,
 ) -> Report:
     """Write the expert store `dst` from `checkpoint`, with experts and dense tensors in these formats.
 
-    None leaves the source's own format (8-bit floats become BF16). `progress` is called with (bytes done,
+    None leaves the source's own format (8-bit floats become BF16). texts: more files of the store, by name:
+    config.json and the tokenizer's, of a source that is no directory. `progress` is called with (bytes done,
     bytes in all). An interrupted conversion leaves `dst`.partial, and the same call goes on where it ended;
     `restart` throws that away. Raises ConfigError when `dst` exists or `dst`.partial is of another
     conversion, CheckpointError for a source that is damaged, MerError when writing fails: `dst`
@@ -76,8 +79,10 @@ def convert(
     with PartialStore(dst, [layout for layout, _ in work.files], _identity(checkpoint)) as store:
         resumed = len(store.done)
         _write(store, work, progress or (lambda done, total: None))
-        extra = [checkpoint.path / name for name in _COPIED]
-        store.finish([file for file in extra if file.is_file()])
+        files = {name: checkpoint.path / name for name in _COPIED}
+        extra = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+        extra |= {name: text.encode() for name, text in (texts or {}).items()}
+        store.finish(extra)
     used = {*plan.dense, *_tensors_of_experts(checkpoint, plan)}
     left_out = sorted(name for name in checkpoint.tensors if name not in used)
     nbytes = sum(file.stat().st_size for file in dst.iterdir())
@@ -97,7 +102,8 @@ def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """What tells this source from another one: names, sizes and times of its files, its config.json."""
     try:
         stats = [file.stat() for file in checkpoint.files]
-        config = (checkpoint.path / "config.json").read_bytes()
+        file = checkpoint.path / "config.json"
+        config = file.read_bytes() if file.exists() else json.dumps(checkpoint.config).encode()
     except OSError as error:
         raise CheckpointError(f"{error.filename}: can't be read: {error.strerror}") from error
     files = [[f.name, s.st_size, s.st_mtime_ns] for f, s in zip(checkpoint.files, stats, strict=True)]

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -165,8 +165,8 @@ class PartialStore:
         with self.explained():
             self._append(json.dumps([file, name, checksum]).encode() + b"\n")
 
-    def finish(self, extra: list[Path]) -> None:
-        """Write the headers, copy the files `extra`, make all of it durable, and give it the name DST."""
+    def finish(self, extra: Mapping[str, bytes]) -> None:
+        """Write the headers and the files `extra`, make all of it durable, and give it the name DST."""
         with self.explained():
             for name, layout in self._layouts.items():
                 sums = {tensor.name: self.done[name, tensor.name] for tensor in layout.tensors}
@@ -175,10 +175,9 @@ class PartialStore:
                 if os.pwrite(descriptor, header, 0) != len(header):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(descriptor)
-            for source in extra:
-                copy = self.path / source.name
-                shutil.copyfile(source, copy)
-                _fsync(copy)
+            for name, data in extra.items():
+                (self.path / name).write_bytes(data)
+                _fsync(self.path / name)
             _fsync(self.path)
             os.rename(self.path, self.dst)
             # The journal goes last: killed before this line, the store is complete and has one file too many.

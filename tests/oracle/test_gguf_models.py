@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from cli_models import mer
 from gguf_models import write_gguf
 from harness import Runner
 from make_checkpoints import FAMILY, make
 from test_families import error, oracle
+from test_gguf_tokenizer import bpe_settings
+from tokenizer_models import byte_level
 
 from mer.engine.engine import Engine
 from mer.engine.params import SamplingParams
@@ -92,3 +95,28 @@ async def test_formats(formats, tmp_path):
             result = await engine.generate(PROMPT, SamplingParams(temperature=0, max_tokens=12, logprobs=3))
             answers.add((result.token_ids, result.logprobs))
     assert len(answers) == 1
+
+
+def test_command_line(tmp_path):
+    """What a person does with such a file; the store made of it answers with the same bytes."""
+    model = make(tmp_path / "hf", "qwen3_moe", vocab_size=500)
+    path = write_gguf(model, tmp_path / "model.gguf", tokenizer=add_tokenizer)
+
+    def output(*words):
+        done = mer(*words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    asked = ("Hello world", "--max-tokens", "12", "--temperature", "0")
+    answer = output("run", str(path), *asked)
+    assert "GGUF, 1 file" in output("inspect", str(path))
+    assert "every tensor is readable" in output("verify", str(path))
+    output("convert", str(path), str(tmp_path / "store"), "--experts", "same", "--dense", "same")
+    assert output("run", str(tmp_path / "store"), *asked) == answer
+    assert output("run", str(path), *asked, "--cache-experts", "2") == answer
+
+
+def add_tokenizer(writer):
+    for name, value in bpe_settings(byte_level(), "qwen2").items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_eos_token_id(1)
