@@ -3,7 +3,7 @@
  * Integer formats: eight rows at a time, one row a lane. Row p stands in the lower half of a register
  * and row p + 4 in the upper one, so a block's 8 x 32 products sum up to eight exact integers without
  * crossing halves; one multiplication by the scales and one addition then serve eight rows.
- * Unpacked weights stay in registers for up to four tokens.
+ * Unpacked weights serve up to sixteen tokens.
  */
 #if defined(__x86_64__)
 #include <immintrin.h> /* before the pragma: its functions carry their own targets */
@@ -14,43 +14,10 @@
 #endif
 #include "ahead.h"
 #include "elementwise.h"
+#include "rows256.h"
 #include "units.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define ROWS 8
-#define TOKENS 4
-
-/* 16 bytes of two rows side by side. */
-INLINE __m256i load_pair(const char *low, const char *high) {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)low)),
-                                   _mm_loadu_si128((const __m128i *)high), 1);
-}
-
-INLINE __m256i both_halves(const int8_t *q) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)q));
-}
-
-INLINE short load16(const char *p) {
-    short v;
-    memcpy(&v, p, 2);
-    return v;
-}
-
-/* The F16 at the same offset of eight rows. */
-INLINE __m256 load_scales(const char *const row[ROWS], size_t at) {
-    return _mm256_cvtph_ps(_mm_set_epi16(load16(row[7] + at), load16(row[6] + at), load16(row[5] + at),
-                                         load16(row[4] + at), load16(row[3] + at), load16(row[2] + at),
-                                         load16(row[1] + at), load16(row[0] + at)));
-}
-
-/* The F16 at two offsets of eight rows, 18 bytes apart: one in each half. Reads 32 bytes of each row. */
-INLINE __m256i load_two_scales(const char *const row[ROWS], size_t at) {
-    __m256i r[ROWS];
-    for (int i = 0; i < ROWS; i++) r[i] = _mm256_loadu_si256((const __m256i *)(row[i] + at));
-    const __m256i r03 = _mm256_unpacklo_epi32(_mm256_unpacklo_epi16(r[0], r[1]), _mm256_unpacklo_epi16(r[2], r[3]));
-    const __m256i r47 = _mm256_unpacklo_epi32(_mm256_unpacklo_epi16(r[4], r[5]), _mm256_unpacklo_epi16(r[6], r[7]));
-    return _mm256_blend_epi32(_mm256_unpacklo_epi64(r03, r47), _mm256_unpackhi_epi64(r03, r47), 0xf0);
-}
+#define TOKENS 16
 
 /* Within each half: sums of a's 64-bit parts, then of b's. Here and below shuffles and an addition, not
  * the horizontal add, which many CPUs take two cycles over. */
@@ -113,16 +80,6 @@ INLINE void tile_q4_0(const char *const row[ROWS], const mer_ahead *ahead, const
 INLINE __m256i dot_bytes(__m256i w, __m256i q) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-
-/* The scales of a block of eight rows. */
-INLINE __m256 load_powers(const char *const row[ROWS], size_t at) {
-    uint8_t e[8];
-    for (int i = 0; i < ROWS; i++) e[i] = (uint8_t)row[i][at];
-    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)e));
-    const __m256i one = _mm256_set1_epi32(1), normal = _mm256_slli_epi32(_mm256_sub_epi32(wide, one), 23);
-    const __m256i tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), wide);
-    return _mm256_castsi256_ps(_mm256_blendv_epi8(tiny, normal, _mm256_cmpgt_epi32(wide, one)));
 }
 
 /* As dot_nibbles, for weights with sign: no 16-bit sum exceeds 16 * 12 * 127 < 2^15. */
@@ -192,44 +149,6 @@ INLINE void tile_q8_0(const char *const row[ROWS], const mer_ahead *ahead, const
     }
 }
 
-/* The head of a Q4_K block of eight rows: d, dmin, and eight scales and minima each. */
-struct q4_k_head {
-    __m256 d, dmin, scale[8], min[8];
-};
-
-INLINE __m256 half_to_float(__m256i low16_of_lanes) {
-    const __m256i packed = _mm256_packus_epi32(low16_of_lanes, low16_of_lanes);
-    return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
-}
-
-INLINE void load_q4_k_head(const char *const row[ROWS], size_t at, struct q4_k_head *h) {
-    const __m256i r0 = load_pair(row[0] + at, row[4] + at), r1 = load_pair(row[1] + at, row[5] + at);
-    const __m256i r2 = load_pair(row[2] + at, row[6] + at), r3 = load_pair(row[3] + at, row[7] + at);
-    const __m256i t0 = _mm256_unpacklo_epi32(r0, r1), t1 = _mm256_unpacklo_epi32(r2, r3);
-    const __m256i t2 = _mm256_unpackhi_epi32(r0, r1), t3 = _mm256_unpackhi_epi32(r2, r3);
-    const __m256i dd = _mm256_unpacklo_epi64(t0, t1), a = _mm256_unpackhi_epi64(t0, t1);
-    const __m256i b = _mm256_unpacklo_epi64(t2, t3), c = _mm256_unpackhi_epi64(t2, t3);
-    h->d = half_to_float(_mm256_and_si256(dd, _mm256_set1_epi32(0xffff)));
-    h->dmin = half_to_float(_mm256_srli_epi32(dd, 16));
-
-    const __m256i six = _mm256_set1_epi8(0x3f), four = _mm256_set1_epi8(0x0f), top = _mm256_set1_epi8(0x30);
-    const __m256i packed[4] = {
-        _mm256_and_si256(a, six),
-        _mm256_or_si256(_mm256_and_si256(c, four), _mm256_and_si256(_mm256_srli_epi32(a, 2), top)),
-        _mm256_and_si256(b, six),
-        _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(c, 4), four),
-                        _mm256_and_si256(_mm256_srli_epi32(b, 2), top)),
-    };
-    const __m256i byte = _mm256_set1_epi32(0xff);
-    for (int i = 0; i < 4; i++) {
-        __m256 *const out = (i < 2 ? h->scale : h->min) + i % 2 * 4;
-        out[0] = _mm256_cvtepi32_ps(_mm256_and_si256(packed[i], byte));
-        out[1] = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(packed[i], 8), byte));
-        out[2] = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(packed[i], 16), byte));
-        out[3] = _mm256_cvtepi32_ps(_mm256_srli_epi32(packed[i], 24));
-    }
-}
-
 INLINE void tile_q4_k(const char *const row[ROWS], const mer_ahead *ahead, const void *const *acts, int n_tok,
                       long cols, __m256 *acc) {
     const __m256i mask = _mm256_set1_epi8(15);
@@ -274,10 +193,13 @@ INLINE void tile_q4_k(const char *const row[ROWS], const mer_ahead *ahead, const
     }
 }
 
-/* Rows in eights, tokens in fours; a short group of rows repeats its last one. The switch makes the
- * number of tokens a constant, so that each tile unrolls with its sums in registers. */
+/* How many of the tokens left make the next tile: there are tiles of one to four, of eight and of sixteen. */
+INLINE long tile_tokens(long left) { return left >= TOKENS ? TOKENS : left >= 8 ? 8 : left < 4 ? left : 4; }
+
+/* Rows in eights, tokens in sixteens; a short group of rows repeats its last one. The switch makes the
+ * number of tokens a constant, so that each tile unrolls. */
 #define INT_MATMUL(NAME, FMT, TILE)                                                                     \
-    static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, \
+    static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok,   \
                      float *y, long y_stride) {                                                         \
         const size_t bytes = mer_row_bytes(FMT, cols);                                                  \
         const mer_ahead run = ahead_begin((const char *)w + (size_t)r0 * bytes, ROWS * bytes);          \
@@ -285,30 +207,22 @@ INLINE void tile_q4_k(const char *const row[ROWS], const mer_ahead *ahead, const
             const char *row[ROWS];                                                                      \
             for (long i = 0; i < ROWS; i++)                                                             \
                 row[i] = (const char *)w + (size_t)(r + i < r1 ? r + i : r1 - 1) * bytes;               \
-            for (long t = 0; t < n_tok; t += TOKENS) {                                                  \
-                const int n = (int)(n_tok - t < TOKENS ? n_tok - t : TOKENS);                           \
+            for (long t = 0, n; t < n_tok; t += n) {                                                    \
+                n = tile_tokens(n_tok - t);                                                             \
                 const mer_ahead *const ahead = t == 0 ? &run : NULL;                                    \
                 __m256 acc[TOKENS];                                                                     \
                 switch (n) {                                                                            \
-                case 1: TILE(row, ahead, acts + t, 1, cols, acc); break;                                       \
-                case 2: TILE(row, ahead, acts + t, 2, cols, acc); break;                                       \
-                case 3: TILE(row, ahead, acts + t, 3, cols, acc); break;                                       \
-                default: TILE(row, ahead, acts + t, 4, cols, acc);                                             \
+                case 1: TILE(row, ahead, acts + t, 1, cols, acc); break;                                \
+                case 2: TILE(row, ahead, acts + t, 2, cols, acc); break;                                \
+                case 3: TILE(row, ahead, acts + t, 3, cols, acc); break;                                \
+                case 4: TILE(row, ahead, acts + t, 4, cols, acc); break;                                \
+                case 8: TILE(row, ahead, acts + t, 8, cols, acc); break;                                \
+                default: TILE(row, ahead, acts + t, TOKENS, cols, acc);                                 \
                 }                                                                                       \
-                for (int i = 0; i < n; i++) store_rows(y + (t + i) * y_stride + r, acc[i], r1 - r);     \
+                for (long i = 0; i < n; i++) store_rows(y + (t + i) * y_stride + r, acc[i], r1 - r);    \
             }                                                                                           \
         }                                                                                               \
     }
-
-INLINE void store_rows(float *y, __m256 v, long n) {
-    if (n >= ROWS) {
-        _mm256_storeu_ps(y, v);
-        return;
-    }
-    float lanes[ROWS];
-    _mm256_storeu_ps(lanes, v);
-    memcpy(y, lanes, (size_t)n * sizeof *y);
-}
 
 INT_MATMUL(matmul_q4_0, MER_Q4_0, tile_q4_0)
 INT_MATMUL(matmul_q8_0, MER_Q8_0, tile_q8_0)

@@ -20,7 +20,7 @@
 #include "units.h"
 #include "rows512.h"
 
-#define TOKENS 8
+#define TOKENS 16
 
 /* n + sums of 16 products per row: unsigned bytes as load_lanes gives them, and activations. */
 INLINE __m512i dot_lanes(__m512i n, const __m512i w[4], const int8_t *q) {
@@ -194,11 +194,11 @@ INLINE void tile_q4_k(const rows16 *row, const mer_ahead *ahead, const void *con
     }
 }
 
-/* How many of the tokens left make the next tile: there are tiles of one to four, and of eight. */
-INLINE long tile_tokens(long left) { return left >= TOKENS ? TOKENS : left < 4 ? left : 4; }
+/* How many of the tokens left make the next tile: there are tiles of one to four, of eight and of sixteen. */
+INLINE long tile_tokens(long left) { return left >= TOKENS ? TOKENS : left >= 8 ? 8 : left < 4 ? left : 4; }
 
-/* Rows in sixteens, tokens in eights. The switch makes the number of tokens a constant, so that each tile
- * unrolls with its sums in registers. */
+/* Rows in sixteens, tokens in sixteens. The switch makes the number of tokens a constant, so that each tile
+ * unrolls. */
 #define INT_MATMUL(NAME, FMT, TILE)                                                                     \
     static void NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok,   \
                      float *y, long y_stride) {                                                         \
@@ -216,6 +216,7 @@ INLINE long tile_tokens(long left) { return left >= TOKENS ? TOKENS : left < 4 ?
                 case 2: TILE(row, ahead, acts + t, 2, cols, acc); break;                                \
                 case 3: TILE(row, ahead, acts + t, 3, cols, acc); break;                                \
                 case 4: TILE(row, ahead, acts + t, 4, cols, acc); break;                                \
+                case 8: TILE(row, ahead, acts + t, 8, cols, acc); break;                                \
                 default: TILE(row, ahead, acts + t, TOKENS, cols, acc);                                 \
                 }                                                                                       \
                 for (long i = 0; i < n; i++) store_rows(y + (t + i) * y_stride + r, acc[i], r1 - r);    \
