@@ -61,8 +61,9 @@ def amx(tmp_path_factory: pytest.TempPathFactory) -> SoftAmx:
     library = tmp_path_factory.mktemp("amx") / "amx.so"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-fno-math-errno", "-ffp-contract=off"]
     includes = [f"-I{CSRC}", f"-I{ROOT / 'tests'}"]
-    sources = [ROOT / "tests/soft_amx.c", CSRC / "kernels/avx512.c"]
-    command = ["gcc", *flags, "-shared", "-fPIC", *includes, "-o", library, *sources, "-lm"]
+    kernels = [file for file in sorted((CSRC / "kernels").glob("*.c")) if file.name != "amx.c"]
+    sources = [ROOT / "tests/soft_amx.c", *kernels]
+    command = ["gcc", *flags, "-shared", "-fPIC", "-pthread", *includes, "-o", library, *sources, "-lm"]
     made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return SoftAmx(library)
