@@ -190,6 +190,23 @@ def test_a_prefix_is_shared():
     assert (scheduler.hit_tokens, scheduler.query_tokens) == (48, 112)
 
 
+def test_a_key_stands_for_all_tokens_before_it():
+    """The same tokens behind other ones have other keys and values."""
+    scheduler = Scheduler(n_blocks=20, step_tokens=64, max_running=4)
+    same = list(range(BLOCK))
+    a, b = Sequence([1] * BLOCK + same + [5]), Sequence([2] * BLOCK + same + [5])
+    other = Sequence(list(a.tokens))
+    scheduler.add(a)
+    step(scheduler)
+    scheduler.add(b)
+    scheduler.add(other)
+    assert step(scheduler) == [(a, 1), (other, 1), (b, 2 * BLOCK + 1)]
+    assert len({*a.keys, *b.keys}) == 4
+    elsewhere = Scheduler(n_blocks=20, step_tokens=64, max_running=4, root=b"another model")
+    elsewhere.add(c := Sequence(list(a.tokens)))
+    assert not {*a.keys} & {*c.keys}
+
+
 def test_who_wants_all_logits_shares_nothing_and_gets_few_tokens_a_step():
     scheduler = Scheduler(n_blocks=20, step_tokens=64, max_running=5)
     a, b, c = sequence(40), sequence(22, wants="all"), sequence(40, wants="hidden")
