@@ -10,10 +10,11 @@ import transformers
 from click.testing import CliRunner
 from gguf import GGUFReader, dequantize
 
-from bench import ceilings, io, make_model, peer
+from bench import ceilings, io, make_model, peer, start
 from bench.gguf_writer import write_gguf
 from bench.shapes import SHAPES, model_config, tensors
 from bench.synthetic import Weights
+from mer.demo import model_path
 from mer.model.families import load
 from mer.weights import formats
 from mer.weights.checkpoint import open_checkpoint
@@ -230,3 +231,10 @@ def test_ceilings_refuse_a_block_that_can_not_be(tmp_path):
         result = CliRunner().invoke(ceilings.main, [str(file), "--block", "65536"])
         assert result.exit_code == 1
         assert "smaller than one block" in result.output
+
+
+def test_loading_is_measured():
+    found = start.measure(model_path(), rounds=1)
+    dense = sum(file.stat().st_size for file in model_path().glob("dense*.safetensors"))
+    assert 0.9 * dense < found["bytes"] < 1.1 * dense
+    assert all(len(found[name]) == 1 and found[name][0] > 0 for name in ("device", "load", "touch"))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mer.errors import CheckpointError
 from mer.model.families import Architecture
 from mer.model.spec import LatentAttentionSpec, ModelSpec
+from mer.streaming.reader import aligned_empty
 from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint, TensorInfo
 
@@ -93,7 +94,7 @@ def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Sourc
                 f"{checkpoint.files[info.file]}: tensor {info.name} is stored as {info.format.name}, "
                 "which can't be multiplied directly: make a store of this checkpoint with `mer convert`"
             )
-    raw = {part: _aligned(info.nbytes) for part, info in parts.items()}
+    raw = {part: _destination(info) for part, info in parts.items()}
     source.read_into([(info.file, info.offset, info.nbytes, raw[part], 0) for part, info in parts.items()])
     spec = architecture.spec
     model: dict[str, Any] = {}
@@ -148,6 +149,11 @@ def _kv_up_bytes(spec: ModelSpec, info: TensorInfo) -> int:
     assert isinstance(a, LatentAttentionSpec)
     values = a.value_dim * info.format.row_bytes(a.kv_rank)
     return a.n_heads * (values + a.kv_rank * _transposable(info).row_bytes(a.nope_dim))
+
+
+def _destination(info: TensorInfo) -> NDArray[np.uint8]:
+    """Memory that starts on a cache line; where its place in the file does, too, a read needs no copy."""
+    return _aligned(info.nbytes) if info.offset % _ALIGN else aligned_empty(info.nbytes, info.offset)
 
 
 def _aligned(size: int) -> NDArray[np.uint8]:
