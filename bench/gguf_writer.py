@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 from gguf.constants import ExpertGatingFuncType
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "mixtral": ("llama", MODEL_ARCH.LLAMA),
     "qwen3_moe": ("qwen3moe", MODEL_ARCH.QWEN3MOE),
     "deepseek_v3": ("deepseek2", MODEL_ARCH.DEEPSEEK2),
+    "gpt_oss": ("gpt-oss", MODEL_ARCH.GPT_OSS),
 }
 MATRICES = ("gate", "up", "down")
 ALIGN = 32
@@ -105,6 +106,9 @@ def _metadata(w: GGUFWriter, config: dict[str, Any]) -> None:
     w.add_key_length(head)
     w.add_value_length(head)
     w.add_rope_dimension_count(head)
+    if config["model_type"] == "gpt_oss":
+        w.add_sliding_window(config["sliding_window"])
+        w.add_expert_feed_forward_length(config["intermediate_size"])
     if "moe_intermediate_size" in config:
         w.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
@@ -121,11 +125,16 @@ def _entries(config: dict[str, Any], weights: Weights, arch: MODEL_ARCH) -> Iter
         if tensor.kind == "kv_up":
             yield from _split_kv_up(config, weights, tensor)
             continue
+        if tensor.name.endswith("proj_bias"):
+            yield from _expert_biases(weights, tensor)
+            continue
         # the same renaming as in llama.cpp's own converter
         name = tensor.name.replace("e_score_correction_bias", "e_score_correction.bias")
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise ValueError(f"the gguf package knows no name for {tensor.name} of {arch.name}")
+        if tensor.name.endswith("sinks"):
+            found += ".weight"
         pieces = _turned(config, weights, tensor) or partial(weights.pieces, tensor)
         yield Entry(found, tensor.shape, form, pieces)
     for (layer, matrix), stacked in experts.items():
@@ -135,6 +144,16 @@ def _entries(config: dict[str, Any], weights: Weights, arch: MODEL_ARCH) -> Iter
             weights.format(stacked[0]),
             partial(_joined, weights, stacked),
         )
+
+
+def _expert_biases(weights: Weights, tensor: Tensor) -> Iterator[Entry]:
+    """Of gate and up apart; all of them are zero."""
+    layer, down = tensor.name.split(".")[2], "down" in tensor.name
+    experts, cols = tensor.shape
+    half = evolve(tensor, shape=(experts, cols if down else cols // 2))
+    for name in ("down",) if down else ("gate", "up"):
+        form, pieces = weights.format(half), partial(weights.pieces, half)
+        yield Entry(f"blk.{layer}.ffn_{name}_exps.bias", half.shape, form, pieces)
 
 
 def _joined(weights: Weights, stacked: Iterable[Tensor]) -> Pieces:

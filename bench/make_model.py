@@ -38,7 +38,7 @@ from mer.weights.store_layout import (
 )
 
 SHARD_BYTES = 4 << 30
-EXPERT_FORMATS = ("q4_0", "q8_0", "q4_k", "f16", "bf16")
+EXPERT_FORMATS = ("q4_0", "q8_0", "q4_k", "mxfp4", "f16", "bf16")
 DENSE_FORMATS = ("q8_0", "f16", "bf16")
 
 Done = Callable[[int], None]
@@ -162,6 +162,10 @@ def main(
     if sparse and kind != "hf":
         raise click.ClickException("--sparse goes with --as hf only")
     config = model_config(shape, layers)
+    if kind == "hf" and config["model_type"] == "gpt_oss":
+        raise click.ClickException("experts of gpt_oss lie by columns there: take --as store or gguf")
+    if experts == "q4_k" and config["hidden_size"] % 256:
+        raise click.ClickException("rows of this shape do not fit q4_k: take --experts mxfp4, q4_0 or q8_0")
     start = time.perf_counter()
     with Progress(transient=True) as progress:
         task = progress.add_task(str(out), total=None)

@@ -57,7 +57,30 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_act": "silu",
         "torch_dtype": "bfloat16",
     },
-    # Without YaRN: neither shapes nor work depend on it.
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 2880,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "vocab_size": 201088,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "rope_scaling": {"rope_type": "default"},
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "attention_bias": True,
+        "torch_dtype": "bfloat16",
+    },
+    # These two without YaRN: neither shapes nor work depend on it.
     "deepseek-v3": {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -159,6 +182,10 @@ def _grouped(config: dict[str, Any], layer: str) -> Iterator[Tensor]:
     yield Tensor(layer + "k_proj.weight", (kv, hidden), "matrix")
     yield Tensor(layer + "v_proj.weight", (kv, hidden), "matrix")
     yield Tensor(layer + "o_proj.weight", (hidden, q), "matrix", STEP)
+    if config["model_type"] == "gpt_oss":
+        for name, rows in ("q_proj", q), ("k_proj", kv), ("v_proj", kv), ("o_proj", hidden):
+            yield Tensor(f"{layer}{name}.bias", (rows,), "zero")
+        yield Tensor(layer + "sinks", (config["num_attention_heads"],), "zero")
     if config["model_type"] == "qwen3_moe":
         yield Tensor(layer + "q_norm.weight", (head,), "norm")
         yield Tensor(layer + "k_norm.weight", (head,), "norm")
@@ -189,7 +216,14 @@ def _feed_forward(config: dict[str, Any], n: int, layer: str) -> Iterator[Tensor
     if config["model_type"] == "mixtral":
         block, names = layer + "block_sparse_moe.", ("w1", "w3", "w2")
     experts = n_experts(config)
-    yield Tensor(block + "gate.weight", (experts, hidden), "router")
+    if config["model_type"] == "gpt_oss":
+        inter = config["intermediate_size"]
+        yield Tensor(block + "router.weight", (experts, hidden), "router")
+        yield Tensor(block + "router.bias", (experts,), "zero")
+        yield Tensor(block + "experts.gate_up_proj_bias", (experts, 2 * inter), "zero")
+        yield Tensor(block + "experts.down_proj_bias", (experts, hidden), "zero")
+    else:
+        yield Tensor(block + "gate.weight", (experts, hidden), "router")
     if config["model_type"] == "deepseek_v3":
         yield Tensor(block + "gate.e_score_correction_bias", (experts,), "zero")
         shared = config["n_shared_experts"] * config["moe_intermediate_size"]
