@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: its affinity, and the CPU quota of its control groups."""
+"""Which CPUs this process may use: its affinity, the CPU quota of its control groups, memory nodes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,39 @@ def usable_cpus(root: Path = Path("/")) -> int:
     """
     quotas = [q for q in (_quota_v2(root), _quota_v1(root)) if q is not None]
     return max(1, int(min([float(len(os.sched_getaffinity(0))), *quotas])))
+
+
+def numa_nodes(root: Path = Path("/")) -> dict[int, list[int]]:
+    """Memory nodes and their CPUs, as far as the affinity mask leaves any; of the first 64 nodes."""
+    allowed = os.sched_getaffinity(0)
+    nodes = {}
+    for path in (root / "sys/devices/system/node").glob("node[0-9]*"):
+        cpus = sorted(allowed & _parse_list(_read(path / "cpulist") or ""))
+        if cpus and path.name[4:].isdigit() and int(path.name[4:]) < 64:
+            nodes[int(path.name[4:])] = cpus
+    return dict(sorted(nodes.items()))
+
+
+def share_cpus(nodes: dict[int, list[int]], n_threads: int) -> list[list[int]]:
+    """Of each thread the CPUs of its node: neighbours share one, in proportion to its CPUs.
+
+    Empty with one node.
+    """
+    if len(nodes) < 2:
+        return []
+    every = [node for node, cpus in nodes.items() for _ in cpus]
+    return [nodes[every[i * len(every) // n_threads]] for i in range(n_threads)]
+
+
+def _parse_list(text: str) -> set[int]:
+    """CPUs of a list such as '0-3,8'; empty for what is none."""
+    found: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            return set()
+        found.update(range(int(first), int(last or first) + 1))
+    return found
 
 
 def _quota_v2(root: Path) -> float | None:

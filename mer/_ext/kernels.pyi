@@ -1,13 +1,17 @@
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 SPIN_US: int
 
 def isas() -> list[str]: ...
+def interleave(address: int, nbytes: int, nodes: Iterable[int]) -> bool: ...
 
 class Pool:
     n_threads: int
     def __init__(self, n_threads: int | None = None, *, spin_us: int = ...) -> None: ...
+    def pin(self, cpus: Sequence[Sequence[int]]) -> None: ...
     def memory_bandwidth(self, mebibytes: int = 256, sweeps: int = 5) -> float: ...
 
 class Kernels:

@@ -9,16 +9,18 @@ import os
 import numpy as np
 
 from libc.errno cimport errno
-from libc.stdint cimport uint8_t
+from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
-from mer._ext.cpus import usable_cpus
+from mer._ext.cpus import numa_nodes, share_cpus, usable_cpus
 from mer.errors import ConfigError
 
 cdef extern from "mer_pool.h" nogil:
     mer_pool *mer_pool_new(int n_threads, int spin_us)
     void mer_pool_run(mer_pool *pool, mer_task_fn fn, void *arg, long n_tasks)
     void mer_pool_free(mer_pool *pool)
+    int mer_pool_pin(mer_pool *pool, int thread, const int *cpus, int n_cpus)
+    int mer_interleave(void *p, size_t n, uint64_t nodes)
 
 cdef extern from "mer_kernels.h" nogil:
     int mer_isas(const mer_isa **out, int room)
@@ -58,6 +60,18 @@ cdef class Pool:
         if self._pool is NULL:
             raise OSError(errno, f"can't start {n - 1} compute threads: {os.strerror(errno)}")
         self.n_threads = n
+        self.pin(share_cpus(numa_nodes(), n))
+
+    def pin(self, cpus):
+        """Keep thread i on the CPUs `cpus[i]`; the first thread is the caller's own and stays where it is.
+
+        An empty list changes nothing; a CPU that the system refuses leaves its thread free.
+        """
+        cdef int[::1] each
+        cdef int i
+        for i in range(1, min(self.n_threads, <int>len(cpus))):
+            each = np.array(cpus[i], np.intc)
+            mer_pool_pin(self._pool, i, &each[0], <int>each.shape[0])
 
     def __dealloc__(self):
         mer_pool_free(self._pool)
@@ -79,6 +93,17 @@ cdef class Pool:
         if best < 0:
             raise OSError(<int>-best, f"can't take {mebibytes} MiB to measure memory bandwidth")
         return best
+
+
+def interleave(uintptr_t address, size_t nbytes, nodes) -> bool:
+    """Spread the whole pages in `nbytes` bytes at `address` over memory nodes, numbers below 64.
+
+    Returns whether the system did it: some containers don't allow it, and then memory stays where it is.
+    """
+    cdef uint64_t mask = 0
+    for node in nodes:
+        mask |= <uint64_t>1 << <int>node
+    return mer_interleave(<void *>address, nbytes, mask) == 0
 
 
 cdef class Kernels:

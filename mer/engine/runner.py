@@ -12,7 +12,8 @@ from attrs import astuple, define, field, frozen
 from numpy.typing import NDArray
 
 from mer._ext.cache import ExpertCache
-from mer._ext.kernels import Kernels, Pool
+from mer._ext.cpus import numa_nodes
+from mer._ext.kernels import Kernels, Pool, interleave
 from mer._ext.moe import ExpertStreamer
 from mer._ext.uring import Reader
 from mer.config import EngineConfig
@@ -20,7 +21,7 @@ from mer.engine import budget as budgets
 from mer.engine.budget import Budget
 from mer.engine.scheduler import Chunk
 from mer.model.batch import Batch
-from mer.model.dense import load_dense
+from mer.model.dense import DenseWeights, load_dense
 from mer.model.families import load
 from mer.model.forward import Forward
 from mer.model.kv import KVCache
@@ -119,6 +120,7 @@ class Runner:
                 cache, reader, kernels, pool, tables.layers, tables.reads, tables.matrices,
                 spec.router.top_k, budget.step_tokens, config.prefetch,
             )  # fmt: skip
+            _spread(numa_nodes(), dense, kv, cache)
             if spec.expert_bias:
                 streamer.add_biases(dense.expert_biases())
             if spec.clamp is not None:
@@ -235,3 +237,14 @@ class Runner:
         if stats["misses"] + stats["prefetched"] >= self.budget.slots:
             self._arena_registered = True
             self.reader.add_buffer(self.cache.arena_address, self.cache.arena_bytes)
+
+
+def _spread(nodes: dict[int, list[int]], dense: DenseWeights, kv: KVCache, cache: ExpertCache) -> None:
+    """Over all memory nodes, where there are several: every thread reads all of it."""
+    if len(nodes) < 2:
+        return
+    arrays = [*kv.layers, *dense.matrices()]
+    for address, nbytes in [(a.ctypes.data, a.nbytes) for a in arrays] + [
+        (cache.arena_address, cache.arena_bytes)
+    ]:
+        interleave(address, nbytes, nodes)

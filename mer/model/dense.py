@@ -49,6 +49,11 @@ class DenseWeights:
     layers: list[dict[str, Any]]
     embedding: Matrix
 
+    def matrices(self) -> list[NDArray[np.uint8]]:
+        """The bytes of every matrix."""
+        parts = [part for weights in (self.model, *self.layers) for part in weights.values()]
+        return [self.embedding.data, *(part.data for part in parts if isinstance(part, Matrix))]
+
     def expert_biases(self) -> list[tuple[Vectors, Vectors, Vectors]]:
         """Of each MoE layer, where there are such biases: f32 [E, I] of gate and of up, [E, H] of down."""
         names = ("expert_gate_bias", "expert_up_bias", "expert_down_bias")

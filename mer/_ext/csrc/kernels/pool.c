@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -184,6 +185,14 @@ void mer_pool_run(mer_pool *p, mer_task_fn fn, void *arg, long n_tasks) {
         atomic_store(&p->caller_sleeps, 0);
     }
     pthread_mutex_unlock(&p->turn);
+}
+
+int mer_pool_pin(mer_pool *p, int thread, const int *cpus, int n_cpus) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (int i = 0; i < n_cpus; i++)
+        if (cpus[i] < CPU_SETSIZE) CPU_SET(cpus[i], &set);
+    return pthread_setaffinity_np(p->workers[thread - 1].thread, sizeof set, &set);
 }
 
 int mer_pool_size(const mer_pool *p) { return p->n_threads; }
