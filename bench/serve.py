@@ -33,6 +33,7 @@ from rich.table import Table
 from bench.faces import Face, InProcess, Record, in_process, served
 from bench.help import help_of
 from mer.cli.common import model_argument
+from mer.errors import MerError
 
 _PING_S = 0.02
 
@@ -272,7 +273,10 @@ def main(
     given = {"ram": ram, "context": context, "cache_experts": cache_experts, "threads": threads}
     settings = {name: value for name, value in given.items() if value is not None}
     plan = Plan(settings=settings, goals=(goal_first, goal_next), **options)
-    loads = asyncio.run(measure(model, plan))
+    try:
+        loads = asyncio.run(measure(model, plan))
+    except (MerError, RuntimeError) as error:
+        raise click.ClickException(str(error)) from None
     shown = show(loads, plan.streams)
     if out is not None:
         out.write_text(json.dumps(shown | {"runs": [asdict(each) for each in loads]}, indent=2))

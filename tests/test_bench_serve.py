@@ -109,3 +109,6 @@ def test_what_can_not_be_is_refused(tmp_path):
         done = CliRunner().invoke(serve.main, ["demo", "--streams", streams])
         assert done.exit_code == 2
         assert "--streams" in done.output
+    done = CliRunner().invoke(serve.main, ["nowhere", "--no-server"])
+    assert done.exit_code == 1
+    assert "nowhere does not exist" in done.output
