@@ -30,17 +30,10 @@ from rich.table import Table
 
 from bench.ggml import Ggml, Product
 from mer._ext.kernels import Kernels, Pool, isas
+from mer.weights import formats
 
 # name: (ggml's type id, elements per block, bytes per block)
-FORMATS = {
-    "f32": (0, 1, 4),
-    "f16": (1, 1, 2),
-    "bf16": (30, 1, 2),
-    "q4_0": (2, 32, 18),
-    "q8_0": (8, 32, 34),
-    "q4_k": (12, 256, 144),
-    "mxfp4": (39, 32, 17),
-}
+FORMATS = {form.name: (form.id, form.block, form.block_bytes) for form in formats.FORMATS}
 MIB = 1 << 20
 
 

@@ -36,6 +36,77 @@ MER_UNIT_FORMATS(MER_DECLARE_UNITS)
 
 #define MER_UNIT_INLINE static inline __attribute__((always_inline))
 
+/* 32 bytes at a time, in a register where the including file has registers of that size (it includes immintrin.h). */
+#ifdef __AVX2__
+typedef __m256i mer_bytes;
+
+MER_UNIT_INLINE mer_bytes mer_load32(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+MER_UNIT_INLINE void mer_store32(int8_t *q, mer_bytes x) { _mm256_storeu_si256((__m256i *)q, x); }
+
+MER_UNIT_INLINE mer_bytes mer_bits(mer_bytes x, const int shift, const int mask) {
+    return _mm256_and_si256(_mm256_srli_epi16(x, shift), _mm256_set1_epi8((char)mask));
+}
+
+/* a | b << shift; no bit may leave its byte. */
+MER_UNIT_INLINE mer_bytes mer_above(mer_bytes a, mer_bytes b, const int shift) {
+    return _mm256_or_si256(a, _mm256_slli_epi16(b, shift));
+}
+
+MER_UNIT_INLINE mer_bytes mer_less(mer_bytes x, const int n) { return _mm256_sub_epi8(x, _mm256_set1_epi8((char)n)); }
+
+MER_UNIT_INLINE mer_bytes mer_look_up(const int8_t table[16], mer_bytes x) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), x);
+}
+
+/* The low halves of 16 bytes, then the high ones. */
+MER_UNIT_INLINE mer_bytes mer_halves(const uint8_t *p) {
+    const __m128i raw = _mm_loadu_si128((const __m128i *)p), mask = _mm_set1_epi8(15);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_and_si128(raw, mask)),
+                                   _mm_and_si128(_mm_srli_epi16(raw, 4), mask), 1);
+}
+
+/* Each of 32 bits, as 1 or 0. */
+MER_UNIT_INLINE mer_bytes mer_single_bits(uint32_t bits) {
+    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201u);
+    const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), byte), bit);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(spread, bit), _mm256_set1_epi8(1));
+}
+#else
+typedef struct {
+    uint8_t at[32];
+} mer_bytes;
+
+MER_UNIT_INLINE mer_bytes mer_load32(const uint8_t *p) {
+    mer_bytes x;
+    memcpy(x.at, p, 32);
+    return x;
+}
+
+MER_UNIT_INLINE void mer_store32(int8_t *q, mer_bytes x) { memcpy(q, x.at, 32); }
+
+#define MER_EACH_BYTE(VALUE)                                           \
+    mer_bytes r;                                                       \
+    for (int i = 0; i < 32; i++) r.at[i] = (uint8_t)(VALUE);           \
+    return r;
+
+MER_UNIT_INLINE mer_bytes mer_bits(mer_bytes x, const int shift, const int mask) {
+    MER_EACH_BYTE((x.at[i] >> shift) & mask)
+}
+
+MER_UNIT_INLINE mer_bytes mer_above(mer_bytes a, mer_bytes b, const int shift) {
+    MER_EACH_BYTE(a.at[i] | b.at[i] << shift)
+}
+
+MER_UNIT_INLINE mer_bytes mer_less(mer_bytes x, const int n) { MER_EACH_BYTE(x.at[i] - n) }
+
+MER_UNIT_INLINE mer_bytes mer_look_up(const int8_t table[16], mer_bytes x) { MER_EACH_BYTE(table[x.at[i]]) }
+
+MER_UNIT_INLINE mer_bytes mer_halves(const uint8_t *p) { MER_EACH_BYTE(i < 16 ? p[i] & 15 : p[i - 16] >> 4) }
+
+MER_UNIT_INLINE mer_bytes mer_single_bits(uint32_t bits) { MER_EACH_BYTE((bits >> i) & 1) }
+#endif
+
 MER_UNIT_INLINE uint16_t mer_load_u16(const uint8_t *p) {
     uint16_t v;
     memcpy(&v, p, 2);
@@ -48,37 +119,31 @@ MER_UNIT_INLINE uint32_t mer_load_u32(const uint8_t *p) {
     return v;
 }
 
-MER_UNIT_INLINE float mer_load_f16(const uint8_t *p) { return mer_f16_to_f32(mer_load_u16(p)); }
+MER_UNIT_INLINE float mer_load_f16(const uint8_t *p) {
+#ifdef __F16C__
+    return _cvtsh_ss(mer_load_u16(p));
+#else
+    return mer_f16_to_f32(mer_load_u16(p));
+#endif
+}
 
 /* d, m; 16 bytes, the low halves the first 16 elements. */
 MER_UNIT_INLINE void mer_unit_q4_1(const uint8_t *p, mer_unit *u) {
     u->d[0] = mer_load_f16(p);
     u->m[0] = -mer_load_f16(p + 2);
-    for (int i = 0; i < 16; i++) {
-        u->q[i] = (int8_t)(p[4 + i] & 15);
-        u->q[i + 16] = (int8_t)(p[4 + i] >> 4);
-    }
+    mer_store32(u->q, mer_halves(p + 4));
 }
 
-/* 32 elements of five bits: `high` has the fifth ones. */
-MER_UNIT_INLINE void mer_five_bits(const uint8_t *low, uint32_t high, int8_t less, int8_t *q) {
-    uint8_t bit[32];
-    for (int i = 0; i < 32; i++) bit[i] = (uint8_t)(((high >> i) & 1) << 4);
-    for (int i = 0; i < 16; i++) {
-        q[i] = (int8_t)((low[i] & 15) + bit[i] - less);
-        q[i + 16] = (int8_t)((low[i] >> 4) + bit[i + 16] - less);
-    }
-}
-
+/* d, 32 fifth bits, 16 bytes. */
 MER_UNIT_INLINE void mer_unit_q5_0(const uint8_t *p, mer_unit *u) {
     u->d[0] = mer_load_f16(p);
-    mer_five_bits(p + 6, mer_load_u32(p + 2), 16, u->q);
+    mer_store32(u->q, mer_less(mer_above(mer_halves(p + 6), mer_single_bits(mer_load_u32(p + 2)), 4), 16));
 }
 
 MER_UNIT_INLINE void mer_unit_q5_1(const uint8_t *p, mer_unit *u) {
     u->d[0] = mer_load_f16(p);
     u->m[0] = -mer_load_f16(p + 2);
-    mer_five_bits(p + 8, mer_load_u32(p + 4), 0, u->q);
+    mer_store32(u->q, mer_above(mer_halves(p + 8), mer_single_bits(mer_load_u32(p + 4)), 4));
 }
 
 /* 16 scales and minima of four bits, 64 bytes of four elements each, d, dmin. */
@@ -88,72 +153,63 @@ MER_UNIT_INLINE void mer_unit_q2_k(const uint8_t *p, mer_unit *u) {
         u->d[g] = d * (float)(p[g] & 15);
         u->m[g] = min * (float)(p[g] >> 4);
     }
-    for (int half = 0; half < 2; half++)
-        for (int part = 0; part < 4; part++)
-            for (int i = 0; i < 32; i++)
-                u->q[half * 128 + part * 32 + i] = (int8_t)((p[16 + half * 32 + i] >> (2 * part)) & 3);
+#pragma GCC unroll 8
+    for (int n = 0; n < 8; n++)
+        mer_store32(u->q + n * 32, mer_bits(mer_load32(p + 16 + n / 4 * 32), 2 * (n % 4), 3));
 }
 
 /* 32 bytes of third bits, 64 of four elements each, 16 scales of six bits, d. */
 MER_UNIT_INLINE void mer_unit_q3_k(const uint8_t *p, mer_unit *u) {
-    const uint8_t *const third = p, *const low = p + 32, *const packed = p + 96;
+    const uint8_t *const packed = p + 96;
     const float d = mer_load_f16(p + 108);
     for (int g = 0; g < 16; g++) {
         const int four = g < 8 ? packed[g] & 15 : packed[g - 8] >> 4;
         const int two = (packed[8 + g % 4] >> (2 * (g / 4))) & 3;
         u->d[g] = d * (float)((four | two << 4) - 32);
     }
-    for (int half = 0; half < 2; half++)
-        for (int part = 0; part < 4; part++)
-            for (int i = 0; i < 32; i++) {
-                const int bits = (low[half * 32 + i] >> (2 * part)) & 3;
-                const int bit = (third[i] >> (half * 4 + part)) & 1;
-                u->q[half * 128 + part * 32 + i] = (int8_t)(bits + 4 * bit - 4);
-            }
+    const mer_bytes third = mer_load32(p);
+#pragma GCC unroll 8
+    for (int n = 0; n < 8; n++) {
+        const mer_bytes two = mer_bits(mer_load32(p + 32 + n / 4 * 32), 2 * (n % 4), 3);
+        mer_store32(u->q + n * 32, mer_less(mer_above(two, mer_bits(third, n, 1), 2), 4));
+    }
 }
 
 /* As Q4_K, with 32 bytes of fifth bits between the scales and the rest. */
 MER_UNIT_INLINE void mer_unit_q5_k(const uint8_t *p, mer_unit *u) {
     const float d = mer_load_f16(p), min = mer_load_f16(p + 2);
-    const uint8_t *const fifth = p + 16, *const low = p + 48;
     uint8_t sc[16];
     mer_q4_k_unpack(p + 4, sc);
     for (int g = 0; g < 8; g++) {
         u->d[g] = d * (float)sc[g];
         u->m[g] = min * (float)sc[8 + g];
     }
-    for (int pair = 0; pair < 4; pair++)
-        for (int i = 0; i < 32; i++) {
-            const int a = (fifth[i] >> (2 * pair)) & 1, b = (fifth[i] >> (2 * pair + 1)) & 1;
-            u->q[pair * 64 + i] = (int8_t)((low[pair * 32 + i] & 15) + 16 * a);
-            u->q[pair * 64 + 32 + i] = (int8_t)((low[pair * 32 + i] >> 4) + 16 * b);
-        }
+    const mer_bytes fifth = mer_load32(p + 16);
+#pragma GCC unroll 8
+    for (int n = 0; n < 8; n++) {
+        const mer_bytes four = mer_bits(mer_load32(p + 48 + n / 2 * 32), 4 * (n % 2), 15);
+        mer_store32(u->q + n * 32, mer_above(four, mer_bits(fifth, n, 1), 4));
+    }
 }
 
 /* 128 bytes of low halves, 64 of upper quarters, 16 scales (int8), d. */
 MER_UNIT_INLINE void mer_unit_q6_k(const uint8_t *p, mer_unit *u) {
     const float d = mer_load_f16(p + 208);
     for (int g = 0; g < 16; g++) u->d[g] = d * (float)(int8_t)p[192 + g];
-    for (int half = 0; half < 2; half++) {
-        const uint8_t *const low = p + half * 64, *const high = p + 128 + half * 32;
-        int8_t *const q = u->q + half * 128;
-        for (int i = 0; i < 32; i++) {
-            q[i] = (int8_t)(((low[i] & 15) | (high[i] & 3) << 4) - 32);
-            q[i + 32] = (int8_t)(((low[i + 32] & 15) | (high[i] >> 2 & 3) << 4) - 32);
-            q[i + 64] = (int8_t)((low[i] >> 4 | (high[i] >> 4 & 3) << 4) - 32);
-            q[i + 96] = (int8_t)((low[i + 32] >> 4 | (high[i] >> 6) << 4) - 32);
-        }
+#pragma GCC unroll 8
+    for (int n = 0; n < 8; n++) {
+        const mer_bytes low = mer_bits(mer_load32(p + n / 4 * 64 + n % 2 * 32), n % 4 / 2 * 4, 15);
+        const mer_bytes high = mer_bits(mer_load32(p + 128 + n / 4 * 32), 2 * (n % 4), 3);
+        mer_store32(u->q + n * 32, mer_less(mer_above(low, high, 4), 32));
     }
 }
 
 static const int8_t mer_iq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
+/* d, 16 bytes of codes that choose a value. */
 MER_UNIT_INLINE void mer_unit_iq4_nl(const uint8_t *p, mer_unit *u) {
     u->d[0] = mer_load_f16(p);
-    for (int i = 0; i < 16; i++) {
-        u->q[i] = mer_iq4[p[2 + i] & 15];
-        u->q[i + 16] = mer_iq4[p[2 + i] >> 4];
-    }
+    mer_store32(u->q, mer_look_up(mer_iq4, mer_halves(p + 2)));
 }
 
 /* d, eight scales of six bits (upper quarters first), 128 bytes as IQ4_NL's. */
@@ -163,10 +219,7 @@ MER_UNIT_INLINE void mer_unit_iq4_xs(const uint8_t *p, mer_unit *u) {
     for (int g = 0; g < 8; g++) {
         const int scale = ((p[4 + g / 2] >> (4 * (g % 2))) & 15) | (int)((high >> (2 * g)) & 3) << 4;
         u->d[g] = d * (float)(scale - 32);
-        for (int i = 0; i < 16; i++) {
-            u->q[g * 32 + i] = mer_iq4[p[8 + g * 16 + i] & 15];
-            u->q[g * 32 + 16 + i] = mer_iq4[p[8 + g * 16 + i] >> 4];
-        }
+        mer_store32(u->q + g * 32, mer_look_up(mer_iq4, mer_halves(p + 8 + g * 16)));
     }
 }
 
