@@ -180,7 +180,7 @@ async def measure(model: Path, plan: Plan) -> list[Load]:
         if plan.server:
             faces += await stack.enter_async_context(served(model, plan.settings))
         for face in faces:  # the cache is filled, code is loaded
-            await closed(face, plan.prompts(plain.vocab, 0)[:4], plan.tokens, 2)
+            await closed(face, plan.prompts(plain.vocab, 0), plan.tokens, max(plan.streams))
         for number in range(1, plan.rounds + 1):
             for streams in plan.streams:
                 prompts = plan.prompts(plain.vocab, number, streams)
