@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 
 import pytest
 from engine_models import opened, write_text_model
 from http_server import asking
+
+from mer import Engine
+from mer.api.generation import texts_tokens
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -157,6 +161,58 @@ async def send(http, data: bytes) -> bytes:
     answer = await reader.read()
     writer.close()
     return answer
+
+
+async def test_a_web_socket(model, caplog):
+    """There are none: the client is told, and the log does not fill with tracebacks."""
+    lines = ["GET /v1/completions HTTP/1.1", "Host: x", "Connection: Upgrade", "Upgrade: websocket",
+             "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "", ""]  # fmt: skip
+    async with opened(model) as engine, asking(engine) as http:
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.base_url.port)
+        writer.write("\r\n".join(lines).encode())
+        assert (await reader.readline()).split()[1] == b"403"
+        writer.close()
+    assert "Exception" not in caplog.text
+
+
+async def test_structures_are_named_as_they_were_sent(model):
+    async with opened(model) as engine, asking(engine) as http:
+        bad = {"guided_regex": "((", "guided_grammar": "(", "guided_json": {"type": "objct"}}
+        for param, value in bad.items():
+            for path, asked in ((TEXT, {"prompt": "a"}), (CHAT, {"messages": HELLO})):
+                answer = await http.post(path, json={**asked, param: value})
+                assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+async def test_much_that_is_short_is_tokenized_without_holding_up_others(model, monkeypatch):
+    """A list of texts lets others in between; a prompt that is long for its tools is made on a thread."""
+    async with opened(model) as engine, asking(engine) as http:
+        others = 0
+
+        async def other():
+            nonlocal others
+            while True:
+                others += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        found = await texts_tokens(engine, ["The sea", [1, 2], *["The old man"] * 48])
+        task.cancel()
+        assert found[:2] == [engine.tokenizer.encode("The sea"), [1, 2]]
+        assert (len(found), others >= 50) == (50, True)
+
+        threads, make = [], Engine.chat_prompt
+
+        def chat_prompt(self, *args, **more):
+            threads.append(threading.current_thread())
+            return make(self, *args, **more)
+
+        monkeypatch.setattr(Engine, "chat_prompt", chat_prompt)
+        tool = {"type": "function", "function": {"name": "f", "description": "x" * 10_000}}
+        for tools in ([], [tool]):
+            answer = await http.post("/tokenize", json={"messages": HELLO, "tools": tools})
+            assert answer.status_code == 200
+        assert [thread is threading.main_thread() for thread in threads] == [True, False]
 
 
 async def test_no_http(model):

@@ -138,6 +138,8 @@ def test_log_for_people_with_prompts_where_asked(model, tmp_path):
         assert "The old man" in line
         assert "secret" not in "".join(server.lines)
         assert "key 1" in server.wait_for("key 1").string
+        httpx.get(f"{server.url}/a%0Aforged%1Bb")
+        assert r"GET /a\nforged\x1bb 401" in server.wait_for("forged").string
 
 
 def test_tls_with_certificates_of_both_sides(model, tmp_path):

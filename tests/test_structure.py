@@ -15,9 +15,9 @@ from jsonschema import Draft202012Validator
 from oracle.make_checkpoints import make
 from tokenizer_models import write_json, write_sentencepiece
 
-from mer import Engine, MerError, SamplingParams, Structure
+from mer import Engine, SamplingParams, Structure
 from mer.demo import model_path
-from mer.engine.constraint import Constraints
+from mer.engine.constraint import Constraints, _clean
 from mer.errors import EngineClosedError, RequestError
 from mer.model.tokenizer import Tokenizer
 
@@ -274,6 +274,19 @@ async def test_refused_before_any_work(structure, reason, text_model):
         assert engine.stats.step_s == 0
 
 
+def test_nothing_of_the_library_s_inside_is_told():
+    assert _clean("panic: too many\n<backtrace>\n   0: <unknown>\n") == "panic: too many"
+
+
+async def test_what_is_found_too_large_on_the_way_is_the_request_s_fault(text_model):
+    structure = Structure.choice(map(str, range(3000)))
+    async with opened(text_model) as engine:
+        with pytest.raises(RequestError, match=r"can't go on: .*max is 2000") as error:
+            await engine.generate("a", params(structure))
+        assert error.value.param == "structure"
+        assert await engine.generate("a", params(Structure.choice(["b"])))
+
+
 @pytest.mark.parametrize(
     "make_one",
     [
@@ -316,6 +329,6 @@ async def test_models_that_cannot(tmp_path):
     fox = tokenizer.encode("fox", special=False)[-1]
     assert np.flatnonzero(constraint.allowed(())).tolist() == [fox]
     assert not constraint.accept(fox)
-    with pytest.raises(MerError, match="can't go on"):
+    with pytest.raises(RequestError, match="can't go on"):
         constraint.allowed(())
     constraints.close()

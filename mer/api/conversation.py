@@ -202,8 +202,15 @@ async def chat_tokens(engine: Engine, request: ChatRequest) -> list[int]:
     variables = dict(request.variables)
     if request.tools and request.tool_choice != "none":
         variables["tools"] = request.tools
-    size = sum(len(str(message.get("content"))) for message in request.messages)
-    return await off_loop(size, lambda: engine.chat_prompt(request.messages, **variables))
+    return await template_tokens(engine, request.messages, variables)
+
+
+async def template_tokens(
+    engine: Engine, messages: list[dict[str, Any]], variables: Mapping[str, Any]
+) -> list[int]:
+    """What the chat template makes of messages and variables, in tokens. Raises RequestError."""
+    size = sum(len(str(value)) for each in (variables, *messages) for value in each.values())
+    return await off_loop(size, lambda: engine.chat_prompt(messages, **variables))
 
 
 def template_variables(engine: Engine, given: Mapping[str, Any] | None, effort: str | None) -> dict[str, Any]:

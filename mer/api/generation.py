@@ -32,6 +32,15 @@ async def text_tokens(engine: Engine, text: str, param: str = "prompt", *, speci
     return await off_loop(len(text), lambda: tokenizer.encode(text, special=special))
 
 
+async def texts_tokens(engine: Engine, given: Sequence[str | list[int]]) -> list[list[int]]:
+    """Token ids of texts, be they many; lists of ids stay as they are. Raises as `text_tokens`."""
+    made: list[list[int]] = []
+    for each in given:
+        made.append(await text_tokens(engine, each) if isinstance(each, str) else each)
+        await asyncio.sleep(0)  # others come in between
+    return made
+
+
 async def off_loop(size: int, work: Callable[[], _T]) -> _T:
     """The result of `work`; on a thread where a text of `size` characters makes it long."""
     return await asyncio.to_thread(work) if size > _LONG else work()

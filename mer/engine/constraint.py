@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mer.engine.structure import Structure
-from mer.errors import MerError, RequestError
+from mer.errors import RequestError
 from mer.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ class Constraint:
         """bool [vocab]: what may come next; None when the text is complete and nothing may.
 
         ends: tokens that end the answer, allowed where the text is complete. Waits for a mask that is not
-        computed yet. Raises MerError when the model has no token to go on with.
+        computed yet. Raises RequestError when the model has no token to go on with, or the structure turns
+        out too large.
         """
         mask, complete = self._next.result()
         if complete:
@@ -111,13 +113,13 @@ class Constraint:
         if mask.any():
             return mask
         if not complete:
-            raise MerError(f"structure: the answer can't go on: {self._trouble()}")
+            raise self._trouble()
         return None
 
     def accept(self, token: int) -> bool:
         """Take `token`, an allowed one; True when the text is complete and nothing can be added to it."""
         if not self._matcher.consume_token(token):
-            raise MerError(f"structure: the answer can't go on: {self._trouble()}")
+            raise self._trouble()
         if self._matcher.is_stopped() and self._matcher.is_accepting():
             return True
         # On another thread, beside the step that computes the logits.
@@ -129,8 +131,9 @@ class Constraint:
         mask = np.unpackbits(bits, count=self._vocab + 1, bitorder="little").view(np.bool_)
         return mask[:-1], bool(mask[-1]) and not self._matcher.is_error()
 
-    def _trouble(self) -> str:
-        return _clean(self._matcher.get_error()) or "this model has no token that may come next"
+    def _trouble(self) -> RequestError:
+        why = _clean(self._matcher.get_error()) or "this model has no token that may come next"
+        return RequestError(f"structure: the answer can't go on: {why}", "structure")
 
 
 class _Words:
@@ -190,5 +193,5 @@ def _refusal(structure: Structure, reason: str) -> RequestError:
 
 
 def _clean(text: str) -> str:
-    """What an error of llguidance says, without the state of its parser that it puts behind."""
-    return text.split("\n<state>")[0].strip()
+    """What an error of llguidance says, without its parser's state or a backtrace that it puts behind."""
+    return re.split(r"\n<(?:state|backtrace)>", text)[0].strip()

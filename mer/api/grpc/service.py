@@ -159,15 +159,17 @@ class Inference:
         tokenizer, ids = self._engine.tokenizer, list(request.token_ids)
         if tokenizer is None:
             raise RequestError("this model came without a tokenizer", "token_ids")
-        bad = next((i for i, token in enumerate(ids) if token >= tokenizer.vocab_size), None)
-        if bad is not None:
-            raise RequestError(
-                f"token_ids[{bad}] is {ids[bad]}; ids are below {tokenizer.vocab_size}", f"token_ids[{bad}]"
-            )
-        text = await generation.off_loop(
-            4 * len(ids), lambda: tokenizer.decode(ids, skip_special=not request.keep_special_tokens)
-        )
-        return pb.DetokenizeResponse(text=text)
+
+        def text() -> str:
+            bad = next((i for i, token in enumerate(ids) if token >= tokenizer.vocab_size), None)
+            if bad is not None:
+                raise RequestError(
+                    f"token_ids[{bad}] is {ids[bad]}; ids are below {tokenizer.vocab_size}",
+                    f"token_ids[{bad}]",
+                )
+            return tokenizer.decode(ids, skip_special=not request.keep_special_tokens)
+
+        return pb.DetokenizeResponse(text=await generation.off_loop(4 * len(ids), text))
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """Raises RequestError and what `Engine.embed` raises."""

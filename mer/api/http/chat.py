@@ -40,6 +40,7 @@ from mer.api.http.schemas import (
     JsonObjectFormat,
     JsonSchemaFormat,
     sampling,
+    structure_name,
 )
 from mer.api.http.service import Service, body_as, json_response
 from mer.engine.engine import Engine
@@ -49,7 +50,7 @@ from mer.errors import RequestError
 from mer.model.pieces import Content, Piece, Reasoning, ToolCall
 
 # What clients of this endpoint call fields of SamplingParams.
-_NAMES: Final = {"prompt": "messages", "logprobs": "top_logprobs", "structure": "response_format"}
+_NAMES: Final = {"prompt": "messages", "logprobs": "top_logprobs"}
 
 
 def blueprint(service: Service) -> Blueprint:
@@ -71,7 +72,7 @@ def blueprint(service: Service) -> Blueprint:
                 return await sse.respond(_chunks(engine, body, model, request.n, events, call))
             return await _whole(engine, body, model, request.n, events, call)
         except RequestError as error:
-            raise api_error(error, _NAMES) from None
+            raise api_error(error, _NAMES | structure_name(body)) from None
 
     return made
 

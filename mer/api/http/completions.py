@@ -10,7 +10,7 @@ from attrs import frozen
 from msgspec import UNSET
 from quart import Blueprint, Response
 
-from mer.api.generation import MAX_ANSWERS, Job, merged, seeded, text_tokens
+from mer.api.generation import MAX_ANSWERS, Job, merged, seeded, texts_tokens
 from mer.api.http import sse
 from mer.api.http.answers import (
     Completion,
@@ -23,7 +23,7 @@ from mer.api.http.answers import (
 )
 from mer.api.http.call import Call, current_call
 from mer.api.http.errors import api_error, invalid
-from mer.api.http.schemas import CompletionRequest, prompts, sampling
+from mer.api.http.schemas import CompletionRequest, prompts, sampling, structure_name
 from mer.api.http.service import Service, body_as, json_response
 from mer.engine.engine import Engine
 from mer.engine.outputs import Delta, TokenLogprob, Usage, join
@@ -32,7 +32,7 @@ from mer.model.tokenizer import Tokenizer
 
 # As in OpenAI's API, where nothing is said.
 _MAX_TOKENS: Final = 16
-_NAMES: Final = {"prompt_logprobs": "logprobs", "structure": "guided_json"}
+_NAMES: Final = {"prompt_logprobs": "logprobs"}
 
 
 def blueprint(service: Service) -> Blueprint:
@@ -53,7 +53,7 @@ def blueprint(service: Service) -> Blueprint:
                 return await sse.respond(_chunks(work, body, model, batches, call))
             return json_response(await _whole(work, model, batches, call))
         except RequestError as error:
-            raise api_error(error, _NAMES) from None
+            raise api_error(error, _NAMES | structure_name(body)) from None
 
     return made
 
@@ -96,8 +96,7 @@ async def _work(engine: Engine, body: CompletionRequest) -> _Work:
     tokenizer = engine.tokenizer
     jobs: list[Job] = []
     echoes: list[str] = []
-    for prompt in given:
-        tokens = await text_tokens(engine, prompt) if isinstance(prompt, str) else prompt
+    for prompt, tokens in zip(given, await texts_tokens(engine, given), strict=True):
         jobs += [(tokens, each) for each in seeded(params, n)]
         if not body.echo:
             echoes.append("")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from quart import Blueprint, Response
 
-from mer.api.generation import text_tokens
+from mer.api.generation import texts_tokens
 from mer.api.http.answers import Embedding, Embeddings, PromptUsage
 from mer.api.http.call import current_call
 from mer.api.http.errors import api_error
@@ -35,7 +35,7 @@ def blueprint(service: Service) -> Blueprint:
             current_call().log["input"] = body.input
         try:
             given = prompts(body.input, "input", MAX_TEXTS)
-            tokens = [await text_tokens(engine, each) if isinstance(each, str) else each for each in given]
+            tokens = await texts_tokens(engine, given)
             vectors = await _embedded(engine, tokens)
         except RequestError as error:
             raise api_error(error, {"prompt": "input"}) from None

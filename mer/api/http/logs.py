@@ -53,8 +53,13 @@ class _Text(logging.Formatter):
             record.message = record.getMessage()
             text = f"{clock} {record.levelname.lower()}: {record.message}"
             return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
-        first = " ".join("-" if fields[name] is None else str(fields[name]) for name in _FIRST)
+        first = " ".join("-" if fields[name] is None else _printable(str(fields[name])) for name in _FIRST)
         skipped = {*_FIRST, "caller"} if fields["caller"] == fields["client"] else _FIRST
         rest = {name: value for name, value in fields.items() if name not in skipped}
         more = " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in rest.items())
         return f"{clock} {first} {more}"
+
+
+def _printable(text: str) -> str:
+    """On one line, whatever a client wrote into its path."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

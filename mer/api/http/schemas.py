@@ -144,6 +144,13 @@ def _structure(body: Generating, formatted: Structure | None) -> Structure | Non
     return next(iter(found.values()), None)
 
 
+def structure_name(body: Generating) -> dict[str, str]:
+    """What `body` calls the field "structure" of SamplingParams: for `api_error`."""
+    names = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
+    given = (name for name in names if getattr(body, name) is not None)
+    return {"structure": next(given, "response_format")}
+
+
 class TextPart(Body, tag_field="type", tag="text"):
     text: str
 

@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from quart import Blueprint, Response
 
-from mer.api.conversation import template_messages
+from mer.api.conversation import template_messages, template_tokens
 from mer.api.generation import off_loop, text_tokens
 from mer.api.http.answers import DetokenizedText, Tokens
 from mer.api.http.errors import api_error, invalid
@@ -33,11 +33,11 @@ def blueprint(service: Service) -> Blueprint:
             tools = msgspec.to_builtins(body.tools) if body.tools else None
             variables = {**(body.chat_template_kwargs or {}), "tools": tools}
             variables["add_generation_prompt"] = body.add_generation_prompt
-            size = sum(len(message["content"]) for message in messages)
-            tokens = await off_loop(size, lambda: engine.chat_prompt(messages, **variables))
+            tokens = await template_tokens(engine, messages, variables)
         strings: list[str] | UnsetType = UNSET
         if body.return_token_strs and engine.tokenizer is not None:
-            strings = [engine.tokenizer.token_text(token) for token in tokens]
+            text = engine.tokenizer.token_text
+            strings = await off_loop(len(tokens), lambda: [text(token) for token in tokens])
         return json_response(Tokens(len(tokens), service.context, tokens, strings))
 
     @made.post("/detokenize")
