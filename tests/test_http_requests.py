@@ -10,8 +10,10 @@ import pytest
 from engine_models import opened, write_text_model
 from http_server import asking
 
-from mer import Engine
-from mer.api.generation import texts_tokens
+from mer import Engine, SamplingParams
+from mer.api.generation import merged, texts_tokens
+from mer.engine.outputs import Delta
+from mer.errors import RequestTimeoutError
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -213,6 +215,18 @@ async def test_much_that_is_short_is_tokenized_without_holding_up_others(model, 
             answer = await http.post("/tokenize", json={"messages": HELLO, "tools": tools})
             assert answer.status_code == 200
         assert [thread is threading.main_thread() for thread in threads] == [True, False]
+
+
+async def test_what_came_before_an_error_is_delivered():
+    class Failing:
+        async def stream(self, prompt, params):
+            yield Delta("a", (1,))
+            raise RequestTimeoutError("late")
+
+    batches = merged(Failing(), [([1], SamplingParams())], idle=9)
+    assert [delta.text for _, delta in await anext(batches)] == ["a"]
+    with pytest.raises(RequestTimeoutError):
+        await anext(batches)
 
 
 async def test_no_http(model):

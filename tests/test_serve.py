@@ -9,6 +9,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -124,6 +125,34 @@ def test_clients_that_die_are_one_line_each(model):
     begun = next(i for i, line in enumerate(server.lines) if TEXT in line and "curl" not in line)
     for line in server.lines[begun:]:
         assert re.match(rf"\d\d:\d\d:\d\d 127.0.0.1 POST {TEXT} (200|-) ", line), line
+
+
+LOADS_FOR_EVER = """
+import time
+from mer.cli.main import main
+from mer.engine.engine import Engine
+
+def load(*_):
+    print("loading", flush=True)
+    time.sleep(1000)
+
+Engine._load = load
+main()
+"""
+
+
+def test_a_second_signal_ends_it_while_it_loads(model):
+    command = [sys.executable, "-c", LOADS_FOR_EVER, "serve", str(model), "--port", "0", "--no-grpc"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout.readline() == "loading\n"
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):  # it ends when the load has
+                process.wait(0.3)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == -signal.SIGTERM
+        finally:
+            process.kill()
 
 
 def test_log_for_people_with_prompts_where_asked(model, tmp_path):

@@ -81,6 +81,8 @@ async def merged(
             batch: list[tuple[int, Delta]] = []
             for i, item in items:
                 if isinstance(item, Exception):
+                    if batch:
+                        yield batch
                     raise item
                 batch.append((i, item))
                 running -= item.finish_reason is not None

@@ -28,13 +28,19 @@ Announce = Callable[[Engine, str, int | None], None]
 async def serve(model: Path, config: EngineConfig, settings: ServerSettings, announce: Announce) -> None:
     """Serve until SIGTERM or SIGINT; then end what is running within `drain_timeout`.
 
-    A second signal ends it at once. Both APIs tell their health while the model is being loaded. Raises
-    what Engine.open raises, and ConfigError for an address or a certificate that can't be used.
+    A second signal ends it at once; so does a third, whatever is under way. Both APIs tell their health
+    while the model is being loaded. Raises what Engine.open raises, and ConfigError for an address or a
+    certificate that can't be used.
     """
     stop, now = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+    engine: Engine | None = None
 
     def signalled() -> None:
+        if now.is_set() or (stop.is_set() and engine is None):
+            # Nobody is served, and a thread that loads or writes can't be told to stop.
+            loop.remove_signal_handler(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         (now if stop.is_set() else stop).set()
 
     for name in (signal.SIGTERM, signal.SIGINT):
