@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rich.table import Table
 from mer import Engine, EngineConfig, SamplingParams
 
 TICK = 0.001
+random = np.random.default_rng(0)
 
 
 async def lateness(seconds: float) -> list[tuple[float, float]]:
@@ -52,7 +54,6 @@ def sleeper(seconds: float) -> None:
 
 async def load(engine: Engine, streams: int) -> None:
     """Until it is cancelled: streams that are read at once, and long prompts one after the other."""
-    random = np.random.default_rng(0)
     most = min(engine.budget.context // 4, engine.spec.max_positions - 64)
 
     def ids(n: int) -> list[int]:
@@ -80,16 +81,20 @@ async def load(engine: Engine, streams: int) -> None:
 
 async def run(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     async with Engine.open(args.model, EngineConfig(ram=args.ram, threads=args.threads)) as engine:
+        gc.freeze()  # as `mer serve` does
         busy = asyncio.create_task(load(engine, args.streams))
         await asyncio.sleep(1)
         code = f"from bench.eventloop import sleeper; sleeper({args.seconds})"
-        other = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
-        reading = asyncio.create_task(other.communicate())
-        late = await lateness(args.seconds)
-        printed, _ = await reading
+        with tempfile.TemporaryFile() as printed:
+            other = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=printed)
+            await asyncio.sleep(1)  # a process that has just forked copies pages
+            late = await lateness(args.seconds)
+            await other.wait()
+            printed.seek(0)
+            peer = json.load(printed)
         busy.cancel()
         await asyncio.gather(busy, return_exceptions=True)
-    return {"another process": summary(json.loads(printed)), "event loop": summary(late)}
+    return {"another process": summary(peer), "event loop": summary(late)}
 
 
 def summary(ticks: list[Any]) -> dict[str, Any]:

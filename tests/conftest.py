@@ -1,6 +1,10 @@
 """Read by pytest before any test is imported."""
 
 import os
+import signal
 
 # The oracle's models are tiny: threads of torch would only wait for each other, and for the processor.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell has told what it runs in the background to ignore it, and so would the children of these tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -172,7 +172,7 @@ async def test_a_hard_day(made, expected, tmp_path):
     async def one(engine, n):
         which = chance.randrange(len(PROMPTS))
         ids, kind = PROMPTS[which], chance.choice(["good"] * 4 + ["leave", "late", "bad", "embed", "slow"])
-        await asyncio.sleep(chance.random())
+        await asyncio.sleep(chance.random() if n > 80 else 0)  # more at once than the queue takes
         try:
             if kind == "bad":
                 await engine.generate([*ids, 10**6], PARAMS)

@@ -365,6 +365,8 @@ class Engine:
             tokens = self._tokenizer.encode(prompt)
         elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
             tokens = list(prompt)
+            # Before each of them is looked at.
+            self._refuse_beyond(tokens, min(self.spec.max_positions, self.budget.context))
         else:
             kind = type(prompt).__name__
             raise RequestError(f"the prompt must be text or a list of token ids, not {kind}", "prompt")

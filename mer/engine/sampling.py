@@ -25,6 +25,7 @@ from functools import lru_cache
 
 import numpy as np
 from attrs import frozen
+from numpy.random import Philox  # now, not in the first draw: it takes a while
 from numpy.typing import NDArray
 
 from mer.engine.params import SamplingParams
@@ -227,5 +228,5 @@ def with_logprobs(token: int, logits: NDArray[np.float32], count: int) -> Sample
 def _uniform(seed: int, position: int) -> float:
     """A number of [0, 1), a multiple of 2**-53, from Philox with key `seed` and counter `position`."""
     # the raw stream: numpy keeps it the same from version to version (NEP 19), unlike Generator's methods
-    raw = int(np.random.Philox(key=seed % 2**64, counter=position).random_raw())
+    raw = int(Philox(key=seed % 2**64, counter=position).random_raw())
     return (raw >> 11) * 2.0**-53
