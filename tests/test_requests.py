@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import uvloop
-from engine_models import GREEDY, check_idle, opened, prompt, settle
+from engine_models import GREEDY, check_idle, opened, prompt, settle, write_text_model
 from oracle.make_checkpoints import make
 
 from mer import Engine, QueueFullError, RequestTimeoutError, SamplingParams, Structure
@@ -337,3 +337,15 @@ def test_under_uvloop(model):
     engine = uvloop.run(abandon())
     uvloop.run(engine.close())
     check_idle(engine)
+
+
+async def test_a_prompt_is_refused_by_its_length_alone(tmp_path, monkeypatch):
+    """Megabytes are not cut into tokens to find out that they are too many."""
+    async with opened(write_text_model(tmp_path / "model", chat=True), context=64) as engine:
+        monkeypatch.setattr(engine.tokenizer, "encode", None)
+        with pytest.raises(RequestError, match=r"the prompt has at least \d+ tokens; 64 is the most"):
+            await engine.generate("x" * 1_000_000)
+        with pytest.raises(RequestError, match="the prompt has at least"):
+            engine.chat_prompt([{"role": "user", "content": "x" * 1_000_000}])
+        with pytest.raises(RequestError, match="the prompt has 1000000 tokens"):
+            await engine.generate([-1] * 1_000_000)

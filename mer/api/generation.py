@@ -36,7 +36,10 @@ async def texts_tokens(engine: Engine, given: Sequence[str | list[int]]) -> list
     """Token ids of texts, be they many; lists of ids stay as they are. Raises as `text_tokens`."""
     made: list[list[int]] = []
     for each in given:
-        made.append(await text_tokens(engine, each) if isinstance(each, str) else each)
+        if isinstance(each, str):
+            engine.check_length(each)
+            each = await text_tokens(engine, each)
+        made.append(each)
         await asyncio.sleep(0)  # others come in between
     return made
 

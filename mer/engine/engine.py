@@ -260,7 +260,18 @@ class Engine:
         template = self._tokenizer.chat_template if self._tokenizer else None
         if self._tokenizer is None or template is None:
             raise RequestError("this model has no chat template; send a plain prompt", "messages")
-        return self._tokenizer.encode(template.render(messages, **variables), special=False)
+        text = template.render(messages, **variables)
+        self.check_length(text)
+        return self._tokenizer.encode(text, special=False)
+
+    def check_length(self, text: str) -> None:
+        """Refuse a text that has too many tokens by its length alone, before it is cut into them.
+
+        Raises RequestError.
+        """
+        if self._tokenizer is not None:
+            most = min(self.spec.max_positions, self.budget.context)
+            self._refuse_beyond(self._tokenizer.at_least(text), most, "at least ")
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Result:
         """The whole answer to a text or to token ids. Raises as `stream` does."""
@@ -288,7 +299,7 @@ class Engine:
         Raises as `stream` does.
         """
         tokens = await self._off_loop(prompt, lambda: self._tokens(prompt))
-        self._refuse_beyond(tokens, min(self.spec.max_positions, self.budget.context))
+        self._refuse_beyond(len(tokens), min(self.spec.max_positions, self.budget.context))
         job = Embedding(tokens=tokens, wants="hidden", id=next(self._ids), mailbox=Mailbox())
         self._worker.submit(job)
         mean: NDArray[np.float32] | None = None
@@ -324,7 +335,7 @@ class Engine:
     def _make(self, prompt: Prompt, params: SamplingParams, mailbox: Mailbox[Delta], at: float) -> Request:
         tokens = self._tokens(prompt)
         limit = min(self.spec.max_positions, self.budget.context)
-        self._refuse_beyond(tokens, limit - (params.max_tokens != 0))  # an answer needs a place
+        self._refuse_beyond(len(tokens), limit - (params.max_tokens != 0))  # an answer needs a place
         if params.max_tokens is not None:
             limit = min(limit, len(tokens) + params.max_tokens)
         return Request(
@@ -350,10 +361,10 @@ class Engine:
             return await asyncio.to_thread(prepare)
         return prepare()
 
-    def _refuse_beyond(self, tokens: list[int], most: int) -> None:
-        if len(tokens) > most:
+    def _refuse_beyond(self, tokens: int, most: int, at_least: str = "") -> None:
+        if tokens > most:
             raise RequestError(
-                f"the prompt has {len(tokens)} tokens; {most} is the most here (the model's context is "
+                f"the prompt has {at_least}{tokens} tokens; {most} is the most here (the model's context is "
                 f"{self.spec.max_positions}, the KV cache holds {self.budget.context})",
                 "prompt",
             )
@@ -362,11 +373,12 @@ class Engine:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise RequestError("this model came without a tokenizer; send token ids", "prompt")
+            self.check_length(prompt)
             tokens = self._tokenizer.encode(prompt)
         elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
             tokens = list(prompt)
             # Before each of them is looked at.
-            self._refuse_beyond(tokens, min(self.spec.max_positions, self.budget.context))
+            self._refuse_beyond(len(tokens), min(self.spec.max_positions, self.budget.context))
         else:
             kind = type(prompt).__name__
             raise RequestError(f"the prompt must be text or a list of token ids, not {kind}", "prompt")

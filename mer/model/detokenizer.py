@@ -28,6 +28,10 @@ class Vocabulary(Protocol):
         """One more than the highest id."""
 
     @property
+    def longest(self) -> int:
+        """Characters of the longest token as it stands in the vocabulary."""
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Tokens that mean something else than their text, e.g. the end of an answer."""
 

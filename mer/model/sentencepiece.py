@@ -56,6 +56,7 @@ class SentencePieceVocabulary:
         for id in control + named:
             added.setdefault(id, AddedToken(self._pieces[id], special=True, normalized=False))
         self.size = 1 + max(self._pieces, default=-1)
+        self.longest = max(map(len, self._ids), default=1)
         self.special_ids = frozenset(control + [id for id, token in added.items() if token.special])
         self._added = {token.content: token for token in added.values()}
         longest = sorted(self._added, key=len, reverse=True)

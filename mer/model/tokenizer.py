@@ -72,6 +72,11 @@ class Tokenizer:
         self.eos_ids: frozenset[int] = _eos_ids(path, model_config, special, vocabulary)
         self.chat_template: ChatTemplate | None = ChatTemplate.open(path, config, special)
 
+    def at_least(self, text: str) -> int:
+        """Tokens that `text` has at the least, told by its length alone."""
+        # Normalising makes one character of four at the most.
+        return len(text) // (4 * self._vocabulary.longest)
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`.
 
@@ -173,7 +178,9 @@ class JsonVocabulary:
         )
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
-        self.size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
+        vocabulary = self._tokenizer.get_vocab()
+        self.size = 1 + max(vocabulary.values(), default=-1)
+        self.longest = max(map(len, vocabulary), default=1)
         decoder = self._tokenizer.decoder
         self.decoder: dict[str, Any] | None = None if decoder is None else json.loads(decoder.__getstate__())
 
