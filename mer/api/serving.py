@@ -29,16 +29,16 @@ Announce = Callable[[Engine, str, int | None], None]
 async def serve(model: Path, config: EngineConfig, settings: ServerSettings, announce: Announce) -> None:
     """Serve until SIGTERM or SIGINT; then end what is running within `drain_timeout`.
 
-    A second signal ends it at once; so does a third, whatever is under way. Both APIs tell their health
+    A second signal ends it at once, a third one whatever is under way. Both APIs tell their health
     while the model is being loaded. Raises what Engine.open raises, and ConfigError for an address or a
     certificate that can't be used.
     """
-    stop, now = asyncio.Event(), asyncio.Event()
+    stop, now, closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     engine: Engine | None = None
 
     def signalled() -> None:
-        if now.is_set() or (stop.is_set() and engine is None):
+        if now.is_set() or (stop.is_set() and (engine is None or closing.is_set())):
             # Nobody is served, and a thread that loads or writes can't be told to stop.
             loop.remove_signal_handler(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
@@ -61,6 +61,7 @@ async def serve(model: Path, config: EngineConfig, settings: ServerSettings, ann
                 service.draining = True
                 await _drain(service, grpc, now)
             finally:
+                closing.set()
                 await engine.close(drain=False)
     finally:
         for name in (signal.SIGTERM, signal.SIGINT):
