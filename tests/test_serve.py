@@ -124,6 +124,8 @@ def test_clients_that_die_are_one_line_each(model):
         assert server.ended() == 0
     begun = next(i for i, line in enumerate(server.lines) if TEXT in line and "curl" not in line)
     for line in server.lines[begun:]:
+        if "running; ending within" in line:  # the last answer was there, but not yet counted as ended
+            continue
         assert re.match(rf"\d\d:\d\d:\d\d 127.0.0.1 POST {TEXT} (200|-) ", line), line
 
 
