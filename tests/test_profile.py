@@ -110,7 +110,9 @@ def test_the_times_are_those_of_the_summary(run):
 
 
 def test_the_summary_says_it(model, tmp_path):
-    done = mer("run", model, PROMPT, "-n", 3, "--context", 64, "--profile", tmp_path / "p.json")
+    done = mer(
+        "run", model, PROMPT, "-n", 3, "--context", 64, "--ignore-eos", "--profile", tmp_path / "p.json"
+    )
     assert "2 decode steps of " in done.stderr
     assert "Python between kernels " in done.stderr
     assert ProfileSummary(0, 0.0, 0.0).python_share == 0
