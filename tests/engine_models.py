@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from oracle.make_checkpoints import IN_PLACE, make
 from oracle.make_tokenizer import write_tokenizer
 
@@ -32,6 +33,23 @@ def write_text_model(path: Path, *, chat: bool = False, **changes) -> Path:
     make(path, "qwen3_moe", vocab_size=300, num_hidden_layers=2, num_experts=6, eos_token_id=0, **changes)
     write_tokenizer(path, chat=chat)
     return path
+
+
+def write_single_choice(path: Path, prompts: list[list[int]], n: int) -> tuple[Path, list[set[int]]]:
+    """A store of one layer, 16 experts, one a token; and by transformers, which of them each prompt and its
+    greedy answer of n tokens needs."""
+    model = make(path / "hf", "mixtral", num_hidden_layers=1, num_local_experts=16, num_experts_per_tok=1)
+    needed = []
+    for ids in prompts:
+        given = torch.tensor([ids])
+        with torch.no_grad():
+            seen = model.generate(
+                given, attention_mask=torch.ones_like(given), max_new_tokens=n, do_sample=False
+            )
+            # The last token is drawn and never computed.
+            router = model(seen[:, :-1], output_router_logits=True).router_logits[0]
+        needed.append(set(router.reshape(-1, 16).argmax(-1).tolist()))
+    return convert_to(path / "hf", path / "store", None, None), needed
 
 
 def convert_to(src: Path, dst: Path, experts: str | None, dense: str | None) -> Path:

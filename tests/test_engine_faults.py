@@ -12,9 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from engine_models import convert_to, opened, prompt
-from oracle.make_checkpoints import make
+from engine_models import opened, prompt, write_single_choice
 from safetensors.numpy import load_file, save_file
 
 from mer import Engine, SamplingParams
@@ -29,20 +27,7 @@ FOR_EVER = 1 << 30
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A store of one layer, 16 experts, one a token; and per prompt the answer's experts by transformers."""
-    path = tmp_path_factory.mktemp("faults")
-    model = make(path / "hf", "mixtral", num_hidden_layers=1, num_local_experts=16, num_experts_per_tok=1)
-    needed = []
-    for ids in PROMPTS:
-        given = torch.tensor([ids])
-        with torch.no_grad():
-            seen = model.generate(
-                given, attention_mask=torch.ones_like(given), max_new_tokens=6, do_sample=False
-            )
-            # The last token is drawn and never computed.
-            router = model(seen[:, :-1], output_router_logits=True).router_logits[0]
-        needed.append(set(router.reshape(-1, 16).argmax(-1).tolist()))
-    return convert_to(path / "hf", path / "store", None, None), needed
+    return write_single_choice(tmp_path_factory.mktemp("faults"), PROMPTS, 6)
 
 
 @pytest.fixture

@@ -8,9 +8,7 @@ import random
 import threading
 
 import pytest
-import torch
-from engine_models import check_idle, convert_to, opened, prompt, settle
-from oracle.make_checkpoints import make
+from engine_models import check_idle, opened, prompt, settle, write_single_choice
 from test_engine_faults import break_expert
 
 from mer import Engine, EngineConfig, QueueFullError, RequestTimeoutError, SamplingParams
@@ -23,19 +21,7 @@ PROMPTS = [prompt(40)[: 20 + n % 20] + prompt(1 + n % 5, seed=n) for n in range(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A store of one layer, 16 experts, one a token; and which experts each prompt and its answer need."""
-    path = tmp_path_factory.mktemp("load")
-    model = make(path / "hf", "mixtral", num_hidden_layers=1, num_local_experts=16, num_experts_per_tok=1)
-    needed = []
-    for ids in PROMPTS:
-        given = torch.tensor([ids])
-        with torch.no_grad():
-            seen = model.generate(
-                given, attention_mask=torch.ones_like(given), max_new_tokens=10, do_sample=False
-            )
-            router = model(seen[:, :-1], output_router_logits=True).router_logits[0]
-        needed.append(set(router.reshape(-1, 16).argmax(-1).tolist()))
-    return convert_to(path / "hf", path / "store", None, None), needed
+    return write_single_choice(tmp_path_factory.mktemp("load"), PROMPTS, 10)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +194,7 @@ async def test_a_hard_day(made, expected, tmp_path):
         engine._runner.reader.clear_faults()
         await settle(engine)
         check_idle(engine)
-        assert descriptors() == before
+        assert descriptors() <= before  # fewer: what tests before this one had left is closed
         assert [await _answer(engine, ids) for ids in PROMPTS] == expected
     assert ended["answered"] > 10
     assert min(ended.get(k, 0) for k in ("RequestTimeoutError", "RequestError", "QueueFullError")) > 0, ended

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
 from typing import Any, cast
 
 from attrs import Factory, define
 from quart import request
 
+from mer.api.conversation import Event
 from mer.api.http.errors import ApiError
 from mer.engine.outputs import Usage
 from mer.errors import MerError
@@ -39,6 +40,18 @@ class Call:
         self.log["error"] = str(told)
         if told.status >= 500 and not isinstance(error, MerError):
             _log.error("request %s: %r", self.request_id, error, exc_info=error)
+
+
+async def collect(
+    events: AsyncGenerator[list[Event], None], add: Callable[[Event], object], call: Call
+) -> None:
+    """Add every event to an answer that is sent as a whole, and count its tokens."""
+    async with aclosing(events):
+        async for batch in events:
+            for event in batch:
+                add(event)
+                if event.delta.usage:
+                    call.used([event.delta.usage])
 
 
 def current_call() -> Call:

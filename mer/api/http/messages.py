@@ -53,7 +53,7 @@ from mer.api.http.anthropic import (
     error_bytes,
     tagged,
 )
-from mer.api.http.call import Call, current_call
+from mer.api.http.call import Call, collect, current_call
 from mer.api.http.errors import api_error, invalid
 from mer.api.http.gate import ERROR_BODIES
 from mer.api.http.service import Service, body_as, json_response
@@ -91,7 +91,8 @@ def blueprint(service: Service) -> Blueprint:
                 return await sse.respond(
                     _stream(answer, events, call), lambda error: _sse(error_answer(error))
                 )
-            return await _whole(answer, events, call)
+            await collect(events, answer.add, call)
+            return json_response(answer.message)
         except RequestError as error:
             raise api_error(error, _NAMES) from None
 
@@ -294,16 +295,6 @@ class _Answer:
         if not isinstance(found, dict):
             return TextAnswer(f"{block.name} {text}")
         return ToolUseAnswer(block.id, block.name, found)
-
-
-async def _whole(answer: _Answer, events: AsyncGenerator[list[Event], None], call: Call) -> Response:
-    async with aclosing(events):
-        async for batch in events:
-            for event in batch:
-                answer.add(event)
-                if event.delta.usage:
-                    call.used([event.delta.usage])
-    return json_response(answer.message)
 
 
 async def _stream(

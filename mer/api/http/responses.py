@@ -14,7 +14,7 @@ from mer.api import conversation
 from mer.api.conversation import ChatRequest, Event, template_messages, template_variables
 from mer.api.http import sse
 from mer.api.http.answers import ContentLogprob, chat_logprobs, new_id, now
-from mer.api.http.call import Call, current_call
+from mer.api.http.call import Call, collect, current_call
 from mer.api.http.errors import ApiError, api_error, invalid
 from mer.api.http.responses_types import (
     CallItem,
@@ -72,7 +72,8 @@ def blueprint(service: Service) -> Blueprint:
             answer = _Answer(body, model, engine)
             if body.stream:
                 return await sse.respond(_stream(answer, events, call), answer.failed)
-            return await _whole(answer, events, call)
+            await collect(events, answer.add, call)
+            return json_response(answer.response)
         except RequestError as error:
             raise api_error(error, _NAMES) from None
 
@@ -312,16 +313,6 @@ class _Answer:
         made = sse.data({"type": kind, "sequence_number": self._sequence, **fields}, kind)
         self._sequence += 1
         return made
-
-
-async def _whole(answer: _Answer, events: AsyncGenerator[list[Event], None], call: Call) -> Response:
-    async with aclosing(events):
-        async for batch in events:
-            for event in batch:
-                answer.add(event)
-                if event.delta.usage:
-                    call.used([event.delta.usage])
-    return json_response(answer.response)
 
 
 async def _stream(
