@@ -192,7 +192,8 @@ def test_scratch_bytes_are_what_is_allocated(model: Model, max_tokens: int) -> N
         )
         taken = allocated() - before
     assert streamer.scratch_bytes == want
-    assert abs(taken - want) <= 8192
+    # malloc may give each array whole pages, or none of its own: that hangs on what was there before.
+    assert abs(taken - want) <= 8192 + want // 1000
 
 
 # ---- when reads fail ----
