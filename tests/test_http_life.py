@@ -12,6 +12,9 @@ from engine_models import opened, write_text_model
 from http_server import PATIENCE, asking
 
 from mer import Engine
+from mer.api.http.app import create_app
+from mer.api.http.service import Service
+from mer.api.settings import ServerSettings
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Scheduler
 from mer.errors import DeviceReadError
@@ -95,6 +98,37 @@ async def test_client_killed_at_any_time(model, stream):
                     other = asyncio.create_task(http.post(TEXT, json=other_body))
             await idle(engine)
             assert (await other).json()["choices"] == alone
+        await idle(engine)
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_client_that_goes_with_the_last_byte_of_its_request(model, turns):
+    """The end of the body and the end of the connection so close together that one may hide the other."""
+    async with opened(model, context=1 << 15) as engine:
+        app = create_app(Service(ServerSettings(model_name="small", port=0), engine))
+        headers = [(b"host", b"x"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http", "path": TEXT}
+        scope |= {"raw_path": TEXT.encode(), "query_string": b"", "root_path": "", "headers": headers}
+        coming = iter(
+            [{"type": "http.request", "body": json.dumps(ENDLESS).encode()}, {"type": "http.disconnect"}]
+        )
+
+        async def receive():
+            event = next(coming)
+            if event["type"] == "http.request":
+                await asyncio.sleep(0.05)  # until the handler waits for it
+            else:
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+            return event
+
+        async def send(event):
+            pass
+
+        serving = asyncio.ensure_future(app(scope | {"extensions": {}}, receive, send))
+        done, _ = await asyncio.wait([serving], timeout=PATIENCE)
+        serving.cancel()
+        assert done, "nobody told the handler"
         await idle(engine)
 
 

@@ -23,6 +23,9 @@ def create_app(service: Service) -> ASGIFramework:
     app = Quart("mer", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = service.settings.max_body
     app.config["RESPONSE_TIMEOUT"] = None
+    # Quart's own goes by asyncio.wait_for, which loses a cancellation that comes together with the end of the
+    # body: the answer to a client that is gone would be computed to its end. See body_as.
+    app.config["BODY_TIMEOUT"] = None
     for part in _PARTS:
         app.register_blueprint(part.blueprint(service))
 
@@ -45,9 +48,6 @@ def _http_error(error: HTTPException, service: Service) -> ApiError:
         allowed = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
         message = f"{request.path} does not take {request.method}, only {allowed}"
         return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
-    if code == 408:
-        message = "the body did not arrive in time"
-        return ApiError(408, message, type="timeout_error", code="timeout")
     if code == 413:
         message = f"the body has more than the {service.settings.max_body:,} bytes that are taken"
         return ApiError(413, message, code="body_too_large")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 from quart import Response, request
@@ -18,6 +18,9 @@ from mer.api.settings import ServerSettings
 from mer.engine.engine import Engine
 
 _T = TypeVar("_T")
+
+# Seconds for a body to arrive.
+_BODY_TIMEOUT: Final = 60.0
 
 
 class Service:
@@ -105,7 +108,11 @@ async def body_as(kind: type[_T], amend: Callable[[bytes], bytes] = bytes) -> _T
             f"{given or 'none'}",
             code="unsupported_media_type",
         )
-    data = await request.get_data(cache=False, as_text=False)
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT):
+            data = await request.get_data(cache=False, as_text=False)
+    except TimeoutError:
+        raise ApiError(408, "the body did not arrive in time", type="timeout_error", code="timeout") from None
     assert isinstance(data, bytes)
     return decode(amend(data), kind)
 
