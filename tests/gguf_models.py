@@ -14,6 +14,7 @@ ARCHITECTURES = {
     "olmoe": gguf.MODEL_ARCH.OLMOE,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
+    "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
 }
 
 
@@ -96,12 +97,14 @@ def _metadata(w: GGUFWriter, family: str, config: dict) -> None:
         w.add_sliding_window(config["sliding_window"])
     if config.get("clip_qkv"):
         w.add_clamp_kqv(config["clip_qkv"])
-    if family != "deepseek_v3":
+    if "n_group" in config:
+        _deepseek_experts(w, config)
+    if "kv_lora_rank" not in config:
         head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         w.add_head_count_kv(config["num_key_value_heads"])
         w.add_key_length(head)
         w.add_value_length(head)
-        w.add_rope_dimension_count(head)
+        w.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1)))
         return
     rank, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
     w.add_head_count_kv(1)
@@ -113,6 +116,9 @@ def _metadata(w: GGUFWriter, family: str, config: dict) -> None:
         w.add_q_lora_rank(config["q_lora_rank"])
     w.add_kv_lora_rank(rank)
     w.add_rope_dimension_count(turned)
+
+
+def _deepseek_experts(w: GGUFWriter, config: dict) -> None:
     w.add_leading_dense_block_count(config["first_k_dense_replace"])
     w.add_expert_shared_count(config["n_shared_experts"])
     w.add_expert_weights_scale(config["routed_scaling_factor"])

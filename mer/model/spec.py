@@ -9,11 +9,14 @@ from attrs import frozen
 
 @frozen
 class RopeSpec:
-    """Rotary embedding: pair i at position p turns by p * inv_freq[i]; cos and sin are times `scale`."""
+    """Rotary embedding: pair i at position p turns by p * inv_freq[i]; cos and sin are times `scale`.
+
+    With fewer than head_dim / 2 pairs only the head's first 2 * pairs elements turn.
+    """
 
     inv_freq: tuple[float, ...]
     scale: float = 1.0
-    # True: pairs are neighbours (2i, 2i+1); False: pairs are (i, i + dim/2).
+    # True: pairs are neighbours (2i, 2i+1); False: pairs are (i, i + pairs).
     interleaved: bool = False
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mer.errors import CheckpointError, UnsupportedModelError
-from mer.weights import formats
+from mer.weights import formats, gguf_families
 from mer.weights.gguf import SHARD, TYPES, GGUFFile, GGUFTensor, read_gguf
 from mer.weights.gguf_config import config_of
 from mer.weights.tensors import Checkpoint, TensorInfo
@@ -154,6 +154,9 @@ def _name(path: Path, name: str, config: dict[str, Any]) -> str:
             return f"{prefix}.mlp.router.{ending}"
         if part in _STACKED and ending == "bias":
             return f"{prefix}.{_STACKED[part]}_bias"
+    own = gguf_families.NAMES.get(family, {})
+    if f"{part}.{ending}" in own:
+        return f"{prefix}.{own[f'{part}.{ending}']}"
     if part in _LAYER:
         return f"{prefix}.{_LAYER[part]}.{ending}"
     if part in _STACKED and ending == "weight":

@@ -6,43 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from mer.errors import CheckpointError, UnsupportedModelError
+from mer.weights import gguf_families
 from mer.weights.gguf import Metadata
-
-_SOFTMAX, _SIGMOID = 1, 2  # of expert_gating_func
-
-
-class _Keys:
-    """The values of one architecture: `block_count` stands for `qwen3moe.block_count`."""
-
-    def __init__(self, metadata: Metadata) -> None:
-        self.metadata = metadata
-        self.architecture = metadata.get("general.architecture")
-
-    def __getitem__(self, key: str) -> Any:
-        """Raises CheckpointError when there is none."""
-        value = self.get(key)
-        if value is None:
-            raise CheckpointError(
-                f"{self.metadata.path}: the metadata key {self.architecture}.{key} is missing; fetch it again"
-            )
-        return value
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.metadata.get(f"{self.architecture}.{key}", default)
-
-    def one(self, key: str, default: Any = None) -> Any:
-        """A value that may be given for each layer, but has to be the same in all of them."""
-        value = self[key] if default is None else self.get(key, default)
-        if not isinstance(value, list):
-            return value
-        if len(set(value)) != 1:
-            raise UnsupportedModelError(
-                f"{self.metadata.path}: {self.architecture}.{key} differs by layer, which is not supported"
-            )
-        return value[0]
+from mer.weights.gguf_keys import SCORES, SOFTMAX, Keys, rope_of
 
 
-def _common(keys: _Keys) -> dict[str, Any]:
+def _common(keys: Keys) -> dict[str, Any]:
     heads = keys.one("attention.head_count")
     head_dim = keys.get("attention.key_length")
     return {
@@ -56,34 +25,18 @@ def _common(keys: _Keys) -> dict[str, Any]:
         **({} if head_dim is None else {"head_dim": head_dim}),
         "rms_norm_eps": keys["attention.layer_norm_rms_epsilon"],
         "max_position_embeddings": keys["context_length"],
-        "rope_parameters": _rope(keys),
+        "rope_parameters": rope_of(keys),
         "num_experts": keys.get("expert_count", 0),
         "num_experts_per_tok": keys.get("expert_used_count", 0),
     }
 
 
-def _rope(keys: _Keys) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)}
-    kind = keys.get("rope.scaling.type", "none")
-    if kind == "none":
-        return rope
-    rope |= {"rope_type": kind, "factor": keys["rope.scaling.factor"]}
-    for theirs, key in (
-        ("original_max_position_embeddings", "rope.scaling.original_context_length"),
-        ("beta_fast", "rope.scaling.yarn_beta_fast"),
-        ("beta_slow", "rope.scaling.yarn_beta_slow"),
-    ):
-        if keys.get(key) is not None:
-            rope[theirs] = keys[key]
-    return rope
-
-
-def _mixtral(keys: _Keys) -> dict[str, Any]:
+def _mixtral(keys: Keys) -> dict[str, Any]:
     # Rows of q and k stand in another order in these files, so that pairs that turn together are neighbours.
     return {"model_type": "mixtral", "rope_interleave": True}
 
 
-def _qwen2_moe(keys: _Keys) -> dict[str, Any]:
+def _qwen2_moe(keys: Keys) -> dict[str, Any]:
     return {
         "model_type": "qwen2_moe",
         "moe_intermediate_size": keys["expert_feed_forward_length"],
@@ -92,7 +45,7 @@ def _qwen2_moe(keys: _Keys) -> dict[str, Any]:
     }
 
 
-def _qwen3_moe(keys: _Keys) -> dict[str, Any]:
+def _qwen3_moe(keys: Keys) -> dict[str, Any]:
     return {
         "model_type": "qwen3_moe",
         "moe_intermediate_size": keys["expert_feed_forward_length"],
@@ -100,7 +53,7 @@ def _qwen3_moe(keys: _Keys) -> dict[str, Any]:
     }
 
 
-def _olmoe(keys: _Keys) -> dict[str, Any]:
+def _olmoe(keys: Keys) -> dict[str, Any]:
     return {
         "model_type": "olmoe",
         "norm_topk_prob": keys.get("expert_weights_norm", False),
@@ -108,14 +61,14 @@ def _olmoe(keys: _Keys) -> dict[str, Any]:
     }
 
 
-def _deepseek_v3(keys: _Keys) -> dict[str, Any]:
-    gating = keys.get("expert_gating_func", _SOFTMAX)
+def _deepseek_v3(keys: Keys) -> dict[str, Any]:
+    gating = keys.get("expert_gating_func", SOFTMAX)
     rope_dim = keys["rope.dimension_count"]
     # In files with keys and values of the latent apart, key_length is that of the cache's rows.
     head = keys.get("attention.key_length_mla") or keys["attention.key_length"]
     config = {
         "model_type": "deepseek_v3",
-        "scoring_func": {_SOFTMAX: "softmax", _SIGMOID: "sigmoid"}.get(gating, gating),
+        "scoring_func": SCORES.get(gating, gating),
         "moe_intermediate_size": keys["expert_feed_forward_length"],
         "first_k_dense_replace": keys.get("leading_dense_block_count", 0),
         "n_shared_experts": keys.get("expert_shared_count", 0),
@@ -133,27 +86,28 @@ def _deepseek_v3(keys: _Keys) -> dict[str, Any]:
     if multiplier is not None:
         # A tenth of what config.json has for both.
         weight = round(10 * multiplier, 6)
-        config["rope_parameters"] = _rope(keys) | {"mscale": weight, "mscale_all_dim": weight}
+        config["rope_parameters"] = rope_of(keys) | {"mscale": weight, "mscale_all_dim": weight}
     return config
 
 
-def _gpt_oss(keys: _Keys) -> dict[str, Any]:
+def _gpt_oss(keys: Keys) -> dict[str, Any]:
     return {
         "model_type": "gpt_oss",
         "intermediate_size": keys["expert_feed_forward_length"],
         "sliding_window": keys["attention.sliding_window"],
-        "rope_parameters": _rope(keys) | {"truncate": False},
+        "rope_parameters": rope_of(keys) | {"truncate": False},
     }
 
 
 # By general.architecture.
-_ARCHITECTURES: Final[dict[str, Callable[[_Keys], dict[str, Any]]]] = {
+_ARCHITECTURES: Final[dict[str, Callable[[Keys], dict[str, Any]]]] = {
     "deepseek2": _deepseek_v3,
     "gpt-oss": _gpt_oss,
     "llama": _mixtral,
     "olmoe": _olmoe,
     "qwen2moe": _qwen2_moe,
     "qwen3moe": _qwen3_moe,
+    **gguf_families.CONFIGS,
 }
 
 
@@ -162,7 +116,7 @@ def config_of(metadata: Metadata, tensors: Mapping[str, tuple[int, ...]]) -> dic
 
     Raises CheckpointError for keys that are missing, UnsupportedModelError for another architecture.
     """
-    keys = _Keys(metadata)
+    keys = Keys(metadata, tensors)
     translate = _ARCHITECTURES.get(str(keys.architecture))
     if translate is None:
         known = ", ".join(sorted(_ARCHITECTURES))
@@ -171,10 +125,9 @@ def config_of(metadata: Metadata, tensors: Mapping[str, tuple[int, ...]]) -> dic
         )
     try:
         config = {**_common(keys), **translate(keys)}
-    except TypeError as error:
+    except (TypeError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{metadata.path}: a metadata value of {keys.architecture} has the wrong type: {error}; "
-            "fetch it again"
+            f"{metadata.path}: a metadata value of {keys.architecture} is wrong: {error}; fetch it again"
         ) from None
     if "token_embd.weight" in tensors:
         config["vocab_size"] = tensors["token_embd.weight"][0]

@@ -18,6 +18,7 @@ CLASSES = {
     "olmoe": "Olmoe",
     "deepseek_v3": "DeepseekV3",
     "gpt_oss": "GptOss",
+    "glm4_moe": "Glm4Moe",
 }
 COMMON: dict[str, Any] = {
     "vocab_size": 211,
@@ -61,6 +62,14 @@ FAMILY: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 8,
         "v_head_dim": 20,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 80,
+        "use_qk_norm": True,
+        "num_mtp_layers": 0,
     },
 }
 # Those whose experts run where they lie; the others are converted first.

@@ -68,6 +68,23 @@ CASES = {
         "all-sliding": {"layer_types": ["sliding_attention"] * 3, "sliding_window": 16},
         "odd": {"hidden_size": 60, "num_attention_heads": 6, "head_dim": 14, "intermediate_size": 37},
     },
+    "glm4_moe": {
+        "plain": {},
+        "bias": {"attention_bias": True, "use_qk_norm": False, "first_k_dense_replace": 0},
+        "quarter": rope("default", 1e5, partial_rotary_factor=0.25) | {"head_dim": 24, "n_group": 1},
+        "scaled": {"routed_scaling_factor": 1.7, "topk_group": 2},
+        "yarn": rope("yarn", 1e4, partial_rotary_factor=0.75, **YARN) | {"tie_word_embeddings": True},
+        "whole-head": rope("default", 1e4, partial_rotary_factor=1.0) | {"num_key_value_heads": 1},
+        "odd": {
+            "hidden_size": 60,
+            "num_attention_heads": 6,
+            "head_dim": 14,
+            "moe_intermediate_size": 37,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.45},
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+        },
+    },
     "deepseek_v3": {
         "plain": {},
         "direct-queries": {"q_lora_rank": None, "first_k_dense_replace": 0},

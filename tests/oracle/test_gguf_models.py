@@ -41,6 +41,7 @@ def test_logits(family, tmp_path):
         ("qwen3_moe", {"tie_word_embeddings": True}),
         ("olmoe", {"clip_qkv": 0.7}),
         ("mixtral", {"num_key_value_heads": 4}),
+        ("glm4_moe", {"attention_bias": True, "use_qk_norm": False}),
     ],
 )
 def test_variants(family, changes, tmp_path):

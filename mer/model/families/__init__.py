@@ -7,7 +7,7 @@ from typing import Final
 
 from attrs import frozen
 
-from mer.model.families import deepseek_v3, gpt_oss, mixtral, olmoe, qwen_moe
+from mer.model.families import deepseek_v3, glm4_moe, gpt_oss, mixtral, olmoe, qwen_moe
 from mer.model.families.config import Config
 from mer.model.families.tensors import Tensors
 from mer.model.spec import ModelSpec
@@ -17,6 +17,7 @@ from mer.weights.experts import MoeLayerSource
 # By `model_type` of config.json.
 FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
     "deepseek_v3": deepseek_v3.read,
+    "glm4_moe": glm4_moe.read,
     "gpt_oss": gpt_oss.read,
     "mixtral": mixtral.read,
     "olmoe": olmoe.read,

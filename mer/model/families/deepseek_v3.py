@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from mer.model.families import common
 from mer.model.families.config import Config
+from mer.model.families.deepseek_blocks import Blocks, sigmoid_router
 from mer.model.families.rope import Rope
 from mer.model.families.tensors import Tensors
-from mer.model.spec import LatentAttentionSpec, ModelSpec, RouterSpec
+from mer.model.spec import LatentAttentionSpec, ModelSpec
 
 
 def _attention(config: Config, rope: Rope) -> LatentAttentionSpec:
@@ -20,33 +21,6 @@ def _attention(config: Config, rope: Rope) -> LatentAttentionSpec:
         kv_rank=config.integer("kv_lora_rank"),
         query_rank=None if config.get("q_lora_rank") is None else config.integer("q_lora_rank"),
         scale=(nope + turned) ** -0.5 * rope.score_factor,
-    )
-
-
-def _router(config: Config) -> RouterSpec:
-    config.expect("scoring_func", "sigmoid")
-    config.expect("topk_method", "noaux_tc")
-    n = config.integer("n_routed_experts", "num_local_experts", "num_experts")
-    top_k = config.integer("num_experts_per_tok")
-    groups = config.integer("n_group", default=1)
-    top_groups = config.integer("topk_group", default=1)
-    if n % groups or (groups > 1 and n // groups < 2):
-        raise config.wrong(f"{n} experts can't be {groups} groups (n_group) of two or more")
-    if top_groups > groups:
-        raise config.wrong(f"topk_group is {top_groups}, but n_group is {groups}")
-    if top_k > top_groups * (n // groups):
-        raise config.wrong(
-            f"num_experts_per_tok is {top_k}, more than {top_groups} groups of {n // groups} hold"
-        )
-    return RouterSpec(
-        n_experts=n,
-        top_k=top_k,
-        score="sigmoid",
-        normalise=config.flag("norm_topk_prob", True),
-        scale=config.number("routed_scaling_factor", default=2.5),
-        epsilon=1e-20,
-        n_groups=groups,
-        top_groups=top_groups,
     )
 
 
@@ -73,28 +47,16 @@ def _take_attention(tensors: Tensors, i: int, hidden: int, a: LatentAttentionSpe
 def read(config: Config, tensors: Tensors) -> ModelSpec:
     """ModelSpec of a DeepSeek-V3, without the layers for multi-token prediction."""
     config.expect("hidden_act", "silu")
-    config.expect("moe_layer_freq", 1)
-    hidden, inter = config.integer("hidden_size"), config.integer("moe_intermediate_size")
-    n_layers = config.integer("num_hidden_layers")
-    plain = config.integer("first_k_dense_replace", default=3, minimum=0)
-    dense_inter = config.integer("intermediate_size") if plain else 0
-    shared_inter = inter * config.integer("n_shared_experts", default=1, minimum=0)
+    hidden, n_layers = config.integer("hidden_size"), config.integer("num_hidden_layers")
     rope = Rope(config)
-    attention, router = _attention(config, rope), _router(config)
+    attention = _attention(config, rope)
+    blocks = Blocks(config, sigmoid_router(config, default_scale=2.5), default_plain=3)
     bias = config.flag("attention_bias", False)
     tied = common.take_ends(config, tensors)
     for i in range(n_layers):
-        block = f"model.layers.{i}.mlp"
         common.take_norms(tensors, i, hidden)
         _take_attention(tensors, i, hidden, attention, bias)
-        if i < plain:
-            common.take_feed_forward(tensors, i, block, hidden, dense_inter)
-            continue
-        tensors.take_linear(f"{i}.router", f"{block}.gate", router.n_experts, hidden)
-        tensors.take(f"{i}.router_choice_bias", f"{block}.gate.e_score_correction_bias", router.n_experts)
-        tensors.take_experts(i, common.MLP_EXPERTS, router.n_experts, hidden, inter)
-        if shared_inter:
-            common.take_feed_forward(tensors, i, f"{block}.shared_experts", hidden, shared_inter)
+        blocks.take(tensors, i)
     return ModelSpec(
         family="deepseek_v3",
         vocab=config.integer("vocab_size"),
@@ -103,10 +65,10 @@ def read(config: Config, tensors: Tensors) -> ModelSpec:
         max_positions=rope.max_positions,
         attention=attention,
         rope=rope.spec(attention.rope_dim, interleaved=config.flag("rope_interleave", True)),
-        layers=common.number_layers(config, [i >= plain for i in range(n_layers)], [None] * n_layers),
-        router=router,
-        moe_inter=inter,
-        dense_inter=dense_inter,
-        shared_inter=shared_inter,
+        layers=common.number_layers(config, blocks.moe, [None] * n_layers),
+        router=blocks.router,
+        moe_inter=blocks.inter,
+        dense_inter=blocks.dense_inter,
+        shared_inter=blocks.shared_inter,
         tied_embeddings=tied,
     )

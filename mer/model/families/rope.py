@@ -19,9 +19,17 @@ class Rope:
     """The rotary parameters of a model."""
 
     def __init__(
-        self, config: Config, *, default_theta: float = 10000.0, default: Mapping[str, Any] | None = None
+        self,
+        config: Config,
+        *,
+        default_theta: float = 10000.0,
+        default: Mapping[str, Any] | None = None,
+        default_partial: float = 1.0,
     ) -> None:
-        """default: what holds where the file has no rotary parameters at all."""
+        """default: what holds where the file has no rotary parameters at all.
+
+        default_partial: what the family takes for partial_rotary_factor where the file does not say.
+        """
         found = config.get("rope_parameters") or config.get("rope_scaling") or dict(default or {})
         if not isinstance(found, dict):
             raise config.wrong(f"rope_parameters is {found!r}, it must be an object")
@@ -33,8 +41,11 @@ class Rope:
         if any(isinstance(value, dict) for value in self._values.values()):
             raise config.unsupported("rope_parameters differ by layer type, which is not supported")
         partial = self._values.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-        if partial not in (None, 1):
-            raise config.unsupported("partial_rotary_factor other than 1 is not supported")
+        self._partial = config.as_number(
+            "partial_rotary_factor", default_partial if partial is None else partial
+        )
+        if self._partial > 1:
+            raise config.wrong(f"partial_rotary_factor is {self._partial:g}, it can't be more than 1")
         if self.type not in ("default", "linear", "dynamic", "llama3", "yarn"):
             raise config.unsupported(
                 f"rope_type is {self.type!r}; default, linear, dynamic, llama3 and yarn are supported"
@@ -64,10 +75,21 @@ class Rope:
             return 1.0
         return _mscale(self._number("factor"), self._number("mscale_all_dim")) ** 2
 
-    def spec(self, dim: int, *, interleaved: bool = False) -> RopeSpec:
-        """Frequencies for a head (or the part of it that turns) of `dim` elements."""
-        if dim % 2:
-            raise self._config.wrong(f"rotary embedding turns pairs, so a head of {dim} elements can't be")
+    def spec(self, dim: int, *, interleaved: bool = False, partial: bool = False) -> RopeSpec:
+        """Frequencies for a head of `dim` elements.
+
+        partial: the family turns only the first partial_rotary_factor * dim elements; in others such a
+        factor raises UnsupportedModelError.
+        """
+        if partial:
+            # 1e-6: a factor that was made of two whole numbers gives the first of them back.
+            dim = int(dim * self._partial + 1e-6)
+        elif self._partial != 1:
+            raise self._config.unsupported(
+                f"partial_rotary_factor is {self._partial:g}, only 1 is supported in this family"
+            )
+        if dim % 2 or dim == 0:
+            raise self._config.wrong(f"rotary embedding turns pairs, so {dim} elements of a head can't turn")
         # Exponent and power are rounded to f32 first, as where the models were trained: far out it shows.
         exponents = (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
         powers = (self.theta**exponents).astype(np.float32)
