@@ -12,7 +12,7 @@ from mer.weights.gguf_keys import Keys
 CONFIGS: Final[dict[str, Callable[[Keys], dict[str, Any]]]] = {
     "glm4moe": glm4_moe.config,
 }
-# By model_type: names in a layer, GGUF's (`ffn_up_shexp.weight`) to Hugging Face's. They go before the common ones.
+# By model_type: names in a layer, GGUF's (`ffn_up_shexp.weight`) to Hugging Face's; they go first.
 NAMES: Final[dict[str, Mapping[str, str]]] = {
     "glm4_moe": glm4_moe.NAMES,
 }
