@@ -4,13 +4,14 @@ import json
 import shutil
 import subprocess
 
+import click
 import numpy as np
 import pytest
 import transformers
 from click.testing import CliRunner
 from gguf import GGUFReader, dequantize
 
-from bench import ceilings, io, make_model, peer, start
+from bench import ceilings, first_token, io, make_model, peer, start
 from bench.gguf_writer import write_gguf
 from bench.shapes import SHAPES, model_config, tensors
 from bench.synthetic import Weights
@@ -246,3 +247,10 @@ def test_loading_is_measured():
     dense = sum(file.stat().st_size for file in model_path().glob("dense*.safetensors"))
     assert 0.9 * dense < found["bytes"] < 1.1 * dense
     assert all(len(found[name]) == 1 and found[name][0] > 0 for name in ("device", "load", "touch"))
+
+
+def test_the_first_token_is_timed_from_the_command():
+    took = first_token.time_mer(model_path(), [5, 6, 7], ["--ram", "1GiB", "--threads", "1"])
+    assert 0 < took < 120
+    with pytest.raises(click.ClickException, match=r"mer failed: .*context"):
+        first_token.time_mer(model_path(), [5, 6, 7], ["--context", "0"])
