@@ -6,35 +6,27 @@ resident is computed while they are under way, and each further expert as its re
 more experts than the cache has slots, it goes on in waves: one slot is enough. Behind the reads of a layer come
 those that the next layer will probably ask for.
 
-The result does not depend on any of that: every (token, choice) pair has an output row of its own, and the rows
-of a token are added in the router's order.
+The result does not depend on any of that: see mixture.pyx, which has the arithmetic.
 """
 import numpy as np
 
 from libc.errno cimport ENOSPC
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
 from posix.time cimport nanosleep, timespec
 
 from mer._ext.cache cimport ACQ_BUSY, ACQ_HIT, ACQ_MISS, ExpertCache, STATE_LOADING, STATE_RESIDENT
-from mer._ext.kernels cimport Kernels, Pool, mer_task_fn
+from mer._ext.kernels cimport Kernels, Pool
+from mer._ext.mixture cimport BATCH_ROWS, Mixture
 from mer._ext.prefetch cimport Prefetcher, plan_bytes, plan_read
 from mer._ext.recorder cimport Recorder, SPAN_COMPUTE, SPAN_EXPERTS, SPAN_READ, SPAN_WAIT, now
 from mer._ext.uring cimport MER_IO_DEMAND, Reader, ReadOp, mer_read_done
 
+from mer._ext.mixture import mixture_bytes
 from mer._ext.prefetch import NOTHING_AHEAD
 from mer.errors import BudgetError
-
-cdef extern from "mer_formats.h" nogil:
-    long mer_block_len(int fmt)
-    size_t mer_row_bytes(int fmt, long cols)
-    size_t mer_act_bytes(int fmt, long cols)
-
-cdef extern from "mer_group.h" nogil:
-    int mer_group(const int32_t *ids, int64_t tokens, int64_t top_k, int64_t n_experts, int64_t *first,
-                  int64_t *position)
 
 cdef enum:
     WAITING          # not acquired, or refused: the slots are in use
@@ -44,71 +36,26 @@ cdef enum:
     COMPUTING
     DONE
     N_STATES
-    # Once this many (token, expert) pairs are ready they are computed, and then the reads looked at again:
-    # so a long prefill keeps the device's queue full, and its middle rows stay in the processor's cache.
-    BATCH_ROWS = 256
 
 
-cdef void input_task(void *arg, long task, int thread) noexcept nogil:
-    (<ExpertStreamer>arg).prepare_input(task)
-
-
-cdef void gate_up_task(void *arg, long task, int thread) noexcept nogil:
-    (<ExpertStreamer>arg).gate_up(task)
-
-
-cdef void middle_task(void *arg, long task, int thread) noexcept nogil:
-    (<ExpertStreamer>arg).prepare_middle(task)
-
-
-cdef void down_task(void *arg, long task, int thread) noexcept nogil:
-    (<ExpertStreamer>arg).down(task)
-
-
-cdef void combine_task(void *arg, long task, int thread) noexcept nogil:
-    (<ExpertStreamer>arg).combine(task)
-
-
-cdef inline void add_rows(float *y, int64_t stride, int64_t count, const float *bias, int64_t r0,
-                          int64_t r1) noexcept nogil:
-    """y[t, r] += bias[r] for r in [r0, r1)."""
-    cdef int64_t t, r
-    for t in range(count):
-        for r in range(r0, r1):
-            y[t * stride + r] += bias[r]
-
-
-cdef list _sizes(const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads, int64_t top_k, int64_t max_tokens):
+cdef list _sizes(const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads):
     """Bytes of a streamer's buffers, in the order in which it lays them out. Raises ValueError."""
-    cdef int64_t i, hidden = 0, inter = 0, act = 0, mid = 0
     if not (layers.shape[0] > 0 and layers.shape[1] == 4 and reads.shape[0] > 0 and reads.shape[1] > 0
             and reads.shape[2] == 5 and reads.shape[0] % layers.shape[0] == 0):
         raise ValueError(f"tables do not fit: layers {np.shape(layers)} must be [n_layers, 4], "
                          f"reads {np.shape(reads)} [n_layers * n_experts, max_reads, 5]")
-    cdef int64_t n_experts = reads.shape[0] // layers.shape[0]
-    if not 1 <= top_k <= n_experts or max_tokens < 1:
-        raise ValueError(f"top_k {top_k} must be in 1..{n_experts} and max_tokens {max_tokens} above 0")
-    for i in range(layers.shape[0]):
-        for fmt, cols in ((layers[i, 0], layers[i, 2]), (layers[i, 1], layers[i, 3])):
-            if cols < 1 or mer_block_len(fmt) == 0 or cols % mer_block_len(fmt):
-                raise ValueError(f"layer {i}: no kernel for weights of format {fmt} with {cols} columns")
-        hidden, inter = max(hidden, layers[i, 2]), max(inter, layers[i, 3])
-        act = max(act, <int64_t>mer_act_bytes(<int>layers[i, 0], layers[i, 2]))
-        mid = max(mid, <int64_t>mer_act_bytes(<int>layers[i, 1], layers[i, 3]))
-    cdef int64_t pairs = max_tokens * top_k, keys = reads.shape[0]
-    cdef int64_t rows = min(pairs, BATCH_ROWS + max_tokens)
+    cdef int64_t keys = reads.shape[0], n_experts = keys // layers.shape[0]
     sizes = (
-        layers.shape[0] * sizeof(LayerShape), keys * reads.shape[1] * sizeof(ReadPlan), keys * 3 * 8,
-        n_experts * reads.shape[1] * sizeof(ReadOp), n_experts * sizeof(Expert), n_experts * sizeof(Ready),
-        (n_experts + 1) * 8, pairs * 8, pairs * sizeof(void *), rows * sizeof(void *), max_tokens * act, rows * mid,
-        rows * inter * 4, rows * inter * 4, pairs * hidden * 4,
+        keys * reads.shape[1] * sizeof(ReadPlan), keys * 3 * 8, n_experts * reads.shape[1] * sizeof(ReadOp),
+        n_experts * sizeof(Expert),
     )
     return [(size + 63) // 64 * 64 for size in sizes]
 
 
 def scratch_bytes(const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads, int64_t top_k, int64_t max_tokens):
     """Bytes that an ExpertStreamer with these arguments allocates beside the cache. Raises ValueError as it does."""
-    return sum(_sizes(layers, reads, top_k, max_tokens))
+    own = sum(_sizes(layers, reads))
+    return own + mixture_bytes(layers, reads.shape[0] // layers.shape[0], top_k, max_tokens)
 
 
 cdef class ExpertStreamer:
@@ -127,47 +74,28 @@ cdef class ExpertStreamer:
     def __cinit__(self, ExpertCache cache not None, Reader reader not None, Kernels kernels not None,
                   Pool pool not None, const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads,
                   const int64_t[:, ::1] matrices, int64_t top_k, int64_t max_tokens, int64_t prefetch=0):
-        cdef int64_t i, act = 0, mid = 0, rows
-        sizes = _sizes(layers, reads, top_k, max_tokens)
-        self.cache, self.reader, self.kernels, self.pool = cache, reader, kernels, pool
-        self.arrays = (None, None, None, None)
+        cdef int64_t i
+        sizes = _sizes(layers, reads)
+        self.cache, self.reader = cache, reader
         self.n_layers, self.max_reads = layers.shape[0], reads.shape[1]
         self.n_experts = reads.shape[0] // self.n_layers
-        self.top_k, self.max_tokens, self.scratch_bytes = top_k, max_tokens, sum(sizes)
+        self.mixture = Mixture(kernels, pool, layers, self.n_experts, top_k, max_tokens)
+        self.top_k, self.max_tokens = top_k, max_tokens
+        self.scratch_bytes = sum(sizes) + self.mixture.scratch_bytes
         if matrices.shape[0] != reads.shape[0] or matrices.shape[1] != 3 or cache.n_experts < reads.shape[0]:
             raise ValueError(f"tables do not fit: matrices {np.shape(matrices)} must be [{reads.shape[0]}, 3], and "
                              f"the cache made for as many experts, not {cache.n_experts}")
         if cache.policy != "lru" and (cache.n_layers != self.n_layers or cache.n_experts != reads.shape[0]):
             raise ValueError(f"the cache is made for {cache.n_layers} layers and {cache.n_experts} experts, the tables "
                              f"for {self.n_layers} and {reads.shape[0]}")
-        if posix_memalign(&self.memory, 64, <size_t>self.scratch_bytes):
-            raise MemoryError(f"no memory for {self.scratch_bytes} bytes of expert buffers")
+        if posix_memalign(&self.memory, 64, <size_t>sum(sizes)):
+            raise MemoryError(f"no memory for {sum(sizes)} bytes of expert tables")
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         cdef char *memory = <char *>self.memory
-        self.layers = <LayerShape *>(memory + <int64_t>starts[0])
-        self.reads = <ReadPlan *>(memory + <int64_t>starts[1])
-        self.matrices = <int64_t *>(memory + <int64_t>starts[2])
-        self.ops = <ReadOp *>(memory + <int64_t>starts[3])
-        self.active = <Expert *>(memory + <int64_t>starts[4])
-        self.ready = <Ready *>(memory + <int64_t>starts[5])
-        self.first = <int64_t *>(memory + <int64_t>starts[6])
-        self.position = <int64_t *>(memory + <int64_t>starts[7])
-        self.act_pointers = <const void **>(memory + <int64_t>starts[8])
-        self.mid_pointers = <const void **>(memory + <int64_t>starts[9])
-        self.acts = <uint8_t *>(memory + <int64_t>starts[10])
-        self.mids = <uint8_t *>(memory + <int64_t>starts[11])
-        self.gate_rows = <float *>(memory + <int64_t>starts[12])
-        self.up_rows = <float *>(memory + <int64_t>starts[13])
-        self.out_rows = <float *>(memory + <int64_t>starts[14])
-        for i in range(self.n_layers):
-            self.layers[i] = LayerShape(<int>layers[i, 0], <int>layers[i, 1], layers[i, 2], layers[i, 3],
-                                        NULL, NULL, NULL)
-            act = max(act, <int64_t>mer_act_bytes(<int>layers[i, 0], layers[i, 2]))
-            mid = max(mid, <int64_t>mer_act_bytes(<int>layers[i, 1], layers[i, 3]))
-        self.act_stride = act
-        rows = min(max_tokens * top_k, BATCH_ROWS + max_tokens)
-        for i in range(rows):
-            self.mid_pointers[i] = self.mids + i * mid
+        self.reads = <ReadPlan *>(memory + <int64_t>starts[0])
+        self.matrices = <int64_t *>(memory + <int64_t>starts[1])
+        self.ops = <ReadOp *>(memory + <int64_t>starts[2])
+        self.active = <Expert *>(memory + <int64_t>starts[3])
         for i in range(reads.shape[0]):
             self.add_expert(i, reads[i], matrices[i])
         if prefetch:
@@ -180,12 +108,10 @@ cdef class ExpertStreamer:
 
     cdef int add_expert(self, int64_t key, const int64_t[:, ::1] reads, const int64_t[::1] matrices) except -1:
         """Checks and copies one row of the tables."""
-        cdef LayerShape *shape = &self.layers[key // self.n_experts]
         cdef int64_t sizes[3]
         cdef int64_t j, room = self.cache.slot_bytes
         cdef ReadPlan *plan
-        sizes[0] = sizes[1] = shape.inter * <int64_t>mer_row_bytes(shape.gate_format, shape.hidden)
-        sizes[2] = shape.hidden * <int64_t>mer_row_bytes(shape.down_format, shape.inter)
+        self.mixture.matrix_bytes(key, sizes)
         for j in range(3):
             if not 0 <= matrices[j] <= room - sizes[j]:
                 raise ValueError(f"expert {key}: a matrix of {sizes[j]} bytes at {matrices[j]} is not inside a slot "
@@ -214,22 +140,23 @@ cdef class ExpertStreamer:
         fit, IndexError for a layer.
         """
         cdef int error
-        cdef int64_t start
-        if not 0 <= layer < self.n_layers:
-            raise IndexError(f"layer {layer} is outside 0..{self.n_layers - 1}")
-        self.shape, self.layer, self.ahead = &self.layers[layer], layer, NULL
-        self.bind(x, ids, weights, out)
+        cdef int64_t start, mark
+        cdef Mixture mixture = self.mixture
+        self.ahead, self.layer = NULL, layer
+        mixture.begin(layer, x, ids, weights, out)
         if ahead is not None and self.prefetcher is not None and layer + 1 < self.n_layers:
             self.bind_ahead(ahead)
         start = now()
-        if not self.group():
-            raise ValueError(f"the ids of a token must be distinct and in 0..{self.n_experts - 1}")
         with nogil:
-            self.cache.visit(layer, self.ids, self.tokens * self.top_k, self.tokens)
-            self.run_tokens(input_task)
+            self.cache.visit(layer, mixture.ids, mixture.tokens * self.top_k, mixture.tokens)
+            mark = now()
+            mixture.prepare()
+            self.spent(SPAN_COMPUTE, mark)
             error = self.stream(layer * self.n_experts)
             if error == 0 and self.failed is NULL:
-                self.run_tokens(combine_task)
+                mark = now()
+                mixture.combine()
+                self.spent(SPAN_COMPUTE, mark)
             if self.recorder is not None:
                 self.recorder.add(SPAN_EXPERTS, layer, start, now(), 0)
         if error == ENOSPC:
@@ -238,43 +165,15 @@ cdef class ExpertStreamer:
         if self.failed is not NULL:
             raise self.reader.error(self.failed.file, self.failed.offset, self.failed.needed, self.failed.result)
 
-    cdef int bind(self, x, ids, weights, out) except -1:
-        """Takes up the arrays of a call; looking into them takes longer than comparing them with the last call's."""
-        if not (x is self.arrays[0] and ids is self.arrays[1] and weights is self.arrays[2]
-                and out is self.arrays[3]):
-            self.arrays = (None, None, None, None)
-            self.x_view, self.ids_view, self.weights_view, self.out_view = x, ids, weights, out
-            self.arrays = (x, ids, weights, out)
-        self.tokens = self.x_view.shape[0]
-        if not (0 < self.tokens <= self.max_tokens and self.x_view.shape[1] == self.shape.hidden
-                and self.ids_view.shape[0] == self.tokens and self.ids_view.shape[1] == self.top_k
-                and self.weights_view.shape[0] == self.tokens and self.weights_view.shape[1] == self.top_k
-                and self.out_view.shape[0] == self.tokens and self.out_view.shape[1] == self.shape.hidden):
-            raise ValueError(
-                f"shapes do not fit: x {np.shape(x)}, ids {np.shape(ids)}, weights {np.shape(weights)}, "
-                f"out {np.shape(out)}; hidden {self.shape.hidden}, top_k {self.top_k}, max_tokens {self.max_tokens}")
-        self.x, self.ids = &self.x_view[0, 0], &self.ids_view[0, 0]
-        self.weights, self.out = &self.weights_view[0, 0], &self.out_view[0, 0]
-        return 0
-
     cdef int bind_ahead(self, ahead) except -1:
         if ahead is not self.ahead_array:
             self.ahead_array = None
             self.ahead_view = ahead
             self.ahead_array = ahead
-        if self.ahead_view.shape[0] != self.tokens or self.ahead_view.shape[1] != self.top_k:
-            raise ValueError(f"ahead {np.shape(ahead)} must be [{self.tokens}, {self.top_k}]")
+        if self.ahead_view.shape[0] != self.mixture.tokens or self.ahead_view.shape[1] != self.top_k:
+            raise ValueError(f"ahead {np.shape(ahead)} must be [{self.mixture.tokens}, {self.top_k}]")
         self.ahead = &self.ahead_view[0, 0]
         return 0
-
-    cdef bint group(self) noexcept nogil:
-        """The pairs by expert; False for ids that make no sense."""
-        cdef int64_t i, top_k = self.top_k
-        if mer_group(self.ids, self.tokens, top_k, self.n_experts, self.first, self.position):
-            return False
-        for i in range(self.tokens * top_k):
-            self.act_pointers[self.position[i]] = self.acts + (i // top_k) * self.act_stride
-        return True
 
     cdef void plan_reads(self, Expert *e) noexcept nogil:
         """Appends an expert's reads to `ops`: in one step it is read once at most, so there is room."""
@@ -302,7 +201,8 @@ cdef class ExpertStreamer:
             if self.ops[j].result < 0:
                 failed = &self.ops[j]
         if self.recorder is not None:
-            self.recorder.add(SPAN_READ, e.key, e.asked, now(), plan_bytes(&self.reads[e.key * self.max_reads], self.max_reads))
+            self.recorder.add(SPAN_READ, e.key, e.asked, now(),
+                              plan_bytes(&self.reads[e.key * self.max_reads], self.max_reads))
         if failed is NULL:
             self.cache.publish(e.key)
             e.state = READY
@@ -345,29 +245,21 @@ cdef class ExpertStreamer:
             else:
                 self.try_acquire(e)
 
-    cdef void add_ready(self, Expert *e) noexcept nogil:
-        cdef const uint8_t *slot = <const uint8_t *>self.cache.slot_ptr(e.slot)
-        cdef int64_t *places = &self.matrices[e.key * 3]
-        self.ready[self.n_ready] = Ready(slot + places[0], slot + places[1], slot + places[2], e.key % self.n_experts,
-                                         e.first, e.count, self.n_rows)
-        self.n_ready += 1
-        self.n_rows += e.count
-        e.state = COMPUTING
-
     cdef int stream(self, int64_t base) noexcept nogil:
         """Acquires, reads and computes every expert of this step. 0 (see `failed`), or ENOSPC."""
         cdef int64_t n = 0, e, i, mark, submitted = 0
         cdef int64_t under_way[N_STATES]
         cdef uint64_t seen
         cdef timespec pause
+        cdef Expert *each
         self.failed = NULL
         self.n_ops = 0
         for e in range(self.n_experts):
-            if self.first[e + 1] > self.first[e]:
-                self.active[n] = Expert(base + e, self.first[e], self.first[e + 1] - self.first[e], -1, 0, 0, 0, WAITING)
+            if self.mixture.first[e + 1] > self.mixture.first[e]:
+                self.active[n] = Expert(base + e, -1, 0, 0, 0, WAITING)
                 n += 1
         if self.prefetcher is not None:
-            self.prefetcher.judge(base, self.ids, self.tokens, self.first)
+            self.prefetcher.judge(base, self.mixture.ids, self.mixture.tokens, self.mixture.first)
         for i in range(n):                           # what is resident is pinned before a miss may evict it
             if self.cache.state(self.active[i].key) == STATE_RESIDENT:
                 self.try_acquire(&self.active[i])
@@ -376,22 +268,25 @@ cdef class ExpertStreamer:
             seen = self.reader.completed()           # before the look at the reads: none ends unnoticed
             if self.prefetcher is not None:
                 self.prefetcher.collect()
-            self.n_ready = self.n_rows = 0
+            self.mixture.clear()
             for i in range(n):
-                self.advance(&self.active[i])
-                if self.active[i].state == READY and self.n_rows < BATCH_ROWS:
-                    self.add_ready(&self.active[i])
-                under_way[self.active[i].state] += 1
+                each = &self.active[i]
+                self.advance(each)
+                if each.state == READY and self.mixture.n_rows < BATCH_ROWS:
+                    self.mixture.add_ready(each.key - base, <const uint8_t *>self.cache.slot_ptr(each.slot),
+                                           &self.matrices[each.key * 3])
+                    each.state = COMPUTING
+                under_way[each.state] += 1
             if self.n_ops > submitted:
                 self.reader.submit(&self.ops[submitted], self.n_ops - submitted)
                 submitted = self.n_ops
             if self.ahead is not NULL and not under_way[WAITING] and not under_way[BUSY] and self.failed is NULL:
-                self.prefetcher.look_ahead(base + self.n_experts, self.ahead, self.tokens)
+                self.prefetcher.look_ahead(base + self.n_experts, self.ahead, self.mixture.tokens)
                 self.ahead = NULL
             mark = now()
-            if self.n_ready:
+            if self.mixture.n_ready:
                 if self.failed is NULL:
-                    self.compute_ready()
+                    self.mixture.compute_ready()
                 for i in range(n):
                     if self.active[i].state == COMPUTING:
                         self.cache.release(self.active[i].key)
@@ -414,20 +309,6 @@ cdef class ExpertStreamer:
             else:
                 return 0
 
-    cdef void compute_ready(self) noexcept nogil:
-        """Everything in `ready`, as three passes over all of its experts at once."""
-        cdef LayerShape *shape = self.shape
-        # Rows per task: enough tasks for every thread, enough rows to be worth a turn at the counter.
-        self.chunk = max(<int64_t>16, min(<int64_t>128, shape.inter * self.n_ready // (8 * self.pool.n_threads)))
-        self.pool.run(gate_up_task, <void *>self, self.n_ready * ((shape.inter + self.chunk - 1) // self.chunk))
-        self.pool.run(middle_task, <void *>self, self.n_rows)
-        self.pool.run(down_task, <void *>self, self.n_ready * ((shape.hidden + self.chunk - 1) // self.chunk))
-
-    cdef void run_tokens(self, mer_task_fn task) noexcept nogil:
-        cdef int64_t mark = now()
-        self.pool.run(task, <void *>self, self.tokens)
-        self.spent(SPAN_COMPUTE, mark)
-
     cdef void spent(self, int64_t kind, int64_t since) noexcept nogil:
         cdef int64_t end = now()
         cdef int64_t *total = &self.compute_ns if kind == SPAN_COMPUTE else &self.io_wait_ns
@@ -435,89 +316,17 @@ cdef class ExpertStreamer:
         if self.recorder is not None:
             self.recorder.add(kind, self.layer, since, end, 0)
 
-    cdef void prepare_input(self, int64_t token) noexcept nogil:
-        self.kernels.prepare(self.shape.gate_format, self.x + token * self.shape.hidden,
-                             self.acts + token * self.act_stride, self.shape.hidden)
-
-    cdef void gate_up(self, int64_t task) noexcept nogil:
-        """Some rows of one expert's gate and up for all of its tokens, then silu(gate) * up in place of gate."""
-        cdef LayerShape *shape = self.shape
-        cdef int64_t chunks = (shape.inter + self.chunk - 1) // self.chunk
-        cdef Ready *e = &self.ready[task // chunks]
-        cdef int64_t r0 = (task % chunks) * self.chunk
-        cdef int64_t r1 = min(r0 + self.chunk, shape.inter)
-        cdef float *gate = self.gate_rows + e.row * shape.inter
-        cdef float *up = self.up_rows + e.row * shape.inter
-        cdef const void **acts = self.act_pointers + e.first
-        cdef int64_t i
-        self.kernels.matmul(shape.gate_format, e.gate, shape.hidden, r0, r1, acts, e.count, gate, shape.inter)
-        self.kernels.matmul(shape.gate_format, e.up, shape.hidden, r0, r1, acts, e.count, up, shape.inter)
-        if shape.gate_bias is not NULL:
-            add_rows(gate, shape.inter, e.count, shape.gate_bias + e.expert * shape.inter, r0, r1)
-            add_rows(up, shape.inter, e.count, shape.up_bias + e.expert * shape.inter, r0, r1)
-        gate += r0
-        up += r0
-        for i in range(e.count):
-            if self.clamped:
-                self.kernels.clamped_swiglu(gate, up, gate, r1 - r0, self.alpha, self.limit)
-            else:
-                self.kernels.swiglu(gate, up, gate, r1 - r0)
-            gate += shape.inter
-            up += shape.inter
-
-    cdef void prepare_middle(self, int64_t row) noexcept nogil:
-        self.kernels.prepare(self.shape.down_format, self.gate_rows + row * self.shape.inter,
-                             <void *>self.mid_pointers[row], self.shape.inter)
-
-    cdef void down(self, int64_t task) noexcept nogil:
-        cdef LayerShape *shape = self.shape
-        cdef int64_t chunks = (shape.hidden + self.chunk - 1) // self.chunk
-        cdef Ready *e = &self.ready[task // chunks]
-        cdef int64_t r0 = (task % chunks) * self.chunk
-        cdef int64_t r1 = min(r0 + self.chunk, shape.hidden)
-        cdef float *out = self.out_rows + e.first * shape.hidden
-        self.kernels.matmul(shape.down_format, e.down, shape.inter, r0, r1, self.mid_pointers + e.row, e.count, out,
-                            shape.hidden)
-        if shape.down_bias is not NULL:
-            add_rows(out, shape.hidden, e.count, shape.down_bias + e.expert * shape.hidden, r0, r1)
-
-    cdef void combine(self, int64_t token) noexcept nogil:
-        """out[t] = the sum over its choices, in the router's order, of weight * expert output."""
-        cdef int64_t hidden = self.shape.hidden, k, i
-        cdef float *out = self.out + token * hidden
-        cdef const float *row
-        cdef float w
-        memset(out, 0, hidden * sizeof(float))
-        for k in range(self.top_k):
-            w = self.weights[token * self.top_k + k]
-            row = self.out_rows + self.position[token * self.top_k + k] * hidden
-            for i in range(hidden):
-                out[i] += w * row[i]
-
     def wants_guesses(self, int64_t tokens):
         """Whether `ahead` would be of use to the next call, of this many tokens."""
         return self.prefetcher is not None and self.prefetcher.wants_guesses(tokens)
 
     def add_biases(self, list layers):
-        """Of each layer f32 [n_experts, inter], the same and [n_experts, hidden]: added to what gate, up and down
-        give. Raises ValueError for arrays of other shapes.
-        """
-        cdef const float[:, ::1] gate, up, down
-        cdef LayerShape *shape
-        if len(layers) != self.n_layers:
-            raise ValueError(f"biases of {len(layers)} layers, there are {self.n_layers}")
-        self.biases = layers
-        for i, each in enumerate(layers):
-            shape = &self.layers[<int64_t>i]
-            gate, up, down = each
-            wanted = [(self.n_experts, shape.inter)] * 2 + [(self.n_experts, shape.hidden)]
-            if [np.shape(array) for array in each] != wanted:
-                raise ValueError(f"layer {i}: biases must be of shapes {wanted}")
-            shape.gate_bias, shape.up_bias, shape.down_bias = &gate[0, 0], &up[0, 0], &down[0, 0]
+        """See Mixture.add_biases()."""
+        self.mixture.add_biases(layers)
 
     def clamp(self, float alpha, float limit):
-        """Use g * sigmoid(alpha * g) * (u + 1) for silu(g) * u: g at the most limit, u within -limit to limit."""
-        self.clamped, self.alpha, self.limit = True, alpha, limit
+        """See Mixture.clamp()."""
+        self.mixture.clamp(alpha, limit)
 
     def record(self, Recorder recorder):
         """Have this and every later call recorded; its reads, too."""

@@ -6,7 +6,6 @@ The work is done in csrc/uring; here are its Python face and the awaitable reads
 import asyncio
 import errno
 import os
-import stat
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -16,6 +15,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
+from mer._ext.files import close_all, open_all, size_of, uring_advice
 from mer.errors import CheckpointError, ConfigError, DeviceReadError
 
 
@@ -85,43 +85,6 @@ def dio_alignment(path):
     return memory, offset
 
 
-def _open_all(paths, bint direct):
-    """File descriptors of `paths`; OSError(EINVAL) where the file system refuses O_DIRECT."""
-    fds = []
-    try:
-        for path in paths:
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
-            except OSError as e:
-                if direct and e.errno == errno.EINVAL:
-                    raise
-                raise CheckpointError(
-                    f"{path}: can't be opened: {os.strerror(e.errno)}; check the path and its permissions"
-                ) from None
-            fds.append(fd)
-            if stat.S_ISDIR(os.fstat(fd).st_mode):
-                raise CheckpointError(f"{path}: is a directory; name the file")
-            if direct:
-                _try_direct(fd)
-            else:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        return fds
-    except BaseException:
-        _close_all(fds)
-        raise
-
-
-def _try_direct(int fd):
-    """Some file systems accept O_DIRECT and refuse the first read, or want more than our alignment."""
-    cdef _Memory block = _Memory(MER_IO_ALIGN)
-    os.preadv(fd, [block], 0)
-
-
-def _close_all(fds):
-    for fd in fds:
-        os.close(fd)
-
-
 cdef class _Memory:
     """Page-aligned memory with the buffer protocol."""
     cdef char *address
@@ -189,7 +152,7 @@ cdef class Reader:
             self._start("buffered", "asked for", queue_depth, threads)
             return
         try:
-            _close_all(_open_all(self.paths, True))
+            close_all(open_all(self.paths, True))
         except OSError as e:
             reason = f"the file system refuses O_DIRECT ({os.strerror(e.errno)})"
             if backend != "auto":
@@ -203,18 +166,18 @@ cdef class Reader:
             self._start("uring", "asked for" if backend == "uring" else "io_uring and O_DIRECT both work",
                         queue_depth, threads)
         except OSError as e:
-            reason = f"io_uring is not to be had ({os.strerror(e.errno)}: {_uring_advice(e.errno)})"
+            reason = f"io_uring is not to be had ({os.strerror(e.errno)}: {uring_advice(e.errno)})"
             if backend == "uring":
                 raise ConfigError(f"I/O back end uring: {reason}; use auto or preadv") from None
             self._start("preadv", reason, queue_depth, threads)
 
     def _start(self, str backend, str why, int queue_depth, int threads):
         cdef bint direct = backend != "buffered"
-        fds = _open_all(self.paths, direct)
+        fds = open_all(self.paths, direct)
         cdef int n = len(fds), rc
         cdef int *numbers = <int *>calloc(n + 1, sizeof(int))
         if numbers == NULL:
-            _close_all(fds)
+            close_all(fds)
             raise MemoryError()
         for i in range(n):
             numbers[i] = fds[i]
@@ -223,7 +186,7 @@ cdef class Reader:
             rc = mer_io_open(&self._io, numbers, n, uring, direct, queue_depth, threads)
         free(numbers)
         if rc < 0:
-            _close_all(fds)
+            close_all(fds)
             raise OSError(-rc, os.strerror(-rc))
         self.backend = backend
         self.why = why
@@ -413,7 +376,7 @@ cdef class Reader:
         name = self.paths[file] if 0 <= file < len(self.paths) else f"file number {file}"
         where = f"{name}: {length} bytes at offset {offset}"
         if result == MER_IO_TRUNCATED:
-            size = _size_of(name)
+            size = size_of(name)
             return CheckpointError(
                 f"{where}: the file ends before (it has {size} bytes); it is truncated or still being written: "
                 "fetch or convert it again"
@@ -486,20 +449,3 @@ cdef class Reader:
             raise ValueError(f"file number {file}: there are {len(self.paths)}")
         if offset < 0 or length < 0:
             raise ValueError(f"{self.paths[file]}: extent at {offset} of {length} bytes")
-
-
-def _size_of(path):
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return "unknown"
-
-
-def _uring_advice(int code):
-    if code == errno.ENOSYS:
-        return "this kernel has none"
-    if code in (errno.EPERM, errno.EACCES):
-        return "kernel.io_uring_disabled or a seccomp filter of the container forbids it"
-    if code == errno.ENOMEM:
-        return "the memlock limit is too small (ulimit -l)"
-    return "the kernel refused the ring"

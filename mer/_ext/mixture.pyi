@@ -1,0 +1,26 @@
+import numpy as np
+from numpy.typing import NDArray
+
+from mer._ext.kernels import Kernels, Pool
+
+def mixture_bytes(layers: NDArray[np.int64], n_experts: int, top_k: int, max_tokens: int) -> int: ...
+
+class Mixture:
+    n_layers: int
+    n_experts: int
+    top_k: int
+    max_tokens: int
+    scratch_bytes: int
+    def __init__(
+        self,
+        kernels: Kernels,
+        pool: Pool,
+        layers: NDArray[np.int64],
+        n_experts: int,
+        top_k: int,
+        max_tokens: int,
+    ) -> None: ...
+    def add_biases(
+        self, layers: list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]
+    ) -> None: ...
+    def clamp(self, alpha: float, limit: float) -> None: ...
