@@ -4,53 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from mer.errors import CheckpointError, UnsupportedModelError
-from mer.weights import formats, gguf_families
+from mer.weights import formats
 from mer.weights.gguf import SHARD, TYPES, GGUFFile, GGUFTensor, read_gguf
-from mer.weights.gguf_config import config_of
+from mer.weights.gguf_config import config_of, family_of
+from mer.weights.gguf_families import GGUFFamily
 from mer.weights.tensors import Checkpoint, TensorInfo
 
-_WHOLE: Final = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-# Of a layer, without the ending (.weight or .bias).
-_LAYER: Final = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_q_a": "self_attn.q_a_proj",
-    "attn_q_a_norm": "self_attn.q_a_layernorm",
-    "attn_q_b": "self_attn.q_b_proj",
-    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
-    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-    "attn_kv_b": "self_attn.kv_b_proj",
-    "attn_k_b": "self_attn.k_b_proj",
-    "attn_v_b": "self_attn.v_b_proj",
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_SHARED: Final = {"qwen2_moe": "mlp.shared_expert", "deepseek_v3": "mlp.shared_experts"}
-# Experts of a layer in one tensor: these names have no ending.
-_STACKED: Final = {
-    "ffn_gate_exps": "mlp.experts.gate_proj",
-    "ffn_up_exps": "mlp.experts.up_proj",
-    "ffn_down_exps": "mlp.experts.down_proj",
-    "ffn_gate_up_exps": "mlp.experts.gate_up_proj",
-}
-# Mixtral's of files that are older than stacked experts.
-_SINGLE: Final = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}
 _IN_LAYER: Final = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 
 
@@ -94,11 +56,13 @@ def open_gguf(path: Path) -> Checkpoint:
                     "one model, fetch them again"
                 )
             shapes[tensor.name] = tensor.shape
-    config = config_of(parts[0].metadata, shapes)
+    family = family_of(parts[0].metadata)
+    config = config_of(family, parts[0].metadata, shapes)
     tensors: dict[str, TensorInfo] = {}
     for number, part in enumerate(parts):
         for tensor in part.tensors:
-            info = _info(tensor, number, _name(part.path, tensor.name, config), config)
+            name = _name(part.path, tensor.name, family, config["num_hidden_layers"])
+            info = _info(tensor, number, name)
             tensors[info.name] = info
     return Checkpoint(path, "gguf", config, [part.path for part in parts], tensors)
 
@@ -135,51 +99,24 @@ def _parts(path: Path) -> list[GGUFFile]:
     return parts
 
 
-def _name(path: Path, name: str, config: dict[str, Any]) -> str:
+def _name(path: Path, name: str, family: GGUFFamily, n_layers: int) -> str:
     """Hugging Face's name. Raises UnsupportedModelError for a part of a layer that nobody would use."""
-    if name in _WHOLE:
-        return _WHOLE[name]
+    found = family.names.hugging_face(name)
+    if found is not None:
+        return found
+    if name == "rope_freqs.weight":
+        raise UnsupportedModelError(f"{path}: has rotary frequencies of its own, which is not supported")
     match = _IN_LAYER.fullmatch(name)
-    if match is None:
-        if name == "rope_freqs.weight":
-            raise UnsupportedModelError(f"{path}: has rotary frequencies of its own, which is not supported")
-        return name
-    layer, part, ending = match.groups()
-    family = config["model_type"]
-    prefix = f"model.layers.{layer}"
-    if family == "gpt_oss":
-        if part == "attn_sinks":
-            return f"{prefix}.self_attn.sinks"
-        if part == "ffn_gate_inp":
-            return f"{prefix}.mlp.router.{ending}"
-        if part in _STACKED and ending == "bias":
-            return f"{prefix}.{_STACKED[part]}_bias"
-    own = gguf_families.NAMES.get(family, {})
-    if f"{part}.{ending}" in own:
-        return f"{prefix}.{own[f'{part}.{ending}']}"
-    if part in _LAYER:
-        return f"{prefix}.{_LAYER[part]}.{ending}"
-    if part in _STACKED and ending == "weight":
-        return f"{prefix}.{_STACKED[part]}"
-    if part == "exp_probs_b":
-        return f"{prefix}.mlp.gate.e_score_correction_bias"
-    if family in _SHARED:
-        if part == "ffn_gate_inp_shexp":
-            return f"{prefix}.{_SHARED[family]}_gate.{ending}"
-        if part.endswith("_shexp"):
-            return f"{prefix}.{_SHARED[family]}.{part[4:-6]}_proj.{ending}"
-    single, _, expert = part.partition(".")
-    if family == "mixtral" and single in _SINGLE and expert.isdecimal():
-        return f"{prefix}.block_sparse_moe.experts.{expert}.{_SINGLE[single]}.{ending}"
     # Layers of multi-token prediction stand behind the model's own; without them it answers all the same.
-    if int(layer) >= config["num_hidden_layers"] or part == "attn_rot_embd":
+    if match is None or int(match[1]) >= n_layers or match[2] == "attn_rot_embd":
         return name
     raise UnsupportedModelError(
-        f"{path}: has the tensor {name}, which models of {family} do not have here; take another file"
+        f"{path}: has the tensor {name}, which models of {family.model_type} do not have here; take another "
+        "file"
     )
 
 
-def _info(tensor: GGUFTensor, file: int, name: str, config: dict[str, Any]) -> TensorInfo:
+def _info(tensor: GGUFTensor, file: int, name: str) -> TensorInfo:
     shape = tensor.shape
     if name.endswith("shared_expert_gate.weight") and len(shape) == 1:
         shape = (1, *shape)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
+from mer.weights.gguf_families.family import GGUFFamily
+from mer.weights.gguf_families.names import Names
 from mer.weights.gguf_families.shared import SHARED_EXPERTS, deepseek_experts, partial_rotary
 from mer.weights.gguf_keys import Keys
 
-NAMES: Final = SHARED_EXPERTS
 
-
-def config(keys: Keys) -> dict[str, Any]:
-    """config.json's keys."""
+def _config(keys: Keys) -> dict[str, Any]:
     return {
-        "model_type": "glm4_moe",
         "attention_bias": keys.has_part("attn_q.bias"),
         "use_qk_norm": keys.has_part("attn_q_norm.weight"),
         **deepseek_experts(keys),
         **partial_rotary(keys),
     }
+
+
+FAMILY = GGUFFamily(
+    architecture="glm4moe",
+    model_type="glm4_moe",
+    config=_config,
+    names=Names(SHARED_EXPERTS | {"post_attention_norm": "post_attention_layernorm"}),
+)

@@ -6,8 +6,12 @@ from typing import Any, Final
 
 from mer.weights.gguf_keys import SCORES, SOFTMAX, Keys
 
+# A layer's tensors, DeepSeek's experts with their choice.
 SHARED_EXPERTS: Final = {
-    f"ffn_{part}_shexp.weight": f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    # As some files have it.
+    "exp_probs_b.weight": "mlp.gate.e_score_correction_bias",
+    **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
 }
 
 

@@ -1,0 +1,51 @@
+"""deepseek2 of the third version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mer.weights.gguf_families.family import GGUFFamily
+from mer.weights.gguf_families.names import Names
+from mer.weights.gguf_families.shared import SHARED_EXPERTS, deepseek_experts
+from mer.weights.gguf_keys import Keys, rope_of
+
+
+def _config(keys: Keys) -> dict[str, Any]:
+    rope_dim = keys["rope.dimension_count"]
+    # In files with keys and values of the latent apart, key_length is that of the cache's rows.
+    head = keys.get("attention.key_length_mla") or keys["attention.key_length"]
+    config = {
+        **deepseek_experts(keys),
+        "q_lora_rank": keys.get("attention.q_lora_rank"),
+        "kv_lora_rank": keys["attention.kv_lora_rank"],
+        "qk_rope_head_dim": rope_dim,
+        "qk_nope_head_dim": head - rope_dim,
+        "v_head_dim": keys.get("attention.value_length_mla") or keys["attention.value_length"],
+    }
+    multiplier = keys.get("rope.scaling.yarn_log_multiplier")
+    if multiplier is not None:
+        # A tenth of what config.json has for both.
+        weight = round(10 * multiplier, 6)
+        config["rope_parameters"] = rope_of(keys) | {"mscale": weight, "mscale_all_dim": weight}
+    return config
+
+
+FAMILY = GGUFFamily(
+    architecture="deepseek2",
+    model_type="deepseek_v3",
+    config=_config,
+    names=Names(
+        {
+            "attn_q_a": "self_attn.q_a_proj",
+            "attn_q_a_norm": "self_attn.q_a_layernorm",
+            "attn_q_b": "self_attn.q_b_proj",
+            "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+            "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+            "attn_kv_b": "self_attn.kv_b_proj",
+            "attn_k_b": "self_attn.k_b_proj",
+            "attn_v_b": "self_attn.v_b_proj",
+            **SHARED_EXPERTS,
+        }
+    ),
+    neighbours=True,
+)
