@@ -39,7 +39,25 @@ cdef struct Matrix:
     long rows, cols
     long row_bytes
 
+cdef struct Rope:
+    const float *inv_freq
+    float *cosine                # of this step's tokens: [tokens, pairs]
+    float *sine
+    long pairs
+    float scale
+    bint interleaved
+
+# A layer's attention in numbers; see mer.model.spec.
+cdef struct Geometry:
+    long n_heads, n_kv, head_dim
+    long nope_dim, rope_dim, value_dim, kv_rank, latent_dim, query_rank
+    float scale, clip, latent_eps
+    bint latent, clips
+    int qk_norm                  # 0 none, 1 each head, 2 the whole vector
+
 cdef struct Layer:
+    Geometry geometry
+    const Rope *rope
     const float *attention_norm
     const float *mlp_norm
     const float *q_norm
@@ -55,7 +73,6 @@ cdef struct Layer:
     char *blocks
     size_t block_bytes
     long window
-    bint is_moe
 
 cdef class Decoder
 
@@ -65,18 +82,17 @@ cdef class Decoder:
     cdef Kernels kernels
     cdef Pool pool
     cdef readonly list kept       # arrays that the pointers below lead into
+    cdef object spec
     cdef Layer *layers
+    cdef Rope *ropes              # each rotary embedding that some layer has
+    cdef long n_ropes
     cdef readonly long n_layers
     cdef long max_layers
 
     # the model
-    cdef long hidden, vocab, n_heads, n_kv, head_dim, rope_pairs
-    cdef long nope_dim, rope_dim, value_dim, kv_rank, latent_dim, query_rank
-    cdef float eps, latent_eps, clip, attention_scale, rope_scale
-    cdef bint latent, interleaved, clips
+    cdef long hidden, vocab
+    cdef float eps
     cdef int kv                   # how blocks store numbers
-    cdef int qk_norm              # 0 none, 1 each head, 2 the whole vector
-    cdef const float *inv_freq
     cdef const float *final_norm
     cdef Matrix head
     cdef mer_router router
@@ -88,8 +104,6 @@ cdef class Decoder:
     cdef float *shared
     cdef float *gate
     cdef float *up
-    cdef float *cosine
-    cdef float *sine
     cdef float *q
     cdef float *k
     cdef float *v
@@ -134,6 +148,7 @@ cdef class Decoder:
 
     cdef void *buffer(self, buffers, str name)
     cdef take_buffers(self, buffers)
+    cdef take_ropes(self, ropes, buffers)
     cdef const float *floats(self, values) except? NULL
     cdef const float *vector(self, weights, str name) except? NULL
     cdef Matrix matrix(self, weights, str name) except *
@@ -142,7 +157,6 @@ cdef class Decoder:
     cdef void norm(self, const float *weights, float *out) noexcept nogil
     cdef void choose(self, const Layer *layer, float *normed, int32_t *ids, float *weights) noexcept nogil
     cdef void attend_grouped(self) noexcept nogil
-    cdef void attend_latent(self) noexcept nogil
     cdef void attend_spans(self, long first, long end) noexcept nogil
     cdef void feed_forward(self, float *out) noexcept nogil
     cdef char *block_of(self, long token) noexcept nogil

@@ -19,13 +19,7 @@ class Decoder:
         weights: Mapping[str, Any],
         kv: int,
     ) -> None: ...
-    def add_layer(
-        self,
-        weights: Mapping[str, Any],
-        blocks: NDArray[np.float32] | NDArray[np.float16],
-        window: int,
-        is_moe: bool,
-    ) -> None: ...
+    def add_layer(self, weights: Mapping[str, Any], blocks: NDArray[Any]) -> None: ...
     def begin(
         self, positions: NDArray[np.int32], query_offsets: NDArray[np.int32], block_tables: NDArray[np.int32]
     ) -> None: ...

@@ -9,7 +9,7 @@ import numpy as np
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from mer._ext.kernels cimport Kernels, Pool, mer_task_fn
 
@@ -22,8 +22,8 @@ cdef extern from "mer_decoder.h" nogil:
     void mer_rope_angles(int32_t position, const float *inv_freq, long pairs, float scale, float *cosine,
                          float *sine)
     void mer_rope(float *x, const float *cosine, const float *sine, long pairs, int interleaved)
-    void mer_kv_store(void *block, int kv, long at, const float *k, const float *v, long n_kv, long dim)
     void mer_latent_store(void *block, int kv, long at, const float *latent, long dim)
+    void mer_kv_store(void *block, int kv, long at, const float *k, const float *v, long n_kv, long dim)
     void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, long h0, long h1, int thread)
     void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, float *weights)
     float mer_sigmoid(float x)
@@ -36,8 +36,12 @@ SPAN = SPAN_TOKENS
 
 
 cdef void angles_task(Decoder d, long t, int thread) noexcept nogil:
-    mer_rope_angles(d.positions[t], d.inv_freq, d.rope_pairs, d.rope_scale, d.cosine + t * d.rope_pairs,
-                    d.sine + t * d.rope_pairs)
+    cdef Rope *rope
+    cdef long i
+    for i in range(d.n_ropes):
+        rope = &d.ropes[i]
+        mer_rope_angles(d.positions[t], rope.inv_freq, rope.pairs, rope.scale, rope.cosine + t * rope.pairs,
+                        rope.sine + t * rope.pairs)
 
 
 cdef void norm_task(Decoder d, long t, int thread) noexcept nogil:
@@ -62,88 +66,45 @@ cdef void fed_task(Decoder d, long t, int thread) noexcept nogil:
 cdef void grouped_task(Decoder d, long t, int thread) noexcept nogil:
     """Between projections and attention: bias, norms, clip, rotation of one token, and its place in the cache."""
     cdef Layer *layer = d.layer
-    cdef long n_q = d.n_heads * d.head_dim, n_kv = d.n_kv * d.head_dim, i
+    cdef Geometry *g = &layer.geometry
+    cdef const Rope *rope = layer.rope
+    cdef long dim = g.head_dim, n_q = g.n_heads * g.head_dim, n_kv = g.n_kv * g.head_dim, i
     cdef float *q = d.q + t * n_q
     cdef float *k = d.k + t * n_kv
     cdef float *v = d.v + t * n_kv
-    cdef const float *cosine = d.cosine + t * d.rope_pairs
-    cdef const float *sine = d.sine + t * d.rope_pairs
+    cdef const float *cosine = rope.cosine + t * rope.pairs
+    cdef const float *sine = rope.sine + t * rope.pairs
     add_bias(&layer.q, q)
     add_bias(&layer.k, k)
     add_bias(&layer.v, v)
-    if d.qk_norm == 2:
+    if g.qk_norm == 2:
         mer_rms_norm(q, layer.q_norm, q, n_q, d.eps)
         mer_rms_norm(k, layer.k_norm, k, n_kv, d.eps)
-    elif d.qk_norm == 1:
-        for i in range(d.n_heads):
-            mer_rms_norm(q + i * d.head_dim, layer.q_norm, q + i * d.head_dim, d.head_dim, d.eps)
-        for i in range(d.n_kv):
-            mer_rms_norm(k + i * d.head_dim, layer.k_norm, k + i * d.head_dim, d.head_dim, d.eps)
-    if d.clips:
-        mer_clip(q, d.clip, n_q)
-        mer_clip(k, d.clip, n_kv)
-        mer_clip(v, d.clip, n_kv)
-    for i in range(d.n_heads):
-        mer_rope(q + i * d.head_dim, cosine, sine, d.rope_pairs, d.interleaved)
-    for i in range(d.n_kv):
-        mer_rope(k + i * d.head_dim, cosine, sine, d.rope_pairs, d.interleaved)
-    mer_kv_store(d.block_of(t), d.kv, d.positions[t] % MER_KV_BLOCK, k, v, d.n_kv, d.head_dim)
-
-
-cdef void query_latent_task(Decoder d, long t, int thread) noexcept nogil:
-    cdef float *q = d.q_latent + t * d.query_rank
-    add_bias(&d.layer.q_latent, q)
-    mer_rms_norm(q, d.layer.q_latent_norm, q, d.query_rank, d.latent_eps)
-
-
-cdef void latent_task(Decoder d, long t, int thread) noexcept nogil:
-    """Between projections and latent attention: the same for one token's latent, rotary key and queries."""
-    cdef float *latent = d.latents + t * d.latent_dim
-    cdef float *q = d.q + t * d.n_heads * (d.nope_dim + d.rope_dim) + d.nope_dim
-    cdef const float *cosine = d.cosine + t * d.rope_pairs
-    cdef const float *sine = d.sine + t * d.rope_pairs
-    cdef long i
-    add_bias(&d.layer.latent, latent)
-    mer_rms_norm(latent, d.layer.latent_norm, latent, d.kv_rank, d.latent_eps)
-    mer_rope(latent + d.kv_rank, cosine, sine, d.rope_pairs, d.interleaved)
-    for i in range(d.n_heads):
-        mer_rope(q + i * (d.nope_dim + d.rope_dim), cosine, sine, d.rope_pairs, d.interleaved)
-    mer_latent_store(d.block_of(t), d.kv, d.positions[t] % MER_KV_BLOCK, latent, d.latent_dim)
-
-
-cdef void absorb_task(Decoder d, long head, int thread) noexcept nogil:
-    """One head's queries of a part, taken into the latent's space: score = (q W_k) . latent + q_rope . k_rope."""
-    cdef Matrix *m = &d.layer.k_up
-    cdef const void **acts = d.act_pointers + thread * d.part_tokens
-    cdef long n = d.end_token - d.first_token, t, stride = d.n_heads * d.latent_dim
-    cdef float *out = d.q_wide + head * d.latent_dim
-    cdef const float *q
-    for t in range(n):
-        q = d.q + ((d.first_token + t) * d.n_heads + head) * (d.nope_dim + d.rope_dim)
-        acts[t] = d.acts + (thread * d.part_tokens + t) * d.acts_bytes
-        d.kernels.prepare(m.format, q, <void *>acts[t], d.nope_dim)
-        memcpy(out + t * stride + d.kv_rank, q + d.nope_dim, d.rope_dim * sizeof(float))
-    d.kernels.matmul(m.format, m.w + head * d.kv_rank * m.row_bytes, m.cols, 0, d.kv_rank, acts, n, out, stride)
-
-
-cdef void unfold_task(Decoder d, long head, int thread) noexcept nogil:
-    """One head's mean latents of a part, made into values."""
-    cdef Matrix *m = &d.layer.v_up
-    cdef const void **acts = d.act_pointers + thread * d.part_tokens
-    cdef long n = d.end_token - d.first_token, t, stride = d.n_heads * d.value_dim
-    for t in range(n):
-        acts[t] = d.acts + (thread * d.part_tokens + t) * d.acts_bytes
-        d.kernels.prepare(m.format, d.out_wide + (t * d.n_heads + head) * d.kv_rank, <void *>acts[t], d.kv_rank)
-    d.kernels.matmul(m.format, m.w + head * d.value_dim * m.row_bytes, m.cols, 0, d.value_dim, acts, n,
-                     d.attended + d.first_token * stride + head * d.value_dim, stride)
+    elif g.qk_norm == 1:
+        for i in range(g.n_heads):
+            mer_rms_norm(q + i * dim, layer.q_norm, q + i * dim, dim, d.eps)
+        for i in range(g.n_kv):
+            mer_rms_norm(k + i * dim, layer.k_norm, k + i * dim, dim, d.eps)
+    if g.clips:
+        mer_clip(q, g.clip, n_q)
+        mer_clip(k, g.clip, n_kv)
+        mer_clip(v, g.clip, n_kv)
+    for i in range(g.n_heads):
+        mer_rope(q + i * dim, cosine, sine, rope.pairs, rope.interleaved)
+    for i in range(g.n_kv):
+        mer_rope(k + i * dim, cosine, sine, rope.pairs, rope.interleaved)
+    mer_kv_store(d.block_of(t), d.kv, d.positions[t] % MER_KV_BLOCK, k, v, g.n_kv, dim)
 
 
 cdef void attend_task(Decoder d, long task, int thread) noexcept nogil:
-    cdef long chunks = d.n_heads // d.heads_per_task
+    cdef long chunks = d.attention.n_heads // d.heads_per_task
     cdef int64_t *span = d.spans + (d.first_span + task // chunks) * 3
     cdef long head = task % chunks * d.heads_per_task
     mer_attend(&d.attention, d.tables + span[0] * d.table_stride, span[1] - d.first_token,
                span[2] - d.first_token, head, head + d.heads_per_task, thread)
+
+
+include "latent.pxi"
 
 
 cdef void swiglu_task(Decoder d, long t, int thread) noexcept nogil:
@@ -170,6 +131,22 @@ cdef void last_task(Decoder d, long i, int thread) noexcept nogil:
     mer_rms_norm(d.x + d.rows[i] * d.hidden, d.final_norm, d.last + i * d.hidden, d.hidden, d.eps)
 
 
+cdef Geometry geometry_of(a):
+    """a: AttentionSpec or LatentAttentionSpec."""
+    cdef Geometry g
+    memset(&g, 0, sizeof(g))
+    g.n_heads, g.scale, g.latent = a.n_heads, a.scale, hasattr(a, "kv_rank")
+    if g.latent:
+        g.nope_dim, g.rope_dim, g.value_dim = a.nope_dim, a.rope_dim, a.value_dim
+        g.kv_rank, g.latent_dim, g.query_rank = a.kv_rank, a.latent_dim, a.query_rank or 0
+        g.latent_eps = a.norm_eps
+    else:
+        g.n_kv, g.head_dim = a.n_kv_heads, a.head_dim
+        g.qk_norm = {"none": 0, "head": 1, "vector": 2}[a.qk_norm]
+        g.clips, g.clip = a.clip is not None, a.clip or 0.0
+    return g
+
+
 cdef class Decoder:
     """A model's decoder.
 
@@ -182,35 +159,25 @@ cdef class Decoder:
 
     def __cinit__(self, spec, Kernels kernels not None, Pool pool not None, buffers, weights, int kv):
         self.kernels, self.pool, self.kv = kernels, pool, kv
-        self.kept = [buffers]
-        self.max_layers = len(spec.layers)
+        self.spec, self.kept = spec, [buffers]
+        ropes = list(dict.fromkeys(spec.ropes))
+        self.max_layers, self.n_ropes = len(spec.layers), len(ropes)
         self.layers = <Layer *>calloc(self.max_layers, sizeof(Layer))
-        if self.layers is NULL:
+        self.ropes = <Rope *>calloc(self.n_ropes, sizeof(Rope))
+        if self.layers is NULL or self.ropes is NULL:
             raise MemoryError
         self.hidden, self.vocab, self.eps = spec.hidden, spec.vocab, spec.norm_eps
-        self.inv_freq = self.floats(spec.rope.inv_freq)
-        self.rope_pairs, self.rope_scale = len(spec.rope.inv_freq), spec.rope.scale
-        self.interleaved = spec.rope.interleaved
-        a, r = spec.attention, spec.router
-        self.n_heads, self.attention_scale = a.n_heads, a.scale
-        self.latent = hasattr(a, "kv_rank")
-        if self.latent:
-            self.nope_dim, self.rope_dim, self.value_dim = a.nope_dim, a.rope_dim, a.value_dim
-            self.kv_rank, self.latent_dim, self.query_rank = a.kv_rank, a.latent_dim, a.query_rank or 0
-            self.latent_eps = a.norm_eps
-            self.acts_bytes, self.part_tokens = buffers["acts"].shape[2], buffers["acts"].shape[1]
-        else:
-            self.n_kv, self.head_dim = a.n_kv_heads, a.head_dim
-            self.qk_norm = {"none": 0, "head": 1, "vector": 2}[a.qk_norm]
-            self.clips, self.clip = a.clip is not None, a.clip or 0.0
+        r = spec.router
         self.router = mer_router(r.n_experts, r.top_k, r.n_groups, r.top_groups, r.score == "sigmoid",
                                  r.normalise, r.scale, r.epsilon, NULL)
         self.final_norm = self.floats(weights["final_norm"])
         self.head = self.matrix(weights, "head")
         self.take_buffers(buffers)
+        self.take_ropes(ropes, buffers)
 
     def __dealloc__(self):
         free(self.layers)
+        free(self.ropes)
 
     cdef void *buffer(self, buffers, str name):
         return <void *><uintptr_t>buffers[name].ctypes.data if name in buffers else NULL
@@ -222,8 +189,6 @@ cdef class Decoder:
         self.shared = <float *>self.buffer(buffers, "shared")
         self.gate = <float *>self.buffer(buffers, "gate")
         self.up = <float *>self.buffer(buffers, "up")
-        self.cosine = <float *>self.buffer(buffers, "cos")
-        self.sine = <float *>self.buffer(buffers, "sin")
         self.q = <float *>self.buffer(buffers, "q")
         self.k = <float *>self.buffer(buffers, "k")
         self.v = <float *>self.buffer(buffers, "v")
@@ -247,6 +212,18 @@ cdef class Decoder:
         self.acts = <uint8_t *>self.buffer(buffers, "acts")
         self.act_pointers = <const void **>self.buffer(buffers, "act_pointers")
         self.linear_scratch = self.buffer(buffers, "linear_scratch")
+        if self.acts is not NULL:
+            self.acts_bytes, self.part_tokens = buffers["acts"].shape[2], buffers["acts"].shape[1]
+
+    cdef take_ropes(self, ropes, buffers):
+        """Each rotary embedding has its part of the buffers."""
+        cdef float *cosine = <float *>self.buffer(buffers, "cos")
+        cdef float *sine = <float *>self.buffer(buffers, "sin")
+        cdef long max_tokens = buffers["x"].shape[0], i
+        for i, r in enumerate(ropes):
+            self.ropes[i] = Rope(self.floats(r.inv_freq), cosine, sine, len(r.inv_freq), r.scale, r.interleaved)
+            cosine += max_tokens * self.ropes[i].pairs
+            sine += max_tokens * self.ropes[i].pairs
 
     cdef const float *floats(self, values) except? NULL:
         """values as f32 that live as long as this object."""
@@ -268,14 +245,17 @@ cdef class Decoder:
             m.rows, m.row_bytes = weight.data.shape[0], weight.data.shape[1]
         return m
 
-    def add_layer(self, weights, blocks, long window, bint is_moe):
+    def add_layer(self, weights, blocks):
         """The next layer. weights: by the canonical names of mer.model.dense. blocks: KV, [n_blocks, elements]."""
         cdef Layer *layer = &self.layers[self.n_layers]
         if self.n_layers == self.max_layers:
             raise ValueError(f"the model has {self.max_layers} layers")
+        spec = self.spec.layers[self.n_layers]
+        layer.geometry = geometry_of(spec.attention or self.spec.attention)
+        layer.rope = &self.ropes[list(dict.fromkeys(self.spec.ropes)).index(spec.rope or self.spec.rope)]
+        layer.window = spec.window or 0
         self.kept.append(blocks)
         layer.blocks, layer.block_bytes = <char *><uintptr_t>blocks.ctypes.data, blocks.strides[0]
-        layer.window, layer.is_moe = window, is_moe
         layer.attention_norm = self.floats(weights["attention_norm"])
         layer.mlp_norm = self.floats(weights["mlp_norm"])
         layer.q_norm, layer.k_norm = self.vector(weights, "q_norm"), self.vector(weights, "k_norm")
@@ -340,8 +320,8 @@ cdef class Decoder:
         self.layer = &self.layers[index]
         with nogil:
             self.norm(self.layer.attention_norm, self.h)
-            if self.latent:
-                self.attend_latent()
+            if self.layer.geometry.latent:
+                attend_latent(self)
             else:
                 self.attend_grouped()
             self.linear(&self.layer.o, self.attended, self.n_tokens, self.y)
@@ -349,56 +329,25 @@ cdef class Decoder:
 
     cdef void attend_grouped(self) noexcept nogil:
         cdef Layer *layer = self.layer
-        cdef long group = self.n_heads // self.n_kv
+        cdef Geometry *g = &layer.geometry
+        cdef long group = g.n_heads // g.n_kv
         self.linear(&layer.q, self.h, self.n_tokens, self.q)
         self.linear(&layer.k, self.h, self.n_tokens, self.k)
         self.linear(&layer.v, self.h, self.n_tokens, self.v)
         self.run(grouped_task, self.n_tokens)
         # Heads that share a key stay in one task, unless threads would be idle then.
         self.heads_per_task = group
-        if self.n_spans * self.n_kv < self.pool.n_threads:
+        if self.n_spans * g.n_kv < self.pool.n_threads:
             self.heads_per_task = 1
         self.first_token = 0
         self.attention = mer_attention(
             self.q, self.attended, layer.blocks, self.positions, layer.sinks, self.attention_scratch, layer.block_bytes,
-            self.attention_floats, self.n_heads, self.n_kv, self.head_dim, self.head_dim, layer.window,
-            self.attention_scale, self.kv, 0)
+            self.attention_floats, g.n_heads, g.n_kv, g.head_dim, g.head_dim, layer.window, g.scale, self.kv, 0)
         self.attend_spans(0, self.n_spans)
-
-    cdef void attend_latent(self) noexcept nogil:
-        cdef Layer *layer = self.layer
-        cdef long first = 0, end, chunk
-        if layer.q_latent.w is NULL:
-            self.linear(&layer.q, self.h, self.n_tokens, self.q)
-        else:
-            self.linear(&layer.q_latent, self.h, self.n_tokens, self.q_latent)
-            self.run(query_latent_task, self.n_tokens)
-            self.linear(&layer.q, self.q_latent, self.n_tokens, self.q)
-        self.linear(&layer.latent, self.h, self.n_tokens, self.latents)
-        self.run(latent_task, self.n_tokens)
-        # Some heads share a block that was converted once; a divisor of the number of heads, up to 16.
-        chunk = 16
-        while self.n_heads % chunk or (chunk > 1 and self.n_heads < chunk * self.pool.n_threads):
-            chunk -= 1
-        self.heads_per_task = chunk
-        while first < self.n_spans:
-            self.first_token = self.spans[first * 3 + 1]
-            end = first
-            while end < self.n_spans and self.spans[end * 3 + 2] - self.first_token <= self.part_tokens:
-                end += 1
-            self.end_token = self.spans[end * 3 - 1]
-            self.attention = mer_attention(
-                self.q_wide, self.out_wide, layer.blocks, self.positions + self.first_token, NULL,
-                self.attention_scratch, layer.block_bytes, self.attention_floats, self.n_heads, 1,
-                self.latent_dim, self.kv_rank, layer.window, self.attention_scale, self.kv, 1)
-            self.run(absorb_task, self.n_heads)
-            self.attend_spans(first, end)
-            self.run(unfold_task, self.n_heads)
-            first = end
 
     cdef void attend_spans(self, long first, long end) noexcept nogil:
         self.first_span = first
-        self.run(attend_task, (end - first) * (self.n_heads // self.heads_per_task))
+        self.run(attend_task, (end - first) * (self.attention.n_heads // self.heads_per_task))
 
     cdef void feed_forward(self, float *out) noexcept nogil:
         """out = down(silu(gate(h)) * up(h))"""

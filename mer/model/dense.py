@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mer.errors import CheckpointError
 from mer.model.families import Architecture
-from mer.model.spec import LatentAttentionSpec, ModelSpec
+from mer.model.spec import Attention, LatentAttentionSpec
 from mer.streaming.reader import aligned_empty
 from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint, TensorInfo
@@ -83,7 +83,7 @@ def dense_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
     total = spare = 0
     for part, info in _parts(checkpoint, architecture).items():
         if part.endswith(".kv_up"):
-            total += _kv_up_bytes(architecture.spec, info)
+            total += _kv_up_bytes(architecture.spec.attentions[int(part.partition(".")[0])], info)
             spare = max(spare, info.nbytes)
         else:
             total += 4 * math.prod(info.shape) if _is_vector(part) else info.nbytes
@@ -115,7 +115,7 @@ def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Sourc
         elif _is_vector(part):
             target[name] = info.format.dequantize(data).reshape(info.shape).astype(np.float32)
         elif name == "kv_up":
-            target.update(_split_kv_up(spec, info, data))
+            target.update(_split_kv_up(spec.attentions[int(layer)], info, data))
         else:
             target[name] = Matrix(data.reshape(info.rows, -1), info.format.id, info.cols)
     embedding = model.pop("embedding")
@@ -123,14 +123,13 @@ def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Sourc
     return DenseWeights(model, layers, embedding)
 
 
-def _split_kv_up(spec: ModelSpec, info: TensorInfo, data: NDArray[np.uint8]) -> dict[str, Matrix]:
+def _split_kv_up(a: Attention, info: TensorInfo, data: NDArray[np.uint8]) -> dict[str, Matrix]:
     """What makes keys and values of a latent, as latent attention uses it.
 
     v_up [heads * value_dim, kv_rank] turns a mean latent into a value; k_up [heads * kv_rank, nope_dim], each
     head transposed, takes a query to the latent's space. A format of blocks along the row can't be
     transposed, it becomes F16.
     """
-    a = spec.attention
     assert isinstance(a, LatentAttentionSpec)
     per_head = data.reshape(a.n_heads, a.nope_dim + a.value_dim, -1)
     v_up = _copy(per_head[:, a.nope_dim :].reshape(a.n_heads * a.value_dim, -1))
@@ -149,8 +148,7 @@ def _transposable(info: TensorInfo) -> formats.Format:
     return info.format if info.format.block == 1 else formats.F16
 
 
-def _kv_up_bytes(spec: ModelSpec, info: TensorInfo) -> int:
-    a = spec.attention
+def _kv_up_bytes(a: Attention, info: TensorInfo) -> int:
     assert isinstance(a, LatentAttentionSpec)
     values = a.value_dim * info.format.row_bytes(a.kv_rank)
     return a.n_heads * (values + a.kv_rank * _transposable(info).row_bytes(a.nope_dim))

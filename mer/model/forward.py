@@ -65,8 +65,8 @@ class Forward:
         self._kv = kv
         self._buffers = scratch.allocate(spec, max_tokens, max_rows, pool.n_threads)
         self._decoder = Decoder(spec, kernels, pool, self._buffers, dense.model, kv.number)
-        for layer, weights, blocks in zip(spec.layers, dense.layers, kv.layers, strict=True):
-            self._decoder.add_layer(weights, blocks, layer.window or 0, layer.moe_index is not None)
+        for weights, blocks in zip(dense.layers, kv.layers, strict=True):
+            self._decoder.add_layer(weights, blocks)
         # Of each layer, whether it and the next one have experts: what can be predicted.
         self._pairs = [
             layer.moe_index is not None and following.moe_index is not None

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mer.model.spec import LatentAttentionSpec, ModelSpec
+from mer.model.spec import Attention, LatentAttentionSpec, ModelSpec
 
 BLOCK: Final = 16
 KVDtype = Literal["f32", "f16", "q8_0"]
@@ -24,9 +24,8 @@ def _vector_bytes(dim: int, dtype: KVDtype) -> int:
     return dim * _DTYPES[_NAMES.index(dtype)].itemsize
 
 
-def _block_bytes(spec: ModelSpec, dtype: KVDtype) -> int:
-    """Bytes that one block takes in one layer."""
-    attention = spec.attention
+def _block_bytes(attention: Attention, dtype: KVDtype) -> int:
+    """Bytes that one block takes in a layer with this attention."""
     if isinstance(attention, LatentAttentionSpec):
         return BLOCK * _vector_bytes(attention.latent_dim, dtype)
     return BLOCK * 2 * attention.n_kv_heads * _vector_bytes(attention.head_dim, dtype)
@@ -48,10 +47,12 @@ class KVCache:
         self.dtype: KVDtype = dtype
         self.number = _NAMES.index(dtype)
         element = _DTYPES[self.number]
-        shape = (n_blocks, _block_bytes(spec, dtype) // element.itemsize)
-        self.layers: list[NDArray[Any]] = [np.zeros(shape, element) for _ in spec.layers]
+        self.layers: list[NDArray[Any]] = [
+            np.zeros((n_blocks, _block_bytes(attention, dtype) // element.itemsize), element)
+            for attention in spec.attentions
+        ]
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, dtype: KVDtype = "f32") -> int:
         """Bytes of one block of 16 positions over all layers."""
-        return _block_bytes(spec, dtype) * spec.n_layers
+        return sum(_block_bytes(attention, dtype) for attention in spec.attentions)

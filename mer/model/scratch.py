@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mer._ext.decoder import SPAN
-from mer.model.spec import LatentAttentionSpec, ModelSpec
+from mer.model.spec import Attention, LatentAttentionSpec, ModelSpec
 
 # Latent attention goes through this many tokens at a time: its queries are wide (heads x latent).
 LATENT_TOKENS: Final = 64
@@ -19,9 +19,10 @@ Shapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]
 
 
 def _shapes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> Shapes:
-    a, f32 = spec.attention, np.float32
+    f32 = np.float32
     inter = max(spec.dense_inter, spec.shared_inter)
-    pairs = len(spec.rope.inv_freq)
+    # The angles of each rotary embedding that there is, one after the other.
+    angles = tokens * sum(len(rope.inv_freq) for rope in dict.fromkeys(spec.ropes))
     shapes: Shapes = {
         "x": ((tokens, spec.hidden), f32),
         "h": ((tokens, spec.hidden), f32),
@@ -29,8 +30,8 @@ def _shapes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> Shapes:
         "shared": ((tokens, spec.hidden), f32),
         "gate": ((tokens, inter), f32),
         "up": ((tokens, inter), f32),
-        "cos": ((tokens, pairs), f32),
-        "sin": ((tokens, pairs), f32),
+        "cos": ((angles,), f32),
+        "sin": ((angles,), f32),
         "router_logits": ((tokens, spec.router.n_experts), f32),
         "choice": ((n_threads, spec.router.n_experts), f32),
         "expert_ids": ((tokens, spec.router.top_k), np.int32),
@@ -43,10 +44,24 @@ def _shapes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> Shapes:
         "logits": ((rows, spec.vocab), f32),
     }
     widest = max(spec.hidden, inter)
+    for attention in dict.fromkeys(spec.attentions):
+        needed, cols = _attention(attention, tokens, n_threads)
+        for name, (shape, dtype) in needed.items():
+            # As large as the layer that needs the most.
+            before = shapes.get(name, (shape, dtype))[0]
+            shapes[name] = (tuple(map(max, shape, before)), dtype)
+        widest = max(widest, cols)
+    shapes["linear_scratch"] = ((linear_scratch_bytes(widest, max(tokens, rows)),), np.uint8)
+    return shapes
+
+
+def _attention(a: Attention, tokens: int, n_threads: int) -> tuple[Shapes, int]:
+    """What one layer's attention needs, and the columns of its widest matrix."""
+    f32 = np.float32
     if isinstance(a, LatentAttentionSpec):
         part = min(tokens, LATENT_TOKENS)
         q_width, out_width = a.n_heads * (a.nope_dim + a.rope_dim), a.n_heads * a.value_dim
-        shapes |= {
+        shapes: Shapes = {
             "q_latent": ((tokens, a.query_rank or 0), f32),
             "latent": ((tokens, a.latent_dim), f32),
             "q_wide": ((part, a.n_heads, a.latent_dim), f32),
@@ -56,21 +71,21 @@ def _shapes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> Shapes:
             "act_pointers": ((n_threads, part), np.uint64),
         }
         block = 16 * a.latent_dim
-        widest = max(widest, a.query_rank or 0, a.kv_rank)
+        widest = max(a.query_rank or 0, a.kv_rank)
     else:
         q_width = out_width = a.n_heads * a.head_dim
-        shapes |= {
+        shapes = {
             "k": ((tokens, a.n_kv_heads * a.head_dim), f32),
             "v": ((tokens, a.n_kv_heads * a.head_dim), f32),
         }
         block = 32 * a.head_dim
+        widest = 0
     shapes |= {
         "q": ((tokens, q_width), f32),
         "attended": ((tokens, out_width), f32),
         "attention_scratch": ((n_threads, _round(block + 2 * SPAN * a.n_heads, 16)), f32),
-        "linear_scratch": ((linear_scratch_bytes(max(widest, out_width), max(tokens, rows)),), np.uint8),
     }
-    return shapes
+    return shapes, max(widest, out_width)
 
 
 def linear_scratch_bytes(cols: int, tokens: int) -> int:

@@ -56,6 +56,9 @@ class LatentAttentionSpec:
         return self.kv_rank + self.rope_dim
 
 
+Attention = AttentionSpec | LatentAttentionSpec
+
+
 @frozen
 class RouterSpec:
     """How a token's experts are chosen and weighted. Ties go to the lowest index."""
@@ -89,6 +92,9 @@ class LayerSpec:
     window: int | None
     # Index among the MoE layers, None where the layer has a plain feed-forward block.
     moe_index: int | None
+    # Where they are not the model's own.
+    attention: Attention | None = None
+    rope: RopeSpec | None = None
 
 
 @frozen
@@ -101,7 +107,7 @@ class ModelSpec:
     norm_eps: float
     # A prompt with its answer may not be longer than this.
     max_positions: int
-    attention: AttentionSpec | LatentAttentionSpec
+    attention: Attention
     rope: RopeSpec
     layers: tuple[LayerSpec, ...]
     router: RouterSpec
@@ -124,3 +130,13 @@ class ModelSpec:
     @property
     def n_moe_layers(self) -> int:
         return sum(layer.moe_index is not None for layer in self.layers)
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """The attention of each layer."""
+        return [layer.attention or self.attention for layer in self.layers]
+
+    @property
+    def ropes(self) -> list[RopeSpec]:
+        """The rotary embedding of each layer."""
+        return [layer.rope or self.rope for layer in self.layers]
