@@ -48,7 +48,7 @@ class Model:
         embedding = checkpoint.tensors[architecture.dense["embedding"]].nbytes
         dense = self.budget.dense - (0 if spec.tied_embeddings else embedding)
         self.expert = tables.slot_bytes
-        self.token_bytes = dense + spec.n_moe_layers * spec.router.top_k * self.expert
+        self.token_bytes = dense + spec.n_moe_layers * spec.top_k * self.expert
         self.file = store / "experts-00001.safetensors"
 
     def ram(self, share: float) -> int:

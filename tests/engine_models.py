@@ -84,13 +84,13 @@ async def settle(engine: Engine) -> None:
 
 def check_idle(engine: Engine) -> None:
     """Nothing is held for nobody."""
-    scheduler, cache = engine._worker._scheduler, engine._runner.cache.stats()
+    scheduler, cache = engine._worker._scheduler, engine._runner.experts.cache.stats()
     assert not engine._worker._jobs
     assert engine._worker._here == 0
     assert not scheduler
     assert scheduler.pool.free == scheduler.pool.n_blocks
     # What the last step read ahead may still be on its way.
-    ahead = engine._runner._streamer.stats()["prefetching"]
+    ahead = engine._runner.experts.streamer.stats()["prefetching"]
     assert cache["in_use"] <= ahead
     assert cache["loading"] <= ahead
     assert cache["failed"] == 0

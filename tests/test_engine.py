@@ -361,7 +361,7 @@ async def test_the_arena_becomes_fixed_buffers_once_it_is_full(model):
     for slots in (2, 3, "100%"):
         async with opened(model, cache_experts=slots, io_backend="uring") as engine:
             outputs.append((await engine.generate(prompt(9), params())).token_ids)
-            stats, arena = engine._runner.reader.stats(), engine._runner.cache.arena_bytes
+            stats, arena = engine._runner.reader.stats(), engine._runner.experts.cache.arena_bytes
         assert stats["registered_bytes"] == (0 if slots == "100%" else arena)
         assert (stats["fixed_ops"] > 0) == (slots != "100%")
     assert outputs[0] == outputs[1] == outputs[2]

@@ -39,7 +39,7 @@ def home(tmp_path, monkeypatch):
 
 def wait_until_warm(engine, experts: int) -> None:
     end = time.monotonic() + 60
-    while engine._runner.cache.stats()["resident"] < experts:
+    while engine._runner.experts.cache.stats()["resident"] < experts:
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -53,14 +53,14 @@ async def cold(model):
 async def test_what_was_hot_is_there_before_it_is_asked_for(model, home, policy):
     first = await cold(model)
     async with opened(model, **SETTINGS, cache_policy=policy) as engine:
-        assert engine._runner.cache.stats()["resident"] == 0
+        assert engine._runner.experts.cache.stats()["resident"] == 0
         await engine.generate(prompt(5), GREEDY)
     (file,) = home.iterdir()
     remembered = {key for key, _ in json.loads(file.read_text())["experts"]}
     assert len(remembered) == 8
     async with opened(model, **SETTINGS, cache_policy=policy) as engine:
         wait_until_warm(engine, 8)
-        cache = engine._runner.cache
+        cache = engine._runner.experts.cache
         assert {key for key in range(24) if cache.state_py(key) == "resident"} == remembered
         warm = await engine.generate(prompt(5), GREEDY)
     assert warm.token_ids == first.token_ids
@@ -75,7 +75,7 @@ async def test_chances_outlive_the_run(model, home):
     assert len(set(before.values())) > 1
     async with opened(model, **SETTINGS) as engine:
         wait_until_warm(engine, 8)
-        after = engine._runner.cache.chances()
+        after = engine._runner.experts.cache.chances()
         assert {key: after[key] for key in range(24) if after[key] >= 0} == pytest.approx(before, rel=1e-5)
 
 
@@ -122,7 +122,7 @@ async def test_a_file_that_cannot_be_used_is_ignored(model, home, caplog, case):
     file.write_bytes(BAD[case](file.read_bytes()))
     with caplog.at_level(logging.WARNING, "mer"):
         async with opened(model, **SETTINGS) as engine:
-            assert engine._runner.cache.stats()["resident"] == 0
+            assert engine._runner.experts.cache.stats()["resident"] == 0
             assert (await engine.generate(prompt(5), GREEDY)).token_ids == first.token_ids
     assert [r.message for r in caplog.records if "warm start" in r.message and "ignored" in r.message]
     assert json.loads(file.read_text())["version"] == 1, "a good one takes its place"
@@ -133,7 +133,7 @@ async def test_changed_weights_are_noticed(model, home, caplog):
         await engine.generate(prompt(5), GREEDY)
     os.utime(model / "model.safetensors", ns=(1, 1))
     async with opened(model, **SETTINGS) as engine:
-        assert engine._runner.cache.stats()["resident"] == 0
+        assert engine._runner.experts.cache.stats()["resident"] == 0
         await engine.generate(prompt(5), GREEDY)
     assert "made with other weights; ignored" in caplog.text
 

@@ -58,6 +58,8 @@ def _format_option(_ctx: click.Context, _param: click.Parameter, value: str) -> 
 def convert(src: Path, dst: Path, experts: Format | None, dense: Format | None, restart: bool) -> None:
     """Write the model SRC as an expert store to the new directory DST.
 
+    Of a dense model, which has no experts, --dense is the format of all matrices.
+
     Formats: f32, f16, bf16, q8_0 (8.5 bits a weight), q4_0 and q4_k (4.5 bits), mxfp4 (4.25 bits), as GGUF
     defines them, or same: as SRC has it, 8-bit floats as bf16. Norms, biases and routers are never changed.
 
@@ -69,8 +71,11 @@ def convert(src: Path, dst: Path, experts: Format | None, dense: Format | None, 
     checkpoint = open_checkpoint(src)
     architecture = families.load(checkpoint)
     before = summarise(checkpoint, architecture)
-    given = click.get_current_context().get_parameter_source("experts")
-    if given is ParameterSource.DEFAULT and architecture.experts[0].experts[0].gate.format is MXFP4:
+    given = click.get_current_context().get_parameter_source("experts") is not ParameterSource.DEFAULT
+    if not architecture.experts:
+        if given:
+            messages().print("note: this is a dense model: --experts changes nothing, --dense is for all")
+    elif not given and architecture.experts[0].experts[0].gate.format is MXFP4:
         experts = None  # published in four bits: another four would only lose
     _warn(before, experts, dense)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 from attrs import asdict
@@ -17,6 +17,9 @@ from mer.cli.common import messages, model_argument, output, rate, size, size_op
 from mer.errors import CheckpointError
 from mer.streaming.machine import Machine, describe
 from mer.streaming.probe import Device, probe, uring_refusal
+
+# What a read takes where no experts say.
+_BLOCK: Final = 1 << 20
 
 
 @click.command()
@@ -31,14 +34,14 @@ from mer.streaming.probe import Device, probe, uring_refusal
 def doctor(path: Path, block: int | None, as_json: bool) -> None:
     """Show what this machine allows and how fast it is.
 
-    PATH is where the weights lie. Of a MODEL the largest file of experts is read, in any other directory
+    PATH is where the weights lie. Of a MODEL the largest file (of experts) is read, in any other directory
     (default: this one) a temporary file of up to 1 GiB is written, read and removed. A file is read as it
     is.
     """
     with messages().status("looking at this machine") as status:
         machine = describe()
         refusal = uring_refusal()
-        path, expert = _experts_of(path) or (path, 1 << 20)
+        path, expert = _weights_of(path) or (path, _BLOCK)
         device = probe(path, block=block or expert, report=lambda text: status.update(text))
         status.update("reading memory")
         pool = Pool()
@@ -50,8 +53,11 @@ def doctor(path: Path, block: int | None, as_json: bool) -> None:
         _print(output(), machine, device, facts)
 
 
-def _experts_of(path: Path) -> tuple[Path, int] | None:
-    """The largest file of experts and what its largest expert takes to read; None: no model that mer runs."""
+def _weights_of(path: Path) -> tuple[Path, int] | None:
+    """The largest file of experts and what the largest expert takes to read; None: no model that mer runs.
+
+    Of a dense model: the largest file, and what a directory is read by.
+    """
     if not (path / "config.json").is_file():
         return None
     # Here, because only a model needs them.
@@ -65,9 +71,9 @@ def _experts_of(path: Path) -> tuple[Path, int] | None:
     except CheckpointError:
         return None
     files = {checkpoint.files[piece.file] for expert in experts for piece in expert.pieces}
-    nbytes, file = max((file.stat().st_size, file) for file in files)
+    nbytes, file = max((file.stat().st_size, file) for file in files or checkpoint.files)
     # The parts of an expert of a checkpoint lie apart; all together they may be more than one file of it.
-    return file, min(max(map(slot_bytes, experts)), nbytes // 4096 * 4096)
+    return file, min(max(map(slot_bytes, experts), default=_BLOCK), nbytes // 4096 * 4096)
 
 
 def _facts(

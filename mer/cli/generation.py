@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -18,6 +18,7 @@ from mer.config import EngineConfig
 from mer.engine.engine import Engine
 from mer.engine.outputs import Timings, Usage
 from mer.engine.params import SamplingParams
+from mer.engine.runner import StepStats
 from mer.streaming.profile import ProfileSummary
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -178,26 +179,43 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
 
     speed = _rate(usage.completion_tokens - 1, timings.decode_s)
     prefill = _rate(usage.prompt_tokens, timings.prefill_s)
-    facts, ahead = engine.facts(), ""
-    if steps.prefetched:
-        vain = max(steps.prefetch_bytes - steps.prefetch_used_bytes, 0)
-        ahead = f", {steps.prefetched} read ahead ({steps.prefetch_used / steps.prefetched:.0%} used, "
-        ahead += f"{size(vain)} in vain; {steps.guesses_right / max(steps.guesses, 1):.0%} of guesses right"
-        ahead += f", now {facts['prefetch_depth']} deep)"
-    lines = {
-        "speed": f"{_speed(usage.completion_tokens, speed)}, prompt {_speed(usage.prompt_tokens, prefill)}",
-        "time": f"experts {share(steps.expert_s)}, attention and dense {share(rest)}, waiting for reads "
-        f"{share(steps.io_wait_s)}, sampling and text {share(max(total - steps.step_s, 0.0))}",
-        "experts": f"hit rate {timings.hit_rate:.1%}, {size(steps.bytes_read)} read "
-        f"({size(steps.bytes_read / tokens)} per token), cache of {budget.slots} of {budget.experts} experts"
-        + ahead,
-        "memory": f"peak {size(peak_bytes())}, allowed {size(budget.ram)}",
-        "uses": f"{facts['io_backend']} reads, {facts['isa']} kernels, {facts['threads']} threads",
-    }
+    facts = engine.facts()
+    spoken = f"{_speed(usage.completion_tokens, speed)}, prompt {_speed(usage.prompt_tokens, prefill)}"
+    text = f"sampling and text {share(max(total - steps.step_s, 0.0))}"
+    memory = f"peak {size(peak_bytes())}, allowed {size(budget.ram)}"
+    if budget.experts:
+        lines = {
+            "speed": spoken,
+            "time": f"experts {share(steps.expert_s)}, attention and dense {share(rest)}, waiting for reads "
+            f"{share(steps.io_wait_s)}, {text}",
+            "experts": f"hit rate {timings.hit_rate:.1%}, {size(steps.bytes_read)} read "
+            f"({size(steps.bytes_read / tokens)} per token), "
+            f"cache of {budget.slots} of {budget.experts} experts" + _read_ahead(steps, facts),
+            "memory": memory,
+            "uses": f"{facts['io_backend']} reads, {facts['isa']} kernels, {facts['threads']} threads",
+        }
+    else:
+        lines = {
+            "speed": spoken,
+            "time": f"model {share(rest)}, {text}",
+            "memory": f"{memory}; all {size(budget.dense)} of weights are in it, the model is dense",
+            "uses": f"{facts['isa']} kernels, {facts['threads']} threads",
+        }
     if engine.profile is not None:
         lines["profile"] = _decode_steps(engine.profile)
     for name, text in lines.items():
         console.print(f"  {name:8} {text}", style="dim", soft_wrap=True)
+
+
+def _read_ahead(steps: StepStats, facts: Mapping[str, Any]) -> str:
+    if not steps.prefetched:
+        return ""
+    vain = max(steps.prefetch_bytes - steps.prefetch_used_bytes, 0)
+    return (
+        f", {steps.prefetched} read ahead ({steps.prefetch_used / steps.prefetched:.0%} used, "
+        f"{size(vain)} in vain; {steps.guesses_right / max(steps.guesses, 1):.0%} of guesses right, "
+        f"now {facts['prefetch_depth']} deep)"
+    )
 
 
 def _decode_steps(profile: ProfileSummary) -> str:

@@ -20,6 +20,7 @@ from mer.engine.budget import Budget, measure
 from mer.errors import MerError
 from mer.model import families
 from mer.model.families import Architecture
+from mer.model.spec import ModelSpec
 from mer.model.tokenizer import Tokenizer
 from mer.streaming.experts import expert_tables
 from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
@@ -84,17 +85,21 @@ def inspect(model: Path, ram: int | None, as_json: bool) -> None:
 
 
 def _rows(full: Budget, given: Budget | None) -> list[_Row]:
+    def share(slots: int) -> float:
+        return slots / full.experts if full.experts else 1.0
+
     def with_slots(what: str, slots: int) -> _Row:
-        return _Row(what, evolve(full, least_slots=slots).least, True, slots, slots / full.experts)
+        return _Row(what, evolve(full, least_slots=slots).least, True, slots, share(slots))
 
     rows = [with_slots("the least that works", full.least_slots)]
     if given is None:
         shares = [with_slots(f"{percent} %", full.experts * percent // 100) for percent in (25, 50)]
         rows += [row for row in shares if row.slots > full.least_slots]
     else:
-        runs = given.slots >= given.least_slots
-        rows.append(_Row("as given", given.ram, runs, given.slots, given.slots / given.experts))
-    return sorted([*rows, with_slots("all", full.experts)], key=lambda row: row.ram)
+        rows.append(_Row("as given", given.ram, given.fits, given.slots, share(given.slots)))
+    if full.experts:
+        rows.append(with_slots("all", full.experts))
+    return sorted(rows, key=lambda row: row.ram)
 
 
 def _json(
@@ -130,32 +135,37 @@ def _print_model(
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     kind = {"store": "expert store", "gguf": "GGUF", "hf": "Hugging Face safetensors"}[checkpoint.kind]
-    n_experts = spec.n_moe_layers * spec.router.n_experts
+    count = parameters(facts.parameters)
+    if spec.router is not None:
+        count += f", {parameters(facts.active_parameters)} active per token"
     n_files = len(checkpoint.files)
     for name, value in (
         ("family", spec.family),
         ("files", f"{kind}, {n_files} {'file' if n_files == 1 else 'files'}, {size(facts.file_bytes)}"),
-        (
-            "parameters",
-            f"{parameters(facts.parameters)}, {parameters(facts.active_parameters)} active per token",
-        ),
+        ("parameters", count),
         ("layers", summary.layers(spec)),
         ("hidden size", f"{spec.hidden:,}"),
         ("vocabulary", f"{spec.vocab:,}" + (", head and embedding are one" if spec.tied_embeddings else "")),
         ("context", f"{spec.max_positions:,} tokens"),
         ("attention", summary.attention(spec)),
         ("KV per token", f"{size(facts.kv_bytes_per_token)} in {facts.kv_dtype}"),
-        ("experts", summary.experts(spec)),
-        ("shared expert", summary.shared_expert(spec)),
-        ("expert weights", _stored(facts, "experts")),
-        (
-            "an expert",
-            f"{size(facts.expert_bytes)}; all {n_experts:,}: {size(facts.experts_bytes)}",
-        ),
-        ("other weights", _stored(facts, "dense")),
+        *_expert_rows(spec, facts),
+        ("other weights" if spec.router else "weights", _stored(facts, "dense")),
     ):
         table.add_row(name, value)
     console.print(table)
+
+
+def _expert_rows(spec: ModelSpec, facts: Summary) -> list[tuple[str, str]]:
+    if spec.router is None:
+        return []
+    n_experts = spec.n_moe_layers * spec.n_experts
+    return [
+        ("experts", summary.experts(spec, spec.router)),
+        ("shared expert", summary.shared_expert(spec)),
+        ("expert weights", _stored(facts, "experts")),
+        ("an expert", f"{size(facts.expert_bytes)}; all {n_experts:,}: {size(facts.experts_bytes)}"),
+    ]
 
 
 def _stored(facts: Summary, kind: str) -> str:
@@ -176,6 +186,12 @@ def _print_memory(console: Console, full: Budget, rows: list[_Row]) -> None:
     for name, nbytes in fixed:
         table.add_row(name, size(nbytes))
     console.print(table)
+    if not full.experts:
+        console.print("A dense model: every token needs all of its weights, so none is read from disk again.")
+        for row in rows:
+            verdict = "" if row.what != "as given" else ": enough" if row.runs else ": too little"
+            console.print(f"  --ram {at_least(row.ram)}, {row.what}{verdict}")
+        return
     table = Table(title="Memory for experts", title_justify="left")
     table.add_column("experts cached")
     for name in ("--ram", "slots", "of all", "cache"):

@@ -87,9 +87,9 @@ def serve(model: Path, api_key_file: Path | None, no_grpc: bool, **options: Any)
 
 def _announce(settings: ServerSettings, engine: Engine, url: str, grpc_port: int | None) -> None:
     budget, console = engine.budget, messages()
+    weights = f"{budget.slots} of {budget.experts} experts in the cache" if budget.experts else "all weights"
     lines = {
-        "memory": f"{size(budget.ram)}: {budget.slots} of {budget.experts} experts in the cache, "
-        f"{budget.context:,} tokens of context",
+        "memory": f"{size(budget.ram)}: {weights}, {budget.context:,} tokens of context",
         "keys": f"{len(settings.api_keys)}" if settings.api_keys else "none asked for",
         "try": _example(settings, engine, url),
     }

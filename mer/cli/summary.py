@@ -12,7 +12,7 @@ from mer.engine.budget import kv_dtype
 from mer.model.dense import dense_bytes
 from mer.model.families import Architecture
 from mer.model.kv import BLOCK, KVCache
-from mer.model.spec import AttentionSpec, LatentAttentionSpec, ModelSpec
+from mer.model.spec import AttentionSpec, LatentAttentionSpec, ModelSpec, RouterSpec
 from mer.weights.tensors import Checkpoint
 
 
@@ -28,8 +28,8 @@ class Stored:
 
 @frozen
 class Summary:
-    """Sizes are bytes, but for parameters. expert_bytes: what one expert takes on disk, padding included.
-    dense_bytes: in memory. kv_bytes_per_token: over all layers.
+    """Sizes are bytes, but for parameters. expert_bytes: what one expert takes on disk, padding included; in
+    a dense model 0. dense_bytes: in memory. kv_bytes_per_token: over all layers.
 
     Embedding and head count as parameters, in full and in both numbers, as model cards do.
     """
@@ -61,7 +61,7 @@ def summarise(checkpoint: Checkpoint, architecture: Architecture) -> Summary:
     always = sum(math.prod(info.shape) for info in dense)
     dtype = kv_dtype(checkpoint, architecture, EngineConfig())
     one = 3 * spec.hidden * spec.moe_inter
-    idle = spec.n_moe_layers * (spec.router.n_experts - spec.router.top_k)
+    idle = spec.n_moe_layers * (spec.n_experts - spec.top_k)
     bias = (2 * spec.moe_inter + spec.hidden) * spec.expert_bias  # of an expert, among the dense tensors
     return Summary(
         file_bytes=sum(file.stat().st_size for file in checkpoint.files),
@@ -70,8 +70,8 @@ def summarise(checkpoint: Checkpoint, architecture: Architecture) -> Summary:
             for key, nbytes in sorted(sizes.items(), key=lambda item: (item[0][0] == "dense", -item[1]))
         ),
         parameters=always + len(experts) * one,
-        active_parameters=always - idle * bias + spec.n_moe_layers * spec.router.top_k * one,
-        expert_bytes=max(expert.nbytes for expert in experts),
+        active_parameters=always - idle * bias + spec.n_moe_layers * spec.top_k * one,
+        expert_bytes=max((expert.nbytes for expert in experts), default=0),
         experts_bytes=sum(expert.nbytes for expert in experts),
         dense_bytes=dense_bytes(checkpoint, architecture),
         kv_dtype=dtype,
@@ -95,13 +95,14 @@ def attention(spec: ModelSpec) -> str:
 
 def layers(spec: ModelSpec) -> str:
     """How many layers, and how many of them have experts."""
+    if spec.router is None:
+        return f"{spec.n_layers}, dense: none has experts"
     plain = spec.n_layers - spec.n_moe_layers
     return f"{spec.n_layers}" + (f", {spec.n_moe_layers} of them with experts" if plain else "")
 
 
-def experts(spec: ModelSpec) -> str:
+def experts(spec: ModelSpec, r: RouterSpec) -> str:
     """How many experts a layer has and how many a token takes."""
-    r = spec.router
     text = f"{r.n_experts} per layer, {r.top_k} per token, each {spec.moe_inter:,} wide"
     if r.n_groups > 1:
         text += f"; from {r.top_groups} of {r.n_groups} groups"

@@ -67,6 +67,11 @@ class Budget:
         return self.fixed + self.cache
 
     @property
+    def fits(self) -> bool:
+        """Whether `ram` is enough to run."""
+        return self.slots >= self.least_slots and self.total <= _usable(self.ram)
+
+    @property
     def least(self) -> int:
         """A `ram` that is enough, also at the next start, and hardly more than the smallest that is."""
         return _with_page_tables(self.fixed + self.slot * self.least_slots + _DRIFT)
@@ -79,6 +84,11 @@ class Budget:
 
 def _with_page_tables(size: int) -> int:
     return size + -(-size // (_PAGE_TABLES - 1))
+
+
+def _usable(ram: int) -> int:
+    """What page tables leave of it."""
+    return ram - ram // _PAGE_TABLES
 
 
 def resident_bytes() -> int:
@@ -101,7 +111,7 @@ def plan(
     Also ConfigError for a context or a number of cached experts that makes no sense for this model.
     """
     budget = measure(checkpoint, architecture, tables, config)
-    if budget.slots < budget.least_slots:
+    if not budget.fits:
         raise BudgetError(_too_small(budget))
     wanted = _wanted_slots(config, budget.experts)
     if wanted is not None and budget.slots < wanted:
@@ -116,7 +126,7 @@ def plan(
 def measure(
     checkpoint: Checkpoint, architecture: Architecture, tables: ExpertTables, config: EngineConfig
 ) -> Budget:
-    """The same division, with less than `least_slots` slots where `config.ram` is too small."""
+    """The same division, which does not fit where `config.ram` is too small."""
     spec = architecture.spec
     limit = config.context or min(spec.max_positions, DEFAULT_CONTEXT)
     if limit > spec.max_positions * config.max_running:
@@ -130,7 +140,7 @@ def measure(
     dtype = kv_dtype(checkpoint, architecture, config)
     buffers = (
         Forward.scratch_bytes(spec, step, rows, threads)
-        + scratch_bytes(tables.layers, tables.reads, spec.router.top_k, step)
+        + (scratch_bytes(tables.layers, tables.reads, spec.top_k, step) if tables.total else 0)
         + tables.total * (tables.n_experts + 64)  # what the cache's policy knows of each expert
         + 48 * spec.vocab  # sampling copies a row of logits some times
         + constraint_bytes(spec.vocab)
@@ -141,10 +151,10 @@ def measure(
     kv = blocks_for(limit) * block
     if config.prefix_store is not None:
         buffers += buffer_bytes(block)
-    least_slots = min(spec.router.top_k, tables.total)
+    least_slots = min(spec.top_k, tables.total)
     interpreter, dense = resident_bytes(), dense_bytes(checkpoint, architecture)
-    left = ram - ram // _PAGE_TABLES - (interpreter + dense + kv + buffers)
-    slots = max(0, min(tables.total, left // tables.slot_bytes))
+    left = _usable(ram) - (interpreter + dense + kv + buffers)
+    slots = max(0, min(tables.total, left // tables.slot_bytes)) if tables.total else 0
     wanted = _wanted_slots(config, tables.total)
     if wanted is not None:
         if wanted < least_slots:
@@ -195,10 +205,17 @@ def _mib(size: int) -> str:
 
 
 def _too_small(b: Budget) -> str:
+    parts = (
+        f"dense weights {_mib(b.dense)}, KV cache of {b.context} tokens {_mib(b.kv)}, buffers "
+        f"{_mib(b.buffers)}, the program itself {_mib(b.interpreter)}"
+    )
+    why, advice = "", "raise --ram, or lower --context"
+    if b.experts:
+        parts += f", {b.least_slots} experts {_mib(b.slot * b.least_slots)}"
+    else:
+        why = "It is a dense model: every token needs all weights, there is nothing to stream from disk; "
+        advice += ", or take weights of fewer bits (mer convert --dense q4_k)"
     return (
         f"ram {_mib(b.ram)} is too little for this model: it needs at least {_mib(b.least)} "
-        f"(dense weights {_mib(b.dense)}, KV cache of {b.context} tokens {_mib(b.kv)}, buffers "
-        f"{_mib(b.buffers)}, the program itself {_mib(b.interpreter)}, {b.least_slots} experts "
-        f"{_mib(b.slot * b.least_slots)}); "
-        "raise --ram, or lower --context"
+        f"({parts}). {why}{advice}"
     )

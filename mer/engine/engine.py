@@ -206,7 +206,8 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         """The engine's state now, and totals."""
-        scheduler, cache, budget = self._scheduler, self._runner.cache.stats(), self._runner.budget
+        scheduler, budget, experts = self._scheduler, self._runner.budget, self._runner.experts
+        cache = experts.cache.stats() if experts else dict.fromkeys(("resident", "evictions", "in_use"), 0)
         return Snapshot(
             waiting=len(scheduler.waiting) + len(scheduler.paused),
             running=len(scheduler.running),

@@ -5,21 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 from attrs import astuple, define, field, frozen
 from numpy.typing import NDArray
 
-from mer._ext.cache import ExpertCache
 from mer._ext.cpus import numa_nodes
 from mer._ext.kernels import Kernels, Pool, interleave
-from mer._ext.moe import ExpertStreamer
 from mer._ext.uring import Reader
 from mer.config import EngineConfig
 from mer.engine import budget as budgets
 from mer.engine.budget import Budget
+from mer.engine.routed import RoutedExperts
 from mer.engine.scheduler import Chunk
+from mer.errors import ConfigError
 from mer.model.batch import Batch
 from mer.model.dense import DenseWeights, load_dense
 from mer.model.families import load
@@ -29,11 +28,7 @@ from mer.model.spec import ModelSpec
 from mer.streaming.experts import expert_tables
 from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
-from mer.streaming.warm import WarmStart
 from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
-
-# Bytes of the expert cache that are touched ahead of their use, in idle time.
-_PREFAULT: Final = 1 << 30
 
 
 @frozen
@@ -41,7 +36,8 @@ class StepStats:
     """Totals since the start; the difference of two is what happened in between.
 
     step_s: all of the steps; of it io_wait_s went by with nothing to compute because reads were not there
-    yet, and expert_s with computing experts; the rest is attention, router, head and what lies between.
+    yet, and expert_s with computing experts; the rest is attention, router, head and what lies between. All
+    but step_s stays 0 in a dense model.
     prefetched: experts read ahead of their layer; prefetch_used: those of them that were wanted before they
     were evicted; prefetch_bytes and prefetch_used_bytes: of all and of those. guesses: what the next layer's
     router was expected to choose, asked a layer early; guesses_right: what of that it chose.
@@ -69,20 +65,17 @@ class StepStats:
 
 @define(eq=False)
 class Runner:
-    """Computes steps of one model. One thread at a time."""
+    """Computes steps of one model. One thread at a time. experts: None in a dense model."""
 
     checkpoint: Checkpoint
     spec: ModelSpec
     budget: Budget
     reader: Reader
-    cache: ExpertCache
+    experts: RoutedExperts | None
     isa: str
     _forward: Forward = field(alias="forward")
-    _streamer: ExpertStreamer = field(alias="streamer")
     profile: Profile | None = None
-    _warm: WarmStart | None = field(default=None, alias="warm")
     _step_s: float = field(default=0.0, init=False)
-    _arena_registered: bool = field(default=False, init=False)
 
     @classmethod
     def open(
@@ -97,7 +90,6 @@ class Runner:
         UnsupportedModelError, BudgetError, ConfigError or DeviceReadError.
         """
         profile: Profile | None = None
-        warm: WarmStart | None = None
         checkpoint = open_checkpoint(path)
         require_streamable(checkpoint)
         architecture = load(checkpoint)
@@ -108,49 +100,41 @@ class Runner:
         budget = budgets.plan(checkpoint, architecture, tables, config)
         reader = Reader(checkpoint.files, backend=config.io_backend, queue_depth=config.queue_depth)
         try:
-            cache = ExpertCache(
-                tables.total, budget.slots, budget.slot,
-                policy=config.cache_policy, n_layers=spec.n_moe_layers,
-            )  # fmt: skip
-            cache.prefault(_PREFAULT)
+            experts = RoutedExperts(spec, tables, budget, config) if spec.router else None
             dense = load_dense(checkpoint, architecture, reader)
             pool = Pool(budget.threads)
             kv = KVCache(spec, budget.kv_blocks, budget.kv_dtype)
-            streamer = ExpertStreamer(
-                cache, reader, kernels, pool, tables.layers, tables.reads, tables.matrices,
-                spec.router.top_k, budget.step_tokens, config.prefetch,
-            )  # fmt: skip
-            _spread(numa_nodes(), dense, kv, cache)
-            if spec.expert_bias:
-                streamer.add_biases(dense.expert_biases())
-            if spec.clamp is not None:
-                streamer.clamp(spec.clamp.alpha, spec.clamp.limit)
+            _spread(numa_nodes(), dense, kv, experts)
+            if experts is not None:
+                experts.connect(checkpoint, reader, kernels, pool, dense.expert_biases())
             forward = Forward(
-                spec, dense, streamer, kv, pool, kernels,
+                spec, dense, experts.streamer if experts else None, kv, pool, kernels,
                 max_tokens=budget.step_tokens, max_rows=min(config.max_running, budget.step_tokens),
             )  # fmt: skip
-            forward.look_ahead = config.prefetch > 0 and budget.slots < budget.experts
             if config.trace is not None:
+                if spec.router is None:
+                    raise ConfigError("trace: this is a dense model, no token chooses experts; leave it out")
                 forward.trace = TraceWriter(
                     config.trace, model=path.name, n_layers=spec.n_moe_layers,
-                    n_experts=tables.n_experts, top_k=spec.router.top_k,
+                    n_experts=spec.n_experts, top_k=spec.top_k,
                 )  # fmt: skip
             if config.profile is not None:
-                profile = Profile(config.profile, model=path.name, n_experts=tables.n_experts)
+                profile = Profile(config.profile, model=path.name, n_experts=spec.n_experts)
                 forward.profile(profile)
-                streamer.record(profile.recorder)
-            if config.warm_start:
-                warm = WarmStart(checkpoint, tables, cache, reader)
-                warm.begin()
+            if experts is not None:
+                forward.look_ahead = experts.look_ahead
+                if profile is not None:
+                    experts.streamer.record(profile.recorder)
+                experts.begin()
         except BaseException:
             reader.close()
             raise
-        return cls(checkpoint, spec, budget, reader, cache, kernels.isa, forward, streamer, profile, warm)
+        return cls(checkpoint, spec, budget, reader, experts, kernels.isa, forward, profile)
 
     def close(self) -> None:
         """Give the files back; no step may be under way."""
-        if self._warm is not None:
-            self._warm.end(used=self._step_s > 0)
+        if self.experts is not None:
+            self.experts.end(used=self._step_s > 0)
         self.reader.close()
         if self._forward.trace is not None:
             self._forward.trace.close()
@@ -159,7 +143,9 @@ class Runner:
 
     @property
     def stats(self) -> StepStats:
-        s = self._streamer.stats()
+        if self.experts is None:
+            return StepStats(step_s=self._step_s)
+        s = self.experts.streamer.stats()
         return StepStats(
             step_s=self._step_s,
             io_wait_s=s["io_wait_s"],
@@ -178,7 +164,7 @@ class Runner:
     @property
     def prefetch_depth(self) -> int:
         """How many guesses of a token are read ahead now: 0 where that does not pay."""
-        return int(self._streamer.stats()["prefetch_depth"])
+        return int(self.experts.streamer.stats()["prefetch_depth"]) if self.experts else 0
 
     def step(self, chunks: list[Chunk]) -> NDArray[np.float32]:
         """Compute the chunks: f32 [R, vocab], the logits after the last `rows` tokens of each, in order.
@@ -187,7 +173,8 @@ class Runner:
         the chunks can then be computed again.
         """
         started = time.monotonic_ns()
-        self.cache.hold_prefault_py(True)
+        if self.experts is not None:
+            self.experts.begin_step()
         tokens: list[int] = []
         positions: list[NDArray[np.int32]] = []
         offsets: list[int] = [0]
@@ -211,8 +198,8 @@ class Runner:
         try:
             return self._forward.step(batch)
         finally:
-            self.cache.hold_prefault_py(False)
-            self._register_arena()
+            if self.experts is not None:
+                self.experts.end_step()
             self._step_s += (time.monotonic_ns() - started) / 1e9
             if self.profile is not None:
                 self.profile.step(started, len(tokens), len(chunks))
@@ -226,25 +213,15 @@ class Runner:
         """f32 [T, hidden]: of each token of the last step, after the final norm; overwritten by the next."""
         return self._forward.hidden()
 
-    def _register_arena(self) -> None:
-        """Make the cache's arena fixed buffers of the ring, once it is full: a read takes less CPU time then.
 
-        Not before: registering touches all of it, which would delay the first token.
-        """
-        if self._arena_registered or self.budget.slots == self.budget.experts:
-            return
-        stats = self._streamer.stats()
-        if stats["misses"] + stats["prefetched"] >= self.budget.slots:
-            self._arena_registered = True
-            self.reader.add_buffer(self.cache.arena_address, self.cache.arena_bytes)
-
-
-def _spread(nodes: dict[int, list[int]], dense: DenseWeights, kv: KVCache, cache: ExpertCache) -> None:
+def _spread(
+    nodes: dict[int, list[int]], dense: DenseWeights, kv: KVCache, experts: RoutedExperts | None
+) -> None:
     """Over all memory nodes, where there are several: every thread reads all of it."""
     if len(nodes) < 2:
         return
-    arrays = [*kv.layers, *dense.matrices()]
-    for address, nbytes in [(a.ctypes.data, a.nbytes) for a in arrays] + [
-        (cache.arena_address, cache.arena_bytes)
-    ]:
+    places = [(array.ctypes.data, array.nbytes) for array in (*kv.layers, *dense.matrices())]
+    if experts is not None:
+        places.append((experts.cache.arena_address, experts.cache.arena_bytes))
+    for address, nbytes in places:
         interleave(address, nbytes, nodes)

@@ -48,7 +48,7 @@ class Forward:
         self,
         spec: ModelSpec,
         dense: DenseWeights,
-        moe: Experts,
+        moe: Experts | None,
         kv: KVCache,
         pool: Pool,
         kernels: Kernels,
@@ -56,7 +56,10 @@ class Forward:
         max_tokens: int,
         max_rows: int,
     ) -> None:
-        """max_tokens: most tokens of one step. max_rows: most tokens of one step whose logits are wanted."""
+        """moe: None where no layer has experts.
+
+        max_tokens: most tokens of one step. max_rows: most tokens of one step whose logits are wanted.
+        """
         self.spec = spec
         self.max_tokens = max_tokens
         self.max_rows = max_rows
@@ -107,6 +110,7 @@ class Forward:
             if layer.moe_index is None:
                 decoder.feed(index)
                 continue
+            assert self._moe is not None
             decoder.route(index)
             ahead = None
             if self.look_ahead and self._pairs[index] and self._moe.wants_guesses(len(h)):

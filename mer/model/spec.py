@@ -110,7 +110,8 @@ class ModelSpec:
     attention: Attention
     rope: RopeSpec
     layers: tuple[LayerSpec, ...]
-    router: RouterSpec
+    # None, and a moe_inter of 0: a dense model, no layer has experts.
+    router: RouterSpec | None
     moe_inter: int
     # Of the plain feed-forward layers; 0 where there is none.
     dense_inter: int
@@ -140,3 +141,13 @@ class ModelSpec:
     def ropes(self) -> list[RopeSpec]:
         """The rotary embedding of each layer."""
         return [layer.rope or self.rope for layer in self.layers]
+
+    @property
+    def n_experts(self) -> int:
+        """Of each MoE layer; 0 in a dense model."""
+        return self.router.n_experts if self.router else 0
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token in each MoE layer; 0 in a dense model."""
+        return self.router.top_k if self.router else 0

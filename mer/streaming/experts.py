@@ -22,7 +22,8 @@ class ExpertTables:
     """The arrays that `mer._ext.moe.ExpertStreamer` takes; expert e of MoE layer l is row l * n_experts + e.
 
     slot_bytes: what the largest expert needs, a multiple of 4096. layers i64 [n_layers, 4], reads i64
-    [n_layers * n_experts, max_reads, 5], matrices i64 [n_layers * n_experts, 3].
+    [n_layers * n_experts, max_reads, 5], matrices i64 [n_layers * n_experts, 3]. Of a dense model all is 0
+    or empty.
     """
 
     n_experts: int
@@ -49,8 +50,8 @@ def expert_tables(sources: Sequence[MoeLayerSource], path: Path | None = None) -
     CheckpointError when the experts of a layer differ in format or shape.
     """
     where = f"{path}: " if path is not None else ""
-    n_experts = len(sources[0].experts)
-    max_reads = max(len(e.pieces) for source in sources for e in source.experts)
+    n_experts = len(sources[0].experts) if sources else 0
+    max_reads = max((len(e.pieces) for source in sources for e in source.experts), default=0)
     layers = np.zeros((len(sources), 4), np.int64)
     reads = np.zeros((len(sources) * n_experts, max_reads, 5), np.int64)
     matrices = np.zeros((len(sources) * n_experts, 3), np.int64)

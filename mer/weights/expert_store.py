@@ -18,6 +18,7 @@ from mer.weights.store_layout import (
     DENSE_FILE,
     KIND_DENSE,
     KIND_EXPERTS,
+    NO_EXPERTS,
     MatrixPlace,
     expert_bytes,
     expert_file,
@@ -35,9 +36,12 @@ def is_store(path: Path) -> bool:
 
 def open_store(path: Path, config: dict[str, Any]) -> Checkpoint:
     """Raises CheckpointError that names the file, and the tensor if it is one tensor's fault."""
-    files = [path / DENSE_FILE, path / expert_file(1)]
+    files = [path / DENSE_FILE]
     dense = _StoreFile(files[0], KIND_DENSE)
     tensors = {raw.name: dense.tensor(raw) for raw in dense.header.tensors}
+    if dense.header.metadata.get("experts") == NO_EXPERTS:
+        return Checkpoint(path, "store", config, files, tensors, {}, dense.checksums)
+    files.append(path / expert_file(1))
     first = _StoreFile(files[1], KIND_EXPERTS)
     total = first.part(1)
     files += [path / expert_file(n) for n in range(2, total + 1)]

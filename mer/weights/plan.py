@@ -118,7 +118,8 @@ def lay_out(
     sizes: Counter[str] = Counter()
     dense_jobs = _dense_jobs(checkpoint, plan, dense, notes)
     layout = lay_out_dense(
-        {name: (job.segments[0].format, checkpoint.tensors[name].shape) for name, job in dense_jobs.items()}
+        {name: (job.segments[0].format, checkpoint.tensors[name].shape) for name, job in dense_jobs.items()},
+        experts=bool(plan.layers),
     )
     files = [(layout, [dense_jobs[tensor.name] for tensor in layout.tensors])]
     jobs: dict[str, TensorJob] = {}

@@ -11,6 +11,7 @@ has no place for stands in `__metadata__`, as JSON strings:
     part       "1/3": this file among the expert files
     layers     {L: [[format, rows, cols, offset] of gate, of up, of down]}       (expert files)
     blocks     {tensor: [format, shape]} of the tensors in a block format         (the dense file)
+    experts    "none", in the dense file of a model that has none: then it is the only file
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ ALIGN: Final = 4096
 MATRIX_ALIGN: Final = 64
 KIND_EXPERTS: Final = "mer experts 1"
 KIND_DENSE: Final = "mer dense 1"
+NO_EXPERTS: Final = "none"
 DENSE_FILE: Final = "dense.safetensors"
 MAX_FILE: Final = 8 << 30
 _NO_CHECKSUM: Final = "0" * 32
@@ -155,8 +157,10 @@ def lay_out_experts(
     return files
 
 
-def lay_out_dense(tensors: Mapping[str, tuple[Format, tuple[int, ...]]]) -> FileLayout:
-    """The dense file for tensors of (format, shape in elements).
+def lay_out_dense(
+    tensors: Mapping[str, tuple[Format, tuple[int, ...]]], *, experts: bool = True
+) -> FileLayout:
+    """The dense file for tensors of (format, shape in elements). experts: whether there are files of them.
 
     Wide types stand first, so that every tensor is aligned for its type, as the safetensors package does.
     """
@@ -175,4 +179,7 @@ def lay_out_dense(tensors: Mapping[str, tuple[Format, tuple[int, ...]]]) -> File
             blocks[name] = [form.name, shape]
         places.append(TensorPlace(name, dtype, stored_shape, offset, nbytes))
         offset += nbytes
-    return FileLayout(DENSE_FILE, tuple(places), {"kind": KIND_DENSE, "blocks": _json(blocks)})
+    metadata = {"kind": KIND_DENSE, "blocks": _json(blocks)}
+    if not experts:
+        metadata["experts"] = NO_EXPERTS
+    return FileLayout(DENSE_FILE, tuple(places), metadata)

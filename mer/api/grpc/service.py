@@ -191,8 +191,8 @@ class Inference:
             eos_token_ids=sorted(tokenizer.eos_ids) if tokenizer else (),
             layers=spec.n_layers,
             hidden_size=spec.hidden,
-            experts_per_layer=spec.router.n_experts,
-            experts_per_token=spec.router.top_k,
+            experts_per_layer=spec.n_experts,
+            experts_per_token=spec.top_k,
             facts={name: str(value) for name, value in engine.facts().items()},
         )
 

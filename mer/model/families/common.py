@@ -87,7 +87,7 @@ def softmax_router(config: Config, *, normalise: bool) -> RouterSpec:
 def number_layers(config: Config, moe: list[bool], windows: list[int | None]) -> tuple[LayerSpec, ...]:
     """LayerSpecs from what is MoE and which windows there are."""
     if not any(moe):
-        raise config.unsupported("no layer has experts; mer runs Mixture-of-Experts models")
+        raise config.unsupported("no layer has experts, which models of this family have")
     return tuple(
         LayerSpec(window, sum(moe[:i]) if is_moe else None)
         for i, (window, is_moe) in enumerate(zip(windows, moe, strict=True))

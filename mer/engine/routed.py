@@ -1,0 +1,94 @@
+"""The routed experts of one model: their cache, their streamer, and what remembers the hot ones."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mer._ext.cache import ExpertCache
+from mer._ext.kernels import Kernels, Pool
+from mer._ext.moe import ExpertStreamer
+from mer._ext.uring import Reader
+from mer.config import EngineConfig
+from mer.engine.budget import Budget
+from mer.model.spec import ModelSpec
+from mer.streaming.experts import ExpertTables
+from mer.streaming.warm import WarmStart
+from mer.weights.checkpoint import Checkpoint
+
+# Bytes of the expert cache that are touched ahead of their use, in idle time.
+_PREFAULT: Final = 1 << 30
+
+_Biases = list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]
+
+
+class RoutedExperts:
+    """What a Runner has for a model with experts, and not for a dense one.
+
+    The cache is there at once and its memory touched while dense weights are read; `connect` does the rest.
+    """
+
+    streamer: ExpertStreamer
+
+    def __init__(self, spec: ModelSpec, tables: ExpertTables, budget: Budget, config: EngineConfig) -> None:
+        self._spec, self._tables, self._budget, self._config = spec, tables, budget, config
+        self._warm: WarmStart | None = None
+        self._arena_registered = False
+        self.cache = ExpertCache(
+            tables.total, budget.slots, budget.slot,
+            policy=config.cache_policy, n_layers=spec.n_moe_layers,
+        )  # fmt: skip
+        self.cache.prefault(_PREFAULT)
+
+    def connect(
+        self, checkpoint: Checkpoint, reader: Reader, kernels: Kernels, pool: Pool, biases: _Biases
+    ) -> None:
+        """Make the streamer. biases: of each MoE layer, where the experts have such."""
+        tables, spec, config = self._tables, self._spec, self._config
+        self._reader = reader
+        self.streamer = ExpertStreamer(
+            self.cache, reader, kernels, pool, tables.layers, tables.reads, tables.matrices,
+            spec.top_k, self._budget.step_tokens, config.prefetch,
+        )  # fmt: skip
+        if spec.expert_bias:
+            self.streamer.add_biases(biases)
+        if spec.clamp is not None:
+            self.streamer.clamp(spec.clamp.alpha, spec.clamp.limit)
+        if config.warm_start:
+            self._warm = WarmStart(checkpoint, tables, self.cache, reader)
+
+    def begin(self) -> None:
+        """Everything is made: read back what was remembered, if that was asked for."""
+        if self._warm is not None:
+            self._warm.begin()
+
+    def end(self, *, used: bool) -> None:
+        """Before the reader is closed. used: whether steps were computed."""
+        if self._warm is not None:
+            self._warm.end(used=used)
+
+    @property
+    def look_ahead(self) -> bool:
+        """Whether reading ahead could be of use."""
+        return self._config.prefetch > 0 and self._budget.slots < self._budget.experts
+
+    def begin_step(self) -> None:
+        self.cache.hold_prefault_py(True)
+
+    def end_step(self) -> None:
+        self.cache.hold_prefault_py(False)
+        self._register_arena()
+
+    def _register_arena(self) -> None:
+        """Make the cache's arena fixed buffers of the ring, once it is full: a read takes less CPU time then.
+
+        Not before: registering touches all of it, which would delay the first token.
+        """
+        if self._arena_registered or self._budget.slots == self._budget.experts:
+            return
+        stats = self.streamer.stats()
+        if stats["misses"] + stats["prefetched"] >= self._budget.slots:
+            self._arena_registered = True
+            self._reader.add_buffer(self.cache.arena_address, self.cache.arena_bytes)
