@@ -48,6 +48,11 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
             with torch.no_grad():
                 tensor.copy_(torch.from_numpy(gguf.quants.dequantize(data, kind)))
         writer.add_tensor(found, data, raw_dtype=kind)
+    if config["rope_parameters"]["rope_type"] == "llama3":
+        frequencies = model.model.rotary_emb.inv_freq.numpy()
+        exponents = np.arange(len(frequencies), dtype=np.float32) / len(frequencies)
+        plain = config["rope_parameters"]["rope_theta"] ** -exponents
+        writer.add_tensor("rope_freqs.weight", (plain / frequencies).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -82,7 +87,7 @@ def _metadata(w: GGUFWriter, family: str, config: dict) -> None:
     counts = ("num_experts", "num_local_experts", "n_routed_experts")
     w.add_expert_count(next(config[name] for name in counts if config.get(name)))
     w.add_expert_used_count(config["num_experts_per_tok"])
-    if "factor" in rope:
+    if rope["rope_type"] in ("linear", "yarn"):
         w.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         w.add_rope_scaling_factor(rope["factor"])
         w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])

@@ -8,6 +8,17 @@ from attrs import frozen
 
 
 @frozen
+class RopeScaling:
+    """How frequencies were changed, for whoever writes it down. factor: of the context `original`."""
+
+    kind: Literal["linear", "llama3", "yarn", "factors"]
+    factor: float
+    original: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@frozen
 class RopeSpec:
     """Rotary embedding: pair i at position p turns by p * inv_freq[i]; cos and sin are times `scale`.
 
@@ -18,6 +29,9 @@ class RopeSpec:
     scale: float = 1.0
     # True: pairs are neighbours (2i, 2i+1); False: pairs are (i, i + pairs).
     interleaved: bool = False
+    # What the frequencies were made of.
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
 
 
 @frozen

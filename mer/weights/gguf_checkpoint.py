@@ -13,6 +13,8 @@ from mer.weights.gguf_config import config_of, family_of
 from mer.weights.gguf_families import GGUFFamily
 from mer.weights.tensors import Checkpoint, TensorInfo
 
+_FREQUENCIES: Final = "rope_freqs.weight"
+_MAX_FREQUENCIES: Final = 1 << 16  # bytes
 _IN_LAYER: Final = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 
 
@@ -64,7 +66,23 @@ def open_gguf(path: Path) -> Checkpoint:
             name = _name(part.path, tensor.name, family, config["num_hidden_layers"])
             info = _info(tensor, number, name)
             tensors[info.name] = info
-    return Checkpoint(path, "gguf", config, [part.path for part in parts], tensors)
+    checkpoint = Checkpoint(path, "gguf", config, [part.path for part in parts], tensors)
+    _take_frequencies(checkpoint)
+    return checkpoint
+
+
+def _take_frequencies(checkpoint: Checkpoint) -> None:
+    """What each rotary frequency is divided by is a tensor here; config.json says such things itself."""
+    info = checkpoint.tensors.get(_FREQUENCIES)
+    if info is None:
+        return
+    rope = checkpoint.config["rope_parameters"]
+    if info.nbytes > _MAX_FREQUENCIES or rope["rope_type"] != "default":
+        raise UnsupportedModelError(
+            f"{checkpoint.files[info.file]}: has the tensor {_FREQUENCIES} {list(info.shape)} beside rope "
+            f"scaling {rope['rope_type']!r}, which is not supported; take another file"
+        )
+    rope["frequency_factors"] = checkpoint.numpy(_FREQUENCIES).reshape(-1).tolist()
 
 
 def _parts(path: Path) -> list[GGUFFile]:
@@ -104,8 +122,6 @@ def _name(path: Path, name: str, family: GGUFFamily, n_layers: int) -> str:
     found = family.names.hugging_face(name)
     if found is not None:
         return found
-    if name == "rope_freqs.weight":
-        raise UnsupportedModelError(f"{path}: has rotary frequencies of its own, which is not supported")
     match = _IN_LAYER.fullmatch(name)
     # Layers of multi-token prediction stand behind the model's own; without them it answers all the same.
     if match is None or int(match[1]) >= n_layers or match[2] == "attn_rot_embd":

@@ -23,6 +23,14 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY))
@@ -41,6 +49,7 @@ def test_logits(family, tmp_path):
         ("qwen3_moe", {"tie_word_embeddings": True}),
         ("olmoe", {"clip_qkv": 0.7}),
         ("mixtral", {"num_key_value_heads": 4}),
+        ("mixtral", {"rope_parameters": LLAMA3}),
         ("glm4_moe", {"attention_bias": True, "use_qk_norm": False}),
     ],
 )

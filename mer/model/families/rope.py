@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mer.model.families.config import Config
-from mer.model.spec import RopeSpec
+from mer.model.spec import RopeScaling, RopeSpec
 
 Array = NDArray[np.float64]
 
@@ -95,14 +95,31 @@ class Rope:
         powers = (self.theta**exponents).astype(np.float32)
         frequencies = (np.float32(1.0) / powers).astype(np.float64)
         scale = 1.0
+        scaling: RopeScaling | None = None
         if self.type == "linear":
-            frequencies = frequencies / self._number("factor")
+            scaling = RopeScaling("linear", self._number("factor"), self._original)
+            frequencies = frequencies / scaling.factor
         elif self.type == "llama3":
+            scaling = RopeScaling("llama3", self._number("factor"), self._original)
             frequencies = self._llama3(frequencies)
         elif self.type == "yarn":
-            frequencies, scale = self._yarn(frequencies, dim)
+            fast, slow = self._number("beta_fast", 32.0), self._number("beta_slow", 1.0)
+            scaling = RopeScaling("yarn", self._yarn_factor(), self._original, fast, slow)
+            frequencies, scale = self._yarn(frequencies, dim, scaling)
+        elif "frequency_factors" in self._values:
+            scaling = RopeScaling("factors", 1.0, self._original)
+            frequencies = frequencies / self._factors(dim)
         # `dynamic` changes nothing up to max_position_embeddings, and further a sequence may not go.
-        return RopeSpec(tuple(frequencies.astype(np.float32).tolist()), scale, interleaved)
+        inv_freq = tuple(frequencies.astype(np.float32).tolist())
+        return RopeSpec(inv_freq, scale, interleaved, self.theta, scaling)
+
+    def _factors(self, dim: int) -> Array:
+        """What a GGUF file divides each frequency by."""
+        found = self._values["frequency_factors"]
+        if not isinstance(found, list) or len(found) != dim // 2:
+            raise self._config.wrong(f"there must be a frequency factor for each of {dim // 2} pairs")
+        factors = [self._config.as_number("a frequency factor", factor) for factor in found]
+        return np.array(factors, np.float64)
 
     def _llama3(self, frequencies: Array) -> Array:
         factor = self._number("factor")
@@ -117,14 +134,13 @@ class Rope:
     def _yarn_factor(self) -> float:
         return self._number("factor", self._positions / self._original)
 
-    def _yarn(self, frequencies: Array, dim: int) -> tuple[Array, float]:
-        factor = self._yarn_factor()
-        fast, slow = self._number("beta_fast", 32.0), self._number("beta_slow", 1.0)
+    def _yarn(self, frequencies: Array, dim: int, scaling: RopeScaling) -> tuple[Array, float]:
+        factor = scaling.factor
 
         def pair_that_turns(times: float) -> float:
             return dim * math.log(self._original / (times * 2 * math.pi)) / (2 * math.log(self.theta))
 
-        low, high = pair_that_turns(fast), pair_that_turns(slow)
+        low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
         if self._values.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
