@@ -9,7 +9,7 @@ from typing import Final
 from mer.errors import CheckpointError, UnsupportedModelError
 from mer.weights import formats
 from mer.weights.gguf import SHARD, TYPES, GGUFFile, GGUFTensor, read_gguf
-from mer.weights.gguf_config import config_of, family_of
+from mer.weights.gguf_config import understand
 from mer.weights.gguf_families import GGUFFamily
 from mer.weights.tensors import Checkpoint, TensorInfo
 
@@ -58,8 +58,7 @@ def open_gguf(path: Path) -> Checkpoint:
                     "one model, fetch them again"
                 )
             shapes[tensor.name] = tensor.shape
-    family = family_of(parts[0].metadata)
-    config = config_of(family, parts[0].metadata, shapes)
+    family, config = understand(parts[0].metadata, shapes)
     tensors: dict[str, TensorInfo] = {}
     for number, part in enumerate(parts):
         for tensor in part.tensors:

@@ -7,20 +7,8 @@ from typing import Any
 
 from mer.errors import CheckpointError, UnsupportedModelError
 from mer.weights.gguf import Metadata
-from mer.weights.gguf_families import BY_ARCHITECTURE, GGUFFamily
+from mer.weights.gguf_families import ARCHITECTURES, GGUFFamily, family_of
 from mer.weights.gguf_keys import Keys, rope_of
-
-
-def family_of(metadata: Metadata) -> GGUFFamily:
-    """Raises UnsupportedModelError for an architecture that is not known."""
-    architecture = metadata.get("general.architecture")
-    found = BY_ARCHITECTURE.get(str(architecture))
-    if found is None:
-        known = ", ".join(sorted(BY_ARCHITECTURE))
-        raise UnsupportedModelError(
-            f"{metadata.path}: general.architecture is {architecture!r}; known are {known}"
-        )
-    return found
 
 
 def _common(keys: Keys) -> dict[str, Any]:
@@ -44,14 +32,20 @@ def _common(keys: Keys) -> dict[str, Any]:
     }
 
 
-def config_of(
-    family: GGUFFamily, metadata: Metadata, tensors: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any]:
-    """config.json's keys and values. tensors: shapes by GGUF's names.
+def understand(
+    metadata: Metadata, tensors: Mapping[str, tuple[int, ...]]
+) -> tuple[GGUFFamily, dict[str, Any]]:
+    """The family of a file, and config.json's keys and values. tensors: shapes by GGUF's names.
 
-    Raises CheckpointError for keys that are missing.
+    Raises CheckpointError for keys that are missing, UnsupportedModelError for another architecture.
     """
     keys = Keys(metadata, tensors)
+    family = family_of(keys)
+    if family is None:
+        raise UnsupportedModelError(
+            f"{metadata.path}: general.architecture is {keys.architecture!r}; known are "
+            + ", ".join(ARCHITECTURES)
+        )
     try:
         config = {**_common(keys), **family.config(keys)}
     except (TypeError, ZeroDivisionError) as error:
@@ -65,4 +59,4 @@ def config_of(
     eos = metadata.get("tokenizer.ggml.eos_token_id")
     if eos is not None:
         config["eos_token_id"] = eos
-    return {name: value for name, value in config.items() if value is not None}
+    return family, {name: value for name, value in config.items() if value is not None}

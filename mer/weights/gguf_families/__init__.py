@@ -9,12 +9,18 @@ from typing import Final
 
 from mer.weights.gguf_families import deepseek_v3, glm4_moe, gpt_oss, mixtral, olmoe, qwen_moe
 from mer.weights.gguf_families.family import GGUFFamily
+from mer.weights.gguf_keys import Keys
 
-__all__ = ["BY_ARCHITECTURE", "BY_MODEL_TYPE", "GGUFFamily"]
+__all__ = ["ARCHITECTURES", "BY_MODEL_TYPE", "GGUFFamily", "family_of"]
 
 _KNOWN: Final = (
     deepseek_v3.FAMILY, glm4_moe.FAMILY, gpt_oss.FAMILY, mixtral.FAMILY, olmoe.FAMILY, qwen_moe.QWEN2,
     qwen_moe.QWEN3,
 )  # fmt: skip
-BY_ARCHITECTURE: Final = {family.architecture: family for family in _KNOWN}
+ARCHITECTURES: Final = sorted({family.architecture for family in _KNOWN})
 BY_MODEL_TYPE: Final = {family.model_type: family for family in _KNOWN}
+
+
+def family_of(keys: Keys) -> GGUFFamily | None:
+    """The family of a file; None for an architecture that is not known."""
+    return next((f for f in _KNOWN if f.architecture == keys.architecture and f.is_of(keys)), None)

@@ -17,7 +17,8 @@ class GGUFFamily:
 
     architecture: general.architecture. model_type: config.json's. config: config.json's other keys, besides
     those that `gguf_config` finds. names: of its tensors. neighbours: elements (2i, 2i + 1) of a head turn
-    together in llama.cpp, not (i, i + dim / 2): config.json's rope_interleave.
+    together in llama.cpp, not (i, i + dim / 2): config.json's rope_interleave. is_of: whether a file of the
+    architecture is of this family, where several families share one.
     """
 
     architecture: str
@@ -25,3 +26,4 @@ class GGUFFamily:
     config: Callable[[Keys], dict[str, Any]]
     names: Names
     neighbours: bool = False
+    is_of: Callable[[Keys], bool] = lambda keys: True
