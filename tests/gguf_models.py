@@ -12,7 +12,10 @@ ARCHITECTURES = {
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
     "olmoe": gguf.MODEL_ARCH.OLMOE,
+    "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
+    "glm4_moe_lite": gguf.MODEL_ARCH.DEEPSEEK2,
+    "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
 }
@@ -97,8 +100,9 @@ def _metadata(w: GGUFWriter, family: str, config: dict) -> None:
         w.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if family == "qwen2_moe":
         w.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    if family == "gpt_oss":
+    if family in ("gpt_oss", "minimax_m2"):
         w.add_expert_feed_forward_length(config["intermediate_size"])
+    if family == "gpt_oss":
         w.add_sliding_window(config["sliding_window"])
     if config.get("clip_qkv"):
         w.add_clamp_kqv(config["clip_qkv"])
@@ -124,11 +128,12 @@ def _metadata(w: GGUFWriter, family: str, config: dict) -> None:
 
 
 def _deepseek_experts(w: GGUFWriter, config: dict) -> None:
-    w.add_leading_dense_block_count(config["first_k_dense_replace"])
+    w.add_leading_dense_block_count(config.get("first_k_dense_replace", 1))
     w.add_expert_shared_count(config["n_shared_experts"])
     w.add_expert_weights_scale(config["routed_scaling_factor"])
     w.add_expert_weights_norm(config["norm_topk_prob"])
-    w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    scores = gguf.ExpertGatingFuncType
+    w.add_expert_gating_func(scores.SOFTMAX if "topk_method" in config else scores.SIGMOID)
     w.add_expert_group_count(config["n_group"])
     w.add_expert_group_used_count(config["topk_group"])
 

@@ -18,7 +18,7 @@ POINTER, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctyp
 class Router(ctypes.Structure):
     _fields_ = (
         *((name, LONG) for name in ("n_experts", "top_k", "n_groups", "top_groups")),
-        *((name, INT) for name in ("sigmoid", "normalise")),
+        *((name, INT) for name in ("group_best", "sigmoid", "normalise")),
         *((name, FLOAT) for name in ("scale", "epsilon")),
         ("bias", POINTER),
     )
@@ -54,10 +54,12 @@ def at(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def route(lib, logits, top_k, *, groups=1, top_groups=1, sigmoid=0, normalise=0, scale=1.0, bias=None):
+def route(
+    lib, logits, top_k, *, groups=1, top_groups=1, best=2, sigmoid=0, normalise=0, scale=1.0, bias=None
+):
     logits = np.array(logits, np.float32)
     bias = None if bias is None else np.array(bias, np.float32)
-    router = Router(len(logits), top_k, groups, top_groups, sigmoid, normalise, scale, 0.0, None)
+    router = Router(len(logits), top_k, groups, top_groups, best, sigmoid, normalise, scale, 0.0, None)
     if bias is not None:
         router.bias = bias.ctypes.data
     choice, ids, weights = np.zeros_like(logits), np.full(top_k, -1, np.int32), np.zeros(top_k, np.float32)
@@ -94,6 +96,17 @@ def test_router_groups_count_their_two_best(lib):
     logits = [2.0, 2.0, 0.0, 1.9, 1.9, 0.0, -9.0, 3.0, -9.0]
     assert route(lib, logits, 2, sigmoid=1, groups=3, top_groups=1)[0] == [0, 1]
     assert route(lib, logits, 3, sigmoid=1, groups=3, top_groups=2)[0] == [0, 1, 3]
+
+
+def test_router_groups_count_their_best(lib):
+    logits = np.random.default_rng(4).normal(size=24).astype(np.float32)
+    best = np.argsort(-logits.reshape(6, 4).max(1), kind="stable")[:2]
+    allowed = np.isin(np.arange(24) // 4, best)
+    expected = np.argsort(np.where(allowed, -logits, np.inf), kind="stable")[:5]
+    ids, weights = route(lib, logits, 5, groups=6, top_groups=2, best=1)
+    assert ids == expected.tolist()
+    np.testing.assert_allclose(weights, (np.exp(logits) / np.exp(logits).sum())[expected], rtol=1e-5)
+    assert route(lib, [1.0, 3.0, 2.0], 2, groups=3, top_groups=2, best=1)[0] == [1, 2]
 
 
 @pytest.mark.parametrize("sigmoid", [0, 1])

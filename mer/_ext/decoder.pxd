@@ -26,6 +26,7 @@ cdef extern from "mer_decoder.h" nogil:
         long top_k
         long n_groups
         long top_groups
+        int group_best
         int sigmoid
         int normalise
         float scale

@@ -169,7 +169,7 @@ cdef class Decoder:
         self.hidden, self.vocab, self.eps = spec.hidden, spec.vocab, spec.norm_eps
         r = spec.router
         if r is not None:
-            self.router = mer_router(r.n_experts, r.top_k, r.n_groups, r.top_groups, r.score == "sigmoid",
+            self.router = mer_router(r.n_experts, r.top_k, r.n_groups, r.top_groups, r.group_best, r.score == "sigmoid",
                                      r.normalise, r.scale, r.epsilon, NULL)
         self.final_norm = self.floats(weights["final_norm"])
         self.head = self.matrix(weights, "head")

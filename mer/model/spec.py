@@ -84,10 +84,11 @@ class RouterSpec:
     normalise: bool
     scale: float = 1.0
     epsilon: float = 0.0
-    # Experts form n_groups equal groups; only the `top_groups` best ones take part (by the sum of
-    # their two best experts).
+    # Experts form n_groups equal groups; only the `top_groups` best ones take part, by the sum of their
+    # `group_best` best experts, two or one.
     n_groups: int = 1
     top_groups: int = 1
+    group_best: Literal[1, 2] = 2
 
 
 @frozen

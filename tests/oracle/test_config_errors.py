@@ -79,6 +79,11 @@ def test_unknown_architecture_lists_the_known(checkpoint):
         ("mixtral", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor is missing"),
         ("mixtral", {"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta"),
         ("mixtral", {"rope_parameters": [1]}, "rope_parameters"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense", 1]}, "mlp_layer_types"),
+        ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5"),
+        ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "3 elements of a head can't turn"),
+        ("minimax_m2", {"rope_parameters": None, "rotary_dim": 0}, "rotary_dim is 0"),
         ("qwen3_moe", {"mlp_only_layers": ["x"]}, "mlp_only_layers"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "model.layers.0.mlp.gate_proj.weight is missing"),
         ("qwen3_moe", {"attention_bias": True}, "q_proj.bias is missing"),
@@ -111,6 +116,9 @@ def test_config_that_lies(checkpoint, family, changes, named):
         ("mixtral", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("minimax_m2", {"attn_type_list": [1, 0]}, "attn_type_list"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
     ],
 )
@@ -151,10 +159,13 @@ def test_fused_experts(checkpoint, originals, family):
     prompt = np.random.default_rng(2).integers(0, 211, 40).tolist()
     expected = Runner(originals / family).logits(prompt)
     path = checkpoint(family)
-    if family == "mixtral":
+    if family in ("mixtral", "minimax_m2"):
         parts = ("w1.weight", "w3.weight", "w2.weight")
         rename(path, lambda t: fuse(t, "block_sparse_moe.experts", *parts, "mlp.experts"))
-        rename(path, lambda t: {name.replace("block_sparse_moe", "mlp"): each for name, each in t.items()})
+        if family == "mixtral":
+            rename(
+                path, lambda t: {name.replace("block_sparse_moe", "mlp"): each for name, each in t.items()}
+            )
     else:
         parts = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
         rename(path, lambda t: fuse(t, "mlp.experts", *parts, "mlp.experts"))

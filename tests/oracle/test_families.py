@@ -85,6 +85,45 @@ CASES = {
             "norm_topk_prob": False,
         },
     },
+    "minimax_m2": {
+        "plain": {},
+        "whole-head-tied": {"rotary_dim": 16, "tie_word_embeddings": True},
+        "yarn": rope("yarn", 1e5, **YARN) | {"num_key_value_heads": 1, "num_experts_per_tok": 6},
+        "odd": {
+            "hidden_size": 60,
+            "num_attention_heads": 6,
+            "head_dim": 14,
+            "rotary_dim": 6,
+            "intermediate_size": 37,
+        },
+    },
+    "deepseek_v2": {
+        "plain": {},
+        "lite": rope("yarn", 1e4, **YARN, mscale=0.707, mscale_all_dim=0.707)
+        | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+        "groups-of-one": {
+            "n_group": 8,
+            "topk_group": 5,
+            "num_experts_per_tok": 4,
+            "first_k_dense_replace": 0,
+        },
+        "scaled": {"routed_scaling_factor": 16.0, "attention_bias": True, "tie_word_embeddings": True},
+        "odd": {
+            "hidden_size": 60,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 5,
+            "kv_lora_rank": 26,
+            "qk_nope_head_dim": 10,
+            "qk_rope_head_dim": 6,
+            "v_head_dim": 9,
+        },
+    },
+    "glm4_moe_lite": {
+        "plain": {},
+        "direct-queries": {"q_lora_rank": None, "attention_bias": True, "n_shared_experts": 2},
+        "mixed": {"mlp_layer_types": ["sparse", "dense", "sparse"]},
+        "halves": {"rope_interleave": False, "n_group": 4, "topk_group": 3, "norm_topk_prob": False},
+    },
     "deepseek_v3": {
         "plain": {},
         "direct-queries": {"q_lora_rank": None, "first_k_dense_replace": 0},
@@ -170,6 +209,26 @@ def test_config_without_what_has_a_default(family, tmp_path):
         changes |= {"norm_topk_prob": False}
     model = make(tmp_path, family, **changes)
     edit_config(tmp_path, **dict.fromkeys(OPTIONAL))
+    assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
+
+
+def test_kimi_k2_as_published(tmp_path):
+    """Moonshot's own model_type for a DeepSeek-V3; YaRN's beta_fast and beta_slow are the same there."""
+    yarn = {"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, **YARN}
+    changes = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.827}
+    model = make(tmp_path, "deepseek_v3", **rope("yarn", 5e4, **yarn), **changes)
+    edit_config(
+        tmp_path,
+        model_type="kimi_k2",
+        rope_parameters=None,
+        rope_theta=50000.0,
+        rope_scaling={"type": "yarn", **yarn},
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        moe_layer_freq=1,
+        num_nextn_predict_layers=0,
+        seq_aux=True,
+    )
     assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
 
 

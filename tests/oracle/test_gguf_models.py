@@ -50,6 +50,7 @@ def test_logits(family, tmp_path):
         ("olmoe", {"clip_qkv": 0.7}),
         ("mixtral", {"num_key_value_heads": 4}),
         ("mixtral", {"rope_parameters": LLAMA3}),
+        ("deepseek_v2", {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}),
         ("glm4_moe", {"attention_bias": True, "use_qk_norm": False}),
     ],
 )

@@ -66,6 +66,7 @@ void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, 
 
 typedef struct {
     long n_experts, top_k, n_groups, top_groups;
+    int group_best;    /* a group counts as much as this many of its best experts: 1 or 2 */
     int sigmoid;       /* else softmax */
     int normalise;     /* divide the chosen weights by their sum + epsilon */
     float scale, epsilon;

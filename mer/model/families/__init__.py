@@ -7,7 +7,17 @@ from typing import Final
 
 from attrs import frozen
 
-from mer.model.families import deepseek_v3, glm4_moe, gpt_oss, mixtral, olmoe, qwen_moe
+from mer.model.families import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    glm4_moe_lite,
+    gpt_oss,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen_moe,
+)
 from mer.model.families.config import Config
 from mer.model.families.tensors import Tensors
 from mer.model.spec import ModelSpec
@@ -16,9 +26,13 @@ from mer.weights.experts import MoeLayerSource
 
 # By `model_type` of config.json.
 FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
+    "deepseek_v2": deepseek_v2.read,
     "deepseek_v3": deepseek_v3.read,
     "glm4_moe": glm4_moe.read,
+    "glm4_moe_lite": glm4_moe_lite.read,
     "gpt_oss": gpt_oss.read,
+    "kimi_k2": deepseek_v3.read,
+    "minimax_m2": minimax_m2.read,
     "mixtral": mixtral.read,
     "olmoe": olmoe.read,
     "qwen2_moe": qwen_moe.read_qwen2,
@@ -66,7 +80,7 @@ def load(checkpoint: Checkpoint) -> Architecture:
 
 def _refuse_less_than_there_is(config: Config, tensors: Tensors, spec: ModelSpec) -> None:
     """Without a layer or a bias that was trained, a model would answer, but nonsense."""
-    predicting = config.integer("num_nextn_predict_layers", default=0, minimum=0)
+    predicting = config.integer("num_nextn_predict_layers", "num_mtp_modules", default=0, minimum=0)
     for name, layer in tensors.weights_not_asked_for().items():
         if layer < spec.n_layers:
             raise config.wrong(f"does not ask for the tensor {name}, which is there; fetch the file again")

@@ -12,18 +12,7 @@ def sigmoid_router(config: Config, *, default_scale: float = 1.0) -> RouterSpec:
     """Sigmoid scores; a learnt bias takes part in the choice, which is made in the best groups."""
     config.expect("scoring_func", "sigmoid")
     config.expect("topk_method", "noaux_tc")
-    n = config.integer("n_routed_experts", "num_local_experts", "num_experts")
-    top_k = config.integer("num_experts_per_tok")
-    groups = config.integer("n_group", default=1)
-    top_groups = config.integer("topk_group", default=1)
-    if n % groups or (groups > 1 and n // groups < 2):
-        raise config.wrong(f"{n} experts can't be {groups} groups (n_group) of two or more")
-    if top_groups > groups:
-        raise config.wrong(f"topk_group is {top_groups}, but n_group is {groups}")
-    if top_k > top_groups * (n // groups):
-        raise config.wrong(
-            f"num_experts_per_tok is {top_k}, more than {top_groups} groups of {n // groups} hold"
-        )
+    n, top_k, groups, top_groups = _sizes(config, least=2)
     return RouterSpec(
         n_experts=n,
         top_k=top_k,
@@ -36,19 +25,70 @@ def sigmoid_router(config: Config, *, default_scale: float = 1.0) -> RouterSpec:
     )
 
 
+def softmax_router(config: Config) -> RouterSpec:
+    """DeepSeek-V2's: softmax scores; the choice is made among all, or in the groups with the best experts."""
+    config.expect("scoring_func", "softmax")
+    config.expect("topk_method", "greedy", "group_limited_greedy")
+    # Published models say false. With true their code leaves the scaling factor out, other code does not.
+    config.expect("norm_topk_prob", False)
+    n, top_k, groups, top_groups = _sizes(config, least=1)
+    if config.get("topk_method") != "group_limited_greedy":
+        groups = top_groups = 1
+    return RouterSpec(
+        n_experts=n,
+        top_k=top_k,
+        score="softmax",
+        normalise=False,
+        scale=config.number("routed_scaling_factor", default=1.0),
+        n_groups=groups,
+        top_groups=top_groups,
+        group_best=1,
+    )
+
+
+def _sizes(config: Config, least: int) -> tuple[int, int, int, int]:
+    """Experts, how many are chosen, groups (of `least` experts or more), and from how many of them."""
+    n = config.integer("n_routed_experts", "num_local_experts", "num_experts")
+    top_k = config.integer("num_experts_per_tok")
+    groups = config.integer("n_group", default=1)
+    top_groups = config.integer("topk_group", default=1)
+    if n % groups or (groups > 1 and n // groups < least):
+        raise config.wrong(f"{n} experts can't be {groups} groups (n_group) of {least} or more")
+    if top_groups > groups:
+        raise config.wrong(f"topk_group is {top_groups}, but n_group is {groups}")
+    if top_k > top_groups * (n // groups):
+        raise config.wrong(
+            f"num_experts_per_tok is {top_k}, more than {top_groups} groups of {n // groups} hold"
+        )
+    return n, top_k, groups, top_groups
+
+
+def _which_are_moe(config: Config, default_plain: int) -> list[bool]:
+    n_layers = config.integer("num_hidden_layers")
+    kinds = config.get("mlp_layer_types")
+    if kinds is None:
+        plain = config.integer("first_k_dense_replace", default=default_plain, minimum=0)
+        return [i >= plain for i in range(n_layers)]
+    known = ("dense", "sparse")
+    if not isinstance(kinds, list) or len(kinds) != n_layers or not all(kind in known for kind in kinds):
+        raise config.wrong(f"mlp_layer_types must say dense or sparse for each of the {n_layers} layers")
+    return [kind == "sparse" for kind in kinds]
+
+
 class Blocks:
     """The feed-forward blocks of a model's layers. Sizes are in elements."""
 
-    def __init__(self, config: Config, router: RouterSpec, *, default_plain: int) -> None:
-        """default_plain: layers without experts where first_k_dense_replace is missing."""
+    def __init__(
+        self, config: Config, router: RouterSpec, *, default_plain: int, default_shared: int = 1
+    ) -> None:
+        """default_plain, default_shared: for first_k_dense_replace and n_shared_experts."""
         config.expect("moe_layer_freq", 1)
-        plain = config.integer("first_k_dense_replace", default=default_plain, minimum=0)
         self.router = router
-        self.hidden, self.inter = config.integer("hidden_size"), config.integer("moe_intermediate_size")
-        self.dense_inter = config.integer("intermediate_size") if plain else 0
-        self.shared_inter = self.inter * config.integer("n_shared_experts", default=1, minimum=0)
         # Of each layer, whether it has experts.
-        self.moe = [i >= plain for i in range(config.integer("num_hidden_layers"))]
+        self.moe = _which_are_moe(config, default_plain)
+        self.hidden, self.inter = config.integer("hidden_size"), config.integer("moe_intermediate_size")
+        self.dense_inter = 0 if all(self.moe) else config.integer("intermediate_size")
+        self.shared_inter = self.inter * config.integer("n_shared_experts", default=default_shared, minimum=0)
 
     def take(self, tensors: Tensors, i: int) -> None:
         """The tensors of layer i's block."""

@@ -1,4 +1,4 @@
-"""DeepSeek-V3: latent attention; sigmoid routing in groups; a shared expert; the first layers plain."""
+"""DeepSeek-V3 and Kimi-K2: latent attention; sigmoid scores, groups; a shared expert; plain first layers."""
 
 from __future__ import annotations
 
@@ -46,11 +46,18 @@ def _take_attention(tensors: Tensors, i: int, hidden: int, a: LatentAttentionSpe
 
 def read(config: Config, tensors: Tensors) -> ModelSpec:
     """ModelSpec of a DeepSeek-V3, without the layers for multi-token prediction."""
+    blocks = Blocks(config, sigmoid_router(config, default_scale=2.5), default_plain=3)
+    return read_with(config, tensors, blocks, "deepseek_v3")
+
+
+def read_with(
+    config: Config, tensors: Tensors, blocks: Blocks, family: str, *, default_eps: float = 1e-6
+) -> ModelSpec:
+    """ModelSpec of a model with latent attention and these feed-forward blocks."""
     config.expect("hidden_act", "silu")
     hidden, n_layers = config.integer("hidden_size"), config.integer("num_hidden_layers")
     rope = Rope(config)
     attention = _attention(config, rope)
-    blocks = Blocks(config, sigmoid_router(config, default_scale=2.5), default_plain=3)
     bias = config.flag("attention_bias", False)
     tied = common.take_ends(config, tensors)
     for i in range(n_layers):
@@ -58,10 +65,10 @@ def read(config: Config, tensors: Tensors) -> ModelSpec:
         _take_attention(tensors, i, hidden, attention, bias)
         blocks.take(tensors, i)
     return ModelSpec(
-        family="deepseek_v3",
+        family=family,
         vocab=config.integer("vocab_size"),
         hidden=hidden,
-        norm_eps=config.number("rms_norm_eps", default=1e-6),
+        norm_eps=config.number("rms_norm_eps", default=default_eps),
         max_positions=rope.max_positions,
         attention=attention,
         rope=rope.spec(attention.rope_dim, interleaved=config.flag("rope_interleave", True)),

@@ -19,7 +19,7 @@ static long take_best(float *x, long n) {
     return best;
 }
 
-/* Experts outside the best groups become -infinity; a group counts as much as its two best experts. */
+/* Experts outside the best groups become -infinity; a group counts as much as its best one or two. */
 static void keep_best_groups(const mer_router *r, float *choice) {
     const long size = r->n_experts / r->n_groups;
     float scores[r->n_groups];
@@ -34,7 +34,7 @@ static void keep_best_groups(const mer_router *r, float *choice) {
                 second = choice[i];
             }
         }
-        scores[g] = first + second;
+        scores[g] = r->group_best == 1 ? first : first + second;
         kept[g] = 0;
     }
     for (long k = 0; k < r->top_groups; k++) kept[take_best(scores, r->n_groups)] = 1;

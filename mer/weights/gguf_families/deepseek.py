@@ -1,13 +1,15 @@
-"""deepseek2 of the third version."""
+"""`deepseek2`: DeepSeek-V2 and -V3 and what is built like them (Kimi-K2, GLM-4.7-Flash)."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from attrs import evolve
+
 from mer.weights.gguf_families.family import GGUFFamily
 from mer.weights.gguf_families.names import Names
 from mer.weights.gguf_families.shared import SHARED_EXPERTS, deepseek_experts
-from mer.weights.gguf_keys import Keys, rope_of
+from mer.weights.gguf_keys import SOFTMAX, Keys, rope_of
 
 
 def _config(keys: Keys) -> dict[str, Any]:
@@ -48,4 +50,20 @@ FAMILY = GGUFFamily(
         }
     ),
     neighbours=True,
+)
+# Their files are read as what the metadata says: sigmoid scores, DeepSeek-V3.
+GLM_LITE = evolve(FAMILY, model_type="glm4_moe_lite", is_of=lambda keys: False)
+
+
+def _config_v2(keys: Keys) -> dict[str, Any]:
+    config = _config(keys)
+    # Those of its models that have groups choose in them.
+    return config | {"topk_method": "group_limited_greedy" if config["n_group"] > 1 else "greedy"}
+
+
+V2 = evolve(
+    FAMILY,
+    model_type="deepseek_v2",
+    config=_config_v2,
+    is_of=lambda keys: keys.get("expert_gating_func", SOFTMAX) == SOFTMAX,
 )
