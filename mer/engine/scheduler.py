@@ -166,8 +166,12 @@ class Scheduler:
             self.paused.remove(sequence)
             insort(self.waiting, sequence, key=_place)
 
-    def schedule(self) -> list[Chunk]:
-        """The next step; empty when nobody can be computed now. Between two calls the step is committed."""
+    def schedule(self, prompt_room: int | None = None) -> list[Chunk]:
+        """The next step; empty when nobody can be computed now. Between two calls the step is committed.
+
+        prompt_room: most tokens of prompts beside the next tokens of others, unless a prompt has priority
+        over all of those; None: as many as fit.
+        """
         preempted = self.preemptions
         for sequence in list(self.running):
             if sequence.pending == 1 and sequence in self.running:
@@ -177,6 +181,10 @@ class Scheduler:
         decoding = [sequence for sequence in self.running if sequence.pending == 1]
         chunks = [Chunk(sequence, 1) for sequence in decoding]
         room = self.step_tokens - len(chunks)
+        if prompt_room is not None:
+            first = min((each.priority for each in self.running if each.pending > 1), default=0)
+            if any(each.priority <= first for each in decoding):
+                room = min(room, prompt_room)
         rows = self.max_running - sum(chunk.rows for chunk in chunks)
         for sequence in self.running:
             count = min(room, sequence.pending)

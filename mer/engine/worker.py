@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mer.engine.observer import EndReason, Observer
+from mer.engine.pace import Pace
 from mer.engine.prefix_store import PrefixStore
 from mer.engine.request import Embedding, Job, Request
 from mer.engine.runner import Runner
@@ -34,6 +35,7 @@ class Worker:
         self._runner = runner
         self._store = store
         self._scheduler = scheduler
+        self._pace = Pace(scheduler.step_tokens)
         self._most = scheduler.max_running + max_waiting
         self._observers: list[Observer] = []
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
@@ -44,7 +46,7 @@ class Worker:
         self._lock = threading.Lock()
         self._jobs: set[Job] = set()
         self._last_end: float | None = None
-        self._pace = 1.0  # seconds from one request's end to the next, about
+        self._end_gap = 1.0  # seconds from one request's end to the next, about
         self._thread = threading.Thread(target=self._run, name="mer-step", daemon=True)
         self._thread.start()
 
@@ -57,7 +59,7 @@ class Worker:
             if self._here >= self._most:
                 raise QueueFullError(
                     f"{self._here} requests are running or waiting already; try again later",
-                    min(max(self._pace, 1.0), 60.0),
+                    min(max(self._end_gap, 1.0), 60.0),
                 )
             self._here += 1
         self._send(lambda: self._add(job))
@@ -100,7 +102,7 @@ class Worker:
             while not self._closing or self._scheduler:
                 self._obey(wait=idle and not (self._closing and not self._scheduler))
                 self._expire()
-                chunks = self._scheduler.schedule()
+                chunks = self._scheduler.schedule(self._pace.room)
                 for load in self._scheduler.take_loads():
                     self._fetch(load)
                 idle = not chunks
@@ -156,7 +158,7 @@ class Worker:
         self._gone()
         now = time.perf_counter()
         if self._last_end is not None:
-            self._pace += 0.1 * (now - self._last_end - self._pace)
+            self._end_gap += 0.1 * (now - self._last_end - self._end_gap)
         self._last_end = now
         usage = job.usage()
         known = usage.completion_tokens or reason in ("stop", "length")
@@ -196,6 +198,8 @@ class Worker:
         logits = self._runner.step(chunks)
         stats = self._runner.stats - before
         rows = [(chunk.sequence.computed, chunk.count, chunk.rows, chunk.last) for chunk in chunks]
+        decoding = sum(chunk.sequence.pending == 1 for chunk in chunks)
+        self._pace.observe(decoding, sum(chunk.count for chunk in chunks) - decoding, stats.step_s)
         self._scheduler.commit(chunks)
         self._tell("step", sum(chunk.count for chunk in chunks), len(chunks), stats)
         drawing = time.monotonic_ns()
