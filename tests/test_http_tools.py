@@ -96,6 +96,33 @@ def test_auto_without_a_call_is_content(client):
     assert ask(client, tool_choice="none", max_tokens=1).choices[0].message.tool_calls is None
 
 
+def test_a_strict_tool_is_held_to_its_schema_where_the_model_decides(tmp_path):
+    """A bias makes it begin a call; what this random model writes then without `strict` is none."""
+    model = write_tool_model(tmp_path / "small", special=("<tool_call>", "</tool_call>"))
+    strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    with serving(model, "--context", 2048) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        begins = {token(client, "<tool_call>"): 100}
+        for seed in range(3):
+            choice = ask(client, tools=strict, logit_bias=begins, seed=seed).choices[0]
+            assert choice.finish_reason in ("tool_calls", "length")
+            for call in choice.message.tool_calls[:-1] or choice.message.tool_calls:
+                check(call.function.arguments)
+            free = ask(client, logit_bias=begins, seed=seed, max_tokens=40).choices[0].message
+            assert not free.tool_calls
+        never = {token(client, "<tool_call>"): -100}
+        said = ask(client, tools=strict, logit_bias=never, max_tokens=20, extra_body={"ignore_eos": True})
+        assert said.choices[0].message.content, "it need not call"
+        counts = {ask(client, tools=tools, max_tokens=1).usage.prompt_tokens for tools in (TOOLS, strict)}
+        assert len(counts) == 1, "the model is not told of `strict`"
+        bad = {
+            "type": "function",
+            "function": {"name": "f", "strict": True, "parameters": {"type": "whatever"}},
+        }
+        with pytest.raises(openai.BadRequestError, match="tools: their parameters"):
+            ask(client, tools=[bad])
+
+
 def test_an_answer_of_a_schema_may_call_tools_instead(client):
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
               "additionalProperties": False}  # fmt: skip
@@ -204,6 +231,7 @@ def test_structures_of_a_model_that_may_think_first(tmp_path):
             assert not hasattr(message, "reasoning_content")
             return message.content
 
+        assert re.fullmatch(r"\{[0-9]\}x", answer(guided_grammar='start: "{" /[0-9]/ "}x"'))
         assert re.fullmatch(r"a/b\n[0-9]{2}\\/", answer(guided_regex="a/b\n[0-9]{2}\\\\\\/"))
         assert answer(guided_choice=["yes", 'n"o']) in ("yes", 'n"o')
         assert json.loads(answer(guided_json={"enum": [1, [2]]})) in (1, [2])

@@ -351,6 +351,50 @@ def test_a_forced_call_is_what_the_template_writes(name: str) -> None:
     assert accepts(one, text, bytes_) == (len(given["tool_calls"]) == 1)
 
 
+@pytest.mark.parametrize("name", tool_templates.ALL)
+def test_what_is_said_before_a_strict_call_is_free(name: str) -> None:
+    """The family's own answer, prose and all; arguments of a strict tool are of its schema, others free."""
+    format, bytes_ = OutputFormat.of(tool_templates.ALL[name]), llguidance.LLTokenizer("byte")
+    closed = {**WEATHER["function"]["parameters"], "additionalProperties": False}
+    strict = {"function": {**WEATHER["function"], "parameters": closed, "strict": True}}
+
+    def written(arguments: dict[str, Any], tool: str = "weather") -> tuple[str, str]:
+        prompt, text = answer(tool_templates.ALL[name], message(name, [(tool, arguments)]))
+        text = re.sub(r"</think>\n+", "</think>\n\n", text.lstrip("\n"))
+        text = re.sub(r', "id": "idididid."', "", text)
+        if name == "harmony":
+            for each in "weather", "note":
+                text = text.replace(
+                    f"<|start|>assistant to=functions.{each}<|channel|>commentary json",
+                    f"<|start|>assistant<|channel|>commentary to=functions.{each} <|constrain|>json",
+                )
+            text += "<|call|>"
+        return prompt, text
+
+    prompt, good = written({"city": "Zürich", "days": 3})
+    grammar = format.strict_calls([strict, NOTE], lambda text: None, prompt=prompt)
+    assert grammar is not None
+
+    def takes(text: str) -> bool:
+        return accepts(grammar, text, bytes_)
+
+    final = "<|channel|>final<|message|>" if name == "harmony" else ""
+    thought = good.partition("</think>")[0] + "</think>\n\n" if "</think>" in good else ""
+    for text in "Hello", 'Nothing <tool_ or [TOOL {"a": 1} |>', "":
+        assert takes(thought + final + text), text
+    assert takes(good), (good, grammar)
+    for bad in (
+        good.replace("days", "weeks"),
+        good.replace("city", "town"),
+        good.replace("weather", "whether"),
+    ):
+        assert bad != good
+        assert not takes(bad), bad
+    for free in {"kind": "x y"}, {"other": [1, {"a": None}]}, {}:
+        text = written(free, "note")[1]
+        assert takes(text), (text, grammar)
+
+
 @pytest.mark.parametrize("name", sorted(set(tool_templates.ALL) - {"harmony"}))  # it may think for ever
 def test_any_forced_call_is_read_as_one(name: str) -> None:
     """Random text within the grammar; no free text in it, which would hardly ever end."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from oracle.make_checkpoints import make
 from tokenizer_models import write_json, write_sentencepiece
+from tool_models import write_tool_model
 
 from mer import Engine, SamplingParams, Structure
 from mer.demo import model_path
@@ -89,9 +90,9 @@ _LEAF = st.one_of(
     st.just({"type": "null"}),
     st.integers(-50, 50).map(lambda n: {"type": "integer", "minimum": n, "maximum": n + 9}),
     st.integers(0, 5).map(lambda n: {"type": "string", "minLength": n // 2, "maxLength": n}),
-    st.lists(st.one_of(st.integers(), st.text(max_size=6), st.none()), min_size=1, max_size=3).map(
-        lambda values: {"enum": values}
-    ),
+    st.lists(
+        st.one_of(st.integers(-(2**53), 2**53), st.text(max_size=6), st.none()), min_size=1, max_size=3
+    ).map(lambda values: {"enum": values}),
 )
 _SCHEMA = st.recursive(
     _LEAF,
@@ -200,6 +201,50 @@ async def test_where_it_ends(text_model, tmp_path):
             assert (empty.finish_reason, empty.usage.completion_tokens) == ("stop", 0)
 
 
+async def test_behind_a_tag(text_model):
+    """Free up to the tag, which may be text or a special token, and of the given form from there on."""
+    async with opened(text_model, context=1024) as engine:
+        forms = {
+            Structure.choice(CHOICES): lambda text: text in CHOICES,
+            Structure.regex("[0-9]{3}/x"): lambda text: re.fullmatch("[0-9]{3}/x", text),
+            Structure.grammar('start: pair pair\npair: "{" /[0-9]/ "}"'): lambda text: re.fullmatch(
+                r"\{[0-9]\}\{[0-9]\}", text
+            ),
+            Structure.grammar('root ::= "a" [0-9] "}"'): lambda text: re.fullmatch("a[0-9]}", text),
+            Structure.json_schema({"enum": [[1], "two"]}): lambda text: json.loads(text) in ([1], "two"),
+        }
+        for form, fits in forms.items():
+            result = await engine.generate("Emma was", params(form.after("e"), max_tokens=None, seed=3))
+            free, tag, rest = result.text.partition("e")
+            assert (bool(free), tag, result.finish_reason) == (True, "e", "stop")
+            assert fits(rest.removeprefix("\n").removeprefix("\n")), (form, result.text)
+        with pytest.raises(RequestError, match="structure: this grammar can't be used"):
+            await engine.generate("Emma was", params(Structure.grammar("start: nothing").after("e")))
+
+
+async def test_behind_a_special_token(tmp_path):
+    model = write_tool_model(tmp_path, special=("</think>",))
+    async with opened(model, context=1024) as engine:
+        end = engine.tokenizer.special_id("</think>")
+        form = Structure.choice(["yes"]).after("</think>")
+        for bias, text in ({end: 100}, "</think>yes"), ({end: -100}, None):
+            changes = {"logit_bias": bias, "max_tokens": 20, "ignore_eos": True}
+            result = await engine.generate("Emma was", params(form, **changes))
+            if text is None:
+                assert "</think>" not in result.text
+            else:
+                assert result.text.replace("\n", "") == text
+
+
+async def test_many_choices(text_model):
+    async with opened(text_model, context=1024) as engine:
+        choices = [f"{i:x}" for i in range(70_000, 100_000)]
+        results = [
+            await engine.generate("Emma was", params(Structure.choice(choices), seed=i)) for i in (1, 2)
+        ]
+        assert all(result.text in choices for result in results)
+
+
 async def test_with_the_other_parameters(text_model):
     async with opened(text_model) as engine:
         structure = Structure.regex("[a-z]{12}")
@@ -279,7 +324,7 @@ def test_nothing_of_the_library_s_inside_is_told():
 
 
 async def test_what_is_found_too_large_on_the_way_is_the_request_s_fault(text_model):
-    structure = Structure.choice(map(str, range(3000)))
+    structure = Structure.grammar("start: " + " | ".join(f'"{i}"' for i in range(3000)))
     async with opened(text_model) as engine:
         with pytest.raises(RequestError, match=r"can't go on: .*max is 2000") as error:
             await engine.generate("a", params(structure))

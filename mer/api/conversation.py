@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final, Literal
@@ -11,6 +10,7 @@ from typing import Any, Final, Literal
 from attrs import evolve, field, frozen
 
 from mer.api.generation import merged, off_loop, seeded
+from mer.engine.constraint import expression
 from mer.engine.engine import Engine
 from mer.engine.outputs import Delta
 from mer.engine.params import SamplingParams
@@ -28,7 +28,8 @@ _TAIL: Final = 16
 class ChatRequest:
     """A conversation to be continued.
 
-    messages, tools: in OpenAI's shape, contents as text (see `template_messages`). tool_name: the function
+    messages, tools: in OpenAI's shape, contents as text (see `template_messages`); a tool's "strict" is
+    obeyed. tool_name: the function
     that must be called. several: an answer may call more than one tool. variables: further ones of the chat
     template. reasoning: part the model's thoughts from its answer.
     """
@@ -136,16 +137,24 @@ def _grammar(
     special: Callable[[str], int | None],
     tail: str,
 ) -> Structure | None:
-    """What the whole answer must be: with its reasoning and the tags of calls."""
+    """What the whole answer must be: with its reasoning and the tags of calls.
+
+    What somebody asked for begins behind the reasoning, or where the model begins to call a strict tool.
+    """
     structure = request.params.structure
     if tools and request.tool_choice == "required":
         several = request.several and request.tool_name is None
         return Structure.grammar(format.forced_call(tools, special, prompt=tail, several=several))
-    if structure is None or structure.kind == "grammar" or (not tools and format.plain(tail)):
+    if structure is None:
+        if not any(tool["function"].get("strict") for tool in tools):
+            return None
+        source = format.strict_calls(tools, special, prompt=tail, several=request.several)
+        return None if source is None else Structure.grammar(source)
+    if structure.behind or (not tools and format.plain(tail)):
         return structure
 
     def body(lark: Lark) -> str:
-        return _expression(structure, lark)
+        return expression(structure, lark)
 
     return Structure.grammar(format.structured(body, special, tools, prompt=tail, several=request.several))
 
@@ -183,26 +192,17 @@ def _tools(request: ChatRequest, format: OutputFormat) -> list[dict[str, Any]]:
     return [tools[names.index(request.tool_name)]]
 
 
-def _expression(structure: Structure, lark: Lark) -> str:
-    """A structure as part of a grammar."""
-    if structure.kind == "json_object":
-        return lark.json({"type": "object"})
-    if structure.kind == "json_schema":
-        schema = json.loads(structure.source)
-        return lark.json(schema if isinstance(schema, dict) else {} if schema else {"not": {}})
-    if structure.kind == "choice":
-        return lark.rule(" | ".join(map(lark.text, json.loads(structure.source))))
-    # A regular expression stands between slashes, on one line.
-    source = re.sub(r"\\.|/", lambda m: r"\/" if m[0] == "/" else m[0], structure.source, flags=re.DOTALL)
-    return lark.rule("/" + source.replace("\n", r"\n") + "/")
-
-
 async def chat_tokens(engine: Engine, request: ChatRequest) -> list[int]:
     """The prompt of a conversation."""
     variables = dict(request.variables)
     if request.tools and request.tool_choice != "none":
-        variables["tools"] = request.tools
+        variables["tools"] = [_shown(tool) for tool in request.tools]
     return await template_tokens(engine, request.messages, variables)
+
+
+def _shown(tool: dict[str, Any]) -> dict[str, Any]:
+    """As a model is told of it: nothing of "strict", which is no business of its."""
+    return {**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
 
 
 async def template_tokens(

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from mer.engine.structure import Structure
 from mer.errors import RequestError
+from mer.model.output_parser import SPACE
 from mer.model.tokenizer import Tokenizer
+from mer.model.tool_formats.lark import Lark
 
 if TYPE_CHECKING:
     import llguidance
@@ -64,7 +66,7 @@ class Constraints:
             if self._vocabulary is None:
                 self._vocabulary = self._make_vocabulary()
         try:
-            grammar = _grammar(structure)
+            grammar = self._grammar(structure)
         except ValueError as error:
             raise _refusal(structure, str(error)) from None
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
@@ -74,6 +76,16 @@ class Constraints:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
+
+    def _grammar(self, structure: Structure) -> str:
+        if not structure.behind:
+            return _grammar(structure)
+        assert self._tokenizer is not None
+        lark = Lark(self._tokenizer.special_id)
+        start = f"{lark.before(structure.behind)} {SPACE} {expression(structure, lark)}"
+        from llguidance import LLMatcher
+
+        return LLMatcher.grammar_from_lark(lark.grammar(start))
 
     def _make_vocabulary(self) -> llguidance.LLTokenizer:
         import llguidance
@@ -176,12 +188,33 @@ def _grammar(structure: Structure) -> str:
         return LLMatcher.grammar_from_json_schema(
             json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE}
         )
-    if structure.kind == "choice":
-        choices = json.loads(structure.source)
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
     if structure.kind == "regex":
         return LLMatcher.grammar_from_regex(structure.source)
-    return grammar_from("grammar", structure.source)
+    if structure.kind == "grammar":
+        return grammar_from("grammar", structure.source)
+    lark = Lark(lambda text: None)
+    return LLMatcher.grammar_from_lark(lark.grammar(expression(structure, lark)))
+
+
+def expression(structure: Structure, lark: Lark) -> str:
+    """A structure as part of a grammar, whatever it is `behind`. Raises RequestError."""
+    if structure.kind == "json_object":
+        return lark.json({"type": "object"})
+    if structure.kind == "json_schema":
+        schema = json.loads(structure.source)
+        return lark.json(schema if isinstance(schema, dict) else {} if schema else {"not": {}})
+    if structure.kind == "choice":  # a terminal: as a rule, 100,000 texts are too many symbols
+        return lark.terminal(" | ".join(map(lark.text, json.loads(structure.source))))
+    if structure.kind == "grammar":
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        try:
+            return lark.nested(any_to_lark(structure.source))
+        except Exception as error:  # its own class, which it does not export
+            raise _refusal(structure, str(error)) from None
+    # A regular expression stands between slashes, on one line.
+    source = re.sub(r"\\.|/", lambda m: r"\/" if m[0] == "/" else m[0], structure.source, flags=re.DOTALL)
+    return lark.rule("/" + source.replace("\n", r"\n") + "/")
 
 
 def _refusal(structure: Structure, reason: str) -> RequestError:

@@ -13,7 +13,9 @@ _DEARER: Final = 2.0
 _SHARE: Final = 0.5
 _LEAST: Final = 4  # log2 of the smallest chunk
 _NEWS: Final = 0.5  # weight of the last measurement
-_MEMORY: Final = 100  # steps with prompts until a price is forgotten: what was dear in a cold cache is tried again
+_MEMORY: Final = (
+    100  # steps with prompts until a price is forgotten: what was dear in a cold cache is tried again
+)
 
 
 class Pace:

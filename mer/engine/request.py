@@ -87,9 +87,10 @@ class Request(Job):
 
     def __attrs_post_init__(self) -> None:
         Job.__attrs_post_init__(self)
-        self._detokenizer = (
-            self.tokenizer.detokenizer(self.tokens, self.params.show_special) if self.tokenizer else None
-        )
+        shown = self.params.show_special
+        if self.params.structure is not None and self.params.structure.behind:
+            shown = (*shown, self.params.structure.behind)
+        self._detokenizer = self.tokenizer.detokenizer(self.tokens, shown) if self.tokenizer else None
         self._stops = StopStrings(self.params.stop)
         self._end_ids = frozenset(self.params.stop_token_ids)
         if not self.params.ignore_eos:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from mer.errors import RequestError
 
@@ -17,11 +17,21 @@ StructureKind = Literal["json_object", "json_schema", "regex", "grammar", "choic
 class Structure:
     """source: the schema as JSON, the pattern, the grammar, or the choices as a JSON list; else empty.
 
+    behind: a tag after which the text has this form, as `after` says; empty: from its beginning on.
+
     Made by the methods below, which raise RequestError (`param` is "structure") for what can't be meant.
     """
 
     kind: StructureKind
     source: str
+    behind: str = ""
+
+    def after(self, tag: str) -> Self:
+        """The same behind the first `tag`: a model that thinks first says what it likes up to there.
+
+        tag: such as "</think>". Two line breaks may follow it.
+        """
+        return evolve(self, behind=_text("tag", tag))
 
     @classmethod
     def json_object(cls) -> Self:

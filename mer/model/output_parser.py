@@ -16,7 +16,7 @@ from attrs import frozen
 from mer.errors import RequestError
 from mer.model.pieces import Content, Piece, Reasoning, ToolArguments, ToolCall
 from mer.model.tool_formats import Harmony, Llama, ToolFormat, find
-from mer.model.tool_formats.base import random_id
+from mer.model.tool_formats.base import ANYTHING, random_id
 from mer.model.tool_formats.lark import Lark
 from mer.model.tool_formats.source import Schemas, Source, Steps
 
@@ -24,7 +24,7 @@ __all__ = ["Content", "OutputFormat", "OutputParser", "Piece", "Reasoning", "Too
 
 _THINKING: Final = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 _TOOLS: Final = re.compile(r"\btools\b")
-_SPACE: Final = r"/\n{0,2}/"  # between the end of the reasoning and the answer
+SPACE: Final = r"/\n{0,2}/"  # between the end of the reasoning and the answer
 _Thinking = tuple[str, str]
 
 
@@ -88,6 +88,26 @@ class OutputFormat:
         calls = self._calls(lark, self.calls, tools, several)
         return lark.grammar(f"{self._thought(lark, prompt)} {calls}")
 
+    def strict_calls(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        special: Callable[[str], int | None],
+        *,
+        prompt: str = "",
+        several: bool = False,
+    ) -> str | None:
+        """A Lark grammar of answers that say anything, but where a call that is begun is one of these tools,
+        with arguments of its schema if it is strict. None for a format that is not known.
+        """
+        if self.calls is None:
+            return None
+        lark = Lark(special)
+        held = [tool if _strict(tool) else _free(tool) for tool in tools]
+        one = self._one_call(lark, self.calls, held)
+        answer = self.calls.mixed(lark, self.calls.calls(lark, one, several))
+        thought = "" if isinstance(self.calls, Harmony) else self._thought(lark, prompt)
+        return lark.grammar(f"{thought} {answer}")
+
     def structured(
         self,
         body: Callable[[Lark], str],
@@ -127,9 +147,13 @@ class OutputFormat:
     def _calls(
         self, lark: Lark, format: ToolFormat, tools: Sequence[Mapping[str, Any]], several: bool
     ) -> str:
+        calls = format.calls(lark, self._one_call(lark, format, tools), several)
+        return f"{lark.tag(format.opener)} {calls}" if format.opener else calls
+
+    @staticmethod
+    def _one_call(lark: Lark, format: ToolFormat, tools: Sequence[Mapping[str, Any]]) -> str:
         each = [format.call(lark, name, schema) for name, schema in _schemas(tools).items()]
-        one = lark.rule(" | ".join(lark.rule(call) for call in each))
-        return format.calls(lark, one, several)
+        return lark.rule(" | ".join(lark.rule(call) for call in each))
 
     def _begins(self, prompt: str) -> bool:
         """The prompt opened the reasoning."""
@@ -144,7 +168,7 @@ class OutputFormat:
         if self.thinking is None or not self._may_think(prompt):
             return ""
         begin, end = self.thinking
-        rest = f"{lark.before(end)} {_SPACE}"
+        rest = f"{lark.before(end)} {SPACE}"
         return rest if self._begins(prompt) else f"({lark.tag(begin)} {rest})?"
 
 
@@ -180,6 +204,15 @@ class OutputParser:
 def _schemas(tools: Iterable[Mapping[str, Any]]) -> Schemas:
     functions = [tool.get("function", tool) for tool in tools]
     return {each["name"]: each.get("parameters") or {} for each in functions}
+
+
+def _strict(tool: Mapping[str, Any]) -> bool:
+    return tool.get("function", tool).get("strict") is True
+
+
+def _free(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same tool with arguments that may be anything."""
+    return {"name": tool.get("function", tool)["name"], "parameters": ANYTHING}
 
 
 def _read(source: Source, format: OutputFormat, thinks: bool, tools: bool) -> Steps[None]:

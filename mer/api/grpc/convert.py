@@ -92,7 +92,8 @@ def sampling(given: pb.SamplingParams, remaining: float | None) -> SamplingParam
     fields: dict[str, Any] = {}
     for field, value in given.ListFields():
         if field.name == "structure":
-            fields["structure"] = _structure(value)
+            made = _structure(value)
+            fields["structure"] = made.after(value.after) if value.HasField("after") else made
         elif field.name == "logit_bias":
             fields["logit_bias"] = dict(value)
         else:
@@ -168,6 +169,8 @@ def _tool(given: pb.Tool, index: int) -> dict[str, Any]:
         function["description"] = given.description
     if given.parameters:
         function["parameters"] = _json_object(given.parameters, f"{where}.parameters")
+    if given.strict:
+        function["strict"] = True
     return {"type": "function", "function": function}
 
 

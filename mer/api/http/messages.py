@@ -155,6 +155,7 @@ def to_request(body: CountTokensRequest, params: SamplingParams) -> ChatRequest:
                     "name": tool.name,
                     **({"description": tool.description} if tool.description else {}),
                     "parameters": tool.input_schema,
+                    **({"strict": True} if tool.strict else {}),
                 },
             }
             for tool in body.tools or ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from mer.model.tool_formats.lark import Lark
 from mer.model.tool_formats.source import Source, Steps
@@ -14,26 +14,44 @@ class ToolFormat(Protocol):
     """How the models of some families write calls of tools.
 
     markers: the tags in it. Those that are special tokens of a model must be shown to the parser.
+    opener: the tag that the first call begins with, and nothing else does; empty where there is none.
     """
 
     @property
     def markers(self) -> tuple[str, ...]: ...
 
+    @property
+    def opener(self) -> str: ...
+
     def read(self, source: Source) -> Steps[None]:
         """Read an answer (without its reasoning) to its end."""
 
     def call(self, lark: Lark, name: str, schema: Mapping[str, Any]) -> str:
-        """Grammar of one call of this tool."""
+        """Grammar of one call of this tool; without the opener, where each call has its own."""
 
     def calls(self, lark: Lark, one: str, several: bool) -> str:
-        """Grammar of the calls of an answer. one: that of each."""
+        """Grammar of the calls of an answer, behind the opener. one: that of each."""
+
+    def mixed(self, lark: Lark, calls: str) -> str:
+        """Grammar of an answer that may say anything, but whose calls, once begun, are `calls`."""
 
     def new_id(self) -> str:
         """An id for a call; templates of some families ask for a form of their own."""
 
 
+class Opened:
+    """What the formats have in common whose calls begin with a tag."""
+
+    def mixed(self: ToolFormat, lark: Lark, calls: str) -> str:
+        return f"({lark.before(self.opener)} {calls} | {lark.without(self.opener)})"
+
+
 def random_id() -> str:
     return "call_" + secrets.token_hex(12)
+
+
+# Of arguments that are not held to their schema.
+ANYTHING: Final[Mapping[str, Any]] = {"type": "object", "additionalProperties": True}
 
 
 def object_schema(schema: Mapping[str, Any]) -> Mapping[str, Any]:

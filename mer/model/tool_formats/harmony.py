@@ -32,6 +32,7 @@ class Harmony:
         "<|return|>",
         "<|constrain|>",
     )
+    opener: ClassVar = ""
 
     def read(self, source: Source) -> Steps[None]:
         start, channel, message, *ends, _ = self.markers
@@ -75,6 +76,12 @@ class Harmony:
         start, channel, message, *_ = map(lark.tag, self.markers)
         body = lark.before("<|end|>")
         return f"({channel} {lark.text('analysis')} {message} {body} {start} {lark.text('assistant')})?"
+
+    def mixed(self, lark: Lark, calls: str) -> str:
+        start, channel, message, *_ = map(lark.tag, self.markers)
+        kind = f"({lark.text('analysis')} | {lark.text('commentary')})"
+        before = f"{channel} {kind} {message} {lark.before('<|end|>')} {start} {lark.text('assistant')}"
+        return f"({before})* ({self.final(lark, '/(?s:.*)/')} | {calls})"
 
     def final(self, lark: Lark, body: str) -> str:
         """Grammar of an answer that is `body`."""

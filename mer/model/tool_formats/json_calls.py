@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Final
 
 from attrs import frozen
 
-from mer.model.tool_formats.base import object_schema, random_id
-from mer.model.tool_formats.lark import Lark
+from mer.model.tool_formats.base import Opened, object_schema, random_id
+from mer.model.tool_formats.lark import Lark, pattern
 from mer.model.tool_formats.source import Brackets, Source, Steps
 
 _HEAD: Final = re.compile(
@@ -123,10 +123,11 @@ def json_call(lark: Lark, name: str, schema: Mapping[str, Any], arguments: str =
 
 
 @frozen
-class Hermes:
+class Hermes(Opened):
     """<tool_call>{...}</tool_call>, once for each call: Qwen2, Qwen3, Hermes, Granite 4."""
 
     markers: ClassVar = ("<tool_call>", "</tool_call>")
+    opener: ClassVar = "<tool_call>"
 
     def read(self, source: Source) -> Steps[None]:
         begin, end = self.markers
@@ -146,22 +147,22 @@ class Hermes:
             yield from source.space()
 
     def call(self, lark: Lark, name: str, schema: Mapping[str, Any]) -> str:
-        begin, end = map(lark.tag, self.markers)
         newline = lark.text("\n")
-        return f"{begin} {newline} {json_call(lark, name, schema)} {newline} {end}"
+        return f"{newline} {json_call(lark, name, schema)} {newline} {lark.tag(self.markers[1])}"
 
     def calls(self, lark: Lark, one: str, several: bool) -> str:
-        return f"{one} ({lark.text(chr(10))} {one})*" if several else one
+        return f"{one} ({lark.text(chr(10))} {lark.tag(self.opener)} {one})*" if several else one
 
     def new_id(self) -> str:
         return random_id()
 
 
 @frozen
-class JsonList:
+class JsonList(Opened):
     """<|tool_call|>[{...}, {...}]: Granite 3, Phi-4."""
 
     markers: ClassVar = ("<|tool_call|>", "<|/tool_call|>")
+    opener: ClassVar = "<|tool_call|>"
 
     def read(self, source: Source) -> Steps[None]:
         begin, end = self.markers
@@ -182,18 +183,19 @@ class JsonList:
 
     def calls(self, lark: Lark, one: str, several: bool) -> str:
         more = f"({lark.text(', ')} {one})*" if several else ""
-        return f"{lark.tag(self.markers[0])} {lark.text('[')} {one} {more} {lark.text(']')}"
+        return f"{lark.text('[')} {one} {more} {lark.text(']')}"
 
     def new_id(self) -> str:
         return random_id()
 
 
 @frozen
-class Mistral:
+class Mistral(Opened):
     """[TOOL_CALLS] [{...}, {...}], and newer [TOOL_CALLS]name[ARGS]{...} once for each call (named)."""
 
     named: bool
     markers: ClassVar = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+    opener: ClassVar = "[TOOL_CALLS]"
 
     def read(self, source: Source) -> Steps[None]:
         begin, arguments, id = self.markers
@@ -220,14 +222,13 @@ class Mistral:
     def call(self, lark: Lark, name: str, schema: Mapping[str, Any]) -> str:
         if not self.named:
             return json_call(lark, name, schema)
-        begin, arguments, _ = map(lark.tag, self.markers)
-        return f"{begin} {lark.text(name)} {arguments} {lark.json(object_schema(schema))}"
+        return f"{lark.text(name)} {lark.tag(self.markers[1])} {lark.json(object_schema(schema))}"
 
     def calls(self, lark: Lark, one: str, several: bool) -> str:
         if self.named:
-            return f"({one})+" if several else one
+            return f"{one} ({lark.tag(self.opener)} {one})*" if several else one
         more = f"({lark.text(', ')} {one})*" if several else ""
-        return f"{lark.tag(self.markers[0])} {lark.text(' [')} {one} {more} {lark.text(']')}"
+        return f"{lark.text(' [')} {one} {more} {lark.text(']')}"
 
     def new_id(self) -> str:
         """Nine letters and digits: its templates refuse others."""
@@ -239,6 +240,7 @@ class Llama:
     """The answer is {"name": ..., "parameters": {...}}, perhaps behind <|python_tag|>: Llama 3."""
 
     markers: ClassVar = ("<|python_tag|>",)
+    opener: ClassVar = ""
 
     def read(self, source: Source) -> Steps[None]:
         (marker,) = self.markers
@@ -261,6 +263,12 @@ class Llama:
 
     def calls(self, lark: Lark, one: str, several: bool) -> str:
         return f"{one} ({lark.text('; ')} {one})*" if several else one
+
+    def mixed(self, lark: Lark, calls: str) -> str:
+        (marker,) = self.markers
+        begins = r'\s*\{\s*"name"'
+        text = lark.terminal(f"/(?s:.*)/ & ~/({begins}|{pattern(marker)})(?s:.*)/")
+        return f"({text} | {lark.tag(marker)}? {calls})"
 
     def new_id(self) -> str:
         return random_id()

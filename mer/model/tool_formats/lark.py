@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,27 @@ class Lark:
             return f"/(?s:.*)/ {self.tag(tag)}"
         return self.rule("/(?s:.*)/", f"[suffix={json.dumps(tag, ensure_ascii=False)}]")
 
+    def without(self, tag: str) -> str:
+        """Any text without `tag` in it."""
+        if self._special(tag) is not None:
+            return "/(?s:.*)/"
+        return self.terminal(f"/(?s:.*)/ & ~/(?s:.*){pattern(tag)}(?s:.*)/")
+
+    def terminal(self, body: str) -> str:
+        """The name of a new terminal: what the lexer takes for one word, however large the choice is."""
+        name = f"T{len(self._rules)}"
+        self._rules.append(f"{name}: {body}")
+        return name
+
+    def nested(self, source: str) -> str:
+        """A whole grammar, from its own `start` on."""
+        return self.rule(f"%lark {{\n{source}\n}}")
+
     def grammar(self, start: str) -> str:
         """The whole, beginning with this expression."""
         return "\n".join(["%llguidance {}", f"start: {start}", *self._rules])
+
+
+def pattern(text: str) -> str:
+    """A regular expression, to stand between slashes, of exactly this text."""
+    return re.sub(r"[][\\.+*?()|{}^$#&~/-]", r"\\\g<0>", text)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final
 
 from attrs import frozen
 
-from mer.model.tool_formats.base import object_schema, random_id
+from mer.model.tool_formats.base import Opened, object_schema, random_id
 from mer.model.tool_formats.lark import Lark
 from mer.model.tool_formats.source import Source, Steps
 
@@ -15,7 +15,7 @@ _FENCE: Final = "```json"
 
 
 @frozen
-class DeepSeek:
+class DeepSeek(Opened):
     """V3 and R1 (fenced): type, separator, name, a fence with arguments. V3.1: name, separator, arguments."""
 
     fenced: bool
@@ -26,6 +26,7 @@ class DeepSeek:
         "<｜tool▁call▁end｜>",
         "<｜tool▁calls▁end｜>",
     )
+    opener: ClassVar = "<｜tool▁calls▁begin｜>"
 
     def read(self, source: Source) -> Steps[None]:
         section, begin, separator, end, section_end = self.markers
@@ -64,14 +65,14 @@ class DeepSeek:
 
     def calls(self, lark: Lark, one: str, several: bool) -> str:
         more = f"({lark.text(chr(10)) if self.fenced else ''} {one})*" if several else ""
-        return f"{lark.tag(self.markers[0])} {one} {more} {lark.tag(self.markers[-1])}"
+        return f"{one} {more} {lark.tag(self.markers[-1])}"
 
     def new_id(self) -> str:
         return random_id()
 
 
 @frozen
-class Kimi:
+class Kimi(Opened):
     """The id, functions.NAME:NUMBER, is part of the call. Kimi-K2."""
 
     markers: ClassVar = (
@@ -81,6 +82,7 @@ class Kimi:
         "<|tool_call_end|>",
         "<|tool_calls_section_end|>",
     )
+    opener: ClassVar = "<|tool_calls_section_begin|>"
 
     def read(self, source: Source) -> Steps[None]:
         section, begin, separator, end, section_end = self.markers
@@ -112,7 +114,7 @@ class Kimi:
         return f"{begin} {id} {separator} {lark.json(object_schema(schema))} {end}"
 
     def calls(self, lark: Lark, one: str, several: bool) -> str:
-        return f"{lark.tag(self.markers[0])} ({one}){'+' if several else ''} {lark.tag(self.markers[-1])}"
+        return f"({one}){'+' if several else ''} {lark.tag(self.markers[-1])}"
 
     def new_id(self) -> str:
         return random_id()

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from attrs import evolve, field, frozen
 
-from mer.model.tool_formats.base import random_id
+from mer.model.tool_formats.base import Opened, random_id
 from mer.model.tool_formats.lark import Lark
 from mer.model.tool_formats.source import Source, Steps
 
@@ -30,7 +30,7 @@ _TYPES: Final = {
 
 
 @frozen
-class Tagged:
+class Tagged(Opened):
     """The tags, in the order in which they come; `begin` opens one call, or several when `head` is not empty.
 
     head, head_end: around the tool's name; without a head it ends where the first key or the end of the call
@@ -55,6 +55,10 @@ class Tagged:
     def _markers(self) -> tuple[str, ...]:
         tags = (self.begin, self.key, self.key_end, self.value, self.value_end, self.call_end, self.end)
         return tuple(tag for tag in tags if tag.startswith("<") and tag.endswith(">"))
+
+    @property
+    def opener(self) -> str:
+        return self.begin
 
     def read(self, source: Source) -> Steps[None]:
         openers = tuple(filter(None, (self.begin, self.head)))  # Qwen3-Coder may forget the outer tag
@@ -124,7 +128,7 @@ class Tagged:
         newline = lark.text("\n")
         properties, required = schema.get("properties", {}), schema.get("required", [])
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        parts = []
+        parts: list[str] = []
         for key, value in properties.items():
             open = f"{self._text(lark, self.key)} {lark.text(key)} {self._text(lark, self.key_end)}"
             if self.value:
@@ -135,10 +139,22 @@ class Tagged:
             body = self._value(lark, value, definitions)
             part = lark.rule(f"{open} {newline if self.line else ''} {body} {newline}")
             parts.append(part if key in required else f"{part}?")
+        if schema.get("additionalProperties"):
+            parts.append(f"{self._any_argument(lark)}*")
         head = f"{self._text(lark, self.head)} {lark.text(name)} {self._text(lark, self.head_end)}"
         if self.head:
             return f"{head} {newline} {' '.join(parts)} {lark.tag(self.call_end)}"
-        return f"{lark.tag(self.begin)} {head} {newline} {' '.join(parts)} {lark.tag(self.call_end)}"
+        return f"{lark.text(name)} {newline} {' '.join(parts)} {lark.tag(self.call_end)}"
+
+    def _any_argument(self, lark: Lark) -> str:
+        newline = lark.text("\n")
+        open = f"{self._text(lark, self.key)} /[A-Za-z0-9_.$-]+/ {self._text(lark, self.key_end)}"
+        if self.value:
+            open += f" {newline} {lark.tag(self.value)}"
+        if self.typed:
+            open += " /" + r' string="(true|false)">' + "/"
+        body = lark.before(("\n" if self.line else "") + self.value_end)
+        return lark.rule(f"{open} {newline if self.line else ''} {body} {newline}")
 
     def _value(self, lark: Lark, schema: Any, definitions: Mapping[str, Any]) -> str:
         newline = "\n" if self.line else ""
@@ -154,15 +170,15 @@ class Tagged:
         return lark.tag(tag) if tag else ""
 
     def calls(self, lark: Lark, one: str, several: bool) -> str:
-        newline = lark.text("\n")
+        begin, newline = lark.tag(self.begin), lark.text("\n")
         if not self.head:
-            return f"{one} ({newline} {one})*" if several else one
-        begin, end = lark.tag(self.begin), lark.tag(self.end)
+            return f"{one} ({newline} {begin} {one})*" if several else one
+        end = lark.tag(self.end)
         if self.line:  # one call in each
-            one = f"{begin} {newline} {one} {newline} {end}"
-            return f"{one} ({newline} {one})*" if several else one
+            one = f"{newline} {one} {newline} {end}"
+            return f"{one} ({newline} {begin} {one})*" if several else one
         more = f"({newline} {one})*" if several else ""
-        return f"{begin} {newline} {one} {more} {newline} {end}"
+        return f"{newline} {one} {more} {newline} {end}"
 
     def new_id(self) -> str:
         return random_id()
