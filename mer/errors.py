@@ -19,6 +19,10 @@ class UnsupportedModelError(CheckpointError):
     """An architecture or a weight format that `mer` does not know."""
 
 
+class HubError(MerError):
+    """A model that can't be fetched from a hub; what has come of it stays and is gone on with."""
+
+
 class BudgetError(ConfigError):
     """A memory budget that can't hold what the model needs at the least."""
 

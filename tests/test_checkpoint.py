@@ -220,7 +220,7 @@ def test_config_json(tmp_path, content):
 
 
 def test_places_that_are_no_model(tmp_path, model):
-    with pytest.raises(CheckpointError, match=r"does not exist.*hf download"):
+    with pytest.raises(CheckpointError, match=r"does not exist.*mer pull"):
         open_checkpoint(tmp_path / "Qwen/Qwen3-30B-A3B")
     with pytest.raises(CheckpointError, match=r"no .*safetensors file"):
         open_checkpoint(model)

@@ -17,8 +17,8 @@ from rich.progress import (
 )
 
 from mer.config import parse_size
-from mer.demo import model_path
 from mer.errors import ConfigError
+from mer.weights.hub import locate
 
 
 def size_option(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
@@ -30,8 +30,8 @@ def size_option(_ctx: click.Context, _param: click.Parameter, value: str | None)
 
 
 def model_argument(_ctx: click.Context, _param: click.Parameter, value: str) -> Path:
-    """Callback of a model's argument: `demo` is the bundled one; a directory of that name is ./demo."""
-    return model_path() if value == "demo" else Path(value)
+    """Callback of a model's argument: path, hub's name, or `demo` (a directory of that name is ./demo)."""
+    return locate(value)
 
 
 def size(n: float) -> str:

@@ -15,6 +15,7 @@ from mer.errors import MerError
 # Command -> its line in `mer --help`. Command X is `X` in mer/cli/X.py, which is imported when X is run:
 # help and `mer doctor` need not wait for what only others use.
 COMMANDS: Final = {
+    "pull": "Fetch a model from the Hugging Face hub.",
     "run": "Generate text from a prompt.",
     "chat": "Talk with a model.",
     "serve": "Serve a model over HTTP, by OpenAI's API.",
@@ -48,8 +49,9 @@ class _Commands(click.Group):
 def cli() -> None:
     """Run Mixture-of-Experts language models that are larger than memory.
 
-    MODEL is the directory of a model: a Hugging Face checkpoint of safetensors, or what `mer convert` made
-    of one. The name demo means the small model that comes with mer.
+    MODEL is a directory (a Hugging Face checkpoint of safetensors, or what `mer convert` made of one), a GGUF
+    file, or a name: ORG/NAME, or ORG/NAME:QUANT, of a model that `mer pull` has fetched from a hub, or demo,
+    the small model that comes with mer.
     """
 
 

@@ -21,6 +21,7 @@ from mer.cli.generation import engine_options
 from mer.config import EngineConfig
 from mer.demo import model_path
 from mer.engine.engine import Engine
+from mer.weights.hub import name_of
 
 _PATH: Final = click.Path(path_type=Path)
 _KEYS: Final = "MER_API_KEYS"
@@ -34,9 +35,7 @@ _KEYS: Final = "MER_API_KEYS"
     "--grpc-port", type=click.IntRange(0, 65535), default=50051, show_default=True, help="0: a free one."
 )
 @click.option("--no-grpc", is_flag=True, help="HTTP alone.")
-@click.option(
-    "--served-model-name", "model_name", help="What clients call the model; default: its directory's name."
-)
+@click.option("--served-model-name", "model_name", help="What clients call the model; default: its name.")
 @click.option(
     "--api-key-file",
     type=_PATH,
@@ -71,7 +70,7 @@ _KEYS: Final = "MER_API_KEYS"
 def serve(model: Path, api_key_file: Path | None, no_grpc: bool, **options: Any) -> None:
     """Serve MODEL over HTTP, by OpenAI's API, and over gRPC."""
     keys = read_keys(api_key_file, os.environ.get(_KEYS))
-    name = "demo" if model == model_path() else model.resolve().name
+    name = "demo" if model == model_path() else name_of(model) or model.resolve().name
     known = {field.name for field in attrs.fields(ServerSettings)}
     chosen = {name: value for name, value in options.items() if name in known and value is not None}
     if no_grpc:

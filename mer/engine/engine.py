@@ -12,7 +12,6 @@ from hashlib import blake2b
 from importlib.metadata import version
 from numbers import Integral
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -40,6 +39,7 @@ from mer.model.tokenizer import Tokenizer
 from mer.streaming.profile import ProfileSummary
 from mer.weights.checkpoint import Checkpoint
 from mer.weights.fingerprint import compiled_code, fingerprint
+from mer.weights.hub import locate
 
 Prompt = str | list[int]
 _T = TypeVar("_T")
@@ -62,7 +62,7 @@ def _open_store(runner: Runner, config: EngineConfig) -> PrefixStore | None:
 class _Opening:
     """What `Engine.open` returns: `async with` opens and closes the engine, `await` just opens it."""
 
-    def __init__(self, path: Path, config: EngineConfig) -> None:
+    def __init__(self, path: str | PathLike[str], config: EngineConfig) -> None:
         self._path = path
         self._config = config
         self._engine: Engine | None = None
@@ -131,8 +131,10 @@ class Engine:
 
     @classmethod
     def open(cls, path: str | PathLike[str], config: EngineConfig | None = None, **settings: Any) -> _Opening:
-        """Open the model in directory `path`; use with `async with` or `await`.
+        """Open a model; use with `async with` or `await`.
 
+        path: a directory or a GGUF file, a hub's name that `mer pull` has fetched ("org/name",
+        "org/name:Q4_K_M"), or "demo", the bundled one; a path that exists goes before a name.
         Settings are those of EngineConfig (`ram="8GiB"`, `context=4096`, ...). Raises ConfigError at once,
         and when awaited CheckpointError, UnsupportedModelError, BudgetError or DeviceReadError.
         """
@@ -141,10 +143,10 @@ class Engine:
             if name not in known:
                 raise ConfigError(f"unknown setting {name!r}; known are {', '.join(sorted(known))}")
         config = attrs.evolve(config, **settings) if config else EngineConfig(**settings)
-        return _Opening(Path(path), config)
+        return _Opening(path, config)
 
     @classmethod
-    def _load(cls, path: Path, config: EngineConfig) -> Self:
+    def _load(cls, path: str | PathLike[str], config: EngineConfig) -> Self:
         tokenizer: Tokenizer | None = None
         ends: frozenset[int] = frozenset()
 
@@ -155,7 +157,7 @@ class Engine:
             found = tokenizer.eos_ids if tokenizer else eos_ids(checkpoint.path, checkpoint.config)
             ends = found or frozenset()
 
-        runner = Runner.open(path, config, prepare)
+        runner = Runner.open(locate(path), config, prepare)
         try:
             store = _open_store(runner, config)
         except BaseException:

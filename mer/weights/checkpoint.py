@@ -14,12 +14,12 @@ from mer.weights import expert_store
 from mer.weights.extents import Scales
 from mer.weights.formats import F8_E4M3
 from mer.weights.gguf_checkpoint import is_gguf, open_gguf
+from mer.weights.hub import INDEX, advice
 from mer.weights.safetensors import RawTensor, read_header
 from mer.weights.tensors import Checkpoint, TensorInfo, format_of_dtype
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "require_streamable"]
 
-INDEX: Final = "model.safetensors.index.json"
 _SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 # DeepSeek's, where config.json does not say.
 _FP8_BLOCK: Final = (128, 128)
@@ -73,7 +73,24 @@ def require_streamable(checkpoint: Checkpoint) -> None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of the model in directory `path`. Raises CheckpointError."""
-    return _read_json(path / "config.json", "every checkpoint needs it; download it with the weights")
+    return _read_json(path / "config.json", f"every checkpoint needs it; {advice(path)}")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor -> name of its file, as the list of the model in directory `path` says; empty when it has none.
+
+    Raises CheckpointError.
+    """
+    file = path / INDEX
+    if not file.exists():
+        return {}
+    index = _read_json(file, "fetch it again").get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+        raise CheckpointError(f"{file}: weight_map must map tensors to files; fetch it again")
+    for name in index.values():
+        if Path(name).name != name:
+            raise CheckpointError(f"{file}: {name!r} is no plain file name; fetch it again")
+    return index
 
 
 def _check_directory(path: Path) -> None:
@@ -84,7 +101,7 @@ def _check_directory(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
     if not exists:
-        hint = " (for a model of a hub, download it first: hf download NAME --local-dir DIR)"
+        hint = " (a model of the Hugging Face hub is fetched by: mer pull ORG/NAME)"
         raise CheckpointError(f"{path} does not exist; name the directory of a model{hint}")
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{path} is one file of a model; name its directory: {path.parent}")
@@ -127,16 +144,10 @@ def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
 
 
 def _find_files(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files, sorted by name, and the index (tensor -> file name), empty when there is none."""
-    index: dict[str, str] = {}
-    if (path / INDEX).exists():
-        index = _read_json(path / INDEX, "fetch it again").get("weight_map", {})
-        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-            raise CheckpointError(f"{path / INDEX}: weight_map must map tensors to files; fetch it again")
+    """The weight files, sorted by name, and the index, empty when there is none."""
+    index = read_index(path)
+    if index:
         names = sorted(set(index.values()))
-        for name in names:
-            if Path(name).name != name:
-                raise CheckpointError(f"{path / INDEX}: {name!r} is no plain file name; fetch it again")
     elif (path / "model.safetensors").exists():
         names = ["model.safetensors"]
     else:
@@ -150,12 +161,14 @@ def _find_files(path: Path) -> tuple[list[Path], dict[str, str]]:
             (file.name for suffix in ("*.bin", "*.gguf", "*.pt") for file in path.glob(suffix)), None
         )
         found = f" (there is {other}, which is not read)" if other else ""
-        raise CheckpointError(f"{path}: no *.safetensors file{found}; download the model's safetensors")
+        raise CheckpointError(
+            f"{path}: no *.safetensors file{found}; download the model's safetensors, {advice(path)}"
+        )
     missing = [name for name in names if not (path / name).exists()]
     if missing:
         more = f" and {len(missing) - 1} more of {len(names)}" if len(missing) > 1 else f" (of {len(names)})"
         raise CheckpointError(
-            f"{path / missing[0]} is missing{more}; the download is incomplete, fetch it again"
+            f"{path / missing[0]} is missing{more}; the download is incomplete, {advice(path)}"
         )
     return [path / name for name in names], index
 

@@ -25,7 +25,8 @@ from mer.weights.tensors import Checkpoint
 
 # Elements of a slab: with the slabs in flight and numpy's temporaries, memory stays below some 200 MB.
 _SLAB: Final = 2 << 20
-_COPIED: Final = (
+# What a model has beside its weights.
+BESIDE: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json",
@@ -79,7 +80,7 @@ def convert(
     with PartialStore(dst, [layout for layout, _ in work.files], _identity(checkpoint)) as store:
         resumed = len(store.done)
         _write(store, work, progress or (lambda done, total: None))
-        files = {name: checkpoint.path / name for name in _COPIED}
+        files = {name: checkpoint.path / name for name in BESIDE}
         extra = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
         extra |= {name: text.encode() for name, text in (texts or {}).items()}
         store.finish(extra)

@@ -11,6 +11,7 @@ from mer.weights import formats
 from mer.weights.gguf import SHARD, TYPES, GGUFFile, GGUFTensor, read_gguf
 from mer.weights.gguf_config import understand
 from mer.weights.gguf_families import GGUFFamily
+from mer.weights.hub import advice
 from mer.weights.tensors import Checkpoint, TensorInfo
 
 _FREQUENCIES: Final = "rope_freqs.weight"
@@ -85,9 +86,11 @@ def _take_frequencies(checkpoint: Checkpoint) -> None:
 
 
 def _parts(path: Path) -> list[GGUFFile]:
+    match = SHARD.fullmatch(path.name)
+    if match and not path.exists():
+        raise CheckpointError(f"{path} is missing: the model has {int(match[3])} parts; {advice(path)}")
     first = read_gguf(path)
     count = first.metadata.get("split.count", 1)
-    match = SHARD.fullmatch(path.name)
     if type(count) is not int or count < 1:
         raise CheckpointError(f"{path}: split.count is {count!r}, it must be a number of files")
     if count == 1:
@@ -101,7 +104,7 @@ def _parts(path: Path) -> list[GGUFFile]:
     for number in range(2, count + 1):
         file = path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf")
         if not file.exists():
-            raise CheckpointError(f"{file} is missing: the model has {count} parts; fetch it")
+            raise CheckpointError(f"{file} is missing: the model has {count} parts; {advice(file)}")
         parts.append(read_gguf(file))
     for number, part in enumerate(parts):
         if part.metadata.get("split.no") != number:
