@@ -14,12 +14,17 @@ ARCHITECTURES = {
     "olmoe": gguf.MODEL_ARCH.OLMOE,
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
+    "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE,
+    "granitemoeshared": gguf.MODEL_ARCH.GRANITE_MOE,
     "glm4_moe_lite": gguf.MODEL_ARCH.DEEPSEEK2,
     "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
 }
 
+
+# llama.cpp turns neighbours where Hugging Face turns (i, i + dim/2).
+NEIGHBOURS = ("mixtral", "granitemoe", "granitemoeshared")
 
 # Where in a block the F16 scales are, of formats that the gguf package does not quantise to.
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
@@ -104,6 +109,13 @@ def _metadata(w: GGUFWriter, family: str, config: dict) -> None:
         w.add_expert_feed_forward_length(config["intermediate_size"])
     if family == "gpt_oss":
         w.add_sliding_window(config["sliding_window"])
+    if family.startswith("granite"):
+        w.add_attention_scale(config["attention_multiplier"])
+        w.add_embedding_scale(config["embedding_multiplier"])
+        w.add_residual_scale(config["residual_multiplier"])
+        w.add_logit_scale(config["logits_scaling"])
+        if config.get("shared_intermediate_size"):
+            w.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
     if config.get("clip_qkv"):
         w.add_clamp_kqv(config["clip_qkv"])
     if "n_group" in config:
@@ -141,6 +153,8 @@ def _deepseek_experts(w: GGUFWriter, config: dict) -> None:
 def _tensors(model: torch.nn.Module, family: str, config: dict):
     """(Hugging Face's name, values), in the order and form that llama.cpp expects."""
     for name, tensor in model.state_dict().items():
+        if family.startswith("granite"):
+            name = name.replace("block_sparse_moe.experts", "mlp.experts").replace("router.", "router.layer.")
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
             continue
         if family == "gpt_oss" and "experts.gate_up_proj" in name:
@@ -160,8 +174,11 @@ def _tensors(model: torch.nn.Module, family: str, config: dict):
             yield name.replace("gate_up_proj", "up_proj.weight"), up
         elif name.endswith("experts.down_proj"):
             yield f"{name}.weight", tensor
-        elif family == "mixtral" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            # llama.cpp's Llama turns neighbours where Hugging Face's turns (i, i + dim/2).
+        elif name.endswith("shared_mlp.input_linear.weight"):
+            gate, up = tensor.chunk(2)
+            yield name.replace("shared_mlp.input_linear", "mlp.shared_expert.gate_proj"), gate
+            yield name.replace("shared_mlp.input_linear", "mlp.shared_expert.up_proj"), up
+        elif family in NEIGHBOURS and name.endswith(("q_proj.weight", "k_proj.weight")):
             half = config["hidden_size"] // config["num_attention_heads"] // 2
             yield name, tensor.reshape(-1, 2, half, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
         elif name.endswith("kv_b_proj.weight"):

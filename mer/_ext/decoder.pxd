@@ -95,6 +95,8 @@ cdef class Decoder:
     cdef float eps
     cdef int kv                   # how blocks store numbers
     cdef const float *final_norm
+    cdef const float *last_norm   # the same, before the head
+    cdef float residual_scale
     cdef Matrix head
     cdef mer_router router
 

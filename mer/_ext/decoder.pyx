@@ -56,11 +56,11 @@ cdef inline void add_bias(const Matrix *m, float *y) noexcept nogil:
 cdef void attended_task(Decoder d, long t, int thread) noexcept nogil:
     cdef float *y = d.y + t * d.hidden
     add_bias(&d.layer.o, y)
-    mer_add(d.x + t * d.hidden, y, d.hidden)
+    mer_add_scaled(d.x + t * d.hidden, y, d.residual_scale, d.hidden)
 
 
 cdef void fed_task(Decoder d, long t, int thread) noexcept nogil:
-    mer_add(d.x + t * d.hidden, d.y + t * d.hidden, d.hidden)
+    mer_add_scaled(d.x + t * d.hidden, d.y + t * d.hidden, d.residual_scale, d.hidden)
 
 
 cdef void grouped_task(Decoder d, long t, int thread) noexcept nogil:
@@ -124,11 +124,11 @@ cdef void finish_task(Decoder d, long t, int thread) noexcept nogil:
         mer_add_scaled(y, d.shared + t * d.hidden, mer_sigmoid(d.router_logits[t]), d.hidden)
     elif d.layer.gate.w is not NULL:
         mer_add(y, d.shared + t * d.hidden, d.hidden)
-    mer_add(d.x + t * d.hidden, y, d.hidden)
+    mer_add_scaled(d.x + t * d.hidden, y, d.residual_scale, d.hidden)
 
 
 cdef void last_task(Decoder d, long i, int thread) noexcept nogil:
-    mer_rms_norm(d.x + d.rows[i] * d.hidden, d.final_norm, d.last + i * d.hidden, d.hidden, d.eps)
+    mer_rms_norm(d.x + d.rows[i] * d.hidden, d.last_norm, d.last + i * d.hidden, d.hidden, d.eps)
 
 
 cdef Geometry geometry_of(a):
@@ -171,7 +171,10 @@ cdef class Decoder:
         if r is not None:
             self.router = mer_router(r.n_experts, r.top_k, r.n_groups, r.top_groups, r.group_best, r.score == "sigmoid",
                                      r.normalise, r.scale, r.epsilon, NULL)
+        self.residual_scale = spec.residual_scale
         self.final_norm = self.floats(weights["final_norm"])
+        # The head is linear: its input's scale is that of the logits.
+        self.last_norm = self.floats(weights["final_norm"] * np.float32(spec.logit_scale))
         self.head = self.matrix(weights, "head")
         self.take_buffers(buffers)
         self.take_ropes(ropes, buffers)

@@ -114,6 +114,10 @@ def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Sourc
             target["expert_up_bias"] = np.ascontiguousarray(both[:, 1::2])
         elif _is_vector(part):
             target[name] = info.format.dequantize(data).reshape(info.shape).astype(np.float32)
+        elif name == "gate_up":
+            gate, up = data.reshape(2, info.rows // 2, -1)
+            target["gate"] = Matrix(gate, info.format.id, info.cols)
+            target["up"] = Matrix(up, info.format.id, info.cols)
         elif name == "kv_up":
             target.update(_split_kv_up(spec.attentions[int(layer)], info, data))
         else:

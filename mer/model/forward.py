@@ -104,6 +104,8 @@ class Forward:
         decoder, view = self._decoder, self._view(len(batch.tokens))
         h, y, ids, weights = view["h"], view["y"], view["expert_ids"], view["expert_weights"]
         self._dense.embed(batch.tokens, view["x"])
+        if self.spec.embedding_scale != 1.0:
+            view["x"] *= np.float32(self.spec.embedding_scale)
         decoder.begin(batch.positions, batch.query_offsets, batch.block_tables)
         for index, layer in enumerate(self.spec.layers):
             decoder.attend(index)

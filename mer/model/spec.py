@@ -135,6 +135,11 @@ class ModelSpec:
     # The shared expert's output is multiplied by a sigmoid gate of its own.
     shared_gate: bool = False
     tied_embeddings: bool = False
+    # What the embedding is multiplied by.
+    embedding_scale: float = 1.0
+    # What a block's output is multiplied by before it is added to the hidden state, and the logits.
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     # Routed experts: gate, up and down each have a bias; and what stands in the place of silu(gate) * up.
     expert_bias: bool = False
     clamp: ClampSpec | None = None

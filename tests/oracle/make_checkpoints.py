@@ -21,6 +21,8 @@ CLASSES = {
     "glm4_moe": "Glm4Moe",
     "glm4_moe_lite": "Glm4MoeLite",
     "minimax_m2": "MiniMaxM2",
+    "granitemoe": "GraniteMoe",
+    "granitemoeshared": "GraniteMoeShared",
     "deepseek_v2": "DeepseekV2",
 }
 COMMON: dict[str, Any] = {
@@ -52,6 +54,20 @@ FAMILY: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"num_experts": 8, "intermediate_size": 32, "num_key_value_heads": 4},
     "gpt_oss": {"num_local_experts": 6, "intermediate_size": 32, "head_dim": 16, "sliding_window": 37},
+    "granitemoe": {
+        "num_local_experts": 6,
+        "intermediate_size": 32,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 1.7,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 3.0,
+    },
+    "granitemoeshared": {
+        "num_local_experts": 6,
+        "intermediate_size": 32,
+        "shared_intermediate_size": 40,
+        "attention_multiplier": 0.2,
+    },
     "minimax_m2": {
         "num_local_experts": 6,
         "intermediate_size": 32,
@@ -110,6 +126,8 @@ FAMILY: dict[str, dict[str, Any]] = {
 }
 # Those whose experts run where they lie; the others are converted first.
 IN_PLACE = [family for family in FAMILY if family != "gpt_oss"]
+# Those whose files have a tensor for each expert.
+PER_EXPERT = [family for family in IN_PLACE if not family.startswith("granite")]
 
 
 def make(

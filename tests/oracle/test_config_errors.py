@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import Runner
-from make_checkpoints import FAMILY, IN_PLACE, edit_config, make
+from make_checkpoints import FAMILY, PER_EXPERT, edit_config, make
 from safetensors.numpy import load_file, save_file
 
 from mer.errors import CheckpointError, UnsupportedModelError
@@ -153,7 +153,7 @@ def fuse(tensors, expert: str, gate: str, up: str, down: str, target: str):
     return kept
 
 
-@pytest.mark.parametrize("family", IN_PLACE)
+@pytest.mark.parametrize("family", PER_EXPERT)
 def test_fused_experts(checkpoint, originals, family):
     """The same logits, byte for byte, from fused expert tensors."""
     prompt = np.random.default_rng(2).integers(0, 211, 40).tolist()

@@ -68,14 +68,18 @@ def read_store(path: Path, source: dict[str, torch.Tensor]) -> dict[str, torch.T
         matrix, (piece,) = extents.matrices[part], extents.pieces
         data = store.read_bytes(piece.file, piece.offset + matrix.offset, matrix.nbytes, name)
         tensors[name] = decoded(matrix.format.name, data, (matrix.rows, matrix.cols))
-    return tensors | interleaved(store, source)
+    return tensors | in_two_tensors(store, source)
 
 
-def interleaved(store: Checkpoint, source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The experts of a GPT-OSS as transformers has them: [E, H, 2I], gate and up in turn, and [E, I, H]."""
+def in_two_tensors(store: Checkpoint, source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts that the source has in two tensors.
+
+    GPT-OSS as transformers has it: [E, H, 2I], gate and up in turn, and [E, I, H]. Granite as published:
+    [E, 2I, H] and [E, H, I].
+    """
     found = {}
     for name in source:
-        if not name.endswith("experts.gate_up_proj"):
+        if not name.endswith(("experts.gate_up_proj", "block_sparse_moe.input_linear.weight")):
             continue
         layer, parts = int(name.split(".")[2]), []
         for e in range(len(source[name])):
@@ -91,7 +95,12 @@ def interleaved(store: Checkpoint, source: dict[str, torch.Tensor]) -> dict[str,
                     for m in matrices
                 ]
             )
-        gate, up, down = (torch.stack([each[i].T for each in parts]) for i in range(3))
+        gate, up, down = (torch.stack([each[i] for each in parts]) for i in range(3))
+        if name.endswith("input_linear.weight"):
+            found[name] = torch.cat([gate, up], 1)
+            found[name.replace("input_linear", "output_linear")] = down
+            continue
+        gate, up, down = (each.swapaxes(1, 2) for each in (gate, up, down))
         found[name] = torch.stack([gate, up], -1).reshape(source[name].shape)
         found[name.replace("gate_up_proj", "down_proj")] = down
     return found

@@ -85,6 +85,28 @@ CASES = {
             "norm_topk_prob": False,
         },
     },
+    "granitemoe": {
+        "plain": {},
+        "ones": {
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "num_key_value_heads": 1,
+        },
+        "bias-tied": {"attention_bias": True, "tie_word_embeddings": True, "num_experts_per_tok": 6},
+        "odd": {"hidden_size": 60, "num_attention_heads": 6, "intermediate_size": 37},
+    },
+    "granitemoeshared": {
+        "plain": {},
+        "all": {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 6.0,
+            "shared_intermediate_size": 33,
+        },
+        "none-shared": {"shared_intermediate_size": 0},
+    },
     "minimax_m2": {
         "plain": {},
         "whole-head-tied": {"rotary_dim": 16, "tie_word_embeddings": True},

@@ -7,15 +7,24 @@ from __future__ import annotations
 
 from typing import Final
 
-from mer.weights.gguf_families import deepseek, glm4_moe, gpt_oss, minimax_m2, mixtral, olmoe, qwen_moe
+from mer.weights.gguf_families import (
+    deepseek,
+    glm4_moe,
+    gpt_oss,
+    granite_moe,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen_moe,
+)
 from mer.weights.gguf_families.family import GGUFFamily
 from mer.weights.gguf_keys import Keys
 
 __all__ = ["ARCHITECTURES", "BY_MODEL_TYPE", "GGUFFamily", "family_of"]
 
 _KNOWN: Final = (
-    deepseek.V2, deepseek.FAMILY, deepseek.GLM_LITE, glm4_moe.FAMILY, gpt_oss.FAMILY, minimax_m2.FAMILY,
-    mixtral.FAMILY, olmoe.FAMILY, qwen_moe.QWEN2, qwen_moe.QWEN3,
+    deepseek.V2, deepseek.FAMILY, deepseek.GLM_LITE, glm4_moe.FAMILY, gpt_oss.FAMILY, granite_moe.SHARED,
+    granite_moe.FAMILY, minimax_m2.FAMILY, mixtral.FAMILY, olmoe.FAMILY, qwen_moe.QWEN2, qwen_moe.QWEN3,
 )  # fmt: skip
 ARCHITECTURES: Final = sorted({family.architecture for family in _KNOWN})
 BY_MODEL_TYPE: Final = {family.model_type: family for family in _KNOWN}
