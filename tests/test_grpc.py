@@ -143,6 +143,9 @@ async def test_stats(stub):
     assert (after.cache_slots, after.experts) == (4, 12)
     assert 0 < after.resident <= 4
     assert after.steps.step_s > before.steps.step_s
+    assert after.steps.guesses > before.steps.guesses >= before.steps.guesses_right
+    assert (after.steps.prefetch_bytes > 0) == (after.steps.prefetched > 0)
+    assert after.steps.prefetch_used_bytes <= after.steps.prefetch_bytes
     assert after.prefix_query_tokens > before.prefix_query_tokens
     assert after.resident_bytes > 1 << 20
     assert after.uptime_s > before.uptime_s

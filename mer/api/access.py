@@ -13,6 +13,10 @@ from attrs import define
 
 from mer.errors import MerError
 
+# Why requests are refused: what a server counts.
+REASONS: Final = (
+    "invalid", "too_large", "auth", "host", "rate_limit", "queue_full", "loading", "shutting_down",
+)  # fmt: skip
 # Callers that are remembered; of more, those that are idle for longest are forgotten.
 _REMEMBERED: Final = 10_000
 
@@ -41,6 +45,8 @@ class _Account:
 class Access:
     """Keys and limits. Used on the event loop alone.
 
+    refused: reason -> requests; who serves them counts.
+
     keys: key -> name; empty: no key is asked for. rate_limit: requests a minute of one caller, which may
     come at once after a minute of silence. max_concurrent: requests of one caller at a time.
     """
@@ -58,6 +64,7 @@ class Access:
         self._max_concurrent = max_concurrent
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
+        self.refused: dict[str, int] = dict.fromkeys(REASONS, 0)
 
     def caller(self, key: str | None, address: str) -> str:
         """The name of the caller: that of its key, or its address where no keys are asked for.

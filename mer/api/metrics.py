@@ -18,6 +18,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from mer.api.access import REASONS
 from mer.engine.engine import Engine
 from mer.engine.observer import EndReason, Snapshot
 from mer.engine.outputs import Usage
@@ -34,12 +35,14 @@ _REASONS: Final[tuple[EndReason, ...]] = ("stop", "length", "cancelled", "timeou
 class Metrics(Collector):
     """Watches one engine from now on; any number may live in a process, each has its own registry."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
+    def __init__(self, engine: Engine, model_name: str, refused: Mapping[str, int] | None = None) -> None:
+        """refused: what a server around the engine turned away, by reason; it may go on counting."""
         self._engine = engine
         self._info = {"version": version("mer"), "model": model_name}
         self._info |= {
             name: str(engine.facts()[name]) for name in ("io_backend", "isa", "threads", "kv_dtype")
         }
+        self._refused = dict.fromkeys(REASONS, 0) if refused is None else refused
         self._ended: dict[EndReason, int] = dict.fromkeys(_REASONS, 0)
         self._prompt_tokens = self._completion_tokens = 0
         self._queue = _Histogram(_QUEUE_S)
@@ -96,6 +99,7 @@ class Metrics(Collector):
         states = {"waiting": now.waiting, "running": now.running}
         yield _gauges("mer_requests", "Requests that are here now.", "state", states)
         yield _counters("mer_requests_ended", "Requests that are over, and why.", "reason", self._ended)
+        yield _counters("mer_requests_refused", "Requests that were not served.", "reason", self._refused)
         yield self._queue.metric("mer_request_queue_seconds", "From a request to its first step.")
         yield self._first_token.metric(
             "mer_time_to_first_token_seconds", "From a request to its first token."
@@ -142,6 +146,10 @@ def _experts(now: Snapshot) -> Iterable[Metric]:
     yield _counters(cache + "evictions", "Experts that made room.", "tier", {"ram": now.evictions})
     yield _counter("mer_prefetch_issued", "Experts read ahead of their layer.", now.steps.prefetched)
     yield _counter("mer_prefetch_useful", "Those that were wanted then.", now.steps.prefetch_used)
+    yield _counter("mer_prefetch_bytes", "Bytes of experts read ahead.", now.steps.prefetch_bytes)
+    yield _counter("mer_prefetch_useful_bytes", "Bytes of the useful ones.", now.steps.prefetch_used_bytes)
+    yield _counter("mer_prefetch_guesses", "Experts expected to be wanted next.", now.steps.guesses)
+    yield _counter("mer_prefetch_guesses_right", "Those that were.", now.steps.guesses_right)
     yield _counter("mer_read_bytes", "Bytes of experts read from disk.", now.steps.bytes_read)
     latency = now.read_latency
     yield _histogram(

@@ -33,6 +33,8 @@ class ServerSettings:
     max_body: int = 16 << 20
     cors_origins: tuple[str, ...] = ()
     """Web pages that may ask; '*': all."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which the server may be called beside its own; '*': any. See mer.api.http.hosts."""
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None

@@ -51,6 +51,13 @@ _KEYS: Final = "MER_API_KEYS"
 @click.option(
     "--cors-origin", "cors_origins", multiple=True, metavar="URL", help="A web page that may ask; *: all."
 )
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A further name by which clients may call a server on the loopback address; *: any.",
+)
 @click.option("--tls-cert", type=_PATH, help="Certificate chain (PEM): HTTPS.")
 @click.option("--tls-key", type=_PATH, help="Its private key (PEM).")
 @click.option("--tls-client-ca", type=_PATH, help="Clients need a certificate signed by this one (PEM).")

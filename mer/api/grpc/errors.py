@@ -50,6 +50,17 @@ _KINDS: Final[tuple[tuple[type[BaseException], grpc.StatusCode, str], ...]] = (
 )
 
 
+_REFUSALS: Final = {
+    "INVALID_REQUEST": "invalid",
+    "ID_IN_USE": "invalid",
+    "API_KEY_INVALID": "auth",
+    "RATE_LIMIT_EXCEEDED": "rate_limit",
+    "QUEUE_FULL": "queue_full",
+    "LOADING": "loading",
+    "SHUTTING_DOWN": "shutting_down",
+}
+
+
 @frozen
 class Failure:
     """What a client is told. field: the path of what is wrong in the request; retry_after: seconds."""
@@ -68,6 +79,11 @@ class Failure:
         param = error.param if isinstance(error, RequestError) else None
         retry = error.retry_after if isinstance(error, QueueFullError | RateLimitError) else None
         return cls(code, _shortened(text), reason, path(param) if param else "", retry)
+
+    @property
+    def refusal(self) -> str:
+        """Why the request was refused, see mer.api.access.REASONS; empty for one that was taken."""
+        return _REFUSALS.get(self.reason, "")
 
     def metadata(self, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
         """Trailing metadata: the details, and when clients that retry by themselves shall do so."""

@@ -105,6 +105,7 @@ class Gate:
         except Exception as error:
             failure = call.failed(error)
             status = failure.code
+            self.count(failure)
             await context.abort(failure.code, failure.message, failure.metadata(call.request_id))
         finally:
             remaining = context.time_remaining()
@@ -114,6 +115,11 @@ class Gate:
             if not self.running:
                 self._idle.set()
             call.write(status)
+
+    def count(self, failure: Failure) -> None:
+        """A call, or a request of a session, failed: it may have been refused."""
+        if failure.refusal:
+            self._access.refused[failure.refusal] += 1
 
     def admitted(self, call: Call) -> AbstractContextManager[None]:
         """While a request is served, be it a call or one of a session's. Raises RateLimitError."""

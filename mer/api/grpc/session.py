@@ -100,13 +100,13 @@ class _Session:
                 running.cancel()
         elif kind is None:
             error = RequestError("the message has neither generate nor chat nor cancel", "request")
-            await self._tell(id, Failure.of(error))
+            await self._refuse(id, Failure.of(error))
         elif not 1 <= len(id.encode()) <= _MOST_ID_BYTES:
             error = RequestError(f"an id must have 1 to {_MOST_ID_BYTES} bytes", "id")
-            await self._tell(id, Failure.of(error))
+            await self._refuse(id, Failure.of(error))
         elif running is not None:
             text = f"the request {id!r} is running; this one was not begun"
-            await self._tell(id, Failure(grpc.StatusCode.ALREADY_EXISTS, text, "ID_IN_USE", "id"))
+            await self._refuse(id, Failure(grpc.StatusCode.ALREADY_EXISTS, text, "ID_IN_USE", "id"))
         else:
             task = self._in_use[id] = asyncio.create_task(self._serve(message))
             self._tasks.add(task)
@@ -127,6 +127,7 @@ class _Session:
         except Exception as error:
             failure = call.failed(error)
             status = failure.code
+            self._gate.count(failure)
             await self._over(id, failure)
         finally:
             call.write(status)
@@ -151,6 +152,10 @@ class _Session:
 
     async def _over(self, id: str, failure: Failure) -> None:
         self._in_use.pop(id, None)
+        await self._tell(id, failure)
+
+    async def _refuse(self, id: str, failure: Failure) -> None:
+        self._gate.count(failure)
         await self._tell(id, failure)
 
     async def _tell(self, id: str, failure: Failure) -> None:

@@ -15,6 +15,7 @@ from mer.engine.outputs import Usage
 _KINDS: Final = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
     413: "request_too_large",

@@ -21,13 +21,17 @@ _log = logging.getLogger("mer.http")
 
 @define
 class Call:
-    """cleanup: closed when the response has been sent or nobody wants it any more."""
+    """cleanup: closed when the response has been sent or nobody wants it any more.
+
+    refused: the reason, see mer.api.access.REASONS; empty while it is not.
+    """
 
     request_id: str
     caller: str = ""
     cleanup: AsyncExitStack = Factory(AsyncExitStack)
     log: dict[str, Any] = Factory(dict)
     begun: float = Factory(time.perf_counter)
+    refused: str = ""
 
     def used(self, usage: Sequence[Usage]) -> None:
         """Count the tokens of these answers to one prompt in the log line."""
@@ -38,6 +42,7 @@ class Call:
     def failed(self, error: BaseException, told: ApiError) -> None:
         """Say in the log what went wrong; with a traceback where it is an error of `mer`."""
         self.log["error"] = str(told)
+        self.refused = told.refusal
         if told.status >= 500 and not isinstance(error, MerError):
             _log.error("request %s: %r", self.request_id, error, exc_info=error)
 

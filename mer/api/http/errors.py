@@ -19,6 +19,16 @@ from mer.errors import (
 )
 
 INVALID: Final = "invalid_request_error"
+# What counts as refused, by the code of the error; see mer.api.access.REASONS.
+_REFUSALS: Final = {
+    "invalid_api_key": "auth",
+    "host_not_allowed": "host",
+    "rate_limit_exceeded": "rate_limit",
+    "overloaded": "queue_full",
+    "body_too_large": "too_large",
+    "loading": "loading",
+    "shutting_down": "shutting_down",
+}
 
 
 class ApiError(MerError):
@@ -40,6 +50,12 @@ class ApiError(MerError):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+
+    @property
+    def refusal(self) -> str:
+        """Why the request was refused; empty for what went wrong with one that was taken."""
+        taken = self.status >= 500 or self.status == 408
+        return _REFUSALS.get(self.code or "", "" if taken else "invalid")
 
     @property
     def object(self) -> dict[str, Any]:

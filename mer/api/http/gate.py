@@ -15,6 +15,7 @@ from hypercorn.typing import ASGIFramework, ASGIReceiveCallable, ASGISendCallabl
 
 from mer.api.http.call import Call
 from mer.api.http.errors import ApiError, api_error, unavailable
+from mer.api.http.hosts import Hosts
 from mer.api.http.service import Service
 
 # Asked for by what watches the server, often and without a key.
@@ -44,6 +45,7 @@ class Gate:
         self._app = app
         self._service = service
         self._settings = service.settings
+        self._hosts = Hosts(service.settings)
 
     async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         if scope["type"] == "websocket":  # of which there are none here: the client gets 403
@@ -73,6 +75,8 @@ class Gate:
             await self._serve(scope, headers, call, receive, sending)
         finally:
             await call.cleanup.aclose()
+            if call.refused:
+                self._service.access.refused[call.refused] += 1
             self._write(scope, call, status, time.perf_counter() - begun)
 
     async def _serve(
@@ -87,6 +91,8 @@ class Gate:
         address = scope["client"][0] if scope.get("client") else "local"
         try:
             call.caller = address
+            if path not in PROBES:
+                self._hosts.check(headers)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await _respond(send, 204, b"", {})
                 return

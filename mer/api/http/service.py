@@ -51,7 +51,7 @@ class Service:
     @engine.setter
     def engine(self, engine: Engine) -> None:
         self._engine = engine
-        self._metrics = Metrics(engine, self.settings.model_name)
+        self._metrics = Metrics(engine, self.settings.model_name, self.access.refused)
 
     @property
     def metrics(self) -> Metrics:
