@@ -84,13 +84,15 @@ async def settle(engine: Engine) -> None:
 
 def check_idle(engine: Engine) -> None:
     """Nothing is held for nobody."""
-    scheduler, cache = engine._worker._scheduler, engine._runner.experts.cache.stats()
+    scheduler, experts = engine._worker._scheduler, engine._runner.experts
     assert not engine._worker._jobs
     assert engine._worker._here == 0
     assert not scheduler
     assert scheduler.pool.free == scheduler.pool.n_blocks
+    if experts is None:
+        return
     # What the last step read ahead may still be on its way.
-    ahead = engine._runner.experts.streamer.stats()["prefetching"]
+    cache, ahead = experts.cache.stats(), experts.streamer.stats()["prefetching"]
     assert cache["in_use"] <= ahead
     assert cache["loading"] <= ahead
     assert cache["failed"] == 0

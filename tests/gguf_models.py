@@ -8,6 +8,10 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
 ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
     "mixtral": gguf.MODEL_ARCH.LLAMA,
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
@@ -24,7 +28,7 @@ ARCHITECTURES = {
 
 
 # llama.cpp turns neighbours where Hugging Face turns (i, i + dim/2).
-NEIGHBOURS = ("mixtral", "granitemoe", "granitemoeshared")
+NEIGHBOURS = ("llama", "mistral", "mixtral", "granitemoe", "granitemoeshared")
 
 # Where in a block the F16 scales are, of formats that the gguf package does not quantise to.
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
@@ -93,12 +97,15 @@ def _metadata(w: GGUFWriter, family: str, config: dict) -> None:
     w.add_layer_norm_rms_eps(config["rms_norm_eps"])
     w.add_rope_freq_base(rope["rope_theta"])
     counts = ("num_experts", "num_local_experts", "n_routed_experts")
-    w.add_expert_count(next(config[name] for name in counts if config.get(name)))
-    w.add_expert_used_count(config["num_experts_per_tok"])
+    n_experts = next((config[name] for name in counts if config.get(name)), 0)
+    if n_experts:
+        w.add_expert_count(n_experts)
+        w.add_expert_used_count(config["num_experts_per_tok"])
     if rope["rope_type"] in ("linear", "yarn"):
         w.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         w.add_rope_scaling_factor(rope["factor"])
-        w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if "original_max_position_embeddings" in rope:
+            w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         if "mscale_all_dim" in rope:
             w.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
     if config.get("moe_intermediate_size"):
@@ -178,9 +185,9 @@ def _tensors(model: torch.nn.Module, family: str, config: dict):
             gate, up = tensor.chunk(2)
             yield name.replace("shared_mlp.input_linear", "mlp.shared_expert.gate_proj"), gate
             yield name.replace("shared_mlp.input_linear", "mlp.shared_expert.up_proj"), up
-        elif family in NEIGHBOURS and name.endswith(("q_proj.weight", "k_proj.weight")):
-            half = config["hidden_size"] // config["num_attention_heads"] // 2
-            yield name, tensor.reshape(-1, 2, half, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+        elif family in NEIGHBOURS and ("q_proj." in name or "k_proj." in name):
+            half = (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
+            yield name, tensor.reshape(-1, 2, half, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
         elif name.endswith("kv_b_proj.weight"):
             nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
             both = tensor.reshape(-1, nope + value, tensor.shape[1])

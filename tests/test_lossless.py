@@ -84,7 +84,7 @@ def logits(monkeypatch):
 @pytest.fixture(scope="module", params=FAMILY)
 def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
-    more = {"sliding_window": 45} if request.param == "mixtral" else {}
+    more = {"sliding_window": 45} if request.param in ("mixtral", "mistral") else {}
     make(path, request.param, num_experts_per_tok=TOP_K, **more)
     return runnable(path, request.param)
 

@@ -60,7 +60,9 @@ cdef void attended_task(Decoder d, long t, int thread) noexcept nogil:
 
 
 cdef void fed_task(Decoder d, long t, int thread) noexcept nogil:
-    mer_add_scaled(d.x + t * d.hidden, d.y + t * d.hidden, d.residual_scale, d.hidden)
+    cdef float *y = d.y + t * d.hidden
+    add_bias(&d.layer.down, y)
+    mer_add_scaled(d.x + t * d.hidden, y, d.residual_scale, d.hidden)
 
 
 cdef void grouped_task(Decoder d, long t, int thread) noexcept nogil:
@@ -109,7 +111,10 @@ include "latent.pxi"
 
 cdef void swiglu_task(Decoder d, long t, int thread) noexcept nogil:
     cdef float *gate = d.gate + t * d.inter
-    d.kernels.swiglu(gate, d.up + t * d.inter, gate, d.inter)
+    cdef float *up = d.up + t * d.inter
+    add_bias(&d.layer.gate, gate)
+    add_bias(&d.layer.up, up)
+    d.kernels.swiglu(gate, up, gate, d.inter)
 
 
 cdef void route_task(Decoder d, long t, int thread) noexcept nogil:
@@ -120,10 +125,12 @@ cdef void route_task(Decoder d, long t, int thread) noexcept nogil:
 
 cdef void finish_task(Decoder d, long t, int thread) noexcept nogil:
     cdef float *y = d.y + t * d.hidden
+    cdef float *shared = d.shared + t * d.hidden
+    add_bias(&d.layer.down, shared)
     if d.layer.shared_gate.w is not NULL:
-        mer_add_scaled(y, d.shared + t * d.hidden, mer_sigmoid(d.router_logits[t]), d.hidden)
+        mer_add_scaled(y, shared, mer_sigmoid(d.router_logits[t]), d.hidden)
     elif d.layer.gate.w is not NULL:
-        mer_add(y, d.shared + t * d.hidden, d.hidden)
+        mer_add(y, shared, d.hidden)
     mer_add_scaled(d.x + t * d.hidden, y, d.residual_scale, d.hidden)
 
 

@@ -24,6 +24,10 @@ CLASSES = {
     "granitemoe": "GraniteMoe",
     "granitemoeshared": "GraniteMoeShared",
     "deepseek_v2": "DeepseekV2",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
 }
 COMMON: dict[str, Any] = {
     "vocab_size": 211,
@@ -123,11 +127,18 @@ FAMILY: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "num_mtp_layers": 0,
     },
+    "llama": {"intermediate_size": 80},
+    "mistral": {"intermediate_size": 80, "sliding_window": None},
+    "qwen2": {"intermediate_size": 80},
+    "qwen3": {"intermediate_size": 80, "head_dim": 32},
 }
-# Those whose experts run where they lie; the others are converted first.
+# Those without experts, and with.
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+SPARSE = [family for family in FAMILY if family not in DENSE]
+# Those whose weights run where they lie; the others are converted first.
 IN_PLACE = [family for family in FAMILY if family != "gpt_oss"]
 # Those whose files have a tensor for each expert.
-PER_EXPERT = [family for family in IN_PLACE if not family.startswith("granite")]
+PER_EXPERT = [f for f in IN_PLACE if f in SPARSE and not f.startswith("granite")]
 
 
 def make(

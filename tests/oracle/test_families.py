@@ -163,6 +163,40 @@ CASES = {
         "one-group": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "n_shared_experts": 2},
         "many-chosen": {"num_experts_per_tok": 4, "topk_group": 3, "routed_scaling_factor": 0.7},
     },
+    "llama": {
+        "plain": {},
+        "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+        "mha-tied": {"num_key_value_heads": 4, "tie_word_embeddings": True, "num_hidden_layers": 1},
+        "odd": {"hidden_size": 60, "num_attention_heads": 6, "head_dim": 14, "intermediate_size": 37},
+        "wide-heads": {"head_dim": 40, "rms_norm_eps": 0.01},
+        "llama3": LLAMA3,
+        "linear": rope("linear", 1e4, factor=3.0),
+        "yarn": rope("yarn", 1e4, **YARN),
+    },
+    "mistral": {
+        "plain": {},
+        "window": {"sliding_window": 37, "head_dim": 24},
+        "window-of-blocks": {"sliding_window": 32, "tie_word_embeddings": True},
+        "yarn": rope("yarn", 1e6, **ODD_YARN),
+    },
+    "qwen2": {
+        "plain": {},
+        "window": {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 2},
+        "layer-types": {
+            "use_sliding_window": True,
+            "sliding_window": 30,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        "tied-yarn": rope("yarn", 1e4, **YARN) | {"tie_word_embeddings": True, "num_key_value_heads": 4},
+        "one-kv-head": {"num_key_value_heads": 1, "intermediate_size": 37},
+    },
+    "qwen3": {
+        "plain": {},
+        "odd-heads": {"head_dim": 22, "num_attention_heads": 6, "num_key_value_heads": 3},
+        "bias-tied": {"attention_bias": True, "tie_word_embeddings": True},
+        "window": {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1},
+        "yarn": rope("yarn", 1e4, **YARN),
+    },
 }
 
 
@@ -229,8 +263,9 @@ def test_config_without_what_has_a_default(family, tmp_path):
         changes = {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 2}
     if family == "qwen3_moe":
         changes |= {"norm_topk_prob": False}
-    model = make(tmp_path, family, **changes)
-    edit_config(tmp_path, **dict.fromkeys(OPTIONAL))
+    absent = {"qwen3": {"head_dim": 128}, "mistral": {"sliding_window": 4096}}.get(family, {})
+    model = make(tmp_path, family, **changes, **absent)
+    edit_config(tmp_path, **dict.fromkeys([*OPTIONAL, *absent]))
     assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
 
 
@@ -252,6 +287,15 @@ def test_kimi_k2_as_published(tmp_path):
         seq_aux=True,
     )
     assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
+
+
+def test_a_window_of_null_is_none(tmp_path):
+    """Where Mistral's file does not say, there is one, further back than the prompts here go."""
+    config = make(tmp_path, "mistral", sliding_window=None).config
+    assert [layer.window for layer in Runner(tmp_path).spec.layers] == [config.sliding_window] * 3
+    edit_config(tmp_path, sliding_window=None)  # removes the key
+    usual = type(config)().sliding_window
+    assert [layer.window for layer in Runner(tmp_path).spec.layers] == [usual] * 3
 
 
 def test_config_as_published_before_transformers_5(tmp_path):

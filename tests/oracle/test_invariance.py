@@ -14,7 +14,7 @@ PROMPTS = [RANDOM.integers(0, 211, n).tolist() for n in (150, 33, 97)]
 @pytest.fixture(scope="module", params=FAMILY)
 def checkpoint(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
-    more = {"sliding_window": 45} if request.param == "mixtral" else {}
+    more = {"sliding_window": 45} if request.param in ("mixtral", "mistral") else {}
     make(path, request.param, num_hidden_layers=2, **more)
     return path
 

@@ -14,6 +14,7 @@ from mer.model.families import (
     glm4_moe_lite,
     gpt_oss,
     granite_moe,
+    llama,
     minimax_m2,
     mixtral,
     olmoe,
@@ -35,10 +36,14 @@ FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
     "granitemoe": granite_moe.read,
     "granitemoeshared": granite_moe.read,
     "kimi_k2": deepseek_v3.read,
+    "llama": llama.read_llama,
+    "mistral": llama.read_mistral,
     "minimax_m2": minimax_m2.read,
     "mixtral": mixtral.read,
     "olmoe": olmoe.read,
+    "qwen2": llama.read_qwen2,
     "qwen2_moe": qwen_moe.read_qwen2,
+    "qwen3": llama.read_qwen3,
     "qwen3_moe": qwen_moe.read_qwen3,
 }
 

@@ -32,11 +32,13 @@ def take_norms(tensors: Tensors, layer: int, hidden: int) -> None:
     tensors.take(f"{layer}.mlp_norm", f"{name}.post_attention_layernorm.weight", hidden)
 
 
-def take_feed_forward(tensors: Tensors, layer: int, name: str, hidden: int, inter: int) -> None:
+def take_feed_forward(
+    tensors: Tensors, layer: int, name: str, hidden: int, inter: int, *, bias: bool = False
+) -> None:
     """gate, up and down of a plain feed-forward block or of a shared expert."""
-    tensors.take_linear(f"{layer}.gate", f"{name}.gate_proj", inter, hidden)
-    tensors.take_linear(f"{layer}.up", f"{name}.up_proj", inter, hidden)
-    tensors.take_linear(f"{layer}.down", f"{name}.down_proj", hidden, inter)
+    tensors.take_linear(f"{layer}.gate", f"{name}.gate_proj", inter, hidden, bias=bias)
+    tensors.take_linear(f"{layer}.up", f"{name}.up_proj", inter, hidden, bias=bias)
+    tensors.take_linear(f"{layer}.down", f"{name}.down_proj", hidden, inter, bias=bias)
 
 
 def grouped_attention(
@@ -44,8 +46,9 @@ def grouped_attention(
     *,
     qk_norm: Literal["none", "head", "vector"] = "none",
     clip: float | None = None,
+    default_head: int | None = None,
 ) -> AttentionSpec:
-    """Sizes of grouped-query attention."""
+    """Sizes of grouped-query attention. default_head: elements of a head where the file does not say."""
     heads = config.integer("num_attention_heads")
     kv_heads = config.integer("num_key_value_heads", default=heads)
     if heads % kv_heads:
@@ -53,9 +56,9 @@ def grouped_attention(
             f"num_attention_heads ({heads}) is no multiple of num_key_value_heads ({kv_heads})"
         )
     hidden = config.integer("hidden_size")
-    if config.get("head_dim") is None and hidden % heads:
+    if config.get("head_dim") is None and default_head is None and hidden % heads:
         raise config.wrong(f"hidden_size ({hidden}) is no multiple of num_attention_heads ({heads})")
-    dim = config.integer("head_dim", default=hidden // heads)
+    dim = config.integer("head_dim", default=default_head or hidden // heads)
     return AttentionSpec(heads, kv_heads, dim, dim**-0.5, qk_norm, clip)
 
 
@@ -82,6 +85,17 @@ def softmax_router(config: Config, *, normalise: bool) -> RouterSpec:
     if top_k > n:
         raise config.wrong(f"num_experts_per_tok is {top_k}, but there are {n} experts")
     return RouterSpec(n, top_k, "softmax", normalise)
+
+
+def layer_kinds(config: Config, n_layers: int, usual: list[str] | None, known: tuple[str, ...]) -> list[str]:
+    """What each layer is by `layer_types`, or, where the file does not say, `usual`."""
+    kinds = config.get("layer_types") or usual
+    if not isinstance(kinds, list) or len(kinds) != n_layers:
+        raise config.wrong(f"layer_types must name each of the {n_layers} layers")
+    for kind in kinds:
+        if kind not in known:
+            raise config.unsupported(f"layer_types has {kind!r}; known are {', '.join(known)}")
+    return kinds
 
 
 def number_layers(config: Config, moe: list[bool], windows: list[int | None]) -> tuple[LayerSpec, ...]:

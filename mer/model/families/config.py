@@ -33,6 +33,10 @@ class Config:
                 return value
         return None
 
+    def has(self, name: str) -> bool:
+        """Whether this key stands in the file, be it as null."""
+        return name in self._values
+
     def integer(self, *names: str, default: int | None = None, minimum: int = 1) -> int:
         """A whole number of at least `minimum`; required when there is no default."""
         value = self._required(names, default)

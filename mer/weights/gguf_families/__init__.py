@@ -12,6 +12,7 @@ from mer.weights.gguf_families import (
     glm4_moe,
     gpt_oss,
     granite_moe,
+    llama,
     minimax_m2,
     mixtral,
     olmoe,
@@ -24,7 +25,8 @@ __all__ = ["ARCHITECTURES", "BY_MODEL_TYPE", "GGUFFamily", "family_of"]
 
 _KNOWN: Final = (
     deepseek.V2, deepseek.FAMILY, deepseek.GLM_LITE, glm4_moe.FAMILY, gpt_oss.FAMILY, granite_moe.SHARED,
-    granite_moe.FAMILY, minimax_m2.FAMILY, mixtral.FAMILY, olmoe.FAMILY, qwen_moe.QWEN2, qwen_moe.QWEN3,
+    granite_moe.FAMILY, llama.LLAMA, llama.QWEN2, llama.QWEN3, minimax_m2.FAMILY, mixtral.FAMILY,
+    olmoe.FAMILY, qwen_moe.QWEN2, qwen_moe.QWEN3,
 )  # fmt: skip
 ARCHITECTURES: Final = sorted({family.architecture for family in _KNOWN})
 BY_MODEL_TYPE: Final = {family.model_type: family for family in _KNOWN}

@@ -1,0 +1,89 @@
+"""Llama (2, 3 and what is built like them), Mistral, Qwen2 and Qwen3: dense models, which differ in little."""
+
+from __future__ import annotations
+
+from mer.model.families import common
+from mer.model.families.config import Config
+from mer.model.families.rope import Rope
+from mer.model.families.tensors import Tensors
+from mer.model.spec import AttentionSpec, LayerSpec, ModelSpec
+
+
+def read_llama(config: Config, tensors: Tensors) -> ModelSpec:
+    """ModelSpec of a Llama, its parts taken from `tensors`."""
+    bias = config.flag("attention_bias", False)
+    mlp_bias = config.flag("mlp_bias", False)
+    windows: list[int | None] = [None] * config.integer("num_hidden_layers")
+    attention = common.grouped_attention(config)
+    return _read(config, tensors, "llama", attention, windows, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)
+
+
+def read_mistral(config: Config, tensors: Tensors) -> ModelSpec:
+    """ModelSpec of a Mistral, its parts taken from `tensors`."""
+    # null says that there is none.
+    window = None
+    if config.get("sliding_window") is not None or not config.has("sliding_window"):
+        window = config.integer("sliding_window", default=4096)
+    windows = [window] * config.integer("num_hidden_layers")
+    return _read(config, tensors, "mistral", common.grouped_attention(config), windows)
+
+
+def read_qwen2(config: Config, tensors: Tensors) -> ModelSpec:
+    """ModelSpec of a Qwen2, its parts taken from `tensors`."""
+    attention = common.grouped_attention(config)
+    return _read(config, tensors, "qwen2", attention, _qwen_windows(config), qkv_bias=True)
+
+
+def read_qwen3(config: Config, tensors: Tensors) -> ModelSpec:
+    """ModelSpec of a Qwen3, its parts taken from `tensors`."""
+    bias = config.flag("attention_bias", False)
+    attention = common.grouped_attention(config, qk_norm="head", default_head=128)
+    return _read(config, tensors, "qwen3", attention, _qwen_windows(config), qkv_bias=bias, o_bias=bias)
+
+
+def _qwen_windows(config: Config) -> list[int | None]:
+    """Of the layers from max_window_layers on, or of those that layer_types says."""
+    n_layers = config.integer("num_hidden_layers")
+    if not config.flag("use_sliding_window", False):
+        return [None] * n_layers
+    window = config.integer("sliding_window", default=4096)
+    first = config.integer("max_window_layers", default=28, minimum=0)
+    usual = ["full_attention" if i < first else "sliding_attention" for i in range(n_layers)]
+    kinds = common.layer_kinds(config, n_layers, usual, ("full_attention", "sliding_attention"))
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _read(
+    config: Config,
+    tensors: Tensors,
+    family: str,
+    attention: AttentionSpec,
+    windows: list[int | None],
+    *,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+) -> ModelSpec:
+    config.expect("hidden_act", "silu")
+    hidden, inter = config.integer("hidden_size"), config.integer("intermediate_size")
+    rope = Rope(config)
+    tied = common.take_ends(config, tensors)
+    for i in range(len(windows)):
+        common.take_norms(tensors, i, hidden)
+        common.take_grouped_attention(tensors, i, hidden, attention, qkv_bias=qkv_bias, o_bias=o_bias)
+        common.take_feed_forward(tensors, i, f"model.layers.{i}.mlp", hidden, inter, bias=mlp_bias)
+    return ModelSpec(
+        family=family,
+        vocab=config.integer("vocab_size"),
+        hidden=hidden,
+        norm_eps=config.number("rms_norm_eps", default=1e-6),
+        max_positions=rope.max_positions,
+        attention=attention,
+        rope=rope.spec(attention.head_dim, interleaved=config.flag("rope_interleave", False)),
+        layers=tuple(LayerSpec(window, None) for window in windows),
+        router=None,
+        moe_inter=0,
+        dense_inter=inter,
+        shared_inter=0,
+        tied_embeddings=tied,
+    )
