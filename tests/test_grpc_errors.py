@@ -169,7 +169,7 @@ async def test_bytes_that_are_not_http2(tiny):
     """A browser or a scanner at the port; a client with half a frame."""
     stub, _, server = tiny
     for data in (
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"\x16\x03\x01" * 50,
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00",
     ):

@@ -29,8 +29,8 @@ def model(tmp_path_factory):
         (
             {},
             ["localhost", "LOCALHOST:80", "localhost.", "127.0.0.1:8000", "127.1.2.3", "[::1]:8000", ""],
-            ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.1",
-             "[::2]", "[::1", "0.0.0.0", "user@evil.example", "localhost@evil.example", "a b"],
+            ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example",
+             "10.0.0.1", "[::2]", "[::1", "0.0.0.0", "user@evil.example", "localhost@evil.example", "a b"],
         ),
         ({"host": "::1"}, ["[::1]:1", "localhost"], ["[::2]"]),
         ({"allowed_hosts": ("Box.Local", "proxy:443")}, ["box.local:1", "proxy", "localhost"], ["other"]),

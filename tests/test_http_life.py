@@ -35,7 +35,7 @@ class Client:
 
     def __init__(self, http, body, path=TEXT):
         data = json.dumps(body).encode()
-        lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json"]
+        lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
         head = "\r\n".join([*lines, f"Content-Length: {len(data)}", "", ""])
         self.request = head.encode() + data
         self.port = http.base_url.port

@@ -167,7 +167,7 @@ async def send(http, data: bytes) -> bytes:
 
 async def test_a_web_socket(model, caplog):
     """There are none: the client is told, and the log does not fill with tracebacks."""
-    lines = ["GET /v1/completions HTTP/1.1", "Host: x", "Connection: Upgrade", "Upgrade: websocket",
+    lines = ["GET /v1/completions HTTP/1.1", "Host: localhost", "Connection: Upgrade", "Upgrade: websocket",
              "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "", ""]  # fmt: skip
     async with opened(model) as engine, asking(engine) as http:
         reader, writer = await asyncio.open_connection("127.0.0.1", http.base_url.port)
@@ -231,9 +231,9 @@ async def test_what_came_before_an_error_is_delivered():
 
 async def test_no_http(model):
     async with opened(model) as engine, asking(engine) as http:
-        for data in (b"nonsense\r\n\r\n", b"GET /\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
-                     b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-                     b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 100_000 + b"\r\n\r\n"):  # fmt: skip
+        for data in (b"nonsense\r\n\r\n", b"GET /\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                     b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+                     b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 100_000 + b"\r\n\r\n"):  # fmt: skip
             assert (await send(http, data)).split(b"\r\n")[0].split()[1] in (b"400", b"404", b"431")
         assert (await http.get("/health")).status_code == 200
 

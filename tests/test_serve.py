@@ -112,7 +112,7 @@ def test_clients_that_die_are_one_line_each(model):
         for part, wait in ((0.2, 0), (0.9, 0), (1, 0), (1, 0.05), (1, 0.3)):
             for stream in (False, True):
                 body = json.dumps({**ENDLESS, "stream": stream}).encode()
-                head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 sent = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
                 with socket.create_connection(("127.0.0.1", server.port)) as client:
                     client.sendall(sent[: int(part * len(sent))])

@@ -63,7 +63,7 @@ def _hostname(url: str) -> str:
 def _refusal(what: str) -> ApiError:
     return ApiError(
         403,
-        f"{what}: requests to a server on the loopback address must name localhost or that address, so that no "
-        "web page can ask it unnoticed; start it with --allowed-host NAME for other names",
+        f"{what}: requests to a server on the loopback address must name localhost or that address, so that "
+        "no web page can ask it unnoticed; start it with --allowed-host NAME for other names",
         code="host_not_allowed",
     )
