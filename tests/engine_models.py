@@ -89,6 +89,7 @@ def check_idle(engine: Engine) -> None:
     assert engine._worker._here == 0
     assert not scheduler
     assert scheduler.pool.free == scheduler.pool.n_blocks
+    assert scheduler.states.pool.free == scheduler.states.pool.n_blocks
     if experts is None:
         return
     # What the last step read ahead may still be on its way.

@@ -68,6 +68,7 @@ cdef struct Layer:
     const float *router_bias     # for the choice only
     const float *sinks
     Matrix q, k, v, o            # in latent attention q takes the query latent, where there is one
+    Matrix q_gate                # of attention's output; none: NULL
     Matrix q_latent, latent, k_up, v_up
     Matrix gate, up, down        # of the plain feed-forward block, or of the shared expert
     Matrix router, shared_gate
@@ -108,6 +109,7 @@ cdef class Decoder:
     cdef float *gate
     cdef float *up
     cdef float *q
+    cdef float *q_gate
     cdef float *k
     cdef float *v
     cdef float *attended
@@ -159,6 +161,8 @@ cdef class Decoder:
     cdef void run(self, decoder_task task, long n) noexcept nogil
     cdef void norm(self, const float *weights, float *out) noexcept nogil
     cdef void choose(self, const Layer *layer, float *normed, int32_t *ids, float *weights) noexcept nogil
+    cdef void enter(self, long index) noexcept nogil
+    cdef void leave(self) noexcept nogil
     cdef void attend_grouped(self) noexcept nogil
     cdef void attend_spans(self, long first, long end) noexcept nogil
     cdef void feed_forward(self, float *out) noexcept nogil

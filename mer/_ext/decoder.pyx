@@ -18,6 +18,7 @@ cdef extern from "mer_decoder.h" nogil:
     void mer_rms_norm(const float *x, const float *w, float *y, long n, float eps)
     void mer_add(float *x, const float *y, long n)
     void mer_add_scaled(float *x, const float *y, float factor, long n)
+    void mer_gate(float *x, const float *gate, long n)
     void mer_clip(float *x, float limit, long n)
     void mer_rope_angles(int32_t position, const float *inv_freq, long pairs, float scale, float *cosine,
                          float *sine)
@@ -107,6 +108,11 @@ cdef void attend_task(Decoder d, long task, int thread) noexcept nogil:
 
 
 include "latent.pxi"
+
+
+cdef void gate_task(Decoder d, long t, int thread) noexcept nogil:
+    cdef long width = d.attention.n_heads * d.attention.value_dim
+    mer_gate(d.attended + t * width, d.q_gate + t * width, width)
 
 
 cdef void swiglu_task(Decoder d, long t, int thread) noexcept nogil:
@@ -201,6 +207,7 @@ cdef class Decoder:
         self.gate = <float *>self.buffer(buffers, "gate")
         self.up = <float *>self.buffer(buffers, "up")
         self.q = <float *>self.buffer(buffers, "q")
+        self.q_gate = <float *>self.buffer(buffers, "q_gate")
         self.k = <float *>self.buffer(buffers, "k")
         self.v = <float *>self.buffer(buffers, "v")
         self.attended = <float *>self.buffer(buffers, "attended")
@@ -274,6 +281,7 @@ cdef class Decoder:
         layer.latent_norm = self.vector(weights, "latent_norm")
         layer.q, layer.k = self.matrix(weights, "q"), self.matrix(weights, "k")
         layer.v, layer.o = self.matrix(weights, "v"), self.matrix(weights, "o")
+        layer.q_gate = self.matrix(weights, "q_gate")
         layer.q_latent, layer.latent = self.matrix(weights, "q_latent"), self.matrix(weights, "latent")
         layer.k_up, layer.v_up = self.matrix(weights, "k_up"), self.matrix(weights, "v_up")
         layer.gate, layer.up = self.matrix(weights, "gate"), self.matrix(weights, "up")
@@ -328,15 +336,23 @@ cdef class Decoder:
 
     def attend(self, long index):
         """x += attention(norm(x)), the tokens' keys and values being written to the cache first."""
-        self.layer = &self.layers[index]
         with nogil:
-            self.norm(self.layer.attention_norm, self.h)
+            self.enter(index)
             if self.layer.geometry.latent:
                 attend_latent(self)
             else:
                 self.attend_grouped()
-            self.linear(&self.layer.o, self.attended, self.n_tokens, self.y)
-            self.run(attended_task, self.n_tokens)
+            self.leave()
+
+    cdef void enter(self, long index) noexcept nogil:
+        """h = norm(x), for what mixes tokens in this layer."""
+        self.layer = &self.layers[index]
+        self.norm(self.layer.attention_norm, self.h)
+
+    cdef void leave(self) noexcept nogil:
+        """x += o(attended)"""
+        self.linear(&self.layer.o, self.attended, self.n_tokens, self.y)
+        self.run(attended_task, self.n_tokens)
 
     cdef void attend_grouped(self) noexcept nogil:
         cdef Layer *layer = self.layer
@@ -355,6 +371,9 @@ cdef class Decoder:
             self.q, self.attended, layer.blocks, self.positions, layer.sinks, self.attention_scratch, layer.block_bytes,
             self.attention_floats, g.n_heads, g.n_kv, g.head_dim, g.head_dim, layer.window, g.scale, self.kv, 0)
         self.attend_spans(0, self.n_spans)
+        if layer.q_gate.w is not NULL:
+            self.linear(&layer.q_gate, self.h, self.n_tokens, self.q_gate)
+            self.run(gate_task, self.n_tokens)
 
     cdef void attend_spans(self, long first, long end) noexcept nogil:
         self.first_span = first

@@ -94,6 +94,14 @@ class BlockPool:
             blocks[at] = known
             self._give_back(mine)
 
+    def forget(self, key: bytes) -> None:
+        """Nobody will want the block with this key; if somebody holds it, it stays."""
+        block = self._found.get(key)
+        if block is not None and not self._holders[block]:
+            del self._found[key], self._kept[block]
+            self._keys[block] = None
+            self._blank.append(block)
+
     def release(self, blocks: list[int]) -> None:
         """Nobody needs someone's `blocks` any more. Of a prefix the end will go first."""
         for block in reversed(blocks):

@@ -14,11 +14,13 @@ from mer.config import EngineConfig
 from mer.engine.blocks import blocks_for
 from mer.engine.constraint import constraint_bytes
 from mer.engine.prefix_store import buffer_bytes
+from mer.engine.states import IMAGES
 from mer.errors import BudgetError, ConfigError
 from mer.model.dense import dense_bytes
 from mer.model.families import Architecture
 from mer.model.forward import Forward
 from mer.model.kv import BLOCK, KVCache, KVDtype
+from mer.model.state import StateCache
 from mer.streaming.experts import ExpertTables
 from mer.streaming.machine import memory
 from mer.weights.checkpoint import Checkpoint
@@ -32,6 +34,9 @@ _MARGIN: Final = 48 << 20
 _DRIFT: Final = 4 << 20
 # A page-table entry takes 8 bytes for 4096, and the kernel charges them to the process's control group.
 _PAGE_TABLES: Final = 512
+# Of what is left for the expert cache, recurrent states may take this much: fewer requests are computed at
+# the same time then, but one always is.
+_STATES: Final = 0.25
 
 
 @frozen
@@ -42,6 +47,7 @@ class Budget:
     interpreter: int  # what the process held when this was made: Python, libraries, tokenizer, tables
     dense: int
     kv: int
+    states: int  # images of recurrent states
     buffers: int  # of one step, and what grows
     slot: int
     slots: int
@@ -50,6 +56,8 @@ class Budget:
     kv_blocks: int
     kv_dtype: KVDtype
     step_tokens: int
+    max_running: int  # requests that are computed at the same time
+    state_images: int
     threads: int
 
     @property
@@ -60,7 +68,7 @@ class Budget:
     @property
     def fixed(self) -> int:
         """Everything but the cache."""
-        return self.interpreter + self.dense + self.kv + self.buffers
+        return self.interpreter + self.dense + self.kv + self.states + self.buffers
 
     @property
     def total(self) -> int:
@@ -154,6 +162,11 @@ def measure(
     least_slots = min(spec.top_k, tables.total)
     interpreter, dense = resident_bytes(), dense_bytes(checkpoint, architecture)
     left = _usable(ram) - (interpreter + dense + kv + buffers)
+    running, image = config.max_running, IMAGES * StateCache.bytes_per_image(spec)
+    if image:
+        room = min(_STATES * left, left - least_slots * tables.slot_bytes)
+        running = min(running, max(1, int(room) // image))
+        left -= running * image
     slots = max(0, min(tables.total, left // tables.slot_bytes)) if tables.total else 0
     wanted = _wanted_slots(config, tables.total)
     if wanted is not None:
@@ -168,6 +181,7 @@ def measure(
         interpreter=interpreter,
         dense=dense,
         kv=kv,
+        states=running * image,
         buffers=buffers,
         slot=tables.slot_bytes,
         slots=slots,
@@ -176,6 +190,8 @@ def measure(
         kv_blocks=blocks_for(limit),
         kv_dtype=dtype,
         step_tokens=step,
+        max_running=running,
+        state_images=IMAGES * running if image else 0,
         threads=threads,
     )
 
@@ -209,6 +225,8 @@ def _too_small(b: Budget) -> str:
         f"dense weights {_mib(b.dense)}, KV cache of {b.context} tokens {_mib(b.kv)}, buffers "
         f"{_mib(b.buffers)}, the program itself {_mib(b.interpreter)}"
     )
+    if b.states:
+        parts += f", recurrent states {_mib(b.states)}"
     why, advice = "", "raise --ram, or lower --context"
     if b.experts:
         parts += f", {b.least_slots} experts {_mib(b.slot * b.least_slots)}"

@@ -51,6 +51,11 @@ _LONG: Final = 2000
 def _open_store(runner: Runner, config: EngineConfig) -> PrefixStore | None:
     if config.prefix_store is None:
         return None
+    if runner.spec.recurrent is not None:
+        raise ConfigError(
+            f"prefix_store: layers of {runner.spec.family} keep a state, without which keys and values on "
+            "disk are of no use, and states are kept in memory alone; leave prefix_store out"
+        )
     # Whatever may change a bit of keys and values: the model, the code, the kernels, how they are kept.
     code = f"{version('mer')} {runner.isa} {runner.kv.dtype}".encode() + compiled_code()
     mark = blake2b(fingerprint(runner.checkpoint) + code, digest_size=16).digest()
@@ -118,7 +123,8 @@ class Engine:
         self._scheduler = Scheduler(
             n_blocks=budget.kv_blocks,
             step_tokens=budget.step_tokens,
-            max_running=config.max_running,
+            max_running=budget.max_running,
+            n_images=budget.state_images,
             prefix_cache=config.prefix_cache,
             root=b"" if store is None else store.fingerprint,
             store=store,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from attrs import astuple, define, field, frozen
@@ -25,6 +26,7 @@ from mer.model.families import load
 from mer.model.forward import Forward
 from mer.model.kv import KVCache
 from mer.model.spec import ModelSpec
+from mer.model.state import StateCache
 from mer.streaming.experts import expert_tables
 from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
@@ -104,12 +106,13 @@ class Runner:
             dense = load_dense(checkpoint, architecture, reader)
             pool = Pool(budget.threads)
             kv = KVCache(spec, budget.kv_blocks, budget.kv_dtype)
-            _spread(numa_nodes(), dense, kv, experts)
+            states = StateCache(spec, budget.state_images)
+            _spread(numa_nodes(), dense, [*kv.layers, *states.layers], experts)
             if experts is not None:
                 experts.connect(checkpoint, reader, kernels, pool, dense.expert_biases())
             forward = Forward(
-                spec, dense, experts.streamer if experts else None, kv, pool, kernels,
-                max_tokens=budget.step_tokens, max_rows=min(config.max_running, budget.step_tokens),
+                spec, dense, experts.streamer if experts else None, kv, states, pool, kernels,
+                max_tokens=budget.step_tokens, max_rows=min(budget.max_running, budget.step_tokens),
             )  # fmt: skip
             if config.trace is not None:
                 if spec.router is None:
@@ -179,6 +182,7 @@ class Runner:
         positions: list[NDArray[np.int32]] = []
         offsets: list[int] = [0]
         rows: list[int] = []
+        states: list[tuple[int, int, int, int]] = []
         tables = np.zeros((len(chunks), max(len(c.sequence.blocks) for c in chunks)), np.int32)
         for row, chunk in zip(tables, chunks, strict=True):
             sequence = chunk.sequence
@@ -188,12 +192,15 @@ class Runner:
             offsets.append(len(tokens))
             row[: len(sequence.blocks)] = sequence.blocks
             rows += range(len(tokens) - chunk.rows, len(tokens))
+            if self.budget.state_images:
+                states.append(sequence.images.move(start))
         batch = Batch(
             tokens=np.array(tokens, np.int32),
             positions=np.concatenate(positions),
             query_offsets=np.array(offsets, np.int32),
             block_tables=tables,
             logit_rows=np.array(rows, np.int32),
+            states=np.array(states, np.int32) if states else None,
         )
         try:
             return self._forward.step(batch)
@@ -215,12 +222,16 @@ class Runner:
 
 
 def _spread(
-    nodes: dict[int, list[int]], dense: DenseWeights, kv: KVCache, experts: RoutedExperts | None
+    nodes: dict[int, list[int]],
+    dense: DenseWeights,
+    caches: list[NDArray[Any]],
+    experts: RoutedExperts | None,
 ) -> None:
     """Over all memory nodes, where there are several: every thread reads all of it."""
     if len(nodes) < 2:
         return
-    places = [(array.ctypes.data, array.nbytes) for array in (*kv.layers, *dense.matrices())]
+    arrays = (*caches, *dense.matrices())
+    places = [(array.ctypes.data, array.nbytes) for array in arrays if array.nbytes]
     if experts is not None:
         places.append((experts.cache.arena_address, experts.cache.arena_bytes))
     for address, nbytes in places:

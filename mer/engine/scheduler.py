@@ -9,6 +9,7 @@ from typing import Final, Literal, Protocol
 from attrs import Factory, define, frozen
 
 from mer.engine.blocks import BlockPool, extend_keys
+from mer.engine.states import Images, StatePool
 from mer.model.kv import BLOCK
 
 # One step of priority is worth as much as coming this many requests earlier: nobody waits for ever.
@@ -23,7 +24,7 @@ class Sequence:
     priority: lower comes sooner. deadline: when it is to be given up, by the clock of who asks for that.
     computed: leading tokens whose keys and values are in `blocks`. cached: how many of them others had
     computed before its first step; None until then. keys: of its full blocks (see mer.engine.blocks).
-    fetched: whether the store was asked for them.
+    fetched: whether the store was asked for them. images: of its state, for models that have such.
     """
 
     tokens: list[int]
@@ -35,12 +36,18 @@ class Sequence:
     blocks: list[int] = Factory(list)
     keys: list[bytes] = Factory(list)
     fetched: bool = False
+    images: Images = Factory(Images)
     place: tuple[int, int] = (0, 0)
 
     @property
     def pending(self) -> int:
         """Tokens still to be computed: 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def last_block(self) -> int:
+        """How many tokens there are in full blocks, without the last token, which is always computed."""
+        return (len(self.tokens) - 1) // BLOCK * BLOCK
 
 
 @frozen(eq=False)
@@ -96,6 +103,9 @@ class Scheduler:
     Prefixes are shared through the pool's keys. One that begins with what a running one is just computing, or
     with what is being read from the store, waits for that instead of computing it as well; others go first
     meanwhile. Logits of earlier tokens need all of a prompt computed: who wants them shares nothing.
+
+    Where layers have a recurrent state, a prefix is of use only up to where there is a snapshot of it, too:
+    at the last full block of a prompt, and at the latest one of an answer.
     """
 
     def __init__(
@@ -107,9 +117,14 @@ class Scheduler:
         prefix_cache: bool = True,
         root: bytes = b"",
         store: Store | None = None,
+        n_images: int = 0,
     ) -> None:
-        """root: what all keys stand on."""
+        """root: what all keys stand on.
+
+        n_images: of recurrent states, at least two for each of max_running; 0 for a model without.
+        """
         self.pool = BlockPool(n_blocks)
+        self.states = StatePool(n_images)
         self.step_tokens = step_tokens
         self.max_running = min(max_running, step_tokens)
         # All three by place in the order.
@@ -149,6 +164,7 @@ class Scheduler:
             if sequence in place:
                 place.remove(sequence)
         self._deadlines.pop(sequence, None)
+        self.states.release(sequence.images)
         self.pool.release(sequence.blocks)
 
     def expired(self, now: float) -> list[Sequence]:
@@ -196,7 +212,20 @@ class Scheduler:
                 chunks.append(Chunk(sequence, count))
                 room -= count
                 rows -= chunks[-1].rows
+        if self.states:
+            self._reserve_states(chunks)
         return chunks
+
+    def _reserve_states(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            while not self.states.reserve(chunk.sequence.images):
+                holder = self._holder(self.waiting)
+                assert holder is not None, "two images for each that runs"
+                self._strip(holder)
+        for chunk in chunks:
+            sequence, end = chunk.sequence, chunk.sequence.last_block
+            if sequence.keys and sequence.computed < end < sequence.computed + chunk.count:
+                self.states.keep(sequence.images, end)
 
     def take_loads(self) -> list[Load]:
         """What is to be read from the store since the last call; `loaded` must follow for each."""
@@ -219,6 +248,16 @@ class Scheduler:
             self._find_keys(sequence)
             for at in range(full, min(sequence.computed // BLOCK, len(sequence.keys))):
                 self.pool.publish(sequence.blocks, at, sequence.keys[at])
+            if self.states:
+                self._commit_state(chunk)
+
+    def _commit_state(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        images, keys = sequence.images, sequence.keys
+        self.states.commit(images, keys[images.kept_at // BLOCK - 1] if images.kept else None)
+        full, rest = divmod(sequence.computed, BLOCK)
+        if not rest and sequence.computed >= sequence.last_block and full <= len(keys):
+            self.states.snapshot(images, keys[full - 1], answering=chunk.count == 1)
 
     def _find_keys(self, sequence: Sequence) -> None:
         if self._prefix_cache and sequence.wants == "last":
@@ -253,7 +292,17 @@ class Scheduler:
                 self.query_tokens += len(sequence.tokens) if self._prefix_cache else 0
 
     def _is_coming(self, sequence: Sequence) -> bool:
-        """Whether a running one is just computing the first block that it would have to compute."""
+        """Whether a running one is just computing the first block that it would have to compute.
+
+        With recurrent states: whether it will leave a snapshot that this one can go on from.
+        """
+        if self.states:
+            return any(
+                max(other.computed, sequence.computed) < other.last_block <= sequence.last_block
+                and other.keys[other.last_block // BLOCK - 1] == sequence.keys[other.last_block // BLOCK - 1]
+                for other in self.running
+                if other.keys and sequence.keys
+            )
         at = len(sequence.blocks)
         missing = self._missing(sequence)
         return bool(missing) and (
@@ -281,6 +330,10 @@ class Scheduler:
         """Take up what is in memory of the beginning of one that has computed nothing itself."""
         keys = self._missing(sequence)
         keys = keys[: self.pool.match(keys)]
+        if self.states:
+            keys = keys[: self.states.match(keys, len(keys))]
+            if keys:
+                self.states.resume(sequence.images, keys[-1])
         self.pool.share(sequence.blocks, keys)
         sequence.computed += len(keys) * BLOCK
 
@@ -322,5 +375,6 @@ class Scheduler:
         self.preemptions += 1
 
     def _strip(self, sequence: Sequence) -> None:
+        self.states.release(sequence.images)
         self.pool.release(sequence.blocks)
         sequence.computed, sequence.fetched = 0, False

@@ -27,8 +27,12 @@ class Batch:
     block_tables: NDArray[np.int32]
     # [R] tokens (indices into `tokens`) whose logits are wanted
     logit_rows: NDArray[np.int32]
+    # [S, 4] of a model with recurrent layers: the image of the state before the sequence's first token here
+    # (-1: it begins here), the image that gets the state behind its last one, and where that is wanted (else
+    # -1) the image that gets the state behind some of them, and behind how many; see mer.model.state
+    states: NDArray[np.int32] | None = None
 
-    def check(self, *, vocab: int, max_tokens: int, max_rows: int, n_blocks: int) -> None:
+    def check(self, *, vocab: int, max_tokens: int, max_rows: int, n_blocks: int, n_images: int = 0) -> None:
         """Raise ValueError when an index in here would lead out of bounds."""
         tokens, positions, offsets = self.tokens, self.positions, self.query_offsets
         tables, rows = self.block_tables, self.logit_rows
@@ -58,3 +62,19 @@ class Batch:
             used = int(here[-1]) // BLOCK + 1
             if used > tables.shape[1] or tables[s, :used].min() < 0 or tables[s, :used].max() >= n_blocks:
                 raise ValueError(f"batch: sequence {s} needs {used} blocks within 0..{n_blocks - 1}")
+        if n_images:
+            self._check_states(n_images)
+
+    def _check_states(self, n_images: int) -> None:
+        states, counts = self.states, np.diff(self.query_offsets)
+        if states is None or states.shape != (len(counts), 4) or states.dtype != np.int32:
+            raise ValueError("batch: one row of four int32 states per sequence")
+        written = states[:, 1:3][states[:, 1:3] >= 0].tolist()
+        if states[:, :3].max() >= n_images or states[:, 1].min() < 0:
+            raise ValueError(f"batch: an image of a state is outside 0..{n_images - 1}")
+        if len(set(written)) < len(written) or set(written) & set(states[:, 0].tolist()):
+            raise ValueError("batch: an image is written that another sequence reads or writes")
+        if (self.positions[self.query_offsets[:-1]][states[:, 0] < 0] > 0).any():
+            raise ValueError("batch: a sequence goes on without the state before")
+        if (states[:, 3] > counts).any() or (states[:, 3][states[:, 2] >= 0] < 1).any():
+            raise ValueError("batch: a state is to be kept that this step does not reach")

@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 
 from mer.errors import CheckpointError
 from mer.model.families import Architecture
-from mer.model.spec import Attention, LatentAttentionSpec
+from mer.model.spec import Attention, AttentionSpec, DeltaSpec, LatentAttentionSpec, ModelSpec
 from mer.streaming.reader import aligned_empty
 from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint, TensorInfo
 
 _ALIGN = 64
 # Parts that are vectors: kept as f32. All others are matrices.
-_VECTORS = ("norm", "bias", "sinks")
+_VECTORS = ("norm", "bias", "sinks", "conv", "a_log", "decay_rate")
+# Matrices that are parted into several.
+_INTERLEAVED = ("q_and_gate", "mix_and_z", "b_and_a")
 
 
 class Source(Protocol):
@@ -85,6 +87,9 @@ def dense_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
         if part.endswith(".kv_up"):
             total += _kv_up_bytes(architecture.spec.attentions[int(part.partition(".")[0])], info)
             spare = max(spare, info.nbytes)
+        elif part.endswith(_INTERLEAVED):
+            total += info.nbytes
+            spare = max(spare, info.nbytes)
         else:
             total += 4 * math.prod(info.shape) if _is_vector(part) else info.nbytes
     return total + spare
@@ -113,7 +118,10 @@ def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Sourc
             target["expert_gate_bias"] = np.ascontiguousarray(both[:, ::2])
             target["expert_up_bias"] = np.ascontiguousarray(both[:, 1::2])
         elif _is_vector(part):
-            target[name] = info.format.dequantize(data).reshape(info.shape).astype(np.float32)
+            values = info.format.dequantize(data).reshape(info.shape).astype(np.float32)
+            target.update(_vector(spec, name, values))
+        elif name in _INTERLEAVED:
+            target.update(_part_rows(spec, name, info, data))
         elif name == "gate_up":
             gate, up = data.reshape(2, info.rows // 2, -1)
             target["gate"] = Matrix(gate, info.format.id, info.cols)
@@ -125,6 +133,42 @@ def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Sourc
     embedding = model.pop("embedding")
     model.setdefault("head", embedding)
     return DenseWeights(model, layers, embedding)
+
+
+def _vector(spec: ModelSpec, name: str, values: Vectors) -> dict[str, Vectors]:
+    """A vector as the decoder takes it."""
+    if name == "conv":  # [channels, 1, kernel], or without the 1
+        return {name: values.reshape(len(values), -1)}
+    if name == "a_log":
+        return {"decay_rate": -np.exp(values)}
+    if spec.zero_centred_norms and name.endswith("norm") and name != "state_norm":
+        return {name: np.float32(1.0) + values}
+    return {name: values}
+
+
+def _part_rows(spec: ModelSpec, name: str, info: TensorInfo, data: NDArray[np.uint8]) -> dict[str, Matrix]:
+    """The matrices whose rows alternate in one, head by head."""
+    a, r = spec.attention, spec.recurrent
+    if name == "q_and_gate":
+        assert isinstance(a, AttentionSpec)
+        heads, rows = a.n_heads, {"q": a.head_dim, "q_gate": a.head_dim}
+    else:
+        assert isinstance(r, DeltaSpec)
+        group = r.value_heads // r.key_heads
+        heads, rows = r.key_heads, {"b": group, "a": group}
+        if name == "mix_and_z":
+            values = group * r.value_dim
+            rows = {"query": r.key_dim, "key": r.key_dim, "value": values, "z": values}
+    by_head = data.reshape(heads, sum(rows.values()), -1)
+    parts: dict[str, NDArray[np.uint8]] = {}
+    at = 0
+    for part, count in rows.items():
+        parts[part] = by_head[:, at : at + count].reshape(heads * count, -1)
+        at += count
+    if name == "mix_and_z":
+        mixed = np.concatenate([parts.pop(part) for part in ("query", "key", "value")])
+        parts = {"mix": mixed, **parts}
+    return {part: Matrix(_copy(rows), info.format.id, info.cols) for part, rows in parts.items()}
 
 
 def _split_kv_up(a: Attention, info: TensorInfo, data: NDArray[np.uint8]) -> dict[str, Matrix]:

@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from mer._ext.decoder import Decoder
 from mer._ext.kernels import Kernels, Pool
+from mer._ext.recurrent import Recurrent
 from mer.model import scratch
 from mer.model.batch import Batch
 from mer.model.dense import DenseWeights
 from mer.model.kv import KVCache
 from mer.model.spec import ModelSpec
+from mer.model.state import StateCache
 from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
 
@@ -50,6 +52,7 @@ class Forward:
         dense: DenseWeights,
         moe: Experts | None,
         kv: KVCache,
+        states: StateCache,
         pool: Pool,
         kernels: Kernels,
         *,
@@ -66,10 +69,18 @@ class Forward:
         self._dense = dense
         self._moe = moe
         self._kv = kv
+        self._states = states
         self._buffers = scratch.allocate(spec, max_tokens, max_rows, pool.n_threads)
         self._decoder = Decoder(spec, kernels, pool, self._buffers, dense.model, kv.number)
         for weights, blocks in zip(dense.layers, kv.layers, strict=True):
             self._decoder.add_layer(weights, blocks)
+        self._recurrent: Recurrent | None = None
+        if spec.recurrent is not None:
+            self._recurrent = Recurrent(self._decoder, spec, self._buffers)
+            for index, layer in enumerate(spec.layers):
+                if layer.state_index is not None:
+                    images = states.layers[layer.state_index]
+                    self._recurrent.add_layer(index, dense.layers[index], images)
         # Of each layer, whether it and the next one have experts: what can be predicted.
         self._pairs = [
             layer.moe_index is not None and following.moe_index is not None
@@ -83,6 +94,8 @@ class Forward:
     def profile(self, profile: Profile) -> None:
         """Have the decoder's part of every further step recorded."""
         self._decoder = profile.timed(self._decoder)
+        if self._recurrent is not None:
+            self._recurrent = profile.timed(self._recurrent)
 
     @staticmethod
     def scratch_bytes(spec: ModelSpec, max_tokens: int, max_rows: int, n_threads: int) -> int:
@@ -93,13 +106,15 @@ class Forward:
         """Run the batch: f32 [R, vocab], logits of `batch.logit_rows`; overwritten by the next step.
 
         Raises ValueError for a batch that doesn't fit, and whatever the experts raise. After an error the
-        keys and values of the batch's own positions are undefined; those before them are intact.
+        keys and values of the batch's own positions are undefined, and so are the states that it was to
+        write; those before them are intact.
         """
         batch.check(
             vocab=self.spec.vocab,
             max_tokens=self.max_tokens,
             max_rows=self.max_rows,
             n_blocks=self._kv.n_blocks,
+            n_images=self._states.n_images,
         )
         decoder, view = self._decoder, self._view(len(batch.tokens))
         h, y, ids, weights = view["h"], view["y"], view["expert_ids"], view["expert_weights"]
@@ -107,8 +122,14 @@ class Forward:
         if self.spec.embedding_scale != 1.0:
             view["x"] *= np.float32(self.spec.embedding_scale)
         decoder.begin(batch.positions, batch.query_offsets, batch.block_tables)
+        recurrent = self._recurrent
+        if recurrent is not None and batch.states is not None:
+            recurrent.begin(batch.query_offsets, batch.states)
         for index, layer in enumerate(self.spec.layers):
-            decoder.attend(index)
+            if recurrent is not None and layer.state_index is not None:
+                recurrent.mix(layer.state_index)
+            else:
+                decoder.attend(index)
             if layer.moe_index is None:
                 decoder.feed(index)
                 continue

@@ -31,13 +31,22 @@ def _block_bytes(attention: Attention, dtype: KVDtype) -> int:
     return BLOCK * 2 * attention.n_kv_heads * _vector_bytes(attention.head_dim, dtype)
 
 
+def _layer_bytes(spec: ModelSpec, dtype: KVDtype) -> list[int]:
+    """Bytes that one block takes in each layer."""
+    return [
+        _block_bytes(attention, dtype) if layer.state_index is None else 0
+        for layer, attention in zip(spec.layers, spec.attentions, strict=True)
+    ]
+
+
 class KVCache:
     """Blocks of keys and values of every layer, allocated once and touched as they are used.
 
     One array per layer, [n_blocks, elements]. Within a block, grouped-query attention has the keys as
     [kv head, element, position] (a product with all 16 positions is then one vector operation), then the
     values as [kv head, position, element]; latent attention has [position, latent and rotary key]. In Q8_0
-    elements are bytes: of each head int8 codes in that order, then the scales (see mer_decoder.h).
+    elements are bytes: of each head int8 codes in that order, then the scales (see mer_decoder.h). Blocks of
+    layers without attention have no elements.
     """
 
     def __init__(self, spec: ModelSpec, n_blocks: int, dtype: KVDtype = "f32") -> None:
@@ -47,12 +56,10 @@ class KVCache:
         self.dtype: KVDtype = dtype
         self.number = _NAMES.index(dtype)
         element = _DTYPES[self.number]
-        self.layers: list[NDArray[Any]] = [
-            np.zeros((n_blocks, _block_bytes(attention, dtype) // element.itemsize), element)
-            for attention in spec.attentions
-        ]
+        elements = [nbytes // element.itemsize for nbytes in _layer_bytes(spec, dtype)]
+        self.layers: list[NDArray[Any]] = [np.zeros((n_blocks, count), element) for count in elements]
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, dtype: KVDtype = "f32") -> int:
         """Bytes of one block of 16 positions over all layers."""
-        return sum(_block_bytes(attention, dtype) for attention in spec.attentions)
+        return sum(_layer_bytes(spec, dtype))

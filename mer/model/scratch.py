@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mer._ext.decoder import SPAN
-from mer.model.spec import Attention, LatentAttentionSpec, ModelSpec
+from mer.model.spec import Attention, DeltaSpec, LatentAttentionSpec, ModelSpec, ShortConvSpec
 
 # Latent attention goes through this many tokens at a time: its queries are wide (heads x latent).
 LATENT_TOKENS: Final = 64
@@ -51,6 +51,11 @@ def _shapes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> Shapes:
             before = shapes.get(name, (shape, dtype))[0]
             shapes[name] = (tuple(map(max, shape, before)), dtype)
         widest = max(widest, cols)
+    if spec.recurrent is not None:
+        shapes |= _recurrent(spec.recurrent, tokens)
+        out = spec.recurrent.out_width
+        shapes["attended"] = ((tokens, max(out, shapes["attended"][0][1])), f32)
+        widest = max(widest, out)
     shapes["linear_scratch"] = ((linear_scratch_bytes(widest, max(tokens, rows)),), np.uint8)
     return shapes
 
@@ -78,6 +83,8 @@ def _attention(a: Attention, tokens: int, n_threads: int) -> tuple[Shapes, int]:
             "k": ((tokens, a.n_kv_heads * a.head_dim), f32),
             "v": ((tokens, a.n_kv_heads * a.head_dim), f32),
         }
+        if a.gated:
+            shapes["q_gate"] = ((tokens, q_width), f32)
         block = 32 * a.head_dim
         widest = 0
     shapes |= {
@@ -86,6 +93,19 @@ def _attention(a: Attention, tokens: int, n_threads: int) -> tuple[Shapes, int]:
         "attention_scratch": ((n_threads, _round(block + 2 * SPAN * a.n_heads, 16)), f32),
     }
     return shapes, max(widest, out_width)
+
+
+def _recurrent(r: DeltaSpec | ShortConvSpec, tokens: int) -> Shapes:
+    """What one recurrent layer needs, besides `attended`."""
+    f32 = np.float32
+    if isinstance(r, ShortConvSpec):
+        return {"mixed": ((tokens, 3 * r.channels), f32)}
+    return {
+        "mixed": ((tokens, r.channels), f32),
+        "z": ((tokens, r.out_width), f32),
+        "decay": ((tokens, r.value_heads), f32),
+        "beta": ((tokens, r.value_heads), f32),
+    }
 
 
 def linear_scratch_bytes(cols: int, tokens: int) -> int:

@@ -47,6 +47,8 @@ class AttentionSpec:
     clip: float | None = None
     # A learnt score for each head that takes part in the softmax and has no value.
     sinks: bool = False
+    # A head's output is multiplied by the sigmoid of a projection of its own.
+    gated: bool = False
 
 
 @frozen
@@ -71,6 +73,43 @@ class LatentAttentionSpec:
 
 
 Attention = AttentionSpec | LatentAttentionSpec
+
+
+@frozen
+class DeltaSpec:
+    """Gated delta rule: a causal convolution over q, k and v, then each head's state [key_dim, value_dim]."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    # Positions that the convolution sees.
+    kernel: int
+    # Value head h reads key head h % key_heads; False: h // (value_heads / key_heads).
+    tiled: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: all of q, k and v."""
+        return 2 * self.key_heads * self.key_dim + self.out_width
+
+    @property
+    def out_width(self) -> int:
+        """What a token leaves the state's heads with."""
+        return self.value_heads * self.value_dim
+
+
+@frozen
+class ShortConvSpec:
+    """Gated short convolution: out(c * conv(b * x)), b, c and x being projections of the hidden state."""
+
+    channels: int
+    # Positions that the convolution sees.
+    kernel: int
+
+    @property
+    def out_width(self) -> int:
+        return self.channels
 
 
 @frozen
@@ -110,6 +149,8 @@ class LayerSpec:
     # Where they are not the model's own.
     attention: Attention | None = None
     rope: RopeSpec | None = None
+    # Index among the layers with a recurrent state, None where the layer has attention.
+    state_index: int | None = None
 
 
 @frozen
@@ -143,6 +184,10 @@ class ModelSpec:
     # Routed experts: gate, up and down each have a bias; and what stands in the place of silu(gate) * up.
     expert_bias: bool = False
     clamp: ClampSpec | None = None
+    # Of the layers that have a state in the place of attention; None where there are none.
+    recurrent: DeltaSpec | ShortConvSpec | None = None
+    # Norms multiply by 1 + their weight (but for those of the recurrent layers' outputs).
+    zero_centred_norms: bool = False
 
     @property
     def n_layers(self) -> int:
@@ -153,8 +198,12 @@ class ModelSpec:
         return sum(layer.moe_index is not None for layer in self.layers)
 
     @property
+    def n_state_layers(self) -> int:
+        return sum(layer.state_index is not None for layer in self.layers)
+
+    @property
     def attentions(self) -> list[Attention]:
-        """The attention of each layer."""
+        """The attention of each layer; of those with a state instead, too, for which it means nothing."""
         return [layer.attention or self.attention for layer in self.layers]
 
     @property

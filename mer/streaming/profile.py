@@ -17,7 +17,7 @@ from mer.streaming.trace import writing
 
 # The decoder's methods that are spans. With the streamer's `forward` ('experts') they are all of a step that
 # is not Python; embedding the tokens, some microseconds of numpy, counts as Python.
-_CALLS: Final = ("begin", "attend", "feed", "route", "predict", "finish", "logits")
+_CALLS: Final = ("begin", "attend", "mix", "feed", "route", "predict", "finish", "logits")
 _READS: Final = ("read", "read ahead")
 _NESTED: Final = ("compute", "wait for reads")
 _STEPS, _READING = 1, 2  # the rows of the picture
@@ -68,7 +68,8 @@ class Profile:
     def timed(self, decoder: Any) -> Any:
         """The decoder, its calls recorded."""
         every = {name: getattr(decoder, name) for name in dir(decoder) if not name.startswith("_")}
-        return SimpleNamespace(**every | {name: self.recorder.timed(name, every[name]) for name in _CALLS})
+        calls = [name for name in _CALLS if name in every]
+        return SimpleNamespace(**every | {name: self.recorder.timed(name, every[name]) for name in calls})
 
     def step(self, start: int, tokens: int, sequences: int) -> None:
         """A step that began at `start`, ns of time.monotonic_ns(), is over."""
@@ -109,7 +110,7 @@ class Profile:
                 found += self._read(name, index, start, end, nbytes)
                 continue
             found.append(self._complete(name, start, end))
-            if name == "attend":
+            if name in ("attend", "mix"):
                 layer, began = index, start
             elif name in ("feed", "finish"):
                 found.append(self._complete(f"layer {layer}", began, end))

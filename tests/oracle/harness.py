@@ -14,8 +14,12 @@ from mer.model.dense import load_dense
 from mer.model.families import load
 from mer.model.forward import Forward
 from mer.model.kv import BLOCK, KVCache
+from mer.model.state import StateCache
 from mer.weights.checkpoint import open_checkpoint
 from mer.weights.rows import expert_rows
+
+# Most of them that a runner knows at once.
+SEQUENCES = 12
 
 
 class ResidentExperts:
@@ -77,9 +81,23 @@ class Runner:
         kv = KVCache(self.spec, n_blocks, kv_dtype)
         for layer in kv.layers:  # what nobody wrote must not be read
             layer.fill(255 if kv_dtype == "q8_0" else np.nan)  # 0xffff is a NaN of F16
+        self.states = StateCache(self.spec, 2 * SEQUENCES if self.spec.recurrent else 0)
+        for layer in self.states.layers:
+            layer.fill(np.nan)
         self.model = Forward(
-            self.spec, dense, experts, kv, pool, kernels, max_tokens=max_tokens, max_rows=max_tokens
+            self.spec,
+            dense,
+            experts,
+            kv,
+            self.states,
+            pool,
+            kernels,
+            max_tokens=max_tokens,
+            max_rows=max_tokens,
         )
+        # The image of each sequence's state, and those that are free.
+        self.images: dict[int, int] = {}
+        self.blank = list(range(self.states.n_images))
         # Blocks are given out in an order that is neither ascending nor contiguous.
         self.free = np.random.default_rng(7).permutation(n_blocks).astype(np.int32).tolist()
         self.tables: dict[int, list[int]] = {}
@@ -113,14 +131,27 @@ class Runner:
             query_offsets=np.array(offsets, np.int32),
             block_tables=table_array,
             logit_rows=np.arange(len(tokens), dtype=np.int32) if rows is None else np.array(rows, np.int32),
+            states=self._move(work) if self.spec.recurrent else None,
         )
         logits = self.model.step(batch).copy()
         return {s: logits[offsets[i] : offsets[i + 1]] for i, s in enumerate(work)}
+
+    def _move(self, work: dict[int, list[int]]) -> NDArray[np.int32]:
+        """Where each state is, and where it goes: always to another image."""
+        moves = []
+        for sequence in work:
+            moves.append([self.images.get(sequence, -1), self.blank.pop(0), -1, 0])
+        for sequence, (before, after, _, _) in zip(work, moves, strict=True):
+            self.images[sequence] = after
+            self.blank += [before] if before >= 0 else []
+        return np.array(moves, np.int32)
 
     def logits(self, prompt: list[int], chunks: list[int] | None = None, sequence: int = 0):
         """Logits of each token of a new sequence; its prompt comes in chunks of these sizes, in turn."""
         self.tables.pop(sequence, None)
         self.seen.pop(sequence, None)
+        if sequence in self.images:
+            self.blank.append(self.images.pop(sequence))
         parts, at, i = [], 0, 0
         while at < len(prompt):
             size = chunks[i % len(chunks)] if chunks else len(prompt)

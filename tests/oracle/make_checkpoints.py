@@ -18,6 +18,9 @@ CLASSES = {
     "olmoe": "Olmoe",
     "deepseek_v3": "DeepseekV3",
     "gpt_oss": "GptOss",
+    "qwen3_next": "Qwen3Next",
+    "qwen3_5_moe_text": "Qwen3_5Moe",
+    "lfm2_moe": "Lfm2Moe",
     "glm4_moe": "Glm4Moe",
     "glm4_moe_lite": "Glm4MoeLite",
     "minimax_m2": "MiniMaxM2",
@@ -29,6 +32,7 @@ CLASSES = {
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
 }
+CONFIGS = {"qwen3_5_moe_text": "Qwen3_5MoeTextConfig"}
 COMMON: dict[str, Any] = {
     "vocab_size": 211,
     "hidden_size": 64,
@@ -40,6 +44,16 @@ COMMON: dict[str, Any] = {
     "pad_token_id": None,
     "bos_token_id": None,
     "eos_token_id": None,
+}
+DELTA: dict[str, Any] = {
+    "num_experts": 8,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 40,
+    "head_dim": 32,
+    "full_attention_interval": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 20,
 }
 FAMILY: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "intermediate_size": 48},
@@ -131,7 +145,20 @@ FAMILY: dict[str, dict[str, Any]] = {
     "mistral": {"intermediate_size": 80, "sliding_window": None},
     "qwen2": {"intermediate_size": 80},
     "qwen3": {"intermediate_size": 80, "head_dim": 32},
+    "qwen3_next": {**DELTA, "linear_num_key_heads": 2, "intermediate_size": 80},
+    "qwen3_5_moe_text": {**DELTA, "linear_num_key_heads": 4},
+    "lfm2_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 80,
+        "num_dense_layers": 1,
+        "conv_L_cache": 3,
+        "tie_word_embeddings": False,
+        "routed_scaling_factor": 1.3,
+    },
 }
+# Norms that multiply by 1 + their weight; not so that of a recurrent layer's output.
+ZERO_CENTRED = ("qwen3_next", "qwen3_5_moe_text")
 # Those without experts, and with.
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 SPARSE = [family for family in FAMILY if family not in DENSE]
@@ -151,7 +178,11 @@ def make(
     """
     torch.manual_seed(seed)
     name = CLASSES[family]
-    config = getattr(transformers, f"{name}Config")(**(COMMON | FAMILY[family] | changes))
+    values = COMMON | FAMILY[family] | changes
+    if family == "lfm2_moe":
+        kinds = ["conv" if i % 2 == 0 else "full_attention" for i in range(values["num_hidden_layers"])]
+        values = {"layer_types": kinds} | values
+    config = getattr(transformers, CONFIGS.get(family, f"{name}Config"))(**values)
     config._attn_implementation = config._experts_implementation = "eager"
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -159,7 +190,10 @@ def make(
         for key, value in [*model.named_parameters(), *model.named_buffers()]:
             noise = torch.randn(value.shape, generator=generator)
             if "norm" in key:
-                value.copy_(1.0 + 0.2 * noise)
+                centre = 0.0 if family in ZERO_CENTRED and "linear_attn" not in key else 1.0
+                value.copy_(centre + 0.2 * noise)
+            elif "A_log" in key:
+                value.copy_(noise - 2.0)  # states that last for some tokens, and for many
             elif "inv_freq" in key:
                 continue
             elif value.dim() == 1:

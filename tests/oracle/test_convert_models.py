@@ -24,7 +24,8 @@ MER = str(Path(sys.executable).with_name("mer"))
 PROMPT = np.random.default_rng(5).integers(0, 211, 120).tolist()
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256}
 # With one layer the router sees exact numbers: an error of the experts can't change who is chosen.
-ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "mlp_layer_types": ["sparse"]}
+ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_dense_layers": 0}
+ONE_LAYER |= {"mlp_layer_types": ["sparse"]}
 # Activations become int8 with a scale for each 32 of them: a logit is off by at most 0.007 to 0.015 of the
 # largest one, as one expects of two products with errors of half a per cent.
 INT8_ERROR = 0.035
@@ -120,7 +121,7 @@ def oracle(family: str, config: Path, tensors: dict[str, torch.Tensor], path: Pa
         path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     with torch.no_grad():
-        return model.eval()(torch.tensor([PROMPT])).logits[0].numpy()
+        return model.eval()(torch.tensor([PROMPT]), use_cache=False).logits[0].numpy()
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -295,7 +296,8 @@ def test_number_of_parameters(family, tmp_path):
     """As transformers counts them; the choice bias of a router is a buffer there."""
     model = make(tmp_path / "src", family)
     facts = json.loads(mer("inspect", tmp_path / "src", "--json"))
-    buffers = sum(each.numel() for name, each in model.named_buffers() if "correction_bias" in name)
+    biases = ("correction_bias", "expert_bias")
+    buffers = sum(each.numel() for name, each in model.named_buffers() if name.endswith(biases))
     assert facts["parameters"] == model.num_parameters() + buffers
     idle = sum(
         each.numel() * (facts["spec"]["router"]["n_experts"] - 2) // facts["spec"]["router"]["n_experts"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from harness import Runner
-from make_checkpoints import edit_config, make
+from make_checkpoints import COMMON, FAMILY, edit_config, make
+from safetensors.torch import load_file, save_file
 
 # Largest difference of a logit, relative to the largest logit.
 TOLERANCE = 1e-4
@@ -197,13 +199,45 @@ CASES = {
         "window": {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 1},
         "yarn": rope("yarn", 1e4, **YARN),
     },
+    "qwen3_next": {
+        "plain": {},
+        "odd": {
+            "hidden_size": 60,
+            "num_attention_heads": 6,
+            "head_dim": 24,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 7,
+            "linear_value_head_dim": 33,
+            "linear_conv_kernel_dim": 2,
+        },
+        "wide": {"linear_key_head_dim": 40, "linear_value_head_dim": 64, "linear_conv_kernel_dim": 6},
+        "mixed": {"num_hidden_layers": 4, "decoder_sparse_step": 2, "norm_topk_prob": False},
+        "kinds": {
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "tie_word_embeddings": True,
+        },
+        "no-attention": {"layer_types": ["linear_attention"] * 3},
+        "yarn": rope("yarn", 1e4, **YARN, partial_rotary_factor=0.5) | {"num_hidden_layers": 2},
+    },
+    "qwen3_5_moe_text": {
+        "plain": {},
+        "grouped": {"linear_num_key_heads": 2, "linear_num_value_heads": 6},
+        "all-attention": {"layer_types": ["full_attention"] * 3, "num_key_value_heads": 1},
+    },
+    "lfm2_moe": {
+        "plain": {},
+        "biases": {"conv_bias": True, "use_expert_bias": False, "conv_L_cache": 4},
+        "tied": {"tie_word_embeddings": True, "norm_topk_prob": False, "num_dense_layers": 0},
+        "kinds": {"layer_types": ["conv", "conv", "full_attention"], "num_dense_layers": 2},
+    },
 }
 
 
 def oracle(model: torch.nn.Module, tokens: list[int]) -> np.ndarray:
     """transformers' logits of every token, f32 [tokens, vocab]."""
     with torch.no_grad():
-        return model(torch.tensor([tokens])).logits[0].numpy()
+        return model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
 
 
 def error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -263,9 +297,15 @@ def test_config_without_what_has_a_default(family, tmp_path):
         changes = {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 2}
     if family == "qwen3_moe":
         changes |= {"norm_topk_prob": False}
+    if family.startswith(("qwen3_next", "qwen3_5")):
+        changes = {"full_attention_interval": 4, "num_hidden_layers": 4}
+    if family == "lfm2_moe":
+        changes = {"tie_word_embeddings": True, "routed_scaling_factor": 1.0}
     absent = {"qwen3": {"head_dim": 128}, "mistral": {"sliding_window": 4096}}.get(family, {})
     model = make(tmp_path, family, **changes, **absent)
-    edit_config(tmp_path, **dict.fromkeys([*OPTIONAL, *absent]))
+    # What each layer is, LFM2 has no default for.
+    optional = [key for key in OPTIONAL if family != "lfm2_moe" or key != "layer_types"]
+    edit_config(tmp_path, **dict.fromkeys([*optional, *absent]))
     assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
 
 
@@ -310,4 +350,19 @@ def test_config_as_published_before_transformers_5(tmp_path):
         topk_method="noaux_tc",
         moe_layer_freq=1,
     )
+    assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
+
+
+def test_one_model_of_several(tmp_path):
+    """A language model beside one for images, as Qwen3.5-MoE is published, and layers that only predict."""
+    text = transformers.Qwen3_5MoeTextConfig(**(COMMON | FAMILY["qwen3_5_moe_text"])).to_dict()
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    config = transformers.Qwen3_5MoeConfig(text_config=text, vision_config=vision)
+    config.text_config._attn_implementation = config.text_config._experts_implementation = "eager"
+    torch.manual_seed(1)
+    model = transformers.Qwen3_5MoeForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["mtp.layers.0.self_attn.q_proj.weight"] = torch.zeros(8, 64)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE

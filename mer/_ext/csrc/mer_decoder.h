@@ -19,6 +19,9 @@ void mer_add(float *x, const float *y, long n);
 /* x += factor * y */
 void mer_add_scaled(float *x, const float *y, float factor, long n);
 
+/* x *= sigmoid(gate) */
+void mer_gate(float *x, const float *gate, long n);
+
 /* -limit <= x <= limit */
 void mer_clip(float *x, float limit, long n);
 

@@ -14,11 +14,13 @@ from mer.model.families import (
     glm4_moe_lite,
     gpt_oss,
     granite_moe,
+    lfm2_moe,
     llama,
     minimax_m2,
     mixtral,
     olmoe,
     qwen_moe,
+    qwen_next,
 )
 from mer.model.families.config import Config
 from mer.model.families.tensors import Tensors
@@ -36,6 +38,7 @@ FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
     "granitemoe": granite_moe.read,
     "granitemoeshared": granite_moe.read,
     "kimi_k2": deepseek_v3.read,
+    "lfm2_moe": lfm2_moe.read,
     "llama": llama.read_llama,
     "mistral": llama.read_mistral,
     "minimax_m2": minimax_m2.read,
@@ -44,7 +47,10 @@ FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
     "qwen2": llama.read_qwen2,
     "qwen2_moe": qwen_moe.read_qwen2,
     "qwen3": llama.read_qwen3,
+    "qwen3_5_moe": qwen_next.read_qwen3_5,
+    "qwen3_5_moe_text": qwen_next.read_qwen3_5,
     "qwen3_moe": qwen_moe.read_qwen3,
+    "qwen3_next": qwen_next.read_qwen3_next,
 }
 
 
@@ -62,7 +68,7 @@ class Architecture:
     @property
     def kept(self) -> frozenset[str]:
         """Names of dense tensors that are small and that much hangs on: no conversion may change them."""
-        ends = ("norm", "bias", "sinks", "router", "shared_gate")
+        ends = ("norm", "bias", "sinks", "router", "shared_gate", "conv", "a_log", "decay_rate")
         return frozenset(name for part, name in self.dense.items() if part.endswith(ends))
 
 

@@ -98,11 +98,14 @@ def layer_kinds(config: Config, n_layers: int, usual: list[str] | None, known: t
     return kinds
 
 
-def number_layers(config: Config, moe: list[bool], windows: list[int | None]) -> tuple[LayerSpec, ...]:
-    """LayerSpecs from what is MoE and which windows there are."""
+def number_layers(
+    config: Config, moe: list[bool], windows: list[int | None], recurrent: list[bool] | None = None
+) -> tuple[LayerSpec, ...]:
+    """LayerSpecs from what is MoE, which windows there are, and what has a state instead of attention."""
+    state = recurrent or [False] * len(moe)
     if not any(moe):
         raise config.unsupported("no layer has experts, which models of this family have")
     return tuple(
-        LayerSpec(window, sum(moe[:i]) if is_moe else None)
+        LayerSpec(window, sum(moe[:i]) if is_moe else None, state_index=sum(state[:i]) if state[i] else None)
         for i, (window, is_moe) in enumerate(zip(windows, moe, strict=True))
     )

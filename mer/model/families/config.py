@@ -17,6 +17,17 @@ class Config:
         self._place = f"{path} (its metadata)" if path.suffix == ".gguf" else f"{path}/config.json"
         self._values = values
 
+    def inner(self, name: str) -> Config:
+        """The object of this name as a config of its own; where there is none, this one."""
+        values = self._values.get(name)
+        if values is None:
+            return self
+        if not isinstance(values, dict):
+            raise self.wrong(f"{name} is {values!r}, it must be an object")
+        found = Config(Path(), values)
+        found._place = f"{self._place}, {name}"
+        return found
+
     def wrong(self, text: str) -> CheckpointError:
         """The error to raise when the values contradict each other or the tensors."""
         return CheckpointError(f"{self._place}: {text}")

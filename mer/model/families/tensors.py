@@ -45,19 +45,37 @@ class Tensors:
         self.dense: dict[str, str] = {}
         self.experts: list[MoeLayerSource] = []
         self._asked: set[str] = set()
+        self._root = "model."
+
+    def inside(self, part: str) -> Tensors:
+        """From here on `model.` stands for `model.PART.`, if there are such names: one model of several."""
+        if any(name.startswith(f"model.{part}.") for name in self._infos):
+            self._root = f"model.{part}."
+        return self
+
+    def _full(self, name: str) -> str:
+        return self._root + name.removeprefix("model.") if name.startswith("model.") else name
 
     def weights_not_asked_for(self) -> dict[str, int]:
         """Weights and biases of layers that play no part, and their layers' numbers."""
-        layers = {name: re.match(r"model\.layers\.(\d+)\..*(weight|bias)$", name) for name in self._infos}
+        layer = re.compile(re.escape(self._root) + r"layers\.(\d+)\..*(weight|bias)$")
+        layers = {name: layer.match(name) for name in self._infos}
         return {name: int(m[1]) for name, m in sorted(layers.items()) if m and name not in self._asked}
 
     def has(self, name: str) -> bool:
-        return name in self._infos
+        return self._full(name) in self._infos
 
     def take(self, part: str, name: str, *shape: int) -> None:
         """The dense tensor `name`, of this shape, is the model's `part`."""
+        name = self._full(name)
         self._check(name, shape)
         self.dense[part] = name
+
+    def take_conv(self, part: str, name: str, channels: int, kernel: int) -> None:
+        """Weights of a convolution of each channel by itself: [channels, 1, kernel], or without the 1."""
+        info = self._infos.get(self._full(name))
+        plain = info is not None and len(info.shape) == 2
+        self.take(part, name, *((channels, kernel) if plain else (channels, 1, kernel)))
 
     def take_linear(self, part: str, name: str, rows: int, cols: int, *, bias: bool = False) -> None:
         """`name`.weight [rows, cols], and `name`.bias [rows]."""
@@ -67,7 +85,7 @@ class Tensors:
 
     def take_experts(self, layer: int, names: ExpertNames, n_experts: int, hidden: int, inter: int) -> None:
         """The routed experts of the next MoE layer, which is layer `layer` of the model."""
-        prefix = f"model.layers.{layer}."
+        prefix = self._full(f"model.layers.{layer}.")
         gate_up, down = prefix + names.fused_gate_up, prefix + names.fused_down
         wanted = [(inter, hidden), (inter, hidden), (hidden, inter)]
         extents: list[ExpertExtents]
@@ -94,7 +112,7 @@ class Tensors:
 
     def take_interleaved_experts(self, layer: int, n_experts: int, hidden: int, inter: int) -> None:
         """The same where rows of gate and up alternate: stored by columns, or as blocks of MXFP4."""
-        name = f"model.layers.{layer}.mlp.experts"
+        name = self._full(f"model.layers.{layer}.mlp.experts")
         gate_up, down = f"{name}.gate_up_proj", f"{name}.down_proj"
         if self._checkpoint.kind == "store":
             extents = [stored(self._checkpoint, layer, e) for e in range(n_experts)]

@@ -2,7 +2,7 @@
 #include <math.h>
 
 #include "../mer_decoder.h"
-#include "vec.h"
+#include "gates.h"
 
 MER_CLONES
 void mer_rms_norm(const float *x, const float *w, float *y, long n, float eps) {
@@ -18,6 +18,18 @@ void mer_add(float *x, const float *y, long n) {
 MER_CLONES
 void mer_add_scaled(float *x, const float *y, float factor, long n) {
     for (long i = 0; i < n; i++) x[i] += factor * y[i];
+}
+
+MER_CLONES
+void mer_gate(float *x, const float *gate, long n) {
+    for (long i = 0; i < n; i += 16) {
+        v16 g, v;
+        v16_load_some(&g, gate + i, n - i);
+        v16_load_some(&v, x + i, n - i);
+        v16_sigmoid(&g);
+        v *= g;
+        v16_store_some(x + i, &v, n - i);
+    }
 }
 
 void mer_clip(float *x, float limit, long n) {
