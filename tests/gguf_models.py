@@ -13,6 +13,9 @@ ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "qwen3_next": gguf.MODEL_ARCH.QWEN3NEXT,
+    "qwen3_5_moe_text": gguf.MODEL_ARCH.QWEN35MOE,
+    "lfm2_moe": gguf.MODEL_ARCH.LFM2MOE,
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
     "olmoe": gguf.MODEL_ARCH.OLMOE,
@@ -39,16 +42,18 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
     """The model in a GGUF file, as llama.cpp's converter lays it out; returns its (first) file.
 
     shards: most tensors of a part, 0: one part. more: `tokenizer`, a function that adds to the writer;
-    `formats`, by what a tensor's name ends with before `.weight` ("ffn_down_exps": "q6_k"), F32 for others.
+    `formats`, by what a tensor's name ends with before `.weight` ("ffn_down_exps": "q6_k"), F32 for others;
+    `predicting`, how many layers for multi-token prediction there are; `fused`: as Qwen3-Next's first files.
     The model gets the weights as they are rounded, or random ones where nobody can round.
     """
     family, config = model.config.model_type, model.config.to_dict()
     arch = ARCHITECTURES[family]
     writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], split_max_tensors=shards)
-    _metadata(writer, family, config)
+    predicting = more.get("predicting", 0)
+    _metadata(writer, family, config, predicting)
     more.get("tokenizer", lambda writer: writer.add_tokenizer_model("none"))(writer)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    for name, tensor in _tensors(model, family, config):
+    for name, tensor in _tensors(model, family, config | {"fused": more.get("fused")}):
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         found += ".weight" if found.endswith("attn_sinks") else ""
@@ -60,6 +65,10 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
             with torch.no_grad():
                 tensor.copy_(torch.from_numpy(gguf.quants.dequantize(data, kind)))
         writer.add_tensor(found, data, raw_dtype=kind)
+    for layer in range(predicting):
+        name = f"blk.{config['num_hidden_layers'] + layer}"
+        for part in ("attn_norm", "nextn.enorm"):
+            writer.add_tensor(f"{name}.{part}.weight", np.ones(config["hidden_size"], np.float32))
     if config["rope_parameters"]["rope_type"] == "llama3":
         frequencies = model.model.rotary_emb.inv_freq.numpy()
         exponents = np.arange(len(frequencies), dtype=np.float32) / len(frequencies)
@@ -87,14 +96,17 @@ def _stored(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     return blocks.reshape(*values.shape[:-1], -1)
 
 
-def _metadata(w: GGUFWriter, family: str, config: dict) -> None:
+def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None:
     rope = config["rope_parameters"]
-    w.add_block_count(config["num_hidden_layers"])
+    w.add_block_count(config["num_hidden_layers"] + predicting)
+    if predicting:
+        w.add_nextn_predict_layers(predicting)
     w.add_context_length(config["max_position_embeddings"])
     w.add_embedding_length(config["hidden_size"])
-    w.add_feed_forward_length(config["intermediate_size"])
+    if "intermediate_size" in config:
+        w.add_feed_forward_length(config["intermediate_size"])
     w.add_head_count(config["num_attention_heads"])
-    w.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    w.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["norm_eps"])
     w.add_rope_freq_base(rope["rope_theta"])
     counts = ("num_experts", "num_local_experts", "n_routed_experts")
     n_experts = next((config[name] for name in counts if config.get(name)), 0)
@@ -110,7 +122,7 @@ def _metadata(w: GGUFWriter, family: str, config: dict) -> None:
             w.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
     if config.get("moe_intermediate_size"):
         w.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    if family == "qwen2_moe":
+    if config.get("shared_expert_intermediate_size"):
         w.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     if family in ("gpt_oss", "minimax_m2"):
         w.add_expert_feed_forward_length(config["intermediate_size"])
@@ -127,6 +139,21 @@ def _metadata(w: GGUFWriter, family: str, config: dict) -> None:
         w.add_clamp_kqv(config["clip_qkv"])
     if "n_group" in config:
         _deepseek_experts(w, config)
+    if "linear_num_key_heads" in config:
+        w.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+        w.add_ssm_state_size(config["linear_key_head_dim"])
+        w.add_ssm_group_count(config["linear_num_key_heads"])
+        w.add_ssm_time_step_rank(config["linear_num_value_heads"])
+        w.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
+        w.add_full_attention_interval(config["layer_types"].index("full_attention") + 1)
+    if family == "lfm2_moe":
+        w.add_shortconv_l_cache(config["conv_L_cache"])
+        w.add_leading_dense_block_count(config["num_dense_layers"])
+        w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        w.add_expert_weights_scale(config["routed_scaling_factor"])
+        heads = config["num_key_value_heads"]
+        w.add_head_count_kv([0 if kind == "conv" else heads for kind in config["layer_types"]])
+        return
     if "kv_lora_rank" not in config:
         head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         w.add_head_count_kv(config["num_key_value_heads"])
@@ -160,6 +187,23 @@ def _deepseek_experts(w: GGUFWriter, config: dict) -> None:
 def _tensors(model: torch.nn.Module, family: str, config: dict):
     """(Hugging Face's name, values), in the order and form that llama.cpp expects."""
     for name, tensor in model.state_dict().items():
+        if family in ("qwen3_next", "qwen3_5_moe_text"):
+            if "linear_attn" in name:
+                yield from _delta(name, tensor, family, config)
+                continue
+            if name.endswith("norm.weight"):
+                tensor = tensor + 1
+        elif family == "lfm2_moe":
+            for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+                if name.endswith("experts.gate_up_proj") and theirs != "w2":
+                    part = tensor.chunk(2, dim=1)[theirs == "w3"]
+                    yield f"{name.removesuffix('gate_up_proj')}{theirs}.weight".removeprefix("model."), part
+                elif name.endswith("experts.down_proj") and theirs == "w2":
+                    yield f"{name.removesuffix(ours)}{theirs}.weight".removeprefix("model."), tensor
+            if "experts." in name:
+                continue
+            name = name.replace("expert_bias", "expert_bias.bias")
+            tensor = tensor.squeeze(1) if name.endswith("conv.conv.weight") else tensor
         if family.startswith("granite"):
             name = name.replace("block_sparse_moe.experts", "mlp.experts").replace("router.", "router.layer.")
         if name == "lm_head.weight" and config["tie_word_embeddings"]:
@@ -197,3 +241,39 @@ def _tensors(model: torch.nn.Module, family: str, config: dict):
             yield name, tensor[0]
         else:
             yield name.replace("e_score_correction_bias", "e_score_correction.bias"), tensor
+
+
+def _delta(name: str, tensor: torch.Tensor, family: str, config: dict):
+    """A tensor of a layer with the gated delta rule."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    key_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    group = values // keys
+
+    def tiled(rows: torch.Tensor, dim: int) -> torch.Tensor:
+        """Value heads [key head, of its own] as [of its own, key head]; `dim` rows are a head."""
+        if family == "qwen3_next":
+            return rows
+        return rows.reshape(keys, group, dim, -1).swapaxes(0, 1).reshape(rows.shape)
+
+    q_and_k = 2 * keys * key_dim
+    if name.endswith("in_proj_qkvz.weight") and not config["fused"]:
+        widths = [key_dim, key_dim, group * value_dim, group * value_dim]
+        parts = tensor.reshape(keys, sum(widths), -1).split(widths, 1)
+        *qkv, z = (part.reshape(-1, tensor.shape[1]) for part in parts)
+        yield name.replace("qkvz", "qkv"), torch.cat(qkv)
+        yield name.replace("qkvz", "z"), z
+    elif name.endswith("A_log"):
+        yield name, tiled(-tensor.exp(), 1)
+    elif name.endswith("dt_bias"):
+        yield name.replace("dt_bias", "dt_proj.bias"), tiled(tensor, 1)
+    elif name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
+        rows = tensor.squeeze()
+        yield name, torch.cat([rows[:q_and_k], tiled(rows[q_and_k:], value_dim)])
+    elif name.endswith(("in_proj_a.weight", "in_proj_b.weight")):
+        yield name, tiled(tensor, 1)
+    elif name.endswith("in_proj_z.weight"):
+        yield name, tiled(tensor, value_dim)
+    elif name.endswith("out_proj.weight"):
+        yield name, tiled(tensor.T.contiguous(), value_dim).T
+    else:
+        yield name, tensor

@@ -21,8 +21,9 @@ def _common(keys: Keys) -> dict[str, Any]:
         if keys.get("feed_forward_length") is None
         else keys.one("feed_forward_length"),
         "num_hidden_layers": keys["block_count"] - keys.get("nextn_predict_layers", 0),
+        "num_nextn_predict_layers": keys.get("nextn_predict_layers"),
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.one("attention.head_count_kv"),
+        "num_key_value_heads": keys.where_any("attention.head_count_kv"),
         **({} if head_dim is None else {"head_dim": head_dim}),
         "rms_norm_eps": keys["attention.layer_norm_rms_epsilon"],
         "max_position_embeddings": keys["context_length"],

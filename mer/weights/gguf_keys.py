@@ -45,6 +45,14 @@ class Keys:
             )
         return value[0]
 
+    def where_any(self, key: str) -> Any:
+        """The same, of layers that have any: others have 0."""
+        value = self[key]
+        some = [each for each in value if each] if isinstance(value, list) else [value]
+        if len(set(some)) > 1:
+            return self.one(key)  # which says what is wrong
+        return some[0] if some else 0
+
     def has_part(self, part: str) -> bool:
         """Whether some layer has this tensor, `attn_q.bias` say."""
         return any(name.startswith("blk.") and name.endswith(f".{part}") for name in self.tensors)

@@ -153,7 +153,7 @@ FAMILY: dict[str, dict[str, Any]] = {
         "intermediate_size": 80,
         "num_dense_layers": 1,
         "conv_L_cache": 3,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": True,
         "routed_scaling_factor": 1.3,
     },
 }

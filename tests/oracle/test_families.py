@@ -228,7 +228,7 @@ CASES = {
     "lfm2_moe": {
         "plain": {},
         "biases": {"conv_bias": True, "use_expert_bias": False, "conv_L_cache": 4},
-        "tied": {"tie_word_embeddings": True, "norm_topk_prob": False, "num_dense_layers": 0},
+        "untied": {"tie_word_embeddings": False, "norm_topk_prob": False, "num_dense_layers": 0},
         "kinds": {"layer_types": ["conv", "conv", "full_attention"], "num_dense_layers": 2},
     },
 }
@@ -300,7 +300,7 @@ def test_config_without_what_has_a_default(family, tmp_path):
     if family.startswith(("qwen3_next", "qwen3_5")):
         changes = {"full_attention_interval": 4, "num_hidden_layers": 4}
     if family == "lfm2_moe":
-        changes = {"tie_word_embeddings": True, "routed_scaling_factor": 1.0}
+        changes = {"routed_scaling_factor": 1.0}
     absent = {"qwen3": {"head_dim": 128}, "mistral": {"sliding_window": 4096}}.get(family, {})
     model = make(tmp_path, family, **changes, **absent)
     # What each layer is, LFM2 has no default for.

@@ -47,6 +47,9 @@ def test_logits(family, tmp_path):
         ("deepseek_v3", {"rope_parameters": YARN}),
         ("deepseek_v3", {"q_lora_rank": None}),
         ("qwen3_moe", {"tie_word_embeddings": True}),
+        ("qwen3_next", {"full_attention_interval": 3, "tie_word_embeddings": True}),
+        ("qwen3_5_moe_text", {"linear_num_value_heads": 12}),
+        ("lfm2_moe", {"use_expert_bias": False, "num_dense_layers": 0}),
         ("olmoe", {"clip_qkv": 0.7}),
         ("mixtral", {"num_key_value_heads": 4}),
         ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -137,3 +140,20 @@ def add_tokenizer(writer):
     for name, value in bpe_settings(byte_level(), "qwen2").items():
         getattr(writer, f"add_{name}")(value)
     writer.add_eos_token_id(1)
+
+
+def test_the_first_files_of_qwen3_next(tmp_path):
+    """q, k, v and z of each key head in turn, as in Hugging Face's files."""
+    model = make(tmp_path / "hf", "qwen3_next", num_hidden_layers=2)
+    path = write_gguf(model, tmp_path / "model.gguf", fused=True)
+    assert "blk.0.ssm_in.weight" in {tensor.name for tensor in read_gguf(path).tensors}
+    assert error(Runner(path).logits(PROMPT), oracle(model, PROMPT)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_moe_text", "glm4_moe"])
+def test_layers_that_only_predict(family, tmp_path):
+    """Multi-token prediction has a layer of its own behind the model's; the answer does not need it."""
+    model = make(tmp_path / "hf", family)
+    path = write_gguf(model, tmp_path / "model.gguf", predicting=1)
+    assert any(tensor.name == "blk.3.attn_norm.weight" for tensor in read_gguf(path).tensors)
+    assert error(Runner(path).logits(PROMPT), oracle(model, PROMPT)) < 1e-4

@@ -18,7 +18,8 @@ class GGUFFamily:
     architecture: general.architecture. model_type: config.json's. config: config.json's other keys, besides
     those that `gguf_config` finds. names: of its tensors. neighbours: elements (2i, 2i + 1) of a head turn
     together in llama.cpp, not (i, i + dim / 2): config.json's rope_interleave. is_of: whether a file of the
-    architecture is of this family, where several families share one.
+    architecture is of this family, where several families share one. written: whether names are all that
+    differs, so that such a file can also be written.
     """
 
     architecture: str
@@ -27,3 +28,4 @@ class GGUFFamily:
     names: Names
     neighbours: bool = False
     is_of: Callable[[Keys], bool] = lambda keys: True
+    written: bool = True

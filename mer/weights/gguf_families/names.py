@@ -38,10 +38,17 @@ class Names:
     """The names of one family.
 
     layer: what its layers have besides, or call otherwise than most (see _LAYER). aliases: further names that
-    Hugging Face's files have for a layer's tensors, and those of the table that they stand for.
+    Hugging Face's files have for a layer's tensors, and those of the table that they stand for. whole:
+    tensors of no layer that most families do not have.
     """
 
-    def __init__(self, layer: Mapping[str, str], aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        layer: Mapping[str, str],
+        aliases: Mapping[str, str] | None = None,
+        whole: Mapping[str, str] | None = None,
+    ) -> None:
+        self._whole = _WHOLE | dict(whole or {})
         self._layer = _LAYER | dict(layer)
         # Where two names of GGUF mean the same, the first is written, the family's own before the common one.
         self._back: dict[str, str] = {}
@@ -51,15 +58,15 @@ class Names:
 
     def hugging_face(self, name: str) -> str | None:
         """Hugging Face's name of a tensor of a GGUF file; None for one that is not known."""
-        if name in _WHOLE:
-            return _WHOLE[name]
+        if name in self._whole:
+            return self._whole[name]
         match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
         found = match and _look_up(self._layer, match[2])
         return f"model.layers.{match[1]}.{found}" if match and found else None
 
     def gguf(self, name: str) -> str | None:
         """GGUF's name of a tensor of Hugging Face's; None for one that is not known."""
-        whole = {theirs: ours for ours, theirs in _WHOLE.items()}
+        whole = {theirs: ours for ours, theirs in self._whole.items()}
         if name in whole:
             return whole[name]
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
