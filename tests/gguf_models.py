@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "olmoe": gguf.MODEL_ARCH.OLMOE,
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
+    "phimoe": gguf.MODEL_ARCH.PHIMOE,
     "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE,
     "granitemoeshared": gguf.MODEL_ARCH.GRANITE_MOE,
     "glm4_moe_lite": gguf.MODEL_ARCH.DEEPSEEK2,
@@ -74,6 +75,10 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
         exponents = np.arange(len(frequencies), dtype=np.float32) / len(frequencies)
         plain = config["rope_parameters"]["rope_theta"] ** -exponents
         writer.add_tensor("rope_freqs.weight", (plain / frequencies).astype(np.float32))
+    if config["rope_parameters"]["rope_type"] == "longrope":
+        for kind in ("short", "long"):
+            factors = np.array(config["rope_parameters"][f"{kind}_factor"], np.float32)
+            writer.add_tensor(f"rope_factors_{kind}.weight", factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -135,6 +140,11 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         w.add_logit_scale(config["logits_scaling"])
         if config.get("shared_intermediate_size"):
             w.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+    if rope["rope_type"] == "longrope":
+        w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        w.add_rope_scaling_attn_factors(rope["short_mscale"])
+    if family == "phimoe":
+        w.add_sliding_window(config["sliding_window"] or 0)
     if config.get("clip_qkv"):
         w.add_clamp_kqv(config["clip_qkv"])
     if "n_group" in config:
@@ -204,6 +214,8 @@ def _tensors(model: torch.nn.Module, family: str, config: dict):
                 continue
             name = name.replace("expert_bias", "expert_bias.bias")
             tensor = tensor.squeeze(1) if name.endswith("conv.conv.weight") else tensor
+        elif family == "phimoe":
+            name = name.replace("mlp.router", "mlp.gate")
         if family.startswith("granite"):
             name = name.replace("block_sparse_moe.experts", "mlp.experts").replace("router.", "router.layer.")
         if name == "lm_head.weight" and config["tie_word_embeddings"]:

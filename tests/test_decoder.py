@@ -19,7 +19,7 @@ class Router(ctypes.Structure):
     _fields_ = (
         *((name, LONG) for name in ("n_experts", "top_k", "n_groups", "top_groups")),
         *((name, INT) for name in ("group_best", "sigmoid", "normalise")),
-        *((name, FLOAT) for name in ("scale", "epsilon")),
+        *((name, FLOAT) for name in ("scale", "epsilon", "jitter")),
         ("bias", POINTER),
     )
 
@@ -55,11 +55,24 @@ def at(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def route(
-    lib, logits, top_k, *, groups=1, top_groups=1, best=2, sigmoid=0, normalise=0, scale=1.0, bias=None
+    lib,
+    logits,
+    top_k,
+    *,
+    groups=1,
+    top_groups=1,
+    best=2,
+    sigmoid=0,
+    normalise=0,
+    scale=1.0,
+    bias=None,
+    jitter=0.0,
 ):
     logits = np.array(logits, np.float32)
     bias = None if bias is None else np.array(bias, np.float32)
-    router = Router(len(logits), top_k, groups, top_groups, best, sigmoid, normalise, scale, 0.0, None)
+    router = Router(
+        len(logits), top_k, groups, top_groups, best, sigmoid, normalise, scale, 0.0, jitter, None
+    )
     if bias is not None:
         router.bias = bias.ctypes.data
     choice, ids, weights = np.zeros_like(logits), np.full(top_k, -1, np.int32), np.zeros(top_k, np.float32)
@@ -98,6 +111,20 @@ def test_router_groups_count_their_two_best(lib):
     assert route(lib, logits, 3, sigmoid=1, groups=3, top_groups=2)[0] == [0, 1, 3]
 
 
+def test_router_mixes_sparsely(lib):
+    """Weights are shares of a softmax over those nearly as good, the better choices left out."""
+    rng = np.random.default_rng(6)
+    for jitter in (0.01, 0.2, 1.5):
+        logits = rng.normal(size=12).astype(np.float32)
+        ids, weights = route(lib, logits, 3, jitter=jitter)
+        order = np.argsort(-logits, kind="stable")
+        assert ids == order[:3].tolist()
+        for k in range(3):
+            left = logits[order[k:]].astype(np.float64)
+            near = (left[0] - left) / np.maximum(np.abs(left), left[0]) <= 2 * jitter
+            np.testing.assert_allclose(weights[k], 1 / np.exp(left[near] - left[0]).sum(), rtol=1e-5)
+
+
 def test_router_groups_count_their_best(lib):
     logits = np.random.default_rng(4).normal(size=24).astype(np.float32)
     best = np.argsort(-logits.reshape(6, 4).max(1), kind="stable")[:2]
@@ -109,10 +136,10 @@ def test_router_groups_count_their_best(lib):
     assert route(lib, [1.0, 3.0, 2.0], 2, groups=3, top_groups=2, best=1)[0] == [1, 2]
 
 
-@pytest.mark.parametrize("sigmoid", [0, 1])
-def test_router_survives_what_is_no_number(lib, sigmoid):
+@pytest.mark.parametrize(("sigmoid", "jitter"), [(0, 0.0), (1, 0.0), (0, 0.1)])
+def test_router_survives_what_is_no_number(lib, sigmoid, jitter):
     for bad in ([np.nan] * 6, [np.inf] * 6, [-np.inf] * 6, [1, np.nan, 2, -np.inf, np.inf, 0]):
-        ids = route(lib, bad, 4, sigmoid=sigmoid, groups=2, top_groups=2)[0]
+        ids = route(lib, bad, 4, sigmoid=sigmoid, groups=2, top_groups=2, jitter=jitter)[0]
         assert len(set(ids)) == 4
         assert all(0 <= each < 6 for each in ids)
 
@@ -252,6 +279,19 @@ def test_rms_norm(lib, n):
     y = np.zeros_like(x)
     lib.mer_rms_norm(at(x), at(w), at(y), LONG(n), FLOAT(1e-5))
     np.testing.assert_allclose(y, w * x / np.sqrt((x.astype(np.float64) ** 2).mean() + 1e-5), rtol=2e-6)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 47, 2048])
+def test_layer_norm(lib, n):
+    rng = np.random.default_rng(n)
+    x, w, bias = rng.normal(size=(3, n)).astype(np.float32) + np.float32(3)
+    exact = x.astype(np.float64) - x.astype(np.float64).mean()
+    expected = exact / np.sqrt((exact**2).mean() + 1e-5) * w + bias
+    y = np.zeros_like(x)
+    lib.mer_layer_norm(at(x), at(w), at(bias), at(y), LONG(n), FLOAT(1e-5))
+    np.testing.assert_allclose(y, expected, rtol=5e-6, atol=2e-5)
+    lib.mer_layer_norm(at(x), at(w), at(bias), at(x), LONG(n), FLOAT(1e-5))
+    np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("interleaved", [0, 1])

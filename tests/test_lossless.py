@@ -18,6 +18,7 @@ from mer import SamplingParams
 
 # With two experts a token the order in which they are added would not show.
 TOP_K = 3
+ONLY = {"phimoe": 2}  # families that know but one number
 GREEDY = SamplingParams(temperature=0, max_tokens=20, logprobs=20, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1.0, seed=11, max_tokens=20, logprobs=20, ignore_eos=True)
 PROMPTS = [prompt(n) for n in (70, 5, 33)]
@@ -85,7 +86,7 @@ def logits(monkeypatch):
 def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     more = {"sliding_window": 45} if request.param in ("mixtral", "mistral") else {}
-    make(path, request.param, num_experts_per_tok=TOP_K, **more)
+    make(path, request.param, num_experts_per_tok=ONLY.get(request.param, TOP_K), **more)
     return runnable(path, request.param)
 
 
@@ -130,7 +131,7 @@ async def test_a_full_cache_of_other_requests_leaves_no_trace(model, logits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("family", IN_PLACE)
 async def test_in_place_and_converted(family, dtype, tmp_path, logits):
-    make(tmp_path / "hf", family, num_experts_per_tok=TOP_K, dtype=dtype)
+    make(tmp_path / "hf", family, num_experts_per_tok=ONLY.get(family, TOP_K), dtype=dtype)
     expected = await alone(tmp_path / "hf", GREEDY, logits)
     store = convert_to(tmp_path / "hf", tmp_path / "store", None, None)
     assert (await together(store, GREEDY, logits))[0] == expected

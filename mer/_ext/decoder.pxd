@@ -31,6 +31,7 @@ cdef extern from "mer_decoder.h" nogil:
         int normalise
         float scale
         float epsilon
+        float jitter
         const float *bias
 
 cdef struct Matrix:
@@ -98,6 +99,7 @@ cdef class Decoder:
     cdef const float *final_norm
     cdef const float *last_norm   # the same, before the head
     cdef float residual_scale
+    cdef bint layer_norm          # norms of the hidden state have a bias, which stands behind their weights
     cdef Matrix head
     cdef mer_router router
 
@@ -155,6 +157,7 @@ cdef class Decoder:
     cdef take_buffers(self, buffers)
     cdef take_ropes(self, ropes, buffers)
     cdef const float *floats(self, values) except? NULL
+    cdef norm_of(self, weights, str name)
     cdef const float *vector(self, weights, str name) except? NULL
     cdef Matrix matrix(self, weights, str name) except *
     cdef void linear(self, const Matrix *m, const float *x, long n, float *y) noexcept nogil

@@ -16,6 +16,7 @@ from mer._ext.kernels cimport Kernels, Pool, mer_task_fn
 cdef extern from "mer_decoder.h" nogil:
     enum: MER_KV_BLOCK
     void mer_rms_norm(const float *x, const float *w, float *y, long n, float eps)
+    void mer_layer_norm(const float *x, const float *w, const float *bias, float *y, long n, float eps)
     void mer_add(float *x, const float *y, long n)
     void mer_add_scaled(float *x, const float *y, float factor, long n)
     void mer_gate(float *x, const float *gate, long n)
@@ -45,8 +46,16 @@ cdef void angles_task(Decoder d, long t, int thread) noexcept nogil:
                         rope.sine + t * rope.pairs)
 
 
+cdef inline void norm_state(Decoder d, const float *x, const float *weights, float *y) noexcept nogil:
+    """y = norm(x), of a hidden state."""
+    if d.layer_norm:
+        mer_layer_norm(x, weights, weights + d.hidden, y, d.hidden, d.eps)
+    else:
+        mer_rms_norm(x, weights, y, d.hidden, d.eps)
+
+
 cdef void norm_task(Decoder d, long t, int thread) noexcept nogil:
-    mer_rms_norm(d.x + t * d.hidden, d.norm_weights, d.normed + t * d.hidden, d.hidden, d.eps)
+    norm_state(d, d.x + t * d.hidden, d.norm_weights, d.normed + t * d.hidden)
 
 
 cdef inline void add_bias(const Matrix *m, float *y) noexcept nogil:
@@ -141,7 +150,11 @@ cdef void finish_task(Decoder d, long t, int thread) noexcept nogil:
 
 
 cdef void last_task(Decoder d, long i, int thread) noexcept nogil:
-    mer_rms_norm(d.x + d.rows[i] * d.hidden, d.last_norm, d.last + i * d.hidden, d.hidden, d.eps)
+    norm_state(d, d.x + d.rows[i] * d.hidden, d.last_norm, d.last + i * d.hidden)
+
+
+cdef void head_bias_task(Decoder d, long i, int thread) noexcept nogil:
+    add_bias(&d.head, d.logit_rows + i * d.vocab)
 
 
 cdef Geometry geometry_of(a):
@@ -183,11 +196,13 @@ cdef class Decoder:
         r = spec.router
         if r is not None:
             self.router = mer_router(r.n_experts, r.top_k, r.n_groups, r.top_groups, r.group_best, r.score == "sigmoid",
-                                     r.normalise, r.scale, r.epsilon, NULL)
+                                     r.normalise, r.scale, r.epsilon, r.jitter, NULL)
         self.residual_scale = spec.residual_scale
-        self.final_norm = self.floats(weights["final_norm"])
+        self.layer_norm = "final_norm_bias" in weights
+        final_norm = self.norm_of(weights, "final_norm")
+        self.final_norm = self.floats(final_norm)
         # The head is linear: its input's scale is that of the logits.
-        self.last_norm = self.floats(weights["final_norm"] * np.float32(spec.logit_scale))
+        self.last_norm = self.floats(final_norm * np.float32(spec.logit_scale))
         self.head = self.matrix(weights, "head")
         self.take_buffers(buffers)
         self.take_ropes(ropes, buffers)
@@ -249,6 +264,10 @@ cdef class Decoder:
         self.kept.append(array)
         return <const float *><uintptr_t>array.ctypes.data
 
+    cdef norm_of(self, weights, str name):
+        """A norm's weights, where they have biases with these behind them."""
+        return np.concatenate([weights[name], weights[name + "_bias"]]) if self.layer_norm else weights[name]
+
     cdef const float *vector(self, weights, str name) except? NULL:
         return self.floats(weights[name]) if name in weights else NULL
 
@@ -274,8 +293,8 @@ cdef class Decoder:
         layer.window = spec.window or 0
         self.kept.append(blocks)
         layer.blocks, layer.block_bytes = <char *><uintptr_t>blocks.ctypes.data, blocks.strides[0]
-        layer.attention_norm = self.floats(weights["attention_norm"])
-        layer.mlp_norm = self.floats(weights["mlp_norm"])
+        layer.attention_norm = self.floats(self.norm_of(weights, "attention_norm"))
+        layer.mlp_norm = self.floats(self.norm_of(weights, "mlp_norm"))
         layer.q_norm, layer.k_norm = self.vector(weights, "q_norm"), self.vector(weights, "k_norm")
         layer.q_latent_norm = self.vector(weights, "q_latent_norm")
         layer.latent_norm = self.vector(weights, "latent_norm")
@@ -434,3 +453,5 @@ cdef class Decoder:
         with nogil:
             self.run(last_task, rows.shape[0])
             self.linear(&self.head, self.last, rows.shape[0], self.logit_rows)
+            if self.head.bias is not NULL:
+                self.run(head_bias_task, rows.shape[0])

@@ -56,8 +56,10 @@ def _open_store(runner: Runner, config: EngineConfig) -> PrefixStore | None:
             f"prefix_store: layers of {runner.spec.family} keep a state, without which keys and values on "
             "disk are of no use, and states are kept in memory alone; leave prefix_store out"
         )
-    # Whatever may change a bit of keys and values: the model, the code, the kernels, how they are kept.
+    # Whatever may change a bit of keys and values: the model (LongRoPE goes by the context), the code, the
+    # kernels, how they are kept.
     code = f"{version('mer')} {runner.isa} {runner.kv.dtype}".encode() + compiled_code()
+    code += repr(runner.spec.rope).encode()
     mark = blake2b(fingerprint(runner.checkpoint) + code, digest_size=16).digest()
     return PrefixStore(
         config.prefix_store, config.prefix_store_size, runner.kv, mark, backend=config.io_backend

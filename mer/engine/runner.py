@@ -100,6 +100,7 @@ class Runner:
         prepare(checkpoint, spec)
         kernels = Kernels()
         budget = budgets.plan(checkpoint, architecture, tables, config)
+        spec = spec.reaching(min(spec.max_positions, budget.context))
         reader = Reader(checkpoint.files, backend=config.io_backend, queue_depth=config.queue_depth)
         try:
             experts = RoutedExperts(spec, tables, budget, config) if spec.router else None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 
 @frozen
 class RopeScaling:
     """How frequencies were changed, for whoever writes it down. factor: of the context `original`."""
 
-    kind: Literal["linear", "llama3", "yarn", "factors"]
+    kind: Literal["linear", "llama3", "yarn", "factors", "longrope"]
     factor: float
     original: int
     beta_fast: float = 32.0
@@ -32,6 +32,8 @@ class RopeSpec:
     # What the frequencies were made of.
     theta: float = 10000.0
     scaling: RopeScaling | None = None
+    # LongRoPE: what takes this one's place where sequences may be longer than scaling.original.
+    long: RopeSpec | None = None
 
 
 @frozen
@@ -118,7 +120,9 @@ class RouterSpec:
 
     n_experts: int
     top_k: int
-    score: Literal["softmax", "sigmoid"]
+    # sparsemixer: for each choice in turn a softmax over those experts whose logits are at most 2 * `jitter`
+    # (relative to their size) below the best one's.
+    score: Literal["softmax", "sigmoid", "sparsemixer"]
     # Weights of the chosen experts are divided by their sum (plus `epsilon`), then multiplied by `scale`.
     normalise: bool
     scale: float = 1.0
@@ -128,6 +132,7 @@ class RouterSpec:
     n_groups: int = 1
     top_groups: int = 1
     group_best: Literal[1, 2] = 2
+    jitter: float = 0.0
 
 
 @frozen
@@ -196,6 +201,13 @@ class ModelSpec:
     @property
     def n_moe_layers(self) -> int:
         return sum(layer.moe_index is not None for layer in self.layers)
+
+    def reaching(self, length: int) -> ModelSpec:
+        """This model for sequences of up to `length` tokens: LongRoPE has other frequencies for long ones."""
+        rope = self.rope
+        if rope.long is None or rope.scaling is None or length <= rope.scaling.original:
+            return self
+        return evolve(self, rope=rope.long)
 
     @property
     def n_state_layers(self) -> int:

@@ -14,7 +14,12 @@ from mer.weights.gguf_families import GGUFFamily
 from mer.weights.hub import advice
 from mer.weights.tensors import Checkpoint, TensorInfo
 
-_FREQUENCIES: Final = "rope_freqs.weight"
+# Tensors by which frequencies are divided: config.json's key, and the rope_type that has them.
+_FREQUENCIES: Final = {
+    "rope_freqs.weight": ("frequency_factors", "default"),
+    "rope_factors_short.weight": ("short_factor", "longrope"),
+    "rope_factors_long.weight": ("long_factor", "longrope"),
+}
 _MAX_FREQUENCIES: Final = 1 << 16  # bytes
 _IN_LAYER: Final = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 
@@ -73,16 +78,17 @@ def open_gguf(path: Path) -> Checkpoint:
 
 def _take_frequencies(checkpoint: Checkpoint) -> None:
     """What each rotary frequency is divided by is a tensor here; config.json says such things itself."""
-    info = checkpoint.tensors.get(_FREQUENCIES)
-    if info is None:
-        return
     rope = checkpoint.config["rope_parameters"]
-    if info.nbytes > _MAX_FREQUENCIES or rope["rope_type"] != "default":
-        raise UnsupportedModelError(
-            f"{checkpoint.files[info.file]}: has the tensor {_FREQUENCIES} {list(info.shape)} beside rope "
-            f"scaling {rope['rope_type']!r}, which is not supported; take another file"
-        )
-    rope["frequency_factors"] = checkpoint.numpy(_FREQUENCIES).reshape(-1).tolist()
+    for name, (key, kind) in _FREQUENCIES.items():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            continue
+        if info.nbytes > _MAX_FREQUENCIES or rope["rope_type"] != kind:
+            raise UnsupportedModelError(
+                f"{checkpoint.files[info.file]}: has the tensor {name} {list(info.shape)} beside rope "
+                f"scaling {rope['rope_type']!r}, which is not supported; take another file"
+            )
+        rope[key] = checkpoint.numpy(name).reshape(-1).tolist()
 
 
 def _parts(path: Path) -> list[GGUFFile]:

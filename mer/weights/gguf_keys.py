@@ -64,7 +64,9 @@ def rope_of(keys: Keys) -> dict[str, Any]:
     kind = keys.get("rope.scaling.type", "none")
     if kind == "none":
         return rope
-    rope |= {"rope_type": kind, "factor": keys["rope.scaling.factor"]}
+    rope["rope_type"] = kind
+    if kind != "longrope":  # whose factor is that of the contexts
+        rope["factor"] = keys["rope.scaling.factor"]
     for theirs, key in (
         ("original_max_position_embeddings", "rope.scaling.original_context_length"),
         ("beta_fast", "rope.scaling.yarn_beta_fast"),

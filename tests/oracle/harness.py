@@ -67,11 +67,20 @@ class Runner:
     """A model with its KV blocks; sequences are known by a number and keep what they have seen."""
 
     def __init__(
-        self, path: Path, *, threads: int = 2, kv_dtype="f32", isa=None, n_blocks=160, max_tokens=400
+        self,
+        path: Path,
+        *,
+        threads: int = 2,
+        kv_dtype="f32",
+        isa=None,
+        n_blocks=160,
+        max_tokens=400,
+        longest=0,
     ) -> None:
+        """longest: of the sequences that are asked for."""
         self.checkpoint = open_checkpoint(path)
         self.architecture = load(self.checkpoint)
-        self.spec = self.architecture.spec
+        self.spec = self.architecture.spec.reaching(longest)
         kernels, pool = Kernels(isa), Pool(threads)
         with Reader([str(file) for file in self.checkpoint.files], backend="preadv") as reader:
             dense = load_dense(self.checkpoint, self.architecture, reader)

@@ -24,6 +24,7 @@ CLASSES = {
     "glm4_moe": "Glm4Moe",
     "glm4_moe_lite": "Glm4MoeLite",
     "minimax_m2": "MiniMaxM2",
+    "phimoe": "Phimoe",
     "granitemoe": "GraniteMoe",
     "granitemoeshared": "GraniteMoeShared",
     "deepseek_v2": "DeepseekV2",
@@ -72,6 +73,11 @@ FAMILY: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"num_experts": 8, "intermediate_size": 32, "num_key_value_heads": 4},
     "gpt_oss": {"num_local_experts": 6, "intermediate_size": 32, "head_dim": 16, "sliding_window": 37},
+    "phimoe": {
+        "num_local_experts": 6,
+        "intermediate_size": 32,
+        "lm_head_bias": True,
+    },
     "granitemoe": {
         "num_local_experts": 6,
         "intermediate_size": 32,

@@ -79,6 +79,11 @@ def test_unknown_architecture_lists_the_known(checkpoint):
         ("mixtral", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor is missing"),
         ("mixtral", {"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta"),
         ("mixtral", {"rope_parameters": [1]}, "rope_parameters"),
+        (
+            "phimoe",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}},
+            "a number for each of 8",
+        ),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types"),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense", 1]}, "mlp_layer_types"),
         ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5"),
@@ -113,11 +118,12 @@ def test_config_that_lies(checkpoint, family, changes, named):
     ("family", "changes", "named"),
     [
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ("mixtral", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ("mixtral", {"rope_parameters": {"rope_type": "spiral", "factor": 2.0}}, "spiral"),
         ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok"),
         ("minimax_m2", {"attn_type_list": [1, 0]}, "attn_type_list"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
     ],
@@ -159,7 +165,7 @@ def test_fused_experts(checkpoint, originals, family):
     prompt = np.random.default_rng(2).integers(0, 211, 40).tolist()
     expected = Runner(originals / family).logits(prompt)
     path = checkpoint(family)
-    if family in ("mixtral", "minimax_m2"):
+    if family in ("mixtral", "minimax_m2", "phimoe"):
         parts = ("w1.weight", "w3.weight", "w2.weight")
         rename(path, lambda t: fuse(t, "block_sparse_moe.experts", *parts, "mlp.experts"))
         if family == "mixtral":

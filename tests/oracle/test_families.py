@@ -10,6 +10,8 @@ from harness import Runner
 from make_checkpoints import COMMON, FAMILY, edit_config, make
 from safetensors.torch import load_file, save_file
 
+from mer.engine.engine import Engine
+
 # Largest difference of a logit, relative to the largest logit.
 TOLERANCE = 1e-4
 PROMPT = np.random.default_rng(3).integers(0, 211, 300).tolist()
@@ -23,6 +25,16 @@ ORIGINAL = {"original_max_position_embeddings": 64}
 LLAMA3 = rope("llama3", 500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, **ORIGINAL)
 YARN = {"factor": 8.0, **ORIGINAL}
 ODD_YARN = {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3, "truncate": False}
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5, 3.0, 4.0],
+    "long_factor": [1.0, 1.5, 2.0, 4.0, 6.0, 9.0, 12.0, 16.0],
+    "short_mscale": 1.1,
+    "long_mscale": 1.3,
+    "original_max_position_embeddings": 400,
+}
 
 # The first of each family also generates 64 tokens.
 CASES = {
@@ -86,6 +98,18 @@ CASES = {
             "n_shared_experts": 2,
             "norm_topk_prob": False,
         },
+    },
+    "phimoe": {
+        "plain": {},
+        "published": {"attention_bias": True, "rope_parameters": LONGROPE},
+        "no-bias-tied": {
+            "router_jitter_noise": 0.3,
+            "lm_head_bias": False,
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 1,
+        },
+        "window": {"sliding_window": 37, "router_jitter_noise": 2.0},
+        "odd": {"hidden_size": 60, "num_attention_heads": 6, "num_local_experts": 3, "intermediate_size": 37},
     },
     "granitemoe": {
         "plain": {},
@@ -307,6 +331,27 @@ def test_config_without_what_has_a_default(family, tmp_path):
     optional = [key for key in OPTIONAL if family != "lfm2_moe" or key != "layer_types"]
     edit_config(tmp_path, **dict.fromkeys([*optional, *absent]))
     assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
+
+
+async def test_longrope_beyond_its_original_context(tmp_path):
+    """Other frequencies for all tokens of a model that is asked for more than that.
+
+    transformers never takes those of Phi-MoE, so it is given them as the usual ones.
+    """
+    model = make(
+        tmp_path,
+        "phimoe",
+        rope_parameters=LONGROPE | {"short_factor": LONGROPE["long_factor"], "short_mscale": 1.3},
+    )
+    edit_config(tmp_path, rope_parameters=LONGROPE | {"original_max_position_embeddings": 64})
+    expected = oracle(model, PROMPT)
+    assert error(Runner(tmp_path, longest=65).logits(PROMPT), expected) < TOLERANCE
+    assert error(Runner(tmp_path, longest=64).logits(PROMPT), expected) > 0.1
+    ropes = []
+    for context in (64, 80):
+        async with Engine.open(tmp_path, context=context) as engine:
+            ropes.append(engine.spec.rope)
+    assert ropes[0].long == ropes[1]
 
 
 def test_kimi_k2_as_published(tmp_path):

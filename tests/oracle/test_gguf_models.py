@@ -6,7 +6,7 @@ from cli_models import mer
 from gguf_models import write_gguf
 from harness import Runner
 from make_checkpoints import FAMILY, make
-from test_families import error, oracle
+from test_families import LONGROPE, error, oracle
 from test_gguf_tokenizer import bpe_settings
 from tokenizer_models import byte_level
 
@@ -60,6 +60,7 @@ def test_logits(family, tmp_path):
         ("qwen3", {"attention_bias": True, "head_dim": 32}),
         ("mixtral", {"rope_parameters": LLAMA3}),
         ("deepseek_v2", {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}),
+        ("phimoe", {"rope_parameters": LONGROPE, "attention_bias": True}),
         ("glm4_moe", {"attention_bias": True, "use_qk_norm": False}),
     ],
 )

@@ -13,6 +13,9 @@
 /* y = x / rms(x) * w; y may be x. */
 void mer_rms_norm(const float *x, const float *w, float *y, long n, float eps);
 
+/* y = (x - mean(x)) / sqrt(variance(x) + eps) * w + bias; y may be x. */
+void mer_layer_norm(const float *x, const float *w, const float *bias, float *y, long n, float eps);
+
 /* x += y */
 void mer_add(float *x, const float *y, long n);
 
@@ -73,6 +76,7 @@ typedef struct {
     int sigmoid;       /* else softmax */
     int normalise;     /* divide the chosen weights by their sum + epsilon */
     float scale, epsilon;
+    float jitter;      /* above 0: sparsemixer, instead of all of this but n_experts and top_k */
     const float *bias; /* [n_experts], added to the scores for the choice only; NULL: none */
 } mer_router;
 

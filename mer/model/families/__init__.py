@@ -19,6 +19,7 @@ from mer.model.families import (
     minimax_m2,
     mixtral,
     olmoe,
+    phimoe,
     qwen_moe,
     qwen_next,
 )
@@ -44,6 +45,7 @@ FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
     "minimax_m2": minimax_m2.read,
     "mixtral": mixtral.read,
     "olmoe": olmoe.read,
+    "phimoe": phimoe.read,
     "qwen2": llama.read_qwen2,
     "qwen2_moe": qwen_moe.read_qwen2,
     "qwen3": llama.read_qwen3,

@@ -13,6 +13,7 @@ from mer.model.families.config import Config
 from mer.model.spec import RopeScaling, RopeSpec
 
 Array = NDArray[np.float64]
+_TYPES = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
 
 
 class Rope:
@@ -46,14 +47,14 @@ class Rope:
         )
         if self._partial > 1:
             raise config.wrong(f"partial_rotary_factor is {self._partial:g}, it can't be more than 1")
-        if self.type not in ("default", "linear", "dynamic", "llama3", "yarn"):
-            raise config.unsupported(
-                f"rope_type is {self.type!r}; default, linear, dynamic, llama3 and yarn are supported"
-            )
+        if self.type not in _TYPES:
+            raise config.unsupported(f"rope_type is {self.type!r}; {', '.join(_TYPES)} are supported")
         self._positions = config.integer("max_position_embeddings", default=4096)
         self._original = self._positions
         if "original_max_position_embeddings" in self._values:
             self._original = int(self._number("original_max_position_embeddings"))
+        elif self.type == "longrope":
+            self._original = config.integer("original_max_position_embeddings", default=self._positions)
 
     def _number(self, key: str, default: float | None = None) -> float:
         value = self._values.get(key, default)
@@ -106,20 +107,38 @@ class Rope:
             fast, slow = self._number("beta_fast", 32.0), self._number("beta_slow", 1.0)
             scaling = RopeScaling("yarn", self._yarn_factor(), self._original, fast, slow)
             frequencies, scale = self._yarn(frequencies, dim, scaling)
+        elif self.type == "longrope":
+            return self._longrope(frequencies, interleaved)
         elif "frequency_factors" in self._values:
             scaling = RopeScaling("factors", 1.0, self._original)
-            frequencies = frequencies / self._factors(dim)
+            frequencies = frequencies / self._factors("frequency_factors", dim)
         # `dynamic` changes nothing up to max_position_embeddings, and further a sequence may not go.
         inv_freq = tuple(frequencies.astype(np.float32).tolist())
         return RopeSpec(inv_freq, scale, interleaved, self.theta, scaling)
 
-    def _factors(self, dim: int) -> Array:
-        """What a GGUF file divides each frequency by."""
-        found = self._values["frequency_factors"]
+    def _factors(self, key: str, dim: int) -> Array:
+        """What each frequency is divided by."""
+        found = self._values.get(key)
         if not isinstance(found, list) or len(found) != dim // 2:
-            raise self._config.wrong(f"there must be a frequency factor for each of {dim // 2} pairs")
-        factors = [self._config.as_number("a frequency factor", factor) for factor in found]
-        return np.array(factors, np.float64)
+            raise self._config.wrong(f"rope_parameters.{key} must have a number for each of {dim // 2} pairs")
+        return np.array(
+            [self._config.as_number(f"a number of {key}", factor) for factor in found], np.float64
+        )
+
+    def _longrope(self, frequencies: Array, interleaved: bool) -> RopeSpec:
+        """Frequencies for sequences up to the original context, and in `long` those for longer ones."""
+        factor = self._number("factor", self._positions / self._original)
+        usual = math.sqrt(1 + math.log(factor) / math.log(self._original)) if factor > 1 else 1.0
+        usual = self._number("attention_factor", usual)
+        scaling = RopeScaling("longrope", factor, self._original)
+
+        def spec(kind: str, long: RopeSpec | None) -> RopeSpec:
+            divided = frequencies / self._factors(f"{kind}_factor", 2 * len(frequencies))
+            inv_freq = tuple(divided.astype(np.float32).tolist())
+            scale = self._number(f"{kind}_mscale", usual)
+            return RopeSpec(inv_freq, scale, interleaved, self.theta, scaling, long)
+
+        return spec("short", spec("long", None))
 
     def _llama3(self, frequencies: Array) -> Array:
         factor = self._number("factor")

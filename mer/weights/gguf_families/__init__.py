@@ -17,6 +17,7 @@ from mer.weights.gguf_families import (
     minimax_m2,
     mixtral,
     olmoe,
+    phimoe,
     qwen_moe,
     qwen_next,
 )
@@ -26,11 +27,26 @@ from mer.weights.gguf_keys import Keys
 __all__ = ["ARCHITECTURES", "BY_MODEL_TYPE", "GGUFFamily", "family_of"]
 
 _KNOWN: Final = (
-    deepseek.V2, deepseek.FAMILY, deepseek.GLM_LITE, glm4_moe.FAMILY, gpt_oss.FAMILY, granite_moe.SHARED,
-    granite_moe.FAMILY, lfm2_moe.FAMILY, llama.LLAMA, llama.QWEN2, llama.QWEN3, minimax_m2.FAMILY,
+    deepseek.V2,
+    deepseek.FAMILY,
+    deepseek.GLM_LITE,
+    glm4_moe.FAMILY,
+    gpt_oss.FAMILY,
+    granite_moe.SHARED,
+    granite_moe.FAMILY,
+    lfm2_moe.FAMILY,
+    llama.LLAMA,
+    llama.QWEN2,
+    llama.QWEN3,
+    minimax_m2.FAMILY,
     mixtral.FAMILY,
-    olmoe.FAMILY, qwen_moe.QWEN2, qwen_moe.QWEN3, qwen_next.QWEN3_5, qwen_next.QWEN3_NEXT,
-)  # fmt: skip
+    olmoe.FAMILY,
+    phimoe.FAMILY,
+    qwen_moe.QWEN2,
+    qwen_moe.QWEN3,
+    qwen_next.QWEN3_5,
+    qwen_next.QWEN3_NEXT,
+)
 ARCHITECTURES: Final = sorted({family.architecture for family in _KNOWN})
 # Those that can be written.
 BY_MODEL_TYPE: Final = {family.model_type: family for family in _KNOWN if family.written}

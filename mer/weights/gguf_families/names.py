@@ -10,6 +10,8 @@ _WHOLE: Final = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
+    "output_norm.bias": "model.norm.bias",
+    "output.bias": "lm_head.bias",
 }
 # Of a layer: GGUF's `blk.N.` and Hugging Face's `model.layers.N.` stand before these. An entry without an
 # ending stands for both, NAME.weight and NAME.bias; `{e}` for the number of an expert.

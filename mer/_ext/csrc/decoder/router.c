@@ -42,8 +42,29 @@ static void keep_best_groups(const mer_router *r, float *choice) {
         if (!kept[i / size]) choice[i] = -INFINITY;
 }
 
+/* Each choice's weight is its share in the softmax of those that are left and nearly as good as it. */
+static void mix_sparsely(const mer_router *r, const float *logits, float *choice, int32_t *ids, float *weights) {
+    for (long i = 0; i < r->n_experts; i++) choice[i] = logits[i] > -1e38f ? logits[i] : -1e38f;
+    for (long k = 0; k < r->top_k; k++) {
+        const long best = take_best(choice, r->n_experts);
+        const float top = logits[best];
+        float sum = 1.0f;
+        for (long i = 0; i < r->n_experts; i++) {
+            if (choice[i] == -INFINITY) continue;
+            const float size = fabsf(logits[i]) > top ? fabsf(logits[i]) : top;
+            if ((top - logits[i]) / size <= 2.0f * r->jitter) sum += expf(logits[i] - top);
+        }
+        ids[k] = (int32_t)best;
+        weights[k] = 1.0f / sum;
+    }
+}
+
 void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, float *weights) {
     const long n = r->n_experts;
+    if (r->jitter > 0.0f) {
+        mix_sparsely(r, logits, choice, ids, weights);
+        return;
+    }
     if (r->sigmoid)
         for (long i = 0; i < n; i++) logits[i] = mer_sigmoid(logits[i]);
     else

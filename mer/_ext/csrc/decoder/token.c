@@ -11,6 +11,14 @@ void mer_rms_norm(const float *x, const float *w, float *y, long n, float eps) {
 }
 
 MER_CLONES
+void mer_layer_norm(const float *x, const float *w, const float *bias, float *y, long n, float eps) {
+    const float mean = total(x, n) / (float)n;
+    for (long i = 0; i < n; i++) y[i] = x[i] - mean;
+    const float factor = 1.0f / sqrtf(dot(y, y, n) / (float)n + eps);
+    for (long i = 0; i < n; i++) y[i] = y[i] * factor * w[i] + bias[i];
+}
+
+MER_CLONES
 void mer_add(float *x, const float *y, long n) {
     for (long i = 0; i < n; i++) x[i] += y[i];
 }

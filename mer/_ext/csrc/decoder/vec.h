@@ -78,6 +78,18 @@ MER_INLINE float dot(const float *a, const float *b, long n) {
     return sum;
 }
 
+MER_INLINE float total(const float *a, long n) {
+    v16 lanes = {0};
+    long i = 0;
+    for (; i + 16 <= n; i += 16) {
+        V16_LOAD(x, a + i);
+        lanes += x;
+    }
+    float sum = v16_sum(&lanes);
+    for (; i < n; i++) sum += a[i];
+    return sum;
+}
+
 /* e^x for x <= 0 (less than -87 counts as -87), in place; relative error below 2^-22. */
 MER_INLINE void v16_exp(v16 *x) {
     const float magic = 0x1.8p23f;
