@@ -82,6 +82,10 @@ static int fixed_slot(const mer_io *io, const char *dest, size_t n) {
     return -1;
 }
 
+/* Of a read into memory that may never have been touched: the kernel finds and clears its pages, a thread of its own
+ * does that, not the one that submits and may have something to compute. A smaller read is not worth a thread. */
+#define LARGE (256 << 10)
+
 static void prepare(mer_io *io, mer_read_op *op) {
     /* Never NULL: there are as many entries as reads in flight. */
     struct io_uring_sqe *sqe = io_uring_get_sqe(&io->ring);
@@ -99,7 +103,9 @@ static void prepare(mer_io *io, mer_read_op *op) {
         } else {
             io_uring_prep_read(sqe, fd, dest, (unsigned)op->asked, at);
         }
-        if (io->files_registered) io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
+        unsigned flags = io->files_registered ? IOSQE_FIXED_FILE : 0;
+        if (slot < 0 && op->asked >= LARGE) flags |= IOSQE_ASYNC;
+        io_uring_sqe_set_flags(sqe, flags);
     }
     io_uring_sqe_set_data(sqe, op);
 }
