@@ -35,10 +35,19 @@ def write_text_model(path: Path, *, chat: bool = False, **changes) -> Path:
     return path
 
 
-def write_single_choice(path: Path, prompts: list[list[int]], n: int) -> tuple[Path, list[set[int]]]:
-    """A store of one layer, 16 experts, one a token; and by transformers, which of them each prompt and its
-    greedy answer of n tokens needs."""
-    model = make(path / "hf", "mixtral", num_hidden_layers=1, num_local_experts=16, num_experts_per_tok=1)
+# One layer of 16 experts, one a token; of Qwen3-Next a second layer, that transformers may count positions.
+SINGLE_CHOICE = {
+    "mixtral": {"num_hidden_layers": 1, "num_local_experts": 16},
+    "qwen3_next": {"num_hidden_layers": 2, "mlp_only_layers": [1], "num_experts": 16},
+}
+
+
+def write_single_choice(
+    path: Path, prompts: list[list[int]], n: int, family: str = "mixtral"
+) -> tuple[Path, list[set[int]]]:
+    """A store with SINGLE_CHOICE; and by transformers, which experts each prompt and its greedy answer of n
+    tokens needs."""
+    model = make(path / "hf", family, num_experts_per_tok=1, **SINGLE_CHOICE[family])
     needed = []
     for ids in prompts:
         given = torch.tensor([ids])

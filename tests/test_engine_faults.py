@@ -25,9 +25,10 @@ BACKENDS = ("uring", "preadv", "buffered")
 FOR_EVER = 1 << 30
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return write_single_choice(tmp_path_factory.mktemp("faults"), PROMPTS, 6)
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_next"])
+def made(request, tmp_path_factory):
+    """With keys and values alone, and with a recurrent state before the experts that fail."""
+    return write_single_choice(tmp_path_factory.mktemp("faults"), PROMPTS, 6, request.param)
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from attrs import Factory, define
 
 from mer.engine.blocks import BlockPool
 
-# For each sequence that runs: its state, the one that a step makes of it, and one to go on from later.
-IMAGES = 3
+# For each sequence that runs: its state, the one that a step makes of it, and those at the ends of its prompt
+# and of its answer, to go on from later.
+IMAGES = 4
 
 
 @define(eq=False)
