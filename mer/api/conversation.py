@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 from attrs import evolve, field, frozen
 
 from mer.api.generation import merged, off_loop, seeded
+from mer.api.roles import folded
 from mer.engine.constraint import expression
 from mer.engine.engine import Engine
 from mer.engine.outputs import Delta
@@ -17,6 +18,7 @@ from mer.engine.params import SamplingParams
 from mer.engine.structure import Structure
 from mer.errors import RequestError
 from mer.model.output_parser import OutputFormat, Piece, ToolCall
+from mer.model.tool_formats import Harmony
 from mer.model.tool_formats.lark import Lark
 
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
@@ -210,7 +212,25 @@ async def template_tokens(
 ) -> list[int]:
     """What the chat template makes of messages and variables, in tokens. Raises RequestError."""
     size = sum(len(str(value)) for each in (variables, *messages) for value in each.values())
-    return await off_loop(size, lambda: engine.chat_prompt(messages, **variables))
+    return await off_loop(size, lambda: _template_tokens(engine, messages, variables))
+
+
+def _template_tokens(
+    engine: Engine, messages: list[dict[str, Any]], variables: Mapping[str, Any]
+) -> list[int]:
+    other = folded(messages)
+    template = engine.tokenizer.chat_template if engine.tokenizer else None
+    if template and isinstance(OutputFormat.of(template.source).calls, Harmony):
+        return engine.chat_prompt(other, **variables)
+    try:
+        return engine.chat_prompt(messages, **variables)
+    except RequestError as error:
+        if error.param != "messages" or other == messages:
+            raise
+        try:
+            return engine.chat_prompt(other, **variables)
+        except RequestError:
+            raise error from None
 
 
 def template_variables(engine: Engine, given: Mapping[str, Any] | None, effort: str | None) -> dict[str, Any]:

@@ -67,6 +67,9 @@ from mer.model.pieces import Content, Piece, Reasoning, ToolCall
 _NAMES: Final = {"prompt": "messages", "stop": "stop_sequences", "structure": "output_config.format"}
 _EFFORT: Final = {"xhigh": "high", "max": "high"}  # templates know three
 _PATH: Final = "/v1/messages"
+# Claude Code's first block, for Anthropic's accounting alone. It differs from conversation to conversation:
+# none would find the instructions behind it in the prefix cache.
+_BILLING: Final = "x-anthropic-billing-header:"
 
 ERROR_BODIES[_PATH] = error_bytes
 
@@ -135,8 +138,11 @@ def to_request(body: CountTokensRequest, params: SamplingParams) -> ChatRequest:
             "messages",
         )
     messages: list[dict[str, Any]] = []
-    if body.system:
-        messages.append({"role": "system", "content": _text(body.system)})
+    system = body.system
+    if isinstance(system, list):
+        system = [block for block in system if not block.text.startswith(_BILLING)]
+    if system:
+        messages.append({"role": "system", "content": _text(system)})
     for message in body.messages:
         messages += _messages(message)
     choice = body.tool_choice

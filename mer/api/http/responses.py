@@ -33,9 +33,12 @@ from mer.api.http.responses_types import (
     ResponseFailure,
     ResponseRefusal,
     ResponsesRequest,
+    ResponseTool,
     ResponseToolChoice,
     ResponseUsage,
     SchemaFormat,
+    ToolNamespace,
+    WebSearch,
     with_types,
 )
 from mer.api.http.schemas import JsonObjectFormat
@@ -101,10 +104,17 @@ def to_request(body: ResponsesRequest, variables: Mapping[str, Any]) -> ChatRequ
         "timeout": body.timeout,
     }
     choice = body.tool_choice
+    tools = _functions(body)
+    if body.tools and not tools:
+        raise invalid(
+            "tools: there are no tools here that run on a server; send functions",
+            "tools",
+            "unsupported_parameter",
+        )
     return ChatRequest(
         messages=template_messages(_messages(body)),
         params=SamplingParams(**{name: value for name, value in given.items() if value is not None}),  # type: ignore[arg-type]
-        tools=[_tool(tool) for tool in msgspec.to_builtins(body.tools or ())] or None,
+        tools=[_tool(name, tool) for name, (_, tool) in tools.items()] or None,
         tool_choice="required" if isinstance(choice, ResponseToolChoice) else choice or "auto",
         tool_name=choice.name if isinstance(choice, ResponseToolChoice) else None,
         several=body.parallel_tool_calls is not False,
@@ -112,8 +122,27 @@ def to_request(body: ResponsesRequest, variables: Mapping[str, Any]) -> ChatRequ
     )
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    function = {name: value for name, value in tool.items() if name != "type" and value is not None}
+def _functions(body: ResponsesRequest) -> dict[str, tuple[str, ResponseTool]]:
+    """By the name that the model knows: the namespace ("": none) and the function."""
+    found: dict[str, tuple[str, ResponseTool]] = {}
+    for tool in body.tools or ():
+        space = tool.name if isinstance(tool, ToolNamespace) else ""
+        for each in tool.tools if isinstance(tool, ToolNamespace) else (tool,):
+            if isinstance(each, ResponseTool):
+                name = _joined(space, each.name)
+                if name in found:
+                    raise invalid(f"tools: two of them are called {name!r}", "tools")
+                found[name] = (space, each)
+    return found
+
+
+def _joined(namespace: str | None, name: str) -> str:
+    return f"{namespace}__{name}" if namespace else name
+
+
+def _tool(name: str, tool: ResponseTool) -> dict[str, Any]:
+    given = {**msgspec.to_builtins(tool), "name": name}
+    function = {key: value for key, value in given.items() if key != "type" and value is not None}
     return {"type": "function", "function": function}
 
 
@@ -153,7 +182,7 @@ def _add_to(turn: dict[str, Any], item: InputItem) -> None:
         text = _join([*(item.content or ()), *(() if item.content else item.summary or ())])
         turn["reasoning_content"] = "\n".join(filter(None, (turn.get("reasoning_content"), text)))
     elif isinstance(item, InputCall):
-        function = {"name": item.name, "arguments": item.arguments}
+        function = {"name": _joined(item.namespace, item.name), "arguments": item.arguments}
         call = {"id": item.call_id, "type": "function", "function": function}
         turn.setdefault("tool_calls", []).append(call)
     elif isinstance(item, InputMessage):
@@ -176,6 +205,7 @@ class _Answer:
         self._sequence = 0
         self._tokens = self._thought = 0
         self._logprobs: list[ContentLogprob] = []
+        self._functions = _functions(body)
         reasoning = msgspec.to_builtins(body.reasoning) if body.reasoning else {}
         text = msgspec.to_builtins(body.text) if body.text else {}
         if not text.get("format"):
@@ -193,7 +223,7 @@ class _Answer:
             temperature=1.0 if body.temperature is None else body.temperature,
             text={name: value for name, value in text.items() if value is not None},
             tool_choice=msgspec.to_builtins(body.tool_choice) or "auto",
-            tools=msgspec.to_builtins(body.tools or []),
+            tools=msgspec.to_builtins([tool for tool in body.tools or () if not isinstance(tool, WebSearch)]),
             top_p=1.0 if body.top_p is None else body.top_p,
             top_logprobs=body.top_logprobs or 0,
             user=body.user or UNSET,
@@ -251,7 +281,10 @@ class _Answer:
             )
         if isinstance(piece, ToolCall):
             closed = self._close("completed")
-            return closed + self._open(CallItem(new_id("fc"), piece.id, piece.name))
+            space, tool = self._functions.get(piece.name, ("", None))
+            name = tool.name if tool else piece.name
+            item = CallItem(new_id("fc"), piece.id, name, namespace=space or UNSET)
+            return closed + self._open(item)
         assert isinstance(last, CallItem)
         last.arguments += piece.text
         return self._event("response.function_call_arguments.delta", **self._at(), delta=piece.text)

@@ -58,6 +58,7 @@ class InputCall(Part, tag="function_call"):
     call_id: str
     name: str
     arguments: str
+    namespace: str | None = None
 
 
 class InputCallOutput(Part, tag="function_call_output"):
@@ -80,6 +81,18 @@ class ResponseTool(Body, kw_only=True, tag_field="type", tag="function"):
     description: str | None = None
     parameters: JsonObject | None = None
     strict: bool | None = None
+
+
+class ToolNamespace(Body, kw_only=True, tag_field="type", tag="namespace"):
+    """Functions that belong together. The model knows each as NAMESPACE__NAME."""
+
+    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_.:-]{1,128}$")]
+    tools: list[ResponseTool]
+    description: str | None = None
+
+
+class WebSearch(Struct, tag_field="type", tag="web_search"):
+    """It runs on OpenAI's servers: beside other tools it is left out, as if nobody had offered it."""
 
 
 class ResponseToolChoice(Body, tag_field="type", tag="function"):
@@ -125,7 +138,7 @@ class ResponsesRequest(Body, kw_only=True):
     top_p: Probability | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     seed: Int64 | None = None
-    tools: Annotated[list[ResponseTool], Meta(max_length=512)] | None = None
+    tools: Annotated[list[ResponseTool | ToolNamespace | WebSearch], Meta(max_length=512)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -133,6 +146,7 @@ class ResponsesRequest(Body, kw_only=True):
     include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] | None = None
     store: Annotated[bool, Meta(extra_json_schema={"enum": [False]})] | None = None
     metadata: dict[str, str] | None = None
+    client_metadata: JsonObject | None = None
     service_tier: Literal["auto", "default"] | None = None
     user: str | None = None
     safety_identifier: str | None = None
@@ -164,6 +178,7 @@ class CallItem(Struct, tag_field="type", tag="function_call"):
     call_id: str
     name: str
     arguments: str = ""
+    namespace: str | UnsetType = UNSET
     status: Status = "in_progress"
 
 

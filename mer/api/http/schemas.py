@@ -360,6 +360,8 @@ def _refusal(text: str) -> ApiError:
         return invalid(f"missing parameter: {name!r}", name, "missing_required_parameter")
     if re.search(r"content\[\d+\]\.type$", where):
         what += "; this server reads text only"
+    if re.fullmatch(r"tools\[\d+\]\.type", where):
+        what += "; this server has no tools of its own: send functions"
     what = what.replace("`", "").replace("| null", "or null")
     if not where:
         return ApiError(400, f"the request's body: {what[:1].lower()}{what[1:]}", code="invalid_type")
