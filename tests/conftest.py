@@ -8,3 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell has told what it runs in the background to ignore it, and so would the children of these tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-models", action="store_true", help="write docs/models.md (see tests/oracle/evidence.py)"
+    )

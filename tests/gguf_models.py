@@ -28,6 +28,8 @@ ARCHITECTURES = {
     "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
+    "dots1": gguf.MODEL_ARCH.DOTS1,
+    "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
 }
 
 
@@ -113,11 +115,11 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
     w.add_head_count(config["num_attention_heads"])
     w.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["norm_eps"])
     w.add_rope_freq_base(rope["rope_theta"])
-    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     n_experts = next((config[name] for name in counts if config.get(name)), 0)
     if n_experts:
         w.add_expert_count(n_experts)
-        w.add_expert_used_count(config["num_experts_per_tok"])
+        w.add_expert_used_count(config.get("num_experts_per_tok") or config["moe_k"])
     if rope["rope_type"] in ("linear", "yarn"):
         w.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         w.add_rope_scaling_factor(rope["factor"])
@@ -131,6 +133,10 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         w.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     if family in ("gpt_oss", "minimax_m2"):
         w.add_expert_feed_forward_length(config["intermediate_size"])
+    if family == "ernie4_5_moe":
+        w.add_interleave_moe_layer_step(config["moe_layer_interval"])
+        w.add_leading_dense_block_count(config["moe_layer_start_index"])
+        w.add_expert_shared_count(config["moe_num_shared_experts"])
     if family == "gpt_oss":
         w.add_sliding_window(config["sliding_window"])
     if family.startswith("granite"):
@@ -251,6 +257,9 @@ def _tensors(model: torch.nn.Module, family: str, config: dict):
             yield name.replace("kv_b_proj", "v_b_proj"), both[:, nope:]
         elif name.endswith("shared_expert_gate.weight"):
             yield name, tensor[0]
+        elif name.endswith("moe_statics.e_score_correction_bias"):
+            # In files it does not stand under the router, as it does in memory.
+            yield name.replace("gate.moe", "moe").replace("correction_bias", "correction.bias"), tensor[0]
         else:
             yield name.replace("e_score_correction_bias", "e_score_correction.bias"), tensor
 

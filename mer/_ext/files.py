@@ -14,7 +14,8 @@ from mer.errors import CheckpointError
 def open_all(paths: Iterable[str], direct: bool) -> list[int]:
     """File descriptors of `paths`, which close_all() closes, with O_DIRECT where `direct`.
 
-    Raises CheckpointError for a file that can't be opened, OSError(EINVAL) where the file system refuses O_DIRECT.
+    Raises CheckpointError for a file that can't be opened, OSError(EINVAL) where the file system refuses
+    O_DIRECT.
     """
     fds: list[int] = []
     try:
@@ -25,7 +26,7 @@ def open_all(paths: Iterable[str], direct: bool) -> list[int]:
                 if direct and e.errno == errno.EINVAL:
                     raise
                 raise CheckpointError(
-                    f"{path}: can't be opened: {os.strerror(e.errno or 0)}; check the path and its permissions"
+                    f"{path}: can't be opened: {os.strerror(e.errno or 0)}; check path and permissions"
                 ) from None
             fds.append(fd)
             if stat.S_ISDIR(os.fstat(fd).st_mode):

@@ -142,7 +142,8 @@ def _name(path: Path, name: str, family: GGUFFamily, n_layers: int) -> str:
 
 def _info(tensor: GGUFTensor, file: int, name: str) -> TensorInfo:
     shape = tensor.shape
-    if name.endswith("shared_expert_gate.weight") and len(shape) == 1:
+    rows = ("shared_expert_gate.weight", "moe_statics.e_score_correction_bias")  # of one
+    if name.endswith(rows) and len(shape) == 1:
         shape = (1, *shape)
     known = {each.id: each for each in formats.FORMATS}
     title = TYPES[tensor.type][0]

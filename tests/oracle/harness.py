@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import evidence
 import numpy as np
 from numpy.typing import NDArray
 
@@ -80,6 +81,7 @@ class Runner:
         """longest: of the sequences that are asked for."""
         self.checkpoint = open_checkpoint(path)
         self.architecture = load(self.checkpoint)
+        evidence.opened(self.checkpoint, self.architecture)
         self.spec = self.architecture.spec.reaching(longest)
         kernels, pool = Kernels(isa), Pool(threads)
         with Reader([str(file) for file in self.checkpoint.files], backend="preadv") as reader:

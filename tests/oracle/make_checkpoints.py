@@ -32,6 +32,8 @@ CLASSES = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "dots1": "Dots1",
+    "ernie4_5_moe": "Ernie4_5_Moe",
 }
 CONFIGS = {"qwen3_5_moe_text": "Qwen3_5MoeTextConfig"}
 COMMON: dict[str, Any] = {
@@ -138,6 +140,21 @@ FAMILY: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 8,
         "v_head_dim": 20,
+    },
+    "dots1": {
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "n_group": 2,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 80,
+        "first_k_dense_replace": 1,
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 80,
+        "tie_word_embeddings": False,
     },
     "glm4_moe": {
         "n_routed_experts": 8,

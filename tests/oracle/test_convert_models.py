@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evidence
 import gguf
 import numpy as np
 import pytest
@@ -109,6 +110,7 @@ def in_two_tensors(store: Checkpoint, source: dict[str, torch.Tensor]) -> dict[s
 
 def oracle(family: str, config: Path, tensors: dict[str, torch.Tensor], path: Path):
     """transformers' logits of a model with these weights, f32 [tokens, vocab]."""
+    evidence.asked("transformers")
     path.mkdir()
     save_file(
         {name: each.contiguous() for name, each in tensors.items()},

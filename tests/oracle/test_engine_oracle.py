@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import evidence
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,8 @@ from make_checkpoints import FAMILY, edit_config, make
 from make_tokenizer import write_tokenizer
 
 from mer import Engine, SamplingParams
+from mer.model.families import load
+from mer.weights.checkpoint import open_checkpoint
 
 LENGTHS = (1, 17, 300)
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
@@ -35,6 +38,7 @@ def prompt(n: int, vocab: int = 211) -> list[int]:
 
 def generate(model: torch.nn.Module, ids: list[int], **settings: object) -> list[int]:
     """transformers' greedy answer."""
+    evidence.asked("transformers")
     given = torch.tensor([ids])
     with torch.no_grad():
         found = model.generate(
@@ -56,7 +60,10 @@ def log_softmax(model: torch.nn.Module, ids: list[int], answer: list[int]) -> np
 async def test_greedy_tokens_and_logprobs(family, tmp_path):
     model = make(tmp_path, family)
     params = SamplingParams(temperature=0, max_tokens=64, logprobs=5)
-    async with Engine.open(runnable(tmp_path, family)) as engine:
+    path = runnable(tmp_path, family)
+    checkpoint = open_checkpoint(path)
+    evidence.opened(checkpoint, load(checkpoint))
+    async with Engine.open(path) as engine:
         for n in LENGTHS:
             ids = prompt(n)
             result = await engine.generate(ids, params)

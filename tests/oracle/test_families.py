@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import evidence
 import numpy as np
 import pytest
 import torch
@@ -38,6 +39,19 @@ LONGROPE = {
 
 # The first of each family also generates 64 tokens.
 CASES = {
+    "dots1": {
+        "plain": {},
+        "bias-tied": {"attention_bias": True, "tie_word_embeddings": True, "first_k_dense_replace": 0},
+        "as-published": {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_group": 1},
+        "window": {"sliding_window": 21, "max_window_layers": 1},
+        "odd": {"head_dim": 22, "num_attention_heads": 6, "num_key_value_heads": 3, "topk_group": 2},
+    },
+    "ernie4_5_moe": {
+        "plain": {},
+        "mixed": {"num_hidden_layers": 5, "moe_layer_interval": 2, "moe_layer_end_index": 2},
+        "no-shared-tied": {"moe_num_shared_experts": 0, "tie_word_embeddings": True, "moe_k": 4},
+        "odd": {"head_dim": 22, "num_attention_heads": 6, "num_key_value_heads": 3},
+    },
     "mixtral": {
         "plain": {},
         "mha-tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
@@ -260,6 +274,7 @@ CASES = {
 
 def oracle(model: torch.nn.Module, tokens: list[int]) -> np.ndarray:
     """transformers' logits of every token, f32 [tokens, vocab]."""
+    evidence.asked("transformers")
     with torch.no_grad():
         return model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
 

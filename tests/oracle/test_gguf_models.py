@@ -51,6 +51,7 @@ def test_logits(family, tmp_path):
         ("qwen3_5_moe_text", {"linear_num_value_heads": 12}),
         ("lfm2_moe", {"use_expert_bias": False, "num_dense_layers": 0}),
         ("olmoe", {"clip_qkv": 0.7}),
+        ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_interval": 2}),
         ("mixtral", {"num_key_value_heads": 4}),
         ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
         ("llama", {"head_dim": 24, "num_key_value_heads": 1, "rope_parameters": LLAMA3}),

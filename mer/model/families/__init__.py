@@ -10,6 +10,8 @@ from attrs import frozen
 from mer.model.families import (
     deepseek_v2,
     deepseek_v3,
+    dots1,
+    ernie4_5_moe,
     glm4_moe,
     glm4_moe_lite,
     gpt_oss,
@@ -33,6 +35,8 @@ from mer.weights.experts import MoeLayerSource
 FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
     "deepseek_v2": deepseek_v2.read,
     "deepseek_v3": deepseek_v3.read,
+    "dots1": dots1.read,
+    "ernie4_5_moe": ernie4_5_moe.read,
     "glm4_moe": glm4_moe.read,
     "glm4_moe_lite": glm4_moe_lite.read,
     "gpt_oss": gpt_oss.read,

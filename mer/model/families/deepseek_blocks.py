@@ -8,16 +8,18 @@ from mer.model.families.tensors import Tensors
 from mer.model.spec import RouterSpec
 
 
-def sigmoid_router(config: Config, *, default_scale: float = 1.0) -> RouterSpec:
+def sigmoid_router(
+    config: Config, *, default_scale: float = 1.0, default_normalise: bool = True
+) -> RouterSpec:
     """Sigmoid scores; a learnt bias takes part in the choice, which is made in the best groups."""
-    config.expect("scoring_func", "sigmoid")
+    config.expect("scoring_func", "sigmoid", "noaux_tc")  # the latter is what dots.llm1 calls it
     config.expect("topk_method", "noaux_tc")
     n, top_k, groups, top_groups = _sizes(config, least=2)
     return RouterSpec(
         n_experts=n,
         top_k=top_k,
         score="sigmoid",
-        normalise=config.flag("norm_topk_prob", True),
+        normalise=config.flag("norm_topk_prob", default_normalise),
         scale=config.number("routed_scaling_factor", default=default_scale),
         epsilon=1e-20,
         n_groups=groups,

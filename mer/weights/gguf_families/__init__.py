@@ -9,6 +9,8 @@ from typing import Final
 
 from mer.weights.gguf_families import (
     deepseek,
+    dots1,
+    ernie4_5_moe,
     glm4_moe,
     gpt_oss,
     granite_moe,
@@ -30,6 +32,8 @@ _KNOWN: Final = (
     deepseek.V2,
     deepseek.FAMILY,
     deepseek.GLM_LITE,
+    dots1.FAMILY,
+    ernie4_5_moe.FAMILY,
     glm4_moe.FAMILY,
     gpt_oss.FAMILY,
     granite_moe.SHARED,
