@@ -84,6 +84,17 @@ def test_make_demo():
     assert read > 12, "a quarter of 12 MiB fits: the rest must have come from disk, and more than once"
 
 
+def test_code_of_the_walk_through_is_that_of_the_family():
+    """What docs/adding-a-model.md quotes stands somewhere in the sources, as it is."""
+    page = (ROOT / "docs/adding-a-model.md").read_text()
+    folders = ("mer/model/families", "mer/weights/gguf_families", "tests/oracle")
+    sources = [file.read_text() for folder in folders for file in (ROOT / folder).glob("*.py")]
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        assert any(block in source for source in sources), block
+
+
 def test_links_lead_somewhere():
     for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text()):

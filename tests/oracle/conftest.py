@@ -22,5 +22,5 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_sessionfinish(session):
-    if session.config.option.write_models and not session.testsfailed:
+    if session.config.option.write_models:
         evidence.write(session)

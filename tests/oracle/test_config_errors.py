@@ -172,6 +172,9 @@ def test_fused_experts(checkpoint, originals, family):
             rename(
                 path, lambda t: {name.replace("block_sparse_moe", "mlp"): each for name, each in t.items()}
             )
+    elif family == "lfm2_moe":
+        parts = ("w1.weight", "w3.weight", "w2.weight")
+        rename(path, lambda t: fuse(t, "feed_forward.experts", *parts, "feed_forward.experts"))
     else:
         parts = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
         rename(path, lambda t: fuse(t, "mlp.experts", *parts, "mlp.experts"))
