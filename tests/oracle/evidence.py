@@ -120,7 +120,7 @@ def _line(cells: list[str] | tuple[str, ...]) -> str:
 
 
 def write(session: pytest.Session) -> None:
-    """Write docs/models.md: of all tests, if they passed; else add to it what those that passed have shown."""
+    """Write docs/models.md: of all tests, if they passed; else add to it what those that did have shown."""
     table = dict(_records)
     if not whole(session):
         for key, old in read(TABLE.read_text()).items():
