@@ -298,6 +298,23 @@ def test_swiglu_accuracy(isa: str) -> None:
 
 
 @ISAS
+def test_geglu_accuracy(isa: str) -> None:
+    """Against PyTorch's gelu with approximate='tanh'."""
+    torch = pytest.importorskip("torch")
+    gate = np.concatenate([np.linspace(-6, 100, 50_001), np.geomspace(1e-30, 1, 999)]).astype(np.float32)
+    up = np.full_like(gate, 0.75)
+    h = Kernels(isa).swiglu_py(gate, up, gelu=True)
+    exact = torch.nn.functional.gelu(torch.from_numpy(gate).double(), approximate="tanh").numpy() * 0.75
+    # The argument of the exponential is rounded, and where it is large that shows.
+    off = np.abs(h - exact) / np.spacing(np.abs(exact).astype(np.float32))
+    assert off[gate > -1].max() <= 6
+    assert off.max() <= 60
+    np.testing.assert_array_equal(
+        Kernels(isa).swiglu_py([-200, 0, 200, np.nan], [1, 1, 2, 1], gelu=True), [0, 0, 400, np.nan]
+    )
+
+
+@ISAS
 def test_clamped_swiglu_accuracy(isa: str) -> None:
     rng = np.random.default_rng(9)
     gate, up = (8 * rng.standard_normal((2, 50_003))).astype(np.float32)
@@ -326,16 +343,18 @@ def test_swiglu_edges(isa: str) -> None:
     )
 
 
-@pytest.mark.parametrize("clamp", [None, (1.702, 7.0)])
-def test_swiglu_bytes_depend_on_neither_place_nor_instruction_set(clamp: tuple[float, float] | None) -> None:
+@pytest.mark.parametrize(("clamp", "gelu"), [(None, False), (None, True), ((1.702, 7.0), False)])
+def test_swiglu_bytes_depend_on_neither_place_nor_instruction_set(
+    clamp: tuple[float, float] | None, gelu: bool
+) -> None:
     rng = np.random.default_rng(8)
     gate, up = (rng.standard_normal((2, 200)) * 10).astype(np.float32)
     one_by_one = b"".join(
-        Kernels("scalar").swiglu_py(gate[i : i + 1], up[i : i + 1], clamp).tobytes() for i in range(200)
+        Kernels("scalar").swiglu_py(gate[i : i + 1], up[i : i + 1], clamp, gelu).tobytes() for i in range(200)
     )
     for isa in isas():
         for start, end in [(0, 200), (1, 8), (5, 22), (3, 36), (100, 101)]:
-            part = Kernels(isa).swiglu_py(gate[start:end], up[start:end], clamp).tobytes()
+            part = Kernels(isa).swiglu_py(gate[start:end], up[start:end], clamp, gelu).tobytes()
             assert part == one_by_one[4 * start : 4 * end]
 
 

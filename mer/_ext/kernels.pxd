@@ -10,6 +10,7 @@ cdef extern from "mer_kernels.h" nogil:
     ctypedef struct mer_isa:
         const char *name
         void (*swiglu)(const float *gate, const float *up, float *h, long n) noexcept nogil
+        void (*geglu)(const float *gate, const float *up, float *h, long n) noexcept nogil
         void (*clamped_swiglu)(const float *gate, const float *up, float *h, long n, float alpha,
                                float limit) noexcept nogil
         mer_matmul_fn *matmul
@@ -45,6 +46,8 @@ cdef class Kernels:
                      long n_tok, float *y, long y_stride) noexcept nogil
     # h[i] = silu(gate[i]) * up[i]; h may be gate or up.
     cdef void swiglu(self, const float *gate, const float *up, float *h, long n) noexcept nogil
+    # h[i] = gelu(gate[i]) * up[i], gelu by tanh; h may be gate or up.
+    cdef void geglu(self, const float *gate, const float *up, float *h, long n) noexcept nogil
     # h[i] = g * sigmoid(alpha * g) * (u + 1): g is gate[i], at the most `limit`, u is up[i] within +-limit.
     cdef void clamped_swiglu(self, const float *gate, const float *up, float *h, long n, float alpha,
                              float limit) noexcept nogil

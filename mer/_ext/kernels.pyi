@@ -24,5 +24,9 @@ class Kernels:
     ) -> NDArray[np.float32]: ...
     def linear_py(self, pool: Pool, fmt: int, w: NDArray[np.uint8], x: ArrayLike) -> NDArray[np.float32]: ...
     def swiglu_py(
-        self, gate: ArrayLike, up: ArrayLike, clamp: tuple[float, float] | None = None
+        self,
+        gate: ArrayLike,
+        up: ArrayLike,
+        clamp: tuple[float, float] | None = None,
+        gelu: bool = False,
     ) -> NDArray[np.float32]: ...

@@ -143,6 +143,9 @@ cdef class Kernels:
     cdef void swiglu(self, const float *gate, const float *up, float *h, long n) noexcept nogil:
         self._isa.swiglu(gate, up, h, n)
 
+    cdef void geglu(self, const float *gate, const float *up, float *h, long n) noexcept nogil:
+        self._isa.geglu(gate, up, h, n)
+
     cdef void clamped_swiglu(self, const float *gate, const float *up, float *h, long n, float alpha,
                              float limit) noexcept nogil:
         self._isa.clamped_swiglu(gate, up, h, n, alpha, limit)
@@ -213,8 +216,8 @@ cdef class Kernels:
                         &scratch[0])
         return y
 
-    def swiglu_py(self, gate, up, clamp=None):
-        """silu(gate) * up of two f32 [n]. Raises ValueError where the lengths differ.
+    def swiglu_py(self, gate, up, clamp=None, gelu=False):
+        """silu(gate) * up of two f32 [n], or gelu(gate) * up. Raises ValueError where the lengths differ.
 
         clamp (alpha, limit): g * sigmoid(alpha * g) * (u + 1), g being gate, at the most limit, and u up within
         -limit to limit.
@@ -225,7 +228,9 @@ cdef class Kernels:
             raise ValueError(f"gate has {g.shape[0]} elements, up {u.shape[0]}")
         h = np.empty(g.shape[0], np.float32)
         cdef float[::1] out = h
-        if h.size and clamp is None:
+        if h.size and gelu:
+            self.geglu(&g[0], &u[0], &out[0], h.size)
+        elif h.size and clamp is None:
             self.swiglu(&g[0], &u[0], &out[0], h.size)
         elif h.size:
             self.clamped_swiglu(&g[0], &u[0], &out[0], h.size, clamp[0], clamp[1])

@@ -25,6 +25,8 @@ typedef struct mer_isa {
     void (*split)(const float *x, void *act, long cols);
     /* h[i] = silu(gate[i]) * up[i]; h may be gate or up. */
     void (*swiglu)(const float *gate, const float *up, float *h, long n);
+    /* h[i] = gelu(gate[i]) * up[i], gelu by tanh; h may be gate or up. */
+    void (*geglu)(const float *gate, const float *up, float *h, long n);
     /* h[i] = g * sigmoid(alpha * g) * (u + 1), g being gate[i], at the most `limit`, and u up[i] within +-limit. */
     void (*clamped_swiglu)(const float *gate, const float *up, float *h, long n, float alpha, float limit);
     /* By format id; NULL where the format is not known. */

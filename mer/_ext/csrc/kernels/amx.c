@@ -313,6 +313,8 @@ static void quantise(const float *x, void *act, long cols) { mer_isa_avx512.quan
 
 static void swiglu(const float *gate, const float *up, float *h, long n) { mer_isa_avx512.swiglu(gate, up, h, n); }
 
+static void geglu(const float *gate, const float *up, float *h, long n) { mer_isa_avx512.geglu(gate, up, h, n); }
+
 static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit) {
     mer_isa_avx512.clamped_swiglu(gate, up, h, n, alpha, limit);
 }
@@ -332,6 +334,7 @@ const mer_isa mer_isa_amx = {
     .quantise = quantise,
     .split = split,
     .swiglu = swiglu,
+    .geglu = geglu,
     .clamped_swiglu = clamped_swiglu,
     .matmul =
         {

@@ -387,6 +387,19 @@ static void swiglu(const float *gate, const float *up, float *h, long n) {
     for (; i < n; i++) h[i] = mer_swiglu1(gate[i], up[i]);
 }
 
+static void geglu(const float *gate, const float *up, float *h, long n) {
+    const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f);
+    const __m256 c1 = _mm256_set1_ps(GELU_1), c3 = _mm256_set1_ps(GELU_3);
+    long i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const __m256 g = _mm256_loadu_ps(gate + i);
+        const __m256 y = _mm256_mul_ps(g, _mm256_add_ps(c1, _mm256_mul_ps(c3, _mm256_mul_ps(g, g))));
+        const __m256 below = _mm256_add_ps(one, exp8(_mm256_xor_ps(y, sign)));
+        _mm256_storeu_ps(h + i, _mm256_mul_ps(_mm256_div_ps(g, below), _mm256_loadu_ps(up + i)));
+    }
+    for (; i < n; i++) h[i] = mer_geglu1(gate[i], up[i]);
+}
+
 static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit) {
     const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f), a = _mm256_set1_ps(alpha);
     const __m256 high = _mm256_set1_ps(limit), low = _mm256_set1_ps(-limit);
@@ -404,6 +417,7 @@ const mer_isa mer_isa_avx2 = {
     .name = "avx2",
     .quantise = quantise,
     .swiglu = swiglu,
+    .geglu = geglu,
     .clamped_swiglu = clamped_swiglu,
     .matmul =
         {

@@ -368,6 +368,17 @@ static void swiglu(const float *gate, const float *up, float *h, long n) {
     }
 }
 
+static void geglu(const float *gate, const float *up, float *h, long n) {
+    const __m512 one = _mm512_set1_ps(1.0f), c1 = _mm512_set1_ps(GELU_1), c3 = _mm512_set1_ps(GELU_3);
+    for (long i = 0; i < n; i += LANES) {
+        const __mmask16 lanes = (__mmask16)(n - i < LANES ? (1u << (n - i)) - 1 : 0xffff);
+        const __m512 g = _mm512_maskz_loadu_ps(lanes, gate + i), u = _mm512_maskz_loadu_ps(lanes, up + i);
+        const __m512 y = _mm512_mul_ps(g, _mm512_add_ps(c1, _mm512_mul_ps(c3, _mm512_mul_ps(g, g))));
+        const __m512 below = _mm512_add_ps(one, exp16(_mm512_xor_ps(y, _mm512_set1_ps(-0.0f))));
+        _mm512_mask_storeu_ps(h + i, lanes, _mm512_mul_ps(_mm512_div_ps(g, below), u));
+    }
+}
+
 static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit) {
     const __m512 one = _mm512_set1_ps(1.0f), high = _mm512_set1_ps(limit), low = _mm512_set1_ps(-limit);
     for (long i = 0; i < n; i += LANES) {
@@ -384,6 +395,7 @@ const mer_isa mer_isa_avx512 = {
     .name = "avx512",
     .quantise = quantise,
     .swiglu = swiglu,
+    .geglu = geglu,
     .clamped_swiglu = clamped_swiglu,
     .matmul =
         {

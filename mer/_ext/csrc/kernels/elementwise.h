@@ -44,6 +44,14 @@ static inline float mer_exp1(float x) {
 
 static inline float mer_swiglu1(float gate, float up) { return gate / (1.0f + mer_exp1(-gate)) * up; }
 
+/* x / 2 (1 + tanh(y)) is x * sigmoid(2 y), for y = sqrt(2 / pi) (x + 0.044715 x^3): Hendrycks and Gimpel's form of GELU. */
+#define GELU_1 0x1.988454p+0f /* 2 sqrt(2 / pi) */
+#define GELU_3 0x1.2444f2p-4f /* the same times 0.044715 */
+
+static inline float mer_geglu1(float gate, float up) {
+    return gate / (1.0f + mer_exp1(-(gate * (GELU_1 + GELU_3 * (gate * gate))))) * up;
+}
+
 static inline float mer_clamped_swiglu1(float gate, float up, float alpha, float limit) {
     gate = limit < gate ? limit : gate;
     up = limit < up ? limit : up;

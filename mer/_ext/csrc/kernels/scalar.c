@@ -13,6 +13,10 @@ static void swiglu(const float *gate, const float *up, float *h, long n) {
     for (long i = 0; i < n; i++) h[i] = mer_swiglu1(gate[i], up[i]);
 }
 
+static void geglu(const float *gate, const float *up, float *h, long n) {
+    for (long i = 0; i < n; i++) h[i] = mer_geglu1(gate[i], up[i]);
+}
+
 static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit) {
     for (long i = 0; i < n; i++) h[i] = mer_clamped_swiglu1(gate[i], up[i], alpha, limit);
 }
@@ -142,6 +146,7 @@ const mer_isa mer_isa_scalar = {
     .name = "scalar",
     .quantise = quantise,
     .swiglu = swiglu,
+    .geglu = geglu,
     .clamped_swiglu = clamped_swiglu,
     .matmul =
         {
