@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "glm4_moe_lite": gguf.MODEL_ARCH.DEEPSEEK2,
     "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
+    "gemma4_text": gguf.MODEL_ARCH.GEMMA4,
     "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
     "dots1": gguf.MODEL_ARCH.DOTS1,
     "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
@@ -57,7 +58,7 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
     more.get("tokenizer", lambda writer: writer.add_tokenizer_model("none"))(writer)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, tensor in _tensors(model, family, config | {"fused": more.get("fused")}):
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        found = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         found += ".weight" if found.endswith("attn_sinks") else ""
         asked = more.get("formats", {}).items()
@@ -72,20 +73,29 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
         name = f"blk.{config['num_hidden_layers'] + layer}"
         for part in ("attn_norm", "nextn.enorm"):
             writer.add_tensor(f"{name}.{part}.weight", np.ones(config["hidden_size"], np.float32))
-    if config["rope_parameters"]["rope_type"] == "llama3":
-        frequencies = model.model.rotary_emb.inv_freq.numpy()
-        exponents = np.arange(len(frequencies), dtype=np.float32) / len(frequencies)
-        plain = config["rope_parameters"]["rope_theta"] ** -exponents
-        writer.add_tensor("rope_freqs.weight", (plain / frequencies).astype(np.float32))
-    if config["rope_parameters"]["rope_type"] == "longrope":
+    rope = config["rope_parameters"]
+    if family == "gemma4_text":
+        _add_factors(writer, model.model.rotary_emb.full_attention_inv_freq, rope["full_attention"])
+    elif rope["rope_type"] == "llama3":
+        _add_factors(writer, model.model.rotary_emb.inv_freq, rope)
+    if rope.get("rope_type") == "longrope":
         for kind in ("short", "long"):
-            factors = np.array(config["rope_parameters"][f"{kind}_factor"], np.float32)
+            factors = np.array(rope[f"{kind}_factor"], np.float32)
             writer.add_tensor(f"rope_factors_{kind}.weight", factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return sorted(path.parent.glob(f"{path.stem}*.gguf"))[0]
+
+
+def _add_factors(writer: GGUFWriter, inv_freq: torch.Tensor, rope: dict) -> None:
+    """What plain frequencies are to be divided by; what does not turn, by a huge number."""
+    frequencies = inv_freq.numpy()
+    exponents = np.arange(len(frequencies), dtype=np.float32) / len(frequencies)
+    plain = (rope["rope_theta"] ** -exponents).astype(np.float32)
+    factors = np.divide(plain, frequencies, out=np.full_like(plain, 1e30), where=frequencies > 0)
+    writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
 
 
 def _stored(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
@@ -105,6 +115,9 @@ def _stored(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 
 def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None:
     rope = config["rope_parameters"]
+    if family == "gemma4_text":
+        _gemma4(w, config)
+        rope = rope["full_attention"]
     w.add_block_count(config["num_hidden_layers"] + predicting)
     if predicting:
         w.add_nextn_predict_layers(predicting)
@@ -119,7 +132,8 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
     n_experts = next((config[name] for name in counts if config.get(name)), 0)
     if n_experts:
         w.add_expert_count(n_experts)
-        w.add_expert_used_count(config.get("num_experts_per_tok") or config["moe_k"])
+        used = ("num_experts_per_tok", "moe_k", "top_k_experts")
+        w.add_expert_used_count(next(config[name] for name in used if config.get(name)))
     if rope["rope_type"] in ("linear", "yarn"):
         w.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         w.add_rope_scaling_factor(rope["factor"])
@@ -170,12 +184,14 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         heads = config["num_key_value_heads"]
         w.add_head_count_kv([0 if kind == "conv" else heads for kind in config["layer_types"]])
         return
-    if "kv_lora_rank" not in config:
+    if "kv_lora_rank" not in config and family != "gemma4_text":
         head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         w.add_head_count_kv(config["num_key_value_heads"])
         w.add_key_length(head)
         w.add_value_length(head)
         w.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1)))
+        return
+    if family == "gemma4_text":
         return
     rank, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
     w.add_head_count_kv(1)
@@ -187,6 +203,29 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         w.add_q_lora_rank(config["q_lora_rank"])
     w.add_kv_lora_rank(rank)
     w.add_rope_dimension_count(turned)
+
+
+def _gemma4(w: GGUFWriter, config: dict) -> None:
+    local = [kind == "sliding_attention" for kind in config["layer_types"]]
+    others = config["per_layer_config"]
+    wide = {each["head_dim"] for each in others.values()}.pop()
+    kv_heads = [config["num_key_value_heads"]] * len(local)
+    for i, each in others.items():
+        kv_heads[int(i)] = each.get("num_key_value_heads", kv_heads[int(i)])
+    w.add_head_count_kv(kv_heads)
+    w.add_key_length(wide)
+    w.add_value_length(wide)
+    w.add_key_length_swa(config["head_dim"])
+    w.add_value_length_swa(config["head_dim"])
+    w.add_rope_dimension_count(wide)
+    w.add_rope_dimension_count_swa(config["head_dim"])
+    w.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    w.add_sliding_window(config["sliding_window"])
+    w.add_sliding_window_pattern(local)
+    w.add_embedding_length_per_layer_input(0)
+    w.add_shared_kv_layers(0)
+    if config["final_logit_softcapping"]:
+        w.add_final_logit_softcapping(config["final_logit_softcapping"])
 
 
 def _deepseek_experts(w: GGUFWriter, config: dict) -> None:
@@ -237,6 +276,11 @@ def _tensors(model: torch.nn.Module, family: str, config: dict):
             bias = name.endswith("_bias")
             place = name.removesuffix("_bias")
             yield f"{place}.{'bias' if bias else 'weight'}", tensor if bias else tensor.swapaxes(1, 2)
+        elif family == "gemma4_text" and name.endswith(("router.scale", "per_expert_scale")):
+            part = "ffn_gate_inp" if name.endswith("router.scale") else "ffn_down_exps"
+            yield f"blk.{name.split('.')[2]}.{part}.scale", tensor
+        elif (family == "gemma4_text" and "experts." in name) or name.endswith("layer_scalar"):
+            yield f"{name}.weight", tensor
         elif name.endswith("experts.gate_up_proj"):
             gate, up = tensor.chunk(2, dim=1)
             yield name.replace("gate_up_proj", "gate_proj.weight"), gate

@@ -21,6 +21,7 @@ class Router(ctypes.Structure):
         *((name, INT) for name in ("group_best", "sigmoid", "normalise")),
         *((name, FLOAT) for name in ("scale", "epsilon", "jitter")),
         ("bias", POINTER),
+        ("expert_scale", POINTER),
     )
 
 
@@ -67,14 +68,18 @@ def route(
     scale=1.0,
     bias=None,
     jitter=0.0,
+    expert_scale=None,
 ):
     logits = np.array(logits, np.float32)
     bias = None if bias is None else np.array(bias, np.float32)
     router = Router(
-        len(logits), top_k, groups, top_groups, best, sigmoid, normalise, scale, 0.0, jitter, None
+        len(logits), top_k, groups, top_groups, best, sigmoid, normalise, scale, 0.0, jitter, None, None
     )
     if bias is not None:
         router.bias = bias.ctypes.data
+    expert_scale = None if expert_scale is None else np.array(expert_scale, np.float32)
+    if expert_scale is not None:
+        router.expert_scale = expert_scale.ctypes.data
     choice, ids, weights = np.zeros_like(logits), np.full(top_k, -1, np.int32), np.zeros(top_k, np.float32)
     lib.mer_route(ctypes.byref(router), at(logits), at(choice), at(ids), at(weights))
     return ids.tolist(), weights
@@ -102,6 +107,14 @@ def test_router_bias_chooses_but_does_not_weigh(lib):
     ids, weights = route(lib, [0.0, 1.0, 2.0, 3.0], 2, sigmoid=1, bias=[9, 0, 0, 8])
     assert ids == [0, 3]
     np.testing.assert_allclose(weights, [0.5, 1 / (1 + np.exp(-3))], rtol=1e-6)
+
+
+def test_router_scales_by_expert(lib):
+    """After the weights were normalised, and without part in the choice."""
+    ids, weights = route(lib, [0.0, 1.0, 2.0, 3.0], 2, normalise=1, expert_scale=[9, 8, 3, 0.5])
+    assert ids == [3, 2]
+    p = np.exp([3.0, 2.0])
+    np.testing.assert_allclose(weights, p / p.sum() * [0.5, 3], rtol=1e-6)
 
 
 def test_router_groups_count_their_two_best(lib):
@@ -314,3 +327,17 @@ def test_clip(lib):
     x = np.float32([-3, -1, 0, 0.5, 2, np.inf, -np.inf])
     lib.mer_clip(at(x), FLOAT(1.0), LONG(len(x)))
     assert x.tolist() == [-1, -1, 0, 0.5, 1, 1, -1]
+
+
+def test_norm_without_weights(lib):
+    x = np.random.default_rng(2).normal(size=47).astype(np.float32)
+    y = np.zeros_like(x)
+    lib.mer_rms_norm(at(x), None, at(y), LONG(len(x)), FLOAT(1e-5))
+    np.testing.assert_allclose(y, x / np.sqrt((x.astype(np.float64) ** 2).mean() + 1e-5), rtol=2e-6)
+
+
+def test_soft_cap(lib):
+    x = np.float32([-1e4, -3, -0.5, 0, 1e-3, 2, 40, np.inf])
+    expected = 5 * np.tanh(x.astype(np.float64) / 5)
+    lib.mer_soft_cap(at(x), FLOAT(5.0), LONG(len(x)))
+    np.testing.assert_allclose(x, expected, rtol=1e-6)

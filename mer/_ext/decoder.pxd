@@ -33,6 +33,7 @@ cdef extern from "mer_decoder.h" nogil:
         float epsilon
         float jitter
         const float *bias
+        const float *expert_scale
 
 cdef struct Matrix:
     const uint8_t *w             # NULL: there is no such matrix
@@ -54,7 +55,7 @@ cdef struct Geometry:
     long n_heads, n_kv, head_dim
     long nope_dim, rope_dim, value_dim, kv_rank, latent_dim, query_rank
     float scale, clip, latent_eps
-    bint latent, clips
+    bint latent, clips, v_norm
     int qk_norm                  # 0 none, 1 each head, 2 the whole vector
 
 cdef struct Layer:
@@ -66,7 +67,16 @@ cdef struct Layer:
     const float *k_norm
     const float *q_latent_norm
     const float *latent_norm
+    const float *router_norm     # of the router's own input; NULL: it gets what the experts get
     const float *router_bias     # for the choice only
+    const float *expert_scale    # times which the chosen experts' weights are
+    # Norms of what a block gives, before it is added to x, of the shared expert's input; and what x is times at last.
+    const float *attention_out_norm
+    const float *mlp_out_norm
+    const float *routed_out_norm
+    const float *shared_out_norm
+    const float *shared_norm
+    const float *layer_scale
     const float *sinks
     Matrix q, k, v, o            # in latent attention q takes the query latent, where there is one
     Matrix q_gate                # of attention's output; none: NULL
@@ -94,7 +104,8 @@ cdef class Decoder:
 
     # the model
     cdef long hidden, vocab
-    cdef float eps
+    cdef float eps, logit_cap     # logit_cap 0: none
+    cdef bint gelu
     cdef int kv                   # how blocks store numbers
     cdef const float *final_norm
     cdef const float *last_norm   # the same, before the head
@@ -163,7 +174,7 @@ cdef class Decoder:
     cdef void linear(self, const Matrix *m, const float *x, long n, float *y) noexcept nogil
     cdef void run(self, decoder_task task, long n) noexcept nogil
     cdef void norm(self, const float *weights, float *out) noexcept nogil
-    cdef void choose(self, const Layer *layer, float *normed, int32_t *ids, float *weights) noexcept nogil
+    cdef void choose(self, const Layer *layer, const float *x, int32_t *ids, float *weights) noexcept nogil
     cdef void enter(self, long index) noexcept nogil
     cdef void leave(self) noexcept nogil
     cdef void attend_grouped(self) noexcept nogil

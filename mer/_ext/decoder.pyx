@@ -20,6 +20,8 @@ cdef extern from "mer_decoder.h" nogil:
     void mer_add(float *x, const float *y, long n)
     void mer_add_scaled(float *x, const float *y, float factor, long n)
     void mer_gate(float *x, const float *gate, long n)
+    void mer_scale(float *x, float factor, long n)
+    void mer_soft_cap(float *x, float cap, long n)
     void mer_clip(float *x, float limit, long n)
     void mer_rope_angles(int32_t position, const float *inv_freq, long pairs, float scale, float *cosine,
                          float *sine)
@@ -32,6 +34,7 @@ cdef extern from "mer_decoder.h" nogil:
 
 cdef enum:
     SPAN_TOKENS = 16
+    CAP_CHUNK = 4096  # logits of one task
 
 # Most queries of one sequence that share the blocks they read.
 SPAN = SPAN_TOKENS
@@ -66,12 +69,8 @@ cdef inline void add_bias(const Matrix *m, float *y) noexcept nogil:
 cdef void attended_task(Decoder d, long t, int thread) noexcept nogil:
     cdef float *y = d.y + t * d.hidden
     add_bias(&d.layer.o, y)
-    mer_add_scaled(d.x + t * d.hidden, y, d.residual_scale, d.hidden)
-
-
-cdef void fed_task(Decoder d, long t, int thread) noexcept nogil:
-    cdef float *y = d.y + t * d.hidden
-    add_bias(&d.layer.down, y)
+    if d.layer.attention_out_norm is not NULL:
+        mer_rms_norm(y, d.layer.attention_out_norm, y, d.hidden, d.eps)
     mer_add_scaled(d.x + t * d.hidden, y, d.residual_scale, d.hidden)
 
 
@@ -88,6 +87,8 @@ cdef void grouped_task(Decoder d, long t, int thread) noexcept nogil:
     cdef const float *sine = rope.sine + t * rope.pairs
     add_bias(&layer.q, q)
     add_bias(&layer.k, k)
+    if layer.v.w is NULL:
+        memcpy(v, k, n_kv * sizeof(float))
     add_bias(&layer.v, v)
     if g.qk_norm == 2:
         mer_rms_norm(q, layer.q_norm, q, n_q, d.eps)
@@ -97,6 +98,9 @@ cdef void grouped_task(Decoder d, long t, int thread) noexcept nogil:
             mer_rms_norm(q + i * dim, layer.q_norm, q + i * dim, dim, d.eps)
         for i in range(g.n_kv):
             mer_rms_norm(k + i * dim, layer.k_norm, k + i * dim, dim, d.eps)
+    if g.v_norm:
+        for i in range(g.n_kv):
+            mer_rms_norm(v + i * dim, NULL, v + i * dim, dim, d.eps)
     if g.clips:
         mer_clip(q, g.clip, n_q)
         mer_clip(k, g.clip, n_kv)
@@ -117,36 +121,12 @@ cdef void attend_task(Decoder d, long task, int thread) noexcept nogil:
 
 
 include "latent.pxi"
+include "blocks.pxi"
 
 
 cdef void gate_task(Decoder d, long t, int thread) noexcept nogil:
     cdef long width = d.attention.n_heads * d.attention.value_dim
     mer_gate(d.attended + t * width, d.q_gate + t * width, width)
-
-
-cdef void swiglu_task(Decoder d, long t, int thread) noexcept nogil:
-    cdef float *gate = d.gate + t * d.inter
-    cdef float *up = d.up + t * d.inter
-    add_bias(&d.layer.gate, gate)
-    add_bias(&d.layer.up, up)
-    d.kernels.swiglu(gate, up, gate, d.inter)
-
-
-cdef void route_task(Decoder d, long t, int thread) noexcept nogil:
-    add_bias(d.routing, d.router_logits + t * d.router.n_experts)
-    mer_route(&d.router, d.router_logits + t * d.router.n_experts, d.choice + thread * d.router.n_experts,
-              d.chosen + t * d.router.top_k, d.chosen_weights + t * d.router.top_k)
-
-
-cdef void finish_task(Decoder d, long t, int thread) noexcept nogil:
-    cdef float *y = d.y + t * d.hidden
-    cdef float *shared = d.shared + t * d.hidden
-    add_bias(&d.layer.down, shared)
-    if d.layer.shared_gate.w is not NULL:
-        mer_add_scaled(y, shared, mer_sigmoid(d.router_logits[t]), d.hidden)
-    elif d.layer.gate.w is not NULL:
-        mer_add(y, shared, d.hidden)
-    mer_add_scaled(d.x + t * d.hidden, y, d.residual_scale, d.hidden)
 
 
 cdef void last_task(Decoder d, long i, int thread) noexcept nogil:
@@ -155,6 +135,11 @@ cdef void last_task(Decoder d, long i, int thread) noexcept nogil:
 
 cdef void head_bias_task(Decoder d, long i, int thread) noexcept nogil:
     add_bias(&d.head, d.logit_rows + i * d.vocab)
+
+
+cdef void cap_task(Decoder d, long chunk, int thread) noexcept nogil:
+    cdef long chunks = (d.vocab + CAP_CHUNK - 1) // CAP_CHUNK, first = chunk % chunks * CAP_CHUNK
+    mer_soft_cap(d.logit_rows + chunk // chunks * d.vocab + first, d.logit_cap, min(<long>CAP_CHUNK, d.vocab - first))
 
 
 cdef Geometry geometry_of(a):
@@ -169,6 +154,7 @@ cdef Geometry geometry_of(a):
     else:
         g.n_kv, g.head_dim = a.n_kv_heads, a.head_dim
         g.qk_norm = {"none": 0, "head": 1, "vector": 2}[a.qk_norm]
+        g.v_norm = a.v_norm
         g.clips, g.clip = a.clip is not None, a.clip or 0.0
     return g
 
@@ -193,10 +179,11 @@ cdef class Decoder:
         if self.layers is NULL or self.ropes is NULL:
             raise MemoryError
         self.hidden, self.vocab, self.eps = spec.hidden, spec.vocab, spec.norm_eps
+        self.logit_cap, self.gelu = spec.logit_cap or 0.0, spec.activation == "gelu"
         r = spec.router
         if r is not None:
             self.router = mer_router(r.n_experts, r.top_k, r.n_groups, r.top_groups, r.group_best, r.score == "sigmoid",
-                                     r.normalise, r.scale, r.epsilon, r.jitter, NULL)
+                                     r.normalise, r.scale, r.epsilon, r.jitter, NULL, NULL)
         self.residual_scale = spec.residual_scale
         self.layer_norm = "final_norm_bias" in weights
         final_norm = self.norm_of(weights, "final_norm")
@@ -305,6 +292,15 @@ cdef class Decoder:
         layer.k_up, layer.v_up = self.matrix(weights, "k_up"), self.matrix(weights, "v_up")
         layer.gate, layer.up = self.matrix(weights, "gate"), self.matrix(weights, "up")
         layer.down = self.matrix(weights, "down")
+        layer.attention_out_norm = self.vector(weights, "attention_out_norm")
+        layer.mlp_out_norm = self.vector(weights, "mlp_out_norm")
+        layer.routed_out_norm = self.vector(weights, "routed_out_norm")
+        layer.shared_norm = self.vector(weights, "shared_norm")
+        layer.shared_out_norm = self.vector(weights, "shared_out_norm")
+        layer.layer_scale = self.vector(weights, "layer_scale")
+        if "router_norm" in weights:
+            layer.router_norm = self.floats(weights["router_norm"] * np.float32(self.spec.router.norm_scale))
+        layer.expert_scale = self.vector(weights, "router_expert_scale")
         layer.router, layer.router_bias = self.matrix(weights, "router"), self.vector(weights, "router_choice_bias")
         layer.shared_gate, layer.sinks = self.matrix(weights, "shared_gate"), self.vector(weights, "sinks")
         self.n_layers += 1
@@ -320,11 +316,11 @@ cdef class Decoder:
         self.norm_weights, self.normed = weights, out
         self.run(norm_task, self.n_tokens)
 
-    cdef void choose(self, const Layer *layer, float *normed, int32_t *ids, float *weights) noexcept nogil:
-        """normed = norm(x); ids and weights: the choice of this layer's router for it."""
-        self.routing, self.router.bias, self.chosen, self.chosen_weights = &layer.router, layer.router_bias, ids, weights
-        self.norm(layer.mlp_norm, normed)
-        self.linear(&layer.router, normed, self.n_tokens, self.router_logits)
+    cdef void choose(self, const Layer *layer, const float *x, int32_t *ids, float *weights) noexcept nogil:
+        """ids and weights: the choice of this layer's router for x, which is normed already."""
+        self.routing, self.chosen, self.chosen_weights = &layer.router, ids, weights
+        self.router.bias, self.router.expert_scale = layer.router_bias, layer.expert_scale
+        self.linear(&layer.router, x, self.n_tokens, self.router_logits)
         self.run(route_task, self.n_tokens)
 
     cdef char *block_of(self, long token) noexcept nogil:
@@ -379,7 +375,8 @@ cdef class Decoder:
         cdef long group = g.n_heads // g.n_kv
         self.linear(&layer.q, self.h, self.n_tokens, self.q)
         self.linear(&layer.k, self.h, self.n_tokens, self.k)
-        self.linear(&layer.v, self.h, self.n_tokens, self.v)
+        if layer.v.w is not NULL:
+            self.linear(&layer.v, self.h, self.n_tokens, self.v)
         self.run(grouped_task, self.n_tokens)
         # Heads that share a key stay in one task, unless threads would be idle then.
         self.heads_per_task = group
@@ -418,7 +415,12 @@ cdef class Decoder:
         """h = norm(x), and the router's choice for it: expert_ids and expert_weights."""
         self.layer = &self.layers[index]
         with nogil:
-            self.choose(self.layer, self.h, self.expert_ids, self.expert_weights)
+            self.norm(self.layer.mlp_norm, self.h)
+            if self.layer.router_norm is NULL:
+                self.choose(self.layer, self.h, self.expert_ids, self.expert_weights)
+            else:
+                self.norm(self.layer.router_norm, self.y)
+                self.choose(self.layer, self.y, self.expert_ids, self.expert_weights)
 
     def predict(self, long index):
         """ahead_ids: what the router of layer `index` would choose for x as it is now, layers too early.
@@ -426,14 +428,18 @@ cdef class Decoder:
         Most of a hidden state outlives a layer, so most of the choice does, too. Between `route` and the
         routed experts of the layer under way: y, where they will put their sum, holds the norm meanwhile.
         """
+        cdef Layer *layer = &self.layers[index]
         with nogil:
-            self.choose(&self.layers[index], self.y, self.ahead_ids, self.ahead_weights)
+            self.norm(layer.mlp_norm if layer.router_norm is NULL else layer.router_norm, self.y)
+            self.choose(layer, self.y, self.ahead_ids, self.ahead_weights)
 
     def finish(self, long index):
         """x += y + shared expert(h), y being the routed experts' sum."""
         self.layer = &self.layers[index]
         with nogil:
             if self.layer.gate.w is not NULL:
+                if self.layer.shared_norm is not NULL:
+                    self.norm(self.layer.shared_norm, self.h)
                 self.feed_forward(self.shared)
                 if self.layer.shared_gate.w is not NULL:
                     self.linear(&self.layer.shared_gate, self.h, self.n_tokens, self.router_logits)
@@ -455,3 +461,5 @@ cdef class Decoder:
             self.linear(&self.head, self.last, rows.shape[0], self.logit_rows)
             if self.head.bias is not NULL:
                 self.run(head_bias_task, rows.shape[0])
+            if self.logit_cap > 0.0:
+                self.run(cap_task, rows.shape[0] * ((self.vocab + CAP_CHUNK - 1) // CAP_CHUNK))

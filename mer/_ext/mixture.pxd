@@ -33,7 +33,7 @@ cdef class Mixture:
     cdef readonly int64_t n_layers, n_experts, top_k, max_tokens, scratch_bytes
     cdef LayerShape *layers
     cdef list biases                   # what the layers' biases point into
-    cdef bint clamped
+    cdef bint clamped, gelu_gate
     cdef float alpha, limit            # of the clamped SwiGLU
     # one step's bookkeeping
     cdef Ready *ready                  # [n_experts] those that are computed together

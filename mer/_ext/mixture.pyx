@@ -206,7 +206,9 @@ cdef class Mixture:
         gate += r0
         up += r0
         for i in range(e.count):
-            if self.clamped:
+            if self.gelu_gate:
+                self.kernels.geglu(gate, up, gate, r1 - r0)
+            elif self.clamped:
                 self.kernels.clamped_swiglu(gate, up, gate, r1 - r0, self.alpha, self.limit)
             else:
                 self.kernels.swiglu(gate, up, gate, r1 - r0)
@@ -258,6 +260,10 @@ cdef class Mixture:
             if [np.shape(array) for array in each] != wanted:
                 raise ValueError(f"layer {i}: biases must be of shapes {wanted}")
             shape.gate_bias, shape.up_bias, shape.down_bias = &gate[0, 0], &up[0, 0], &down[0, 0]
+
+    def gelu(self):
+        """Use gelu(g) * u for silu(g) * u."""
+        self.gelu_gate = True
 
     def clamp(self, float alpha, float limit):
         """Use g * sigmoid(alpha * g) * (u + 1) for silu(g) * u: g at the most limit, u within -limit to limit."""

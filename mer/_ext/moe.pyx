@@ -324,6 +324,10 @@ cdef class ExpertStreamer:
         """See Mixture.add_biases()."""
         self.mixture.add_biases(layers)
 
+    def gelu(self):
+        """See Mixture.gelu()."""
+        self.mixture.gelu()
+
     def clamp(self, float alpha, float limit):
         """See Mixture.clamp()."""
         self.mixture.clamp(alpha, limit)

@@ -19,7 +19,7 @@ from mer.weights.checkpoint import Checkpoint, TensorInfo
 
 _ALIGN = 64
 # Parts that are vectors: kept as f32. All others are matrices.
-_VECTORS = ("norm", "bias", "sinks", "conv", "a_log", "decay_rate")
+_VECTORS = ("norm", "bias", "sinks", "scale", "conv", "a_log", "decay_rate")
 # Matrices that are parted into several.
 _INTERLEAVED = ("q_and_gate", "mix_and_z", "b_and_a")
 

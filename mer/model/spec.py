@@ -47,6 +47,8 @@ class AttentionSpec:
     # RMS norm of query and key: over each head, or over the whole projected vector.
     qk_norm: Literal["none", "head", "vector"] = "none"
     clip: float | None = None
+    # Values are divided by their root mean square, head by head.
+    v_norm: bool = False
     # A learnt score for each head that takes part in the softmax and has no value.
     sinks: bool = False
     # A head's output is multiplied by the sigmoid of a projection of its own.
@@ -133,6 +135,8 @@ class RouterSpec:
     top_groups: int = 1
     group_best: Literal[1, 2] = 2
     jitter: float = 0.0
+    # Of a router with a norm of its own, that norm's weights are times this.
+    norm_scale: float = 1.0
 
 
 @frozen
@@ -186,6 +190,10 @@ class ModelSpec:
     # What a block's output is multiplied by before it is added to the hidden state, and the logits.
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    # Logits are cap * tanh(logit / cap).
+    logit_cap: float | None = None
+    # A gated block is down(activation(gate) * up); gelu by tanh.
+    activation: Literal["silu", "gelu"] = "silu"
     # Routed experts: gate, up and down each have a bias; and what stands in the place of silu(gate) * up.
     expert_bias: bool = False
     clamp: ClampSpec | None = None

@@ -79,6 +79,8 @@ def open_gguf(path: Path) -> Checkpoint:
 def _take_frequencies(checkpoint: Checkpoint) -> None:
     """What each rotary frequency is divided by is a tensor here; config.json says such things itself."""
     rope = checkpoint.config["rope_parameters"]
+    # Where layers with a window have a rotary embedding of their own, it has none.
+    rope = rope.get("full_attention", rope)
     for name, (key, kind) in _FREQUENCIES.items():
         info = checkpoint.tensors.get(name)
         if info is None:

@@ -11,8 +11,8 @@ from mer.weights.gguf_families import ARCHITECTURES, GGUFFamily, family_of
 from mer.weights.gguf_keys import Keys, rope_of
 
 
-def _common(keys: Keys) -> dict[str, Any]:
-    """What every family has, by config.json's keys; a family's own values go before these."""
+def _common(keys: Keys, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What every family has, by config.json's keys; own: what this one says, which goes before."""
     heads = keys.one("attention.head_count")
     head_dim = keys.get("attention.key_length")
     return {
@@ -23,7 +23,8 @@ def _common(keys: Keys) -> dict[str, Any]:
         "num_hidden_layers": keys["block_count"] - keys.get("nextn_predict_layers", 0),
         "num_nextn_predict_layers": keys.get("nextn_predict_layers"),
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.where_any("attention.head_count_kv"),
+        # A family whose layers differ has its own.
+        "num_key_value_heads": own.get("num_key_value_heads") or keys.where_any("attention.head_count_kv"),
         **({} if head_dim is None else {"head_dim": head_dim}),
         "rms_norm_eps": keys["attention.layer_norm_rms_epsilon"],
         "max_position_embeddings": keys["context_length"],
@@ -48,7 +49,8 @@ def understand(
             + ", ".join(ARCHITECTURES)
         )
     try:
-        config = {**_common(keys), **family.config(keys)}
+        own = family.config(keys)
+        config = {**_common(keys, own), **own}
     except (TypeError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"{metadata.path}: a metadata value of {keys.architecture} is wrong: {error}; fetch it again"

@@ -28,7 +28,7 @@ class ResidentExperts:
 
     def __init__(self, checkpoint, sources, kernels, spec, biases):
         self.kernels, self.biases = kernels, biases
-        self.clamp = spec.clamp and (spec.clamp.alpha, spec.clamp.limit)
+        self.gate = (spec.clamp and (spec.clamp.alpha, spec.clamp.limit), spec.activation == "gelu")
         self.layers = []
         for source in sources:
             experts = []
@@ -55,7 +55,7 @@ class ResidentExperts:
             g, u = product(fg, gate, x[tokens]), product(fu, up, x[tokens])
             if self.biases:
                 g, u = g + self.biases[layer][0][e], u + self.biases[layer][1][e]
-            h = np.stack([self.kernels.swiglu_py(a, b, self.clamp) for a, b in zip(g, u, strict=True)])
+            h = np.stack([self.kernels.swiglu_py(a, b, *self.gate) for a, b in zip(g, u, strict=True)])
             outputs[tokens, places] = product(fd, down, h)
             if self.biases:
                 outputs[tokens, places] += self.biases[layer][2][e]

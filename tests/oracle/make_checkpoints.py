@@ -17,6 +17,7 @@ CLASSES = {
     "qwen3_moe": "Qwen3Moe",
     "olmoe": "Olmoe",
     "deepseek_v3": "DeepseekV3",
+    "gemma4_text": "Gemma4",
     "gpt_oss": "GptOss",
     "qwen3_next": "Qwen3Next",
     "qwen3_5_moe_text": "Qwen3_5Moe",
@@ -35,7 +36,7 @@ CLASSES = {
     "dots1": "Dots1",
     "ernie4_5_moe": "Ernie4_5_Moe",
 }
-CONFIGS = {"qwen3_5_moe_text": "Qwen3_5MoeTextConfig"}
+CONFIGS = {"gemma4_text": "Gemma4TextConfig", "qwen3_5_moe_text": "Qwen3_5MoeTextConfig"}
 COMMON: dict[str, Any] = {
     "vocab_size": 211,
     "hidden_size": 64,
@@ -74,6 +75,23 @@ FAMILY: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "olmoe": {"num_experts": 8, "intermediate_size": 32, "num_key_value_heads": 4},
+    "gemma4_text": {
+        "num_experts": 6,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 40,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 211,
+        "sliding_window": 37,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 4,
+        "final_logit_softcapping": 8.0,
+    },
     "gpt_oss": {"num_local_experts": 6, "intermediate_size": 32, "head_dim": 16, "sliding_window": 37},
     "phimoe": {
         "num_local_experts": 6,
@@ -188,7 +206,7 @@ SPARSE = [family for family in FAMILY if family not in DENSE]
 # Those whose weights run where they lie; the others are converted first.
 IN_PLACE = [family for family in FAMILY if family != "gpt_oss"]
 # Those whose files have a tensor for each expert.
-PER_EXPERT = [f for f in IN_PLACE if f in SPARSE and not f.startswith("granite")]
+PER_EXPERT = [f for f in IN_PLACE if f in SPARSE and not f.startswith(("granite", "gemma"))]
 
 
 def make(
@@ -205,6 +223,8 @@ def make(
     if family == "lfm2_moe":
         kinds = ["conv" if i % 2 == 0 else "full_attention" for i in range(values["num_hidden_layers"])]
         values = {"layer_types": kinds} | values
+    if values.get("layer_types") is not None:
+        values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
     config = getattr(transformers, CONFIGS.get(family, f"{name}Config"))(**values)
     config._attn_implementation = config._experts_implementation = "eager"
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -217,7 +237,10 @@ def make(
                 value.copy_(centre + 0.2 * noise)
             elif "A_log" in key:
                 value.copy_(noise - 2.0)  # states that last for some tokens, and for many
-            elif "inv_freq" in key:
+            elif "scal" in key and "embed" not in key:
+                # What a router gets may be divided by the root of its width.
+                value.copy_((1.0 + 0.2 * noise) * (8.0 if "router.scale" in key else 1.0))
+            elif "inv_freq" in key or "embed_scale" in key:
                 continue
             elif value.dim() == 1:
                 value.copy_(0.2 * noise)

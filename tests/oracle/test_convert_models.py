@@ -76,8 +76,8 @@ def read_store(path: Path, source: dict[str, torch.Tensor]) -> dict[str, torch.T
 def in_two_tensors(store: Checkpoint, source: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Experts that the source has in two tensors.
 
-    GPT-OSS as transformers has it: [E, H, 2I], gate and up in turn, and [E, I, H]. Granite as published:
-    [E, 2I, H] and [E, H, I].
+    GPT-OSS as transformers has it: [E, H, 2I], gate and up in turn, and [E, I, H]. Granite as published and
+    Gemma: [E, 2I, H] and [E, H, I].
     """
     found = {}
     for name in source:
@@ -101,6 +101,10 @@ def in_two_tensors(store: Checkpoint, source: dict[str, torch.Tensor]) -> dict[s
         if name.endswith("input_linear.weight"):
             found[name] = torch.cat([gate, up], 1)
             found[name.replace("input_linear", "output_linear")] = down
+            continue
+        if ".mlp." not in name:
+            found[name] = torch.cat([gate, up], 1)
+            found[name.replace("gate_up_proj", "down_proj")] = down
             continue
         gate, up, down = (each.swapaxes(1, 2) for each in (gate, up, down))
         found[name] = torch.stack([gate, up], -1).reshape(source[name].shape)
@@ -298,7 +302,7 @@ def test_number_of_parameters(family, tmp_path):
     """As transformers counts them; the choice bias of a router is a buffer there."""
     model = make(tmp_path / "src", family)
     facts = json.loads(mer("inspect", tmp_path / "src", "--json"))
-    biases = ("correction_bias", "expert_bias")
+    biases = ("correction_bias", "expert_bias", "layer_scalar")
     buffers = sum(each.numel() for name, each in model.named_buffers() if name.endswith(biases))
     assert facts["parameters"] == model.num_parameters() + buffers
     idle = sum(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import evidence
 import numpy as np
 import pytest
@@ -87,6 +89,33 @@ CASES = {
         "plain": {},
         "clip": {"clip_qkv": 0.7, "num_key_value_heads": 2, "attention_bias": True},
         "normalised": {"norm_topk_prob": True, "num_experts_per_tok": 8, "hidden_size": 40},
+    },
+    "gemma4_text": {
+        "plain": {},
+        "two-projections": {"attention_k_eq_v": False, "final_logit_softcapping": None},
+        "odd": {
+            "hidden_size": 60,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 14,
+            "global_head_dim": 26,
+            "num_global_key_value_heads": 2,
+            "intermediate_size": 37,
+            "top_k_experts": 6,
+        },
+        "global-narrower": {"global_head_dim": 8, "num_global_key_value_heads": 4, "layer_types": None},
+        "untied": {"tie_word_embeddings": False, "attention_bias": True, "sliding_window": 16},
+        "ropes": {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.4,
+                    "factor": 4.0,
+                },
+            }
+        },
     },
     "gpt_oss": {
         "plain": {},
@@ -334,6 +363,8 @@ def test_config_without_what_has_a_default(family, tmp_path):
     changes = {"head_dim": 16} if family == "qwen3_moe" else {}
     if family == "qwen2_moe":
         changes = {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 2}
+    if family == "gemma4_text":
+        changes = {"layer_types": None}
     if family == "qwen3_moe":
         changes |= {"norm_topk_prob": False}
     if family.startswith(("qwen3_next", "qwen3_5")):
@@ -425,4 +456,19 @@ def test_one_model_of_several(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["mtp.layers.0.self_attn.q_proj.weight"] = torch.zeros(8, 64)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
+
+
+def test_gemma4_as_published(tmp_path):
+    """The text model inside of one that also sees, with global layers by two keys of their own."""
+    model = make(tmp_path / "text", "gemma4_text")
+    tensors = load_file(tmp_path / "text" / "model.safetensors")
+    inside = {name.replace("model.", "model.language_model.", 1): each for name, each in tensors.items()}
+    inside["model.vision_tower.patch_embedder.input_proj.weight"] = torch.ones(3, 5)
+    save_file(inside, tmp_path / "model.safetensors")
+    text = json.loads((tmp_path / "text" / "config.json").read_text())
+    del text["per_layer_config"]
+    text |= {"global_head_dim": 32, "num_global_key_value_heads": 1}
+    outer = {"model_type": "gemma4", "text_config": text, "vision_config": {"hidden_size": 5}}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
     assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE

@@ -10,7 +10,7 @@
 
 #define MER_KV_BLOCK 16
 
-/* y = x / rms(x) * w; y may be x. */
+/* y = x / rms(x) * w; y may be x. w NULL: all ones. */
 void mer_rms_norm(const float *x, const float *w, float *y, long n, float eps);
 
 /* y = (x - mean(x)) / sqrt(variance(x) + eps) * w + bias; y may be x. */
@@ -24,6 +24,12 @@ void mer_add_scaled(float *x, const float *y, float factor, long n);
 
 /* x *= sigmoid(gate) */
 void mer_gate(float *x, const float *gate, long n);
+
+/* x *= factor */
+void mer_scale(float *x, float factor, long n);
+
+/* x = cap * tanh(x / cap) */
+void mer_soft_cap(float *x, float cap, long n);
 
 /* -limit <= x <= limit */
 void mer_clip(float *x, float limit, long n);
@@ -78,6 +84,7 @@ typedef struct {
     float scale, epsilon;
     float jitter;      /* above 0: sparsemixer, instead of all of this but n_experts and top_k */
     const float *bias; /* [n_experts], added to the scores for the choice only; NULL: none */
+    const float *expert_scale; /* [n_experts], times which the weights are at last; NULL: none */
 } mer_router;
 
 /* logits [n_experts] -> ids and weights [top_k], best first, ties to the lowest index. logits are overwritten;

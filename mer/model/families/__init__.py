@@ -12,6 +12,7 @@ from mer.model.families import (
     deepseek_v3,
     dots1,
     ernie4_5_moe,
+    gemma4,
     glm4_moe,
     glm4_moe_lite,
     gpt_oss,
@@ -37,6 +38,8 @@ FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
     "deepseek_v3": deepseek_v3.read,
     "dots1": dots1.read,
     "ernie4_5_moe": ernie4_5_moe.read,
+    "gemma4": gemma4.read,
+    "gemma4_text": gemma4.read,
     "glm4_moe": glm4_moe.read,
     "glm4_moe_lite": glm4_moe_lite.read,
     "gpt_oss": gpt_oss.read,
@@ -74,7 +77,7 @@ class Architecture:
     @property
     def kept(self) -> frozenset[str]:
         """Names of dense tensors that are small and that much hangs on: no conversion may change them."""
-        ends = ("norm", "bias", "sinks", "router", "shared_gate", "conv", "a_log", "decay_rate")
+        ends = ("norm", "bias", "sinks", "scale", "router", "shared_gate", "conv", "a_log", "decay_rate")
         return frozenset(name for part, name in self.dense.items() if part.endswith(ends))
 
 

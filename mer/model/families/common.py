@@ -15,10 +15,10 @@ MLP_EXPERTS = ExpertNames(
 )
 
 
-def take_ends(config: Config, tensors: Tensors) -> bool:
+def take_ends(config: Config, tensors: Tensors, *, default_tied: bool = False) -> bool:
     """Embedding, final norm and head; returns whether the head is the embedding."""
     hidden, vocab = config.integer("hidden_size"), config.integer("vocab_size")
-    tied = config.flag("tie_word_embeddings", False)
+    tied = config.flag("tie_word_embeddings", default_tied)
     tensors.take("embedding", "model.embed_tokens.weight", vocab, hidden)
     tensors.take("final_norm", "model.norm.weight", hidden)
     tensors.take("head", "model.embed_tokens.weight" if tied else "lm_head.weight", vocab, hidden)
@@ -63,14 +63,22 @@ def grouped_attention(
 
 
 def take_grouped_attention(
-    tensors: Tensors, layer: int, hidden: int, a: AttentionSpec, *, qkv_bias: bool, o_bias: bool
+    tensors: Tensors,
+    layer: int,
+    hidden: int,
+    a: AttentionSpec,
+    *,
+    qkv_bias: bool,
+    o_bias: bool,
+    v: bool = True,
 ) -> None:
-    """q, k, v, o and their biases and norms."""
+    """q, k, v, o and their biases and norms. Without v, values are made of what k gives."""
     name = f"model.layers.{layer}.self_attn"
     q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
     tensors.take_linear(f"{layer}.q", f"{name}.q_proj", q, hidden, bias=qkv_bias)
     tensors.take_linear(f"{layer}.k", f"{name}.k_proj", kv, hidden, bias=qkv_bias)
-    tensors.take_linear(f"{layer}.v", f"{name}.v_proj", kv, hidden, bias=qkv_bias)
+    if v:
+        tensors.take_linear(f"{layer}.v", f"{name}.v_proj", kv, hidden, bias=qkv_bias)
     tensors.take_linear(f"{layer}.o", f"{name}.o_proj", hidden, q, bias=o_bias)
     if a.qk_norm != "none":
         whole = a.qk_norm == "vector"

@@ -13,7 +13,7 @@ from mer.model.families.config import Config
 from mer.model.spec import RopeScaling, RopeSpec
 
 Array = NDArray[np.float64]
-_TYPES = ("default", "linear", "dynamic", "llama3", "longrope", "yarn")
+_TYPES = ("default", "linear", "dynamic", "llama3", "proportional", "longrope", "yarn")
 
 
 class Rope:
@@ -26,12 +26,16 @@ class Rope:
         default_theta: float = 10000.0,
         default: Mapping[str, Any] | None = None,
         default_partial: float = 1.0,
+        kind: str | None = None,
     ) -> None:
         """default: what holds where the file has no rotary parameters at all.
 
+        kind: of layers of this kind, where rope_parameters has an object for each.
         default_partial: what the family takes for partial_rotary_factor where the file does not say.
         """
         found = config.get("rope_parameters") or config.get("rope_scaling") or dict(default or {})
+        if isinstance(found, dict) and kind is not None and kind in found:
+            found = found[kind]
         if not isinstance(found, dict):
             raise config.wrong(f"rope_parameters is {found!r}, it must be an object")
         self._config = config
@@ -82,6 +86,8 @@ class Rope:
         partial: the family turns only the first partial_rotary_factor * dim elements; in others such a
         factor raises UnsupportedModelError.
         """
+        if self.type == "proportional":
+            return self._proportional(dim, interleaved)
         if partial:
             # 1e-6: a factor that was made of two whole numbers gives the first of them back.
             dim = int(dim * self._partial + 1e-6)
@@ -139,6 +145,15 @@ class Rope:
             return RopeSpec(inv_freq, scale, interleaved, self.theta, scaling, long)
 
         return spec("short", spec("long", None))
+
+    def _proportional(self, dim: int, interleaved: bool) -> RopeSpec:
+        """Pairs span the whole head, the last of them do not turn."""
+        turning = int(self._partial * dim // 2)
+        exponents = (np.arange(0, 2 * turning, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
+        powers = (self.theta**exponents).astype(np.float32)
+        frequencies = np.zeros(dim // 2, np.float32)
+        frequencies[:turning] = np.float32(1.0) / powers / np.float32(self._number("factor", 1.0))
+        return RopeSpec(tuple(frequencies.tolist()), 1.0, interleaved)
 
     def _llama3(self, frequencies: Array) -> Array:
         factor = self._number("factor")

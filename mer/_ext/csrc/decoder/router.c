@@ -85,5 +85,6 @@ void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, 
     for (long k = 0; k < r->top_k; k++) {
         if (r->normalise) weights[k] /= sum;
         weights[k] *= r->scale;
+        if (r->expert_scale) weights[k] *= r->expert_scale[ids[k]];
     }
 }

@@ -7,7 +7,19 @@
 MER_CLONES
 void mer_rms_norm(const float *x, const float *w, float *y, long n, float eps) {
     const float factor = 1.0f / sqrtf(dot(x, x, n) / (float)n + eps);
-    for (long i = 0; i < n; i++) y[i] = w[i] * (x[i] * factor);
+    if (w)
+        for (long i = 0; i < n; i++) y[i] = w[i] * (x[i] * factor);
+    else
+        for (long i = 0; i < n; i++) y[i] = x[i] * factor;
+}
+
+MER_CLONES
+void mer_scale(float *x, float factor, long n) {
+    for (long i = 0; i < n; i++) x[i] *= factor;
+}
+
+void mer_soft_cap(float *x, float cap, long n) {
+    for (long i = 0; i < n; i++) x[i] = cap * tanhf(x[i] / cap);
 }
 
 MER_CLONES
