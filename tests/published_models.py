@@ -1,4 +1,4 @@
-"""Models that others published, small enough to be fetched for a test, and where a package registry has them."""
+"""Models that others published, small enough to be fetched for a test; where a registry has them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A published dense model, SmolLM2-135M-Instruct in Q4_1, as a GGUF file in place: beside llama.cpp, with exact
-arithmetic as the judge."""
+"""A published dense model, SmolLM2-135M-Instruct in Q4_1, as a GGUF file in place: beside llama.cpp, with
+exact arithmetic as the judge."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from published_models import smollm2
 from mer import Engine, SamplingParams
 from mer.model.tokenizer import Tokenizer
 
-# Both round activations to 8 bits, in other groups and orders: against exact arithmetic the logarithm of a
-# probability is off by 0.06 in the median, by 0.2 to 0.45 in the worst twentieth, of either. So two tokens that
-# are nearer to each other than this may change places.
+# Both round activations to 8 bits, in other groups and orders: against exact arithmetic the logarithm of
+# a probability is off by 0.06 in the median, by 0.2 to 0.45 in the worst twentieth, of either. So two
+# tokens that are nearer to each other than this may change places.
 NEAR = 0.4
 TOKENS = 24
 TEXTS = [
@@ -98,8 +98,8 @@ def test_tokens(path, peer):
 
 
 async def test_greedy_answers(path, peer, exact):
-    """Token by token; where llama.cpp takes another, the two are near by exact arithmetic, and it goes on with
-    the one that mer took."""
+    """Token by token; where llama.cpp takes another, the two are near by exact arithmetic, and it goes on
+    with the one that mer took."""
     same, others, ours_off, peers_off = 0, 0, [], []
     async with Engine.open(path, context=512) as engine:
         prompts = [engine.tokenizer.encode(prompt) for prompt in PROMPTS]
