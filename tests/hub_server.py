@@ -34,6 +34,7 @@ class Hub:
         self.commit = COMMIT
         self.token = None  # that private and gated models ask for
         self.private = set()
+        self.architectures = {}  # of GGUF files, as the hub finds them
         self.gated = set()
         self.asked = []
         # File name -> what to do when its content is asked for, first to last: a status, or ("cut", bytes).
@@ -150,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
                     entry["lfs"] = {"sha256": etag, "size": size, "pointerSize": 134}
                 siblings.append(entry | {"blobId": etag[:40]})
         info = {"id": repo, "sha": self.hub.commit, "siblings": siblings, "private": False}
+        if repo in self.hub.architectures:
+            info["gguf"] = {"architecture": self.hub.architectures[repo], "context_length": 128}
         self._send(200, json.dumps(info).encode(), Content_Type="application/json")
 
     def _resolve(self, path):

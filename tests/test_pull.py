@@ -169,6 +169,7 @@ def test_a_name_is_a_model_for_every_command(run, home, tmp_path, variables):
 
 
 def test_gguf(run, hub, home):
+    hub.architectures["org/gguf"] = "llama"
     unknown, done, inspected, other, fetched, there = run(
         "pull org/gguf:Q4_K_M",
         "pull org/gguf",
@@ -284,14 +285,16 @@ def test_a_hub_that_refuses(run, hub):
 
 
 def test_what_can_not_be_fetched(run, hub, home):
-    revision, pickled, quant, strange, *unnamed = run(
-        "pull org/small@v9", "pull org/bin", "pull org/small:Q4_K_M", "pull org/strange",
+    hub.architectures["org/gguf"] = "gptj"
+    revision, pickled, quant, strange, gptj, *unnamed = run(
+        "pull org/small@v9", "pull org/bin", "pull org/small:Q4_K_M", "pull org/strange", "pull org/gguf",
         "pull small", "pull /org/small", "pull org/small/x", "pull org/small:", "pull ..",
     )  # fmt: skip
     failed(revision, "no revision v9")
     failed(pickled, "pytorch_model.bin", "neither safetensors nor GGUF")
     failed(quant, "org/small:Q4_K_M", "none")
     failed(strange, "strange_moe", "known are", "mixtral")
+    failed(gptj, "general.architecture 'gptj'", "known are", "qwen3moe")
     assert hub.names() == {"config.json"}
     for done in unnamed:
         assert done.returncode == 2

@@ -11,6 +11,7 @@ from mer.model import families
 from mer.streaming.experts import expert_tables
 from mer.weights import pull as hub
 from mer.weights.checkpoint import open_checkpoint, read_config, require_streamable
+from mer.weights.gguf_families import ARCHITECTURES
 from mer.weights.hub import Name, Variant
 
 
@@ -30,9 +31,8 @@ def pull(name: str) -> None:
     console = messages()
     repository = hub.look_up(asked)
     variant = hub.choose(repository)
-    if variant is None:
-        _refuse_unknown(repository)
-    elif asked.quant is None:
+    _refuse_unknown(repository, variant)
+    if variant is not None and asked.quant is None:
         _print_variants(console, repository, variant)
     files = hub.weights_of(repository, variant)
     there, total = hub.there(repository, files), repository.size(files)
@@ -59,14 +59,18 @@ def pull(name: str) -> None:
         console.print(f"convert it first: mer convert {asked} NEW_DIRECTORY", soft_wrap=True)
 
 
-def _refuse_unknown(repository: hub.Repository) -> None:
-    """Fetch the small files, and no weights of a model that mer does not know."""
-    path = hub.fetch_texts(repository)
-    kind = read_config(path).get("model_type")
-    if kind not in families.FAMILIES:
-        known = ", ".join(sorted(families.FAMILIES))
+def _refuse_unknown(repository: hub.Repository, variant: Variant | None) -> None:
+    """Fetch the small files of safetensors, and no weights of a model that mer does not know."""
+    what, kind, known = "general.architecture", repository.architecture, set(ARCHITECTURES)
+    if variant is None:
+        path = hub.fetch_texts(repository)
+        what, kind, known = "model_type", read_config(path).get("model_type"), set(families.FAMILIES)
+    elif kind is None:
+        return
+    if kind not in known:
         raise UnsupportedModelError(
-            f"{repository.name}: model_type {kind!r} is not supported, nothing is fetched; known are {known}"
+            f"{repository.name}: {what} {kind!r} is not supported, so its weights are not fetched; known are "
+            + ", ".join(sorted(known))
         )
 
 

@@ -68,11 +68,15 @@ class Remote:
 
 @frozen
 class Repository:
-    """What a hub has under a name. commit: what its revision is now."""
+    """What a hub has under a name. commit: what its revision is now.
+
+    architecture: general.architecture of its GGUF files, where the hub says it.
+    """
 
     name: Name
     commit: str
     files: dict[str, Remote] = field(repr=False)
+    architecture: str | None = None
 
     @property
     def variants(self) -> list[Variant]:
@@ -96,7 +100,7 @@ def look_up(name: Name) -> Repository:
     for each in info.siblings or []:
         sha256 = each.lfs.sha256 if each.lfs else None
         files[each.rfilename] = Remote(each.rfilename, each.size or 0, sha256 or each.blob_id or "", sha256)
-    return Repository(name, str(info.sha), files)
+    return Repository(name, str(info.sha), files, (info.gguf or {}).get("architecture"))
 
 
 def choose(repository: Repository) -> Variant | None:

@@ -21,6 +21,11 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item.path.stem != "test_models_table"]
 
 
+def pytest_runtest_logreport(report):
+    if report.skipped and "/oracle/" in report.fspath:
+        evidence.skipped.append(report.nodeid)
+
+
 def pytest_sessionfinish(session):
     if session.config.option.write_models:
         evidence.write(session)

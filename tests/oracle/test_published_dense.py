@@ -3,6 +3,7 @@ exact arithmetic as the judge."""
 
 from __future__ import annotations
 
+import evidence
 import gguf
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from llama_cpp import LlamaCpp
 from published_models import smollm2
 
 from mer import Engine, SamplingParams
+from mer.model.families import load
 from mer.model.tokenizer import Tokenizer
+from mer.weights.checkpoint import open_checkpoint
 
 # Both round activations to 8 bits, in other groups and orders: against exact arithmetic the logarithm of
 # a probability is off by 0.06 in the median, by 0.2 to 0.45 in the worst twentieth, of either. So two
@@ -100,6 +103,10 @@ def test_tokens(path, peer):
 async def test_greedy_answers(path, peer, exact):
     """Token by token; where llama.cpp takes another, the two are near by exact arithmetic, and it goes on
     with the one that mer took."""
+    checkpoint = open_checkpoint(path)
+    evidence.opened(checkpoint, load(checkpoint))
+    evidence.asked("llama.cpp")
+    evidence.asked("transformers")
     same, others, ours_off, peers_off = 0, 0, [], []
     async with Engine.open(path, context=512) as engine:
         prompts = [engine.tokenizer.encode(prompt) for prompt in PROMPTS]
