@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from cli_models import MER, environment, mer, write_mixtral
 from gguf_models import write_gguf
 from hub_server import COMMIT, Hub
 from huggingface_hub import scan_cache_dir
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from safetensors.numpy import load_file, save_file
 
 from mer import Engine
 from mer.errors import CheckpointError
 from mer.weights import hub as names
 from mer.weights.hub import Name
+from mer.weights.pull import _Tracker
 
 # Shards of 25 MB: huggingface_hub writes 10 at a time.
 LARGE = {"intermediate_size": 4096}
@@ -401,6 +404,23 @@ def test_names_of_paths():
     assert names.name_of(Path("/x/models/org")) is None
     assert names.advice(snapshot / "x") == "go on with: mer pull org/a.b-c"
     assert names.advice(Path("/x/model")) == "fetch it again"
+
+
+def test_progress_of_the_hubs_own_protocol():
+    """Files of more than 50 GB come by it only: its reporter has a bar of ours for tqdm's."""
+    seen = []
+    tracker = _Tracker(5, 100, lambda done, total: seen.append((done, total)))
+    with XetDownloadProgressReporter(
+        reconstruction_desc="x", total=95, log_level=30, tqdm_class=tracker.bar()
+    ) as reporter:
+        for n in (40, 95):
+            reporter.update_progress(
+                SimpleNamespace(
+                    total_bytes=95, total_bytes_completed=n, total_bytes_completion_rate=1.0,
+                    total_transfer_bytes_completed=n, total_transfer_bytes_completion_rate=1.0,
+                )
+            )  # fmt: skip
+    assert seen == [(45, 100), (100, 100)]
 
 
 def test_choosing_a_variant():

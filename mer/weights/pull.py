@@ -227,6 +227,8 @@ class _Tracker:
         add = self.add
 
         class Bar:
+            total: int | None = None
+
             def __init__(self, *_: Any, **__: Any) -> None:
                 pass
 
@@ -239,8 +241,13 @@ class _Tracker:
             def update(self, n: float | None = 1) -> None:
                 add(int(n or 0))
 
+            def update_transfer(self, n: float | None = 1) -> None:
+                pass  # the same bytes, before they are in the file
+
             def set_postfix_str(self, *_: Any, **__: Any) -> None:
                 pass
+
+            set_transfer_postfix_str = set_postfix_str
 
             def close(self) -> None:
                 pass
