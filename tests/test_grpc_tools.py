@@ -139,3 +139,25 @@ async def test_reasoning(tmp_path):
     text, thoughts, calls = whole(answer)
     assert (text, calls) == ("", [])
     assert thoughts == expected["reasoning_content"] != ""
+
+
+async def test_structures_with_a_trigger(tmp_path):
+    """Behind a tag, and where a strict tool is begun to be called; biases see to it that both come."""
+    model = write_tool_model(tmp_path / "small", special=("<tool_call>", "</tool_call>"))
+    with serving(model, "--grpc-port", 0, "--context", 2048) as server:
+        async with connected(server.grpc_port) as stub:
+            tag = pb.TokenizeRequest(text="<tool_call>", add_special_tokens=False)
+            (begins,) = (await stub.Tokenize(tag)).token_ids
+            params = pb.SamplingParams(seed=1, max_tokens=300, logit_bias={begins: 100})
+            strict = [pb.Tool(name=each.name, parameters=each.parameters, strict=True) for each in TOOLS]
+            request = pb.ChatRequest(messages=ASK, params=params, tools=strict, parallel_tool_calls=False)
+            _, _, calls = whole(await pieces(stub.Chat(request)))
+            assert calls[0][0] in ("weather", "forecast")
+            assert set(json.loads(calls[0][1])) >= {"city", "unit"}
+            form = Structure(choice=pb.Choices(texts=["yes"]), after="<tool_call>")
+            params = pb.SamplingParams(seed=1, max_tokens=20, logit_bias={begins: 100}, structure=form)
+            answer = await pieces(stub.Generate(pb.GenerateRequest(text="Emma", params=params)))
+            assert "".join(piece.text for piece in answer).replace("\n", "") == "<tool_call>yes"
+            empty = pb.SamplingParams(structure=Structure(regex="a", after=""))
+            error = await refused(stub.Generate(pb.GenerateRequest(text="Emma", params=empty)))
+            assert error.fields == ["params.structure"]
