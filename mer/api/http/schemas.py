@@ -337,7 +337,7 @@ def _decode(body: bytes, kind: type[_T]) -> _T:
             asked = {name: value for name, value in given.items() if not _asks_nothing(name, value)}
             if len(asked) < len(given):
                 return _decode(msgspec.json.encode(asked), kind)
-        raise _refusal(str(error)) from None
+        raise refusal(str(error)) from None
 
 
 def _asks_nothing(name: str, value: Any) -> bool:
@@ -345,7 +345,8 @@ def _asks_nothing(name: str, value: Any) -> bool:
     return name in UNSUPPORTED and (value is None or value in UNSUPPORTED[name][1])
 
 
-def _refusal(text: str) -> ApiError:
+def refusal(text: str) -> ApiError:
+    """What a client is told of this error of msgspec."""
     match = _WHERE.match(text)
     assert match is not None
     what, where = match[1], match[2] or ""

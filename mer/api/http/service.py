@@ -12,6 +12,7 @@ from quart import Response, request
 
 from mer.api.access import Access
 from mer.api.http.errors import ApiError, unavailable
+from mer.api.http.long_lists import PIECE, decode_large
 from mer.api.http.schemas import decode
 from mer.api.metrics import Metrics
 from mer.api.settings import ServerSettings
@@ -98,8 +99,13 @@ class Service:
         return served
 
 
-async def body_as(kind: type[_T], amend: Callable[[bytes], bytes] = bytes) -> _T:
-    """The body of the request that is being handled, after `amend`. Raises ApiError."""
+async def body_as(
+    kind: type[_T], amend: Callable[[bytes], bytes] = bytes, ids: tuple[str, int] | None = None
+) -> _T:
+    """The body of the request that is being handled, after `amend`; a large one is read on a thread.
+
+    ids: the name of a list of token ids that may be long, and the most that make sense. Raises ApiError.
+    """
     given = request.mimetype
     if given != "application/json":
         raise ApiError(
@@ -114,7 +120,12 @@ async def body_as(kind: type[_T], amend: Callable[[bytes], bytes] = bytes) -> _T
     except TimeoutError:
         raise ApiError(408, "the body did not arrive in time", type="timeout_error", code="timeout") from None
     assert isinstance(data, bytes)
-    return decode(amend(data), kind)
+    if len(data) <= PIECE:
+        return decode(amend(data), kind)
+    if ids is None:
+        return await asyncio.to_thread(lambda: decode(amend(data), kind))
+    name, most = ids
+    return await asyncio.to_thread(lambda: decode_large(data, kind, name, most))
 
 
 def json_response(value: Any, status: int = 200) -> Response:

@@ -42,7 +42,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.post("/detokenize")
     async def detokenize() -> Response:
-        body = await body_as(DetokenizeRequest)
+        body = await body_as(DetokenizeRequest, ids=("tokens", service.settings.max_body))
         service.check_model(body.model)
         tokenizer = service.engine.tokenizer
         if tokenizer is None:

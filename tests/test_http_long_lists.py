@@ -1,0 +1,91 @@
+"""Long lists of token ids: read as `json` reads them, refused as short ones are, and nobody waits."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import msgspec
+import pytest
+from engine_models import opened, write_text_model
+from http_server import asking
+
+from mer.api.http.errors import ApiError
+from mer.api.http.long_lists import PIECE, decode_large
+from mer.api.http.schemas import CompletionRequest, DetokenizeRequest, decode, prompts
+
+MANY = 10**9
+
+
+def read(body: str, most: int = MANY) -> CompletionRequest:
+    return decode_large(body.encode(), CompletionRequest, "prompt", most)
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" ,\n ", " :\t")])
+def test_as_json_reads_them(separators):
+    draw = random.Random(1)
+    for shape in (
+        [draw.randrange(150_000) for _ in range(40_000)],
+        [[draw.randrange(150_000) for _ in range(draw.randrange(9_000))] for _ in range(30)],
+    ):
+        given = {"user": 'say "prompt": [1, 2]', "prompt": shape, "max_tokens": 3}
+        text = json.dumps(given, separators=separators)
+        assert len(text) > 2 * PIECE
+        body = read(text)
+        assert (body.prompt, body.max_tokens, body.user) == (shape, 3, given["user"])
+    # Inside of a text it is text; where something else has the name, that is left to `decode`.
+    inside = json.dumps({"user": json.dumps({"prompt": [1] * 80_000}), "prompt": "x"})
+    assert read(inside).prompt == "x"
+    nested = json.dumps({"guided_json": {"prompt": [1] * 80_000}, "prompt": "x" * 80_000})
+    assert read(nested).prompt == "x" * 80_000
+    assert len(read(nested).guided_json["prompt"]) == 80_000
+
+
+def test_refused_as_short_ones_are():
+    long = "1," * 40_000
+    for bad in (f"[{long}]", f"[,{long}1]", f"[{long},1]", f"[{long}1 1]", f"[[{long}1],,[1]]", f"[{long}1]]",
+                f"[[{long}1][1]]", f"[[{long}1],1]", f"[[{long}1]", f"[[[{long}1]]]"):  # fmt: skip
+        body = f'{{"prompt": {bad}}}'
+        with pytest.raises(ApiError) as caught:
+            read(body)
+        with pytest.raises(ApiError):
+            prompts(decode(body.encode(), CompletionRequest).prompt, "prompt", 128)
+        assert caught.value.status == 400, bad
+    for bad in (f"[{long}2147483648]", f"[{long}-1]", f"[{long}1.5]", f'[{long}"x"]', f"[[{long}-1]]"):
+        with pytest.raises(ApiError) as caught:
+            prompts(read(f'{{"prompt": {bad}}}').prompt, "prompt", 128)
+        assert caught.value.status == 400
+        assert caught.value.param.startswith("prompt"), bad
+    with pytest.raises(ApiError, match="40001 tokens; 100 is the most") as caught:
+        read(f'{{"prompt": [{long}1]}}', 100)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(ApiError, match="unknown parameter: 'x'"):
+        read(f'{{"prompt": [{long}1], "x": 1}}')
+    edge = "1" + ",1" * (PIECE // 2)  # the first piece ends where the comma is
+    for tail in ",", ",1,":
+        with pytest.raises(ApiError):
+            read(f'{{"prompt": [{edge}{tail}]}}')
+    assert decode_large(f'{{"tokens": [{edge}]}}'.encode(), DetokenizeRequest, "tokens", MANY).tokens[-1] == 1
+
+
+async def test_no_piece_holds_up_others(tmp_path, monkeypatch):
+    """Python's lock is held while one is decoded: none is long, however long the list."""
+    sizes, whole = [], msgspec.json.decode
+
+    def watched(data, **more):
+        sizes.append(len(data))
+        return whole(data, **more)
+
+    body = json.dumps({"prompt": [[7] * 500] * 100, "max_tokens": 1}).replace(" ", "").encode()
+    too_long = json.dumps({"prompt": [7] * 4_000_000}).replace(" ", "").encode()
+    headers = {"Content-Type": "application/json"}
+    async with opened(write_text_model(tmp_path), context=4096) as engine, asking(engine) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(msgspec.json, "decode", watched)
+            served = await client.post("/v1/completions", content=body, headers=headers)
+            answer = await client.post("/v1/completions", content=too_long, headers=headers)
+        assert served.json()["usage"]["prompt_tokens"] == 50_000
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        assert "4000000 tokens" in answer.json()["error"]["message"]
+    assert len(sizes) >= 100
+    assert max(sizes) < PIECE + 100
