@@ -46,7 +46,7 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
     """The model in a GGUF file, as llama.cpp's converter lays it out; returns its (first) file.
 
     shards: most tensors of a part, 0: one part. more: `tokenizer`, a function that adds to the writer;
-    `formats`, by what a tensor's name ends with before `.weight` ("ffn_down_exps": "q6_k"), F32 for others;
+    `formats` of matrices, by what a name ends with before `.weight` ("_down_exps": "q6_k"), F32 for others;
     `predicting`, how many layers for multi-token prediction there are; `fused`: as Qwen3-Next's first files.
     The model gets the weights as they are rounded, or random ones where nobody can round.
     """
@@ -61,13 +61,15 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
         found = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         found += ".weight" if found.endswith("attn_sinks") else ""
-        asked = more.get("formats", {}).items()
+        plain = tensor.dim() < 2 or "ffn_gate_inp" in found or found.endswith("bias")
+        asked = {}.items() if plain else more.get("formats", {}).items()
         name = next((form for part, form in asked if found.endswith(f"{part}.weight")), "f32")
         kind = GGMLQuantizationType[name.upper()]
-        data = _stored(np.ascontiguousarray(tensor.detach().float().numpy()), kind)
+        values = np.ascontiguousarray(tensor.detach().float().numpy())
+        data = _stored(values.reshape(-1, values.shape[-1]) if values.ndim == 4 else values, kind)
         if kind != GGMLQuantizationType.F32:
             with torch.no_grad():
-                tensor.copy_(torch.from_numpy(gguf.quants.dequantize(data, kind)))
+                tensor.copy_(torch.from_numpy(gguf.quants.dequantize(data, kind)).reshape(tensor.shape))
         writer.add_tensor(found, data, raw_dtype=kind)
     for layer in range(predicting):
         name = f"blk.{config['num_hidden_layers'] + layer}"
@@ -151,6 +153,8 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         w.add_interleave_moe_layer_step(config["moe_layer_interval"])
         w.add_leading_dense_block_count(config["moe_layer_start_index"])
         w.add_expert_shared_count(config["moe_num_shared_experts"])
+    if family == "minimax_m2":
+        w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if family == "gpt_oss":
         w.add_sliding_window(config["sliding_window"])
     if family.startswith("granite"):
@@ -293,7 +297,8 @@ def _tensors(model: torch.nn.Module, family: str, config: dict):
             yield name.replace("shared_mlp.input_linear", "mlp.shared_expert.up_proj"), up
         elif family in NEIGHBOURS and ("q_proj." in name or "k_proj." in name):
             half = (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) // 2
-            yield name, tensor.reshape(-1, 2, half, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+            turned = tensor.view(-1, 2, half, *tensor.shape[1:]).swapaxes(1, 2)
+            yield name, turned if tensor.dim() == 2 else turned.reshape(tensor.shape)
         elif name.endswith("kv_b_proj.weight"):
             nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
             both = tensor.reshape(-1, nope + value, tensor.shape[1])

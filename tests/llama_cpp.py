@@ -29,6 +29,9 @@ class LlamaCpp:
         # Threads of its that wait for each other do so on the processor.
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.use_jinja = True
+        # Keys and values as exact as mer's.
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.hostnames, params.port = ["127.0.0.1"], 0
         self._server = xllamacpp.Server(params)
         self._client = httpx.Client(base_url=self._server.listening_address, timeout=300)
@@ -58,9 +61,12 @@ class LlamaCpp:
         """The conversation by the model's template, up to where the answer begins."""
         return str(self._ask("/apply-template", messages=messages)["prompt"])
 
-    def greedy(self, prompt: list[int], count: int, top: int) -> list[Drawn]:
-        """The likeliest token, `count` times or up to the one that ends the answer."""
-        answer = self._ask("/completion", prompt=prompt, n_predict=count, temperature=0, n_probs=top)
+    def greedy(self, prompt: list[int], count: int, top: int, *, endless: bool = False) -> list[Drawn]:
+        """The likeliest token, `count` times or up to the one that ends the answer; endless: none does."""
+        answer = self._ask(
+            "/completion",
+            **{"prompt": prompt, "n_predict": count, "temperature": 0, "n_probs": top, "ignore_eos": endless},
+        )
         return [
             Drawn(each["id"], {other["id"]: other["logprob"] for other in each["top_logprobs"]})
             for each in answer["completion_probabilities"]

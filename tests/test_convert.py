@@ -105,7 +105,7 @@ def test_a_store_can_be_converted_again(tmp_path):
 def test_same_bytes_on_every_run(tmp_path, monkeypatch):
     write_model(tmp_path / "src", dtype=np.float16)
     convert_model(tmp_path / "src", tmp_path / "a", "q4_k", "q8_0")
-    monkeypatch.setattr("mer.weights.convert._SLAB", 3000)  # slabs of a few rows: the same bytes all the same
+    monkeypatch.setattr("mer.weights.encode._SLAB", 3000)  # slabs of a few rows: the same bytes all the same
     convert_model(tmp_path / "src", tmp_path / "b", "q4_k", "q8_0")
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
 

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from mer.cli.common import messages, model_argument, output, progress_bar, size
 from mer.cli.summary import Summary, summarise
-from mer.model import families, gguf_tokenizer
+from mer.model import families, gguf_export, gguf_tokenizer
 from mer.model.families import Architecture
+from mer.model.gguf_vocab import vocabulary
 from mer.weights import convert as conversion
 from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint, open_checkpoint
@@ -27,8 +28,10 @@ from mer.weights.plan import Plan
 _SAME: Final = "same"
 
 
-def _format_option(_ctx: click.Context, _param: click.Parameter, value: str) -> Format | None:
-    """A weight format in any case; None for 'same'."""
+def _format_option(_ctx: click.Context, _param: click.Parameter, value: str | None) -> Format | None:
+    """A weight format in any case; None for 'same', and for an option that is not given."""
+    if value is None:
+        return None
     known = {form.name: form for form in WRITTEN} | {_SAME: None}
     if value.lower() not in known:
         raise click.BadParameter(f"the format {value!r} is not known; known are {', '.join(known)}")
@@ -38,6 +41,21 @@ def _format_option(_ctx: click.Context, _param: click.Parameter, value: str) -> 
 @click.command()
 @click.argument("src", callback=model_argument)
 @click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    "kind",
+    type=click.Choice(["store", "gguf"]),
+    default="store",
+    show_default=True,
+    help="An expert store, the directory that mer runs best, or one GGUF file, for llama.cpp.",
+)
+@click.option(
+    "--format",
+    "both",
+    callback=_format_option,
+    metavar="FORMAT",
+    help="Format of all matrices: --experts and --dense in one.",
+)
 @click.option(
     "--experts",
     callback=_format_option,
@@ -55,8 +73,16 @@ def _format_option(_ctx: click.Context, _param: click.Parameter, value: str) -> 
     help="Format of all other matrices.",
 )
 @click.option("--restart", is_flag=True, help="Throw away what an interrupted conversion has done.")
-def convert(src: Path, dst: Path, experts: Format | None, dense: Format | None, restart: bool) -> None:
-    """Write the model SRC as an expert store to the new directory DST.
+def convert(
+    src: Path,
+    dst: Path,
+    kind: str,
+    both: Format | None,
+    experts: Format | None,
+    dense: Format | None,
+    restart: bool,
+) -> None:
+    """Write the model SRC as an expert store to the new directory DST, or as a GGUF file.
 
     Of a dense model, which has no experts, --dense is the format of all matrices.
 
@@ -66,12 +92,16 @@ def convert(src: Path, dst: Path, experts: Format | None, dense: Format | None, 
     SRC may be a GGUF file or an expert store, too. What is quantised in it already is then rounded a second
     time, which loses more than converting the original model; mer says so.
 
-    An interrupted conversion leaves DST.partial; the same command goes on where it ended.
+    An interrupted conversion to a store leaves DST.partial; the same command goes on where it ended. A GGUF
+    file is there as a whole or not at all.
     """
+    _check_destination(dst, kind, restart)
     checkpoint = open_checkpoint(src)
     architecture = families.load(checkpoint)
     before = summarise(checkpoint, architecture)
-    given = click.get_current_context().get_parameter_source("experts") is not ParameterSource.DEFAULT
+    given = _given("experts") or _given("both")
+    if _given("both"):
+        experts, dense = (experts if _given("experts") else both), (dense if _given("dense") else both)
     if not architecture.experts:
         if given:
             messages().print("note: this is a dense model: --experts changes nothing, --dense is for all")
@@ -79,9 +109,19 @@ def convert(src: Path, dst: Path, experts: Format | None, dense: Format | None, 
         experts = None  # published in four bits: another four would only lose
     _warn(before, experts, dense)
     try:
-        report = _convert(checkpoint, dst, architecture, experts, dense, restart)
+        with progress_bar() as bar:
+            task = bar.add_task("preparing", total=None)
+
+            def progress(done: int, total: int) -> None:
+                bar.update(task, description="converting", completed=done, total=total)
+
+            if kind == "gguf":
+                report = _export(checkpoint, dst, architecture, experts, dense, progress)
+            else:
+                report = _convert(checkpoint, dst, architecture, experts, dense, restart, progress)
     except KeyboardInterrupt:
-        messages().print(f"{dst}.partial is kept: the same command goes on from there", soft_wrap=True)
+        if kind == "store":
+            messages().print(f"{dst}.partial is kept: the same command goes on from there", soft_wrap=True)
         raise
     written = open_checkpoint(dst)
     _print(output(), before, summarise(written, families.load(written)), report, architecture.spec.n_layers)
@@ -95,6 +135,20 @@ def _texts(checkpoint: Checkpoint) -> dict[str, str]:
     return {"config.json": json.dumps(checkpoint.config, indent=2), **(tokenizer.texts if tokenizer else {})}
 
 
+def _given(option: str) -> bool:
+    return click.get_current_context().get_parameter_source(option) is not ParameterSource.DEFAULT
+
+
+def _check_destination(dst: Path, kind: str, restart: bool) -> None:
+    if kind == "gguf":
+        if dst.suffix != ".gguf":
+            raise click.UsageError(f"{dst}: the name of a GGUF file ends with .gguf")
+        if restart:
+            raise click.UsageError("--restart goes with --to store: of a GGUF file nothing is kept half-done")
+    elif dst.suffix == ".gguf":
+        raise click.UsageError(f"{dst}: an expert store is a directory; for a GGUF file add --to gguf")
+
+
 def _convert(
     checkpoint: Checkpoint,
     dst: Path,
@@ -102,24 +156,33 @@ def _convert(
     experts: Format | None,
     dense: Format | None,
     restart: bool,
+    progress: conversion.Progress,
 ) -> conversion.Report:
     plan = Plan(architecture.experts, tuple(architecture.dense.values()), architecture.kept)
-    with progress_bar() as bar:
-        task = bar.add_task("preparing", total=None)
+    return conversion.convert(
+        checkpoint,
+        dst,
+        plan,
+        experts=experts,
+        dense=dense,
+        restart=restart,
+        progress=progress,
+        texts=_texts(checkpoint),
+    )
 
-        def progress(done: int, total: int) -> None:
-            bar.update(task, description="converting", completed=done, total=total)
 
-        return conversion.convert(
-            checkpoint,
-            dst,
-            plan,
-            experts=experts,
-            dense=dense,
-            restart=restart,
-            progress=progress,
-            texts=_texts(checkpoint),
-        )
+def _export(
+    checkpoint: Checkpoint,
+    dst: Path,
+    architecture: Architecture,
+    experts: Format | None,
+    dense: Format | None,
+    progress: conversion.Progress,
+) -> conversion.Report:
+    more = {"general.name": checkpoint.path.name, **vocabulary(checkpoint.path, architecture.spec.vocab)}
+    return gguf_export.export(
+        checkpoint, architecture, dst, experts=experts, dense=dense, more=more, progress=progress
+    )
 
 
 def _warn(before: Summary, experts: Format | None, dense: Format | None) -> None:
@@ -137,9 +200,10 @@ def _warn(before: Summary, experts: Format | None, dense: Format | None) -> None
 def _print(
     console: Console, before: Summary, after: Summary, report: conversion.Report, n_layers: int
 ) -> None:
-    n_files = sum(1 for _ in report.path.iterdir())
+    n_files = sum(1 for _ in report.path.iterdir()) if report.path.is_dir() else 1
+    files = f"{n_files} {'file' if n_files == 1 else 'files'}"
     console.print(
-        f"{report.path}: {n_files} files, {size(report.nbytes)}, from {size(before.file_bytes)} of weights",
+        f"{report.path}: {files}, {size(report.nbytes)}, from {size(before.file_bytes)} of weights",
         soft_wrap=True,
     )
     if report.resumed:

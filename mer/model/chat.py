@@ -56,9 +56,10 @@ class ChatTemplate:
     def __init__(self, file: Path | Text, templates: Mapping[str, str], special: Mapping[str, str]) -> None:
         """templates: source by name; 'tool_use' is taken when there are tools, else 'default'.
 
-        `source`: the text of all of them.
+        `sources`: the same; `source`: the text of all of them.
         """
         self._file = file
+        self.sources = templates
         self._special = special
         self.source = "\n".join(templates.values())
         environment = _Environment(

@@ -64,7 +64,7 @@ _CHINESE_KOREAN: Final = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 # How a text is cut before pairs are merged, by tokenizer.ggml.pre: patterns applied one after the other; None
 # stands for GPT-2's, which the byte-level step brings.
-_CUTS: Final[dict[str, list[str] | None]] = {
+CUTS: Final[dict[str, list[str] | None]] = {
     "default": None,
     "gpt-2": None,
     "olmo": None,
@@ -100,7 +100,8 @@ _CUTS: Final[dict[str, list[str] | None]] = {
 # Besides the cuts, these split by GPT-2's pattern as well.
 _ALSO_GPT2: Final = _DIGITS_THEN_GPT2
 _NFC: Final = {"qwen2", "deepseek-r1-qwen"}
-_WHOLE_WORDS_FIRST: Final = {"llama-bpe", "llama3", "llama-v3", "tekken"}
+WHOLE_WORDS_FIRST: Final = {"llama-bpe", "llama3", "llama-v3", "tekken"}
+_BYTES: Final = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
 _BEGINS: Final = {"llama-bpe", "llama3", "llama-v3", "tekken"}
 
 # Control tokens that end an answer, also where the file names only one of several.
@@ -223,28 +224,34 @@ def _opening(metadata: Metadata, tokens: list[str], default: bool) -> dict[str, 
     }
 
 
-def _byte_level(metadata: Metadata, tokens: list[str]) -> dict[str, Any]:
-    pre = _pre(metadata)
-    if pre not in _CUTS:
-        raise UnsupportedModelError(
-            f"{metadata.path}: tokenizer.ggml.pre is {pre!r}; known are {', '.join(sorted(_CUTS))}"
-        )
-    cuts = _CUTS[pre]
+def cuts_of(pre: str) -> dict[str, Any]:
+    """What a tokenizer.json says about texts that are cut in the way that is called so in CUTS."""
+    cuts = CUTS[pre]
     steps: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
         for cut in cuts or []
     ]
-    bytes_step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    steps.append(bytes_step | {"use_regex": cuts is None or pre in _ALSO_GPT2})
+    steps.append(_BYTES | {"use_regex": cuts is None or pre in _ALSO_GPT2})
     return {
         "normalizer": {"type": "NFC"} if pre in _NFC else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "decoder": bytes_step | {"use_regex": False},
+    }
+
+
+def _byte_level(metadata: Metadata, tokens: list[str]) -> dict[str, Any]:
+    pre = _pre(metadata)
+    if pre not in CUTS:
+        raise UnsupportedModelError(
+            f"{metadata.path}: tokenizer.ggml.pre is {pre!r}; known are {', '.join(sorted(CUTS))}"
+        )
+    return {
+        **cuts_of(pre),
+        "decoder": _BYTES | {"use_regex": False},
         "model": {
             "type": "BPE",
             "vocab": _ids(metadata, tokens),
             "merges": _list(metadata, "merges", str),
-            "ignore_merges": pre in _WHOLE_WORDS_FIRST,
+            "ignore_merges": pre in WHOLE_WORDS_FIRST,
         },
     }
 

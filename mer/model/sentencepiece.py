@@ -58,13 +58,14 @@ class SentencePieceVocabulary:
         self.size = 1 + max(self._pieces, default=-1)
         self.longest = max(map(len, self._ids), default=1)
         self.special_ids = frozenset(control + [id for id, token in added.items() if token.special])
+        self.added_ids = frozenset(added)
         self._added = {token.content: token for token in added.values()}
         longest = sorted(self._added, key=len, reverse=True)
         self._split = re.compile("|".join(map(re.escape, longest)) or "(?!)")
         self._bos = self._fixed(config, "bos", default=True)
         self._eos = self._fixed(config, "eos", default=False)
-        prefixed = self._model.normalize("a").startswith(_SPACE)
-        self.decoder: dict[str, Any] | None = _decoder(strip=prefixed)
+        self.prefixed = self._model.normalize("a").startswith(_SPACE)
+        self.decoder: dict[str, Any] | None = _decoder(strip=self.prefixed)
 
     def _own_special(self) -> dict[str, str]:
         ids = {"bos": self._model.bos_id(), "eos": self._model.eos_id(), "unk": self._model.unk_id()}
@@ -94,6 +95,19 @@ class SentencePieceVocabulary:
     def _encode_part(self, text: str, ids: list[int], first: bool) -> None:
         if text:
             ids += (self._model if first else self._middle).encode(text)
+
+    @property
+    def is_bpe(self) -> bool:
+        """Whether pieces are made by joining pairs, the one with the best score first."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        protos: Any = sentencepiece_model_pb2
+        model = protos.ModelProto.FromString(self._model.serialized_model_proto())
+        return bool(model.trainer_spec.model_type == model.trainer_spec.BPE)
+
+    def score(self, id: int) -> float:
+        """What a piece counts; 0 for an added token."""
+        return float(self._model.get_score(id)) if id < self._model.get_piece_size() else 0.0
 
     def token(self, id: int) -> str | None:
         return self._pieces.get(id)

@@ -178,6 +178,7 @@ class JsonVocabulary:
         )
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.added_ids = frozenset(added)
         vocabulary = self._tokenizer.get_vocab()
         self.size = 1 + max(vocabulary.values(), default=-1)
         self.longest = max(map(len, vocabulary), default=1)

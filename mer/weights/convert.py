@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,14 +14,13 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from mer.errors import CheckpointError, ConfigError
+from mer.weights.encode import Encoder
 from mer.weights.formats import Format
 from mer.weights.partial import PartialStore
-from mer.weights.plan import Plan, Segment, Substitution, TensorJob, Work, lay_out
+from mer.weights.plan import Plan, Substitution, TensorJob, Work, lay_out
 from mer.weights.store_layout import MAX_FILE, TensorPlace, new_checksum
 from mer.weights.tensors import Checkpoint
 
-# Elements of a slab: with the slabs in flight and numpy's temporaries, memory stays below some 200 MB.
-_SLAB: Final = 2 << 20
 # What a model has beside its weights.
 BESIDE: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -84,10 +80,14 @@ def convert(
         extra = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
         extra |= {name: text.encode() for name, text in (texts or {}).items()}
         store.finish(extra)
-    used = {*plan.dense, *_tensors_of_experts(checkpoint, plan)}
-    left_out = sorted(name for name in checkpoint.tensors if name not in used)
     nbytes = sum(file.stat().st_size for file in dst.iterdir())
-    return Report(dst, nbytes, work.formats, work.substitutions, left_out, resumed)
+    return Report(dst, nbytes, work.formats, work.substitutions, left_out(checkpoint, plan), resumed)
+
+
+def left_out(checkpoint: Checkpoint, plan: Plan) -> list[str]:
+    """Names of the tensors that the model does not use."""
+    used = {*plan.dense, *_tensors_of_experts(checkpoint, plan)}
+    return sorted(name for name in checkpoint.tensors if name not in used)
 
 
 def _throw_away(partial: Path) -> None:
@@ -142,18 +142,17 @@ def _tensors_of_experts(checkpoint: Checkpoint, plan: Plan) -> set[str]:
 def _write(store: PartialStore, work: Work, progress: Progress) -> None:
     total = sum(layout.data_bytes for layout, _ in work.files)
     done = 0
-    workers = max(1, min(4, len(os.sched_getaffinity(0))))
-    with ThreadPoolExecutor(workers, "mer-convert") as pool:
+    with Encoder() as encoder:
         for layout, jobs in work.files:
             for place, job in zip(layout.tensors, jobs, strict=True):
                 if (layout.name, job.name) not in store.done:
-                    _write_tensor(store, pool, workers + 1, layout.name, place, job)
+                    _write_tensor(store, encoder, layout.name, place, job)
                 done += place.nbytes
                 progress(done, total)
 
 
 def _write_tensor(
-    store: PartialStore, pool: ThreadPoolExecutor, depth: int, file: str, place: TensorPlace, job: TensorJob
+    store: PartialStore, encoder: Encoder, file: str, place: TensorPlace, job: TensorJob
 ) -> None:
     checksum = new_checksum()
     position = 0
@@ -167,38 +166,7 @@ def _write_tensor(
 
     for segment in job.segments:
         put(np.zeros(segment.offset - position, np.uint8))
-        for data in _in_order(pool, depth, segment):
+        for data in encoder.slabs([segment.source], segment.format):
             put(data)
     put(np.zeros(place.nbytes - position, np.uint8))
     store.record(file, job.name, checksum.hexdigest())
-
-
-def _in_order(pool: ThreadPoolExecutor, depth: int, segment: Segment) -> Iterator[NDArray[np.uint8]]:
-    """The segment's encoded slabs, in order, while at most `depth` are being made."""
-    rows, step = segment.source.rows, max(1, _SLAB // max(1, segment.source.cols))
-    running: deque[Future[NDArray[np.uint8]]] = deque()
-    try:
-        for start in range(0, rows, step):
-            if len(running) == depth:
-                yield running.popleft().result()
-            running.append(pool.submit(_encode, segment, start, min(rows, start + step)))
-        while running:
-            yield running.popleft().result()
-    finally:
-        for future in running:
-            future.cancel()
-
-
-def _encode(segment: Segment, start: int, stop: int) -> NDArray[np.uint8]:
-    """Rows in the new format: uint8 [stop - start, row_bytes]; untouched where the format stays."""
-    source = segment.source
-    if segment.format is source.format:
-        return source.raw(start, stop)
-    values = source.read(start, stop)
-    if not np.isfinite(values).all():
-        path = source.checkpoint.files[source.file]
-        raise CheckpointError(
-            f"{path}: {source.name} holds NaN or infinity, which no weight may be; "
-            "the file is damaged, fetch it again"
-        )
-    return segment.format.quantize(values)

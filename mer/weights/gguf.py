@@ -31,7 +31,7 @@ SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 # GGUF's numbers of value types: the fixed ones with their struct codes.
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _SIZES: Final = {kind: struct.calcsize(f"<{code}") for kind, code in _SCALARS.items()}
-_STRING, _ARRAY = 8, 9
+STRING, ARRAY = 8, 9
 
 # ggml's tensor types: name, elements of a block, bytes of a block.
 TYPES: Final[dict[int, tuple[str, int, int]]] = {
@@ -66,6 +66,14 @@ class GGUFFile:
     tensors: list[GGUFTensor]
 
 
+@frozen
+class Raw:
+    """A value as a file holds it. kind: the number of its type; data: what follows that."""
+
+    kind: int
+    data: bytes
+
+
 @frozen(eq=False)
 class _Value:
     """Where a value lies in the header. count: of an array's items, -1 for a value that is no array."""
@@ -85,16 +93,27 @@ class Metadata(Mapping[str, Any]):
         self._values = values
 
     def __getitem__(self, key: str) -> Any:
+        value, data = self._values[key], self._bytes(key)
+        try:
+            return _decode(value.kind, value.count, data)
+        except UnicodeDecodeError as error:
+            raise _damaged(self.path, f"the value of {key} is not UTF-8: {error}") from None
+
+    def raw(self, key: str) -> Raw:
+        """The value as it is, for another file. Raises CheckpointError."""
+        value, data = self._values[key], self._bytes(key)
+        if value.count < 0:
+            return Raw(value.kind, data)
+        return Raw(ARRAY, struct.pack("<IQ", value.kind, value.count) + data)
+
+    def _bytes(self, key: str) -> bytes:
         value = self._values[key]
         with self.path.open("rb") as file:
             file.seek(value.start)
             data = file.read(value.end - value.start)
         if len(data) < value.end - value.start:
             raise _damaged(self.path, f"it was cut off while it was open; {key} is missing")
-        try:
-            return _decode(value.kind, value.count, data)
-        except UnicodeDecodeError as error:
-            raise _damaged(self.path, f"the value of {key} is not UTF-8: {error}") from None
+        return data
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -208,7 +227,7 @@ class _Header:
 
     def _value(self, key: str) -> _Value:
         kind = self._integer("I")
-        if kind != _ARRAY:
+        if kind != ARRAY:
             start = self._tell()
             self._skip(kind, key)
             return _Value(kind, -1, start, self._tell())
@@ -218,7 +237,7 @@ class _Header:
         return _Value(kind, count, start, self._tell())
 
     def _skip(self, kind: int, key: str) -> None:
-        if kind == _STRING:
+        if kind == STRING:
             self._skip_bytes(self._integer("Q"), key)
         elif kind in _SIZES:
             self._skip_bytes(_SIZES[kind], key)
@@ -231,12 +250,12 @@ class _Header:
         if kind in _SIZES:
             self._skip_bytes(_SIZES[kind] * count, key)
             return
-        self._check_count(count, 12 if kind == _ARRAY else 8, f"items of {key}")
-        if kind == _STRING:
+        self._check_count(count, 12 if kind == ARRAY else 8, f"items of {key}")
+        if kind == STRING:
             self._skip_strings(count, key)
         else:
             for _ in range(count):
-                if kind != _ARRAY:
+                if kind != ARRAY:
                     self._skip(kind, key)
                 else:
                     self._skip_items(self._integer("I"), self._integer("Q"), key, depth + 1)
@@ -301,7 +320,7 @@ class _Header:
 
 def _decode(kind: int, count: int, data: bytes) -> Any:
     if count < 0:
-        return data[8:].decode() if kind == _STRING else struct.unpack(f"<{_SCALARS[kind]}", data)[0]
+        return data[8:].decode() if kind == STRING else struct.unpack(f"<{_SCALARS[kind]}", data)[0]
     return _items(kind, count, data, 0)[0]
 
 
@@ -312,7 +331,7 @@ def _items(kind: int, count: int, data: bytes, at: int) -> tuple[list[Any], int]
         return np.frombuffer(data[at:end], np.dtype(f"<{_SCALARS[kind]}")).tolist(), end
     found: list[Any] = []
     for _ in range(count):
-        if kind == _STRING:
+        if kind == STRING:
             size = int.from_bytes(data[at : at + 8], "little")
             at += 8
             found.append(data[at : at + size].decode())

@@ -94,7 +94,9 @@ def choose(wanted: Format | None, source: Format, cols: int) -> Format:
     return plain if plain in (F16, BF16) else F16
 
 
-class _Substitutions:
+class Substitutions:
+    """Collects where a format did not fit."""
+
     def __init__(self) -> None:
         self._found: Counter[tuple[str, int, Format, Format]] = Counter()
 
@@ -114,7 +116,7 @@ def lay_out(
     max_file: int = MAX_FILE,
 ) -> Work:
     """Decide every tensor's format and place. Raises CheckpointError when experts of a layer differ."""
-    notes = _Substitutions()
+    notes = Substitutions()
     sizes: Counter[str] = Counter()
     dense_jobs = _dense_jobs(checkpoint, plan, dense, notes)
     layout = lay_out_dense(
@@ -141,7 +143,7 @@ def lay_out(
 
 
 def _dense_jobs(
-    checkpoint: Checkpoint, plan: Plan, wanted: Format | None, notes: _Substitutions
+    checkpoint: Checkpoint, plan: Plan, wanted: Format | None, notes: Substitutions
 ) -> dict[str, TensorJob]:
     jobs: dict[str, TensorJob] = {}
     for name in _unique(plan.dense):

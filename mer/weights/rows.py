@@ -29,6 +29,11 @@ class Rows:
     scales: Scales | None
     layout: Transposed | SplitBlocks | None = None
 
+    @property
+    def origin(self) -> str:
+        """The file, for messages."""
+        return str(self.checkpoint.files[self.file])
+
     def raw(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Rows start..stop in their format: uint8 [stop - start, row_bytes]. Raises CheckpointError."""
         if isinstance(self.layout, Transposed):

@@ -1,0 +1,194 @@
+"""A model as a GGUF file: names, forms and numbers as llama.cpp wants them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from mer.errors import UnsupportedModelError
+from mer.model.families import Architecture
+from mer.model.gguf_metadata import hyper_parameters
+from mer.model.spec import AttentionSpec, LatentAttentionSpec, RopeSpec
+from mer.weights.convert import Report, left_out
+from mer.weights.encode import Encoder
+from mer.weights.extents import MoeLayerSource
+from mer.weights.formats import F32, Format
+from mer.weights.gguf_families import BY_MODEL_TYPE, GGUFFamily
+from mer.weights.gguf_writer import Entry, Progress, Value, write_gguf
+from mer.weights.plan import Plan, Substitutions, choose
+from mer.weights.reordered import Columns, Picked, Source, Turned
+from mer.weights.rows import dense_rows, expert_rows
+from mer.weights.tensors import Checkpoint
+
+_PARTS: Final = ("gate", "up", "down")
+# general.file_type, by the format of most weights.
+_FILE_TYPES: Final = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 12,
+    "q4_k": 15, "q5_k": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30, "bf16": 32, "mxfp4": 38,
+}  # fmt: skip
+_QUANTIZATION_VERSION: Final = 2
+
+
+def export(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    path: Path,
+    *,
+    experts: Format | None,
+    dense: Format | None,
+    more: Mapping[str, Value],
+    progress: Progress | None = None,
+) -> Report:
+    """Write the GGUF file `path`, with experts and other matrices in these formats, None: as they are.
+
+    more: metadata besides hyper-parameters: the tokenizer's, the model's name. Vectors, routers, biases and
+    norms are F32. Raises UnsupportedModelError for what llama.cpp can't compute, CheckpointError for a source
+    that is damaged, ConfigError when `path` exists, MerError when writing fails.
+    """
+    with Encoder() as encoder:
+        tensors = _Tensors(checkpoint, architecture, encoder)
+        entries = tensors.entries(experts, dense)
+        sizes: Counter[str] = Counter()
+        for entry in entries:
+            sizes[entry.format.name] += entry.nbytes
+        metadata = {**file_metadata(architecture, sizes.most_common(1)[0][0]), **more}
+        nbytes = write_gguf(path, metadata, entries, progress)
+    plan = Plan(architecture.experts, tuple(architecture.dense.values()))
+    return Report(path, nbytes, dict(sizes), tensors.notes.list(), left_out(checkpoint, plan), resumed=0)
+
+
+def file_metadata(architecture: Architecture, form: str) -> dict[str, Value]:
+    """What every such file says. form: that of most weights. Raises UnsupportedModelError."""
+    family = _family(architecture)
+    return {
+        "general.architecture": family.architecture,
+        "general.file_type": _FILE_TYPES[form],
+        "general.quantization_version": _QUANTIZATION_VERSION,
+        **hyper_parameters(family, architecture.spec),
+    }
+
+
+def _family(architecture: Architecture) -> GGUFFamily:
+    family = BY_MODEL_TYPE.get(architecture.spec.family)
+    if family is None:
+        known = ", ".join(sorted(BY_MODEL_TYPE))
+        raise UnsupportedModelError(
+            f"models of {architecture.spec.family} are not written as GGUF; known are {known}"
+        )
+    return family
+
+
+class _Tensors:
+    """The tensors of a file, in the order in which the model uses them."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, encoder: Encoder) -> None:
+        self.notes = Substitutions()
+        self._checkpoint, self._architecture, self._encoder = checkpoint, architecture, encoder
+        self._family = _family(architecture)
+
+    def entries(self, experts: Format | None, dense: Format | None) -> list[Entry]:
+        found: list[Entry] = []
+        written: set[str] = set()
+        for part, name in self._architecture.dense.items():
+            if name not in written:  # the head may be the embedding
+                written.add(name)
+                found += self._dense(part, name, dense)
+        for source in self._architecture.experts:
+            found += self._stacked(source, experts)
+        if factors := _frequency_factors(self._architecture.spec.rope):
+            data = np.array(factors, np.float32)
+            found.append(Entry("rope_freqs.weight", data.shape, F32, lambda: iter([data.view(np.uint8)])))
+        return found
+
+    def _dense(self, part: str, name: str, wanted: Format | None) -> Iterator[Entry]:
+        info = self._checkpoint.tensor(name)
+        rows = dense_rows(self._checkpoint, info)
+        kept = name in self._architecture.kept or len(info.shape) < 2
+        for theirs, shape, source in self._forms(part.rpartition(".")[2], name, info.shape, rows):
+            form = F32 if kept else choose(wanted, source.format, source.cols)
+            if not kept:
+                self.notes.note(theirs, source.cols, wanted, form)
+            yield Entry(self._gguf(theirs), shape, form, partial(self._encoder.slabs, [source], form))
+
+    def _forms(
+        self, kind: str, name: str, shape: tuple[int, ...], rows: Source
+    ) -> Iterator[tuple[str, tuple[int, ...], Source]]:
+        """(Hugging Face's name, shape, values): of one tensor, one or two that llama.cpp has in its place."""
+        spec, a = self._architecture.spec, self._architecture.spec.attention
+        if kind in ("q", "k", "q_bias", "k_bias") and self._family.neighbours and not spec.rope.interleaved:
+            yield name, shape, self._turned(name, rows)
+        elif kind == "kv_up":
+            assert isinstance(a, LatentAttentionSpec)
+            both, values = a.nope_dim + a.value_dim, np.arange(a.nope_dim, a.nope_dim + a.value_dim)
+            keys = name.replace("kv_b_proj", "k_b_proj")
+            yield keys, (a.n_heads, a.kv_rank, a.nope_dim), Turned(rows, both, a.nope_dim)
+            values_name = name.replace("kv_b_proj", "v_b_proj")
+            yield values_name, (a.n_heads, a.value_dim, a.kv_rank), Picked(rows, both, values)
+        elif kind == "expert_gate_up_bias":
+            for first, part in enumerate(("gate", "up")):
+                columns = np.arange(first, shape[1], 2)
+                new = name.replace("gate_up_proj", f"{part}_proj")
+                yield new, (shape[0], len(columns)), Columns(rows, columns)
+        elif kind == "gate_up":
+            for half, part in zip(np.arange(rows.rows).reshape(2, -1), ("gate", "up"), strict=True):
+                new = name.replace("input_linear", f"{part}_proj")
+                yield new, (len(half), rows.cols), Picked(rows, rows.rows, half)
+        elif kind == "shared_gate":
+            yield name, shape[-1:], rows
+        else:
+            yield name, shape, rows
+
+    def _turned(self, name: str, rows: Source) -> Source:
+        """Rows of q or k, with elements (i, i + dim / 2) of a head, which turn together, as neighbours."""
+        a = self._architecture.spec.attention
+        if not isinstance(a, AttentionSpec) or 2 * len(self._architecture.spec.rope.inv_freq) != a.head_dim:
+            raise UnsupportedModelError(
+                f"{rows.origin}: tensor {name} can't be written as GGUF: the order that its rows would have "
+                "to have is known for heads that turn as a whole only"
+            )
+        order = np.arange(a.head_dim).reshape(2, -1).T.reshape(-1)
+        if rows.rows == 1:  # a bias
+            starts = np.arange(0, rows.cols, a.head_dim)[:, None]
+            return Columns(rows, (starts + order).reshape(-1))
+        return Picked(rows, a.head_dim, order)
+
+    def _stacked(self, layer: MoeLayerSource, wanted: Format | None) -> Iterator[Entry]:
+        """gate, up and down of all experts of a layer."""
+        for i, part in enumerate(_PARTS):
+            matrices = [(extents, extents.matrices[i]) for extents in layer.experts]
+            first = matrices[0][1]
+            name = f"model.layers.{layer.layer}.mlp.experts.{part}_proj"
+            form = choose(wanted, first.format, first.cols)
+            sources: list[Source] = []
+            for e, (extents, matrix) in enumerate(matrices):
+                what = f"{part} of expert {e} of layer {layer.layer}"
+                if wanted is None and matrix.format is not first.format:
+                    raise UnsupportedModelError(
+                        f"{self._checkpoint.path}: {what} is {matrix.format.name}, that of expert 0 "
+                        f"{first.format.name}; in GGUF they are one tensor: name a format"
+                    )
+                sources.append(expert_rows(self._checkpoint, extents, matrix, what))
+            self.notes.note(name, first.cols, wanted, form)
+            shape = (len(sources), first.rows, first.cols)
+            yield Entry(self._gguf(name), shape, form, partial(self._encoder.slabs, sources, form))
+
+    def _gguf(self, name: str) -> str:
+        found = self._family.names.gguf(name)
+        if found is None:
+            raise UnsupportedModelError(
+                f"{self._checkpoint.path}: tensor {name} has no name in GGUF's {self._family.architecture}"
+            )
+        return found
+
+
+def _frequency_factors(rope: RopeSpec) -> list[float]:
+    """What rope_freqs.weight divides the frequencies by; empty where there is no need of it."""
+    if rope.scaling is None or rope.scaling.kind not in ("llama3", "factors"):
+        return []
+    pairs = len(rope.inv_freq)
+    return [rope.theta ** (-i / pairs) / frequency for i, frequency in enumerate(rope.inv_freq)]

@@ -1,0 +1,204 @@
+"""A model's numbers as the metadata of a GGUF file, and what llama.cpp can't compute of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal
+
+from attrs import frozen
+
+from mer.errors import UnsupportedModelError
+from mer.model.spec import AttentionSpec, LatentAttentionSpec, ModelSpec
+from mer.weights.gguf_families import GGUFFamily
+from mer.weights.gguf_writer import Value
+
+_SOFTMAX, _SIGMOID = 1, 2  # of expert_gating_func
+
+
+@frozen
+class _Computes:
+    """What llama.cpp computes for an architecture, whatever the file says.
+
+    normalise: the weights of the chosen experts are made to add up to 1; None: as the file says. plain: the
+    first layers may have no experts. square: q and o are [hidden, hidden]. windows: of which layers.
+    frequencies: rope_freqs.weight is read. clamp: alpha and limit of the experts' SwiGLU.
+    """
+
+    normalise: bool | None = None
+    plain: bool = False
+    square: bool = False
+    windows: Literal["none", "even layers"] = "none"
+    frequencies: bool = False
+    clamp: tuple[float, float] | None = None
+    multipliers: bool = False
+
+
+# By model_type. A family that is not here is not written.
+_KNOWN: Final = {
+    "mixtral": _Computes(normalise=True, frequencies=True),
+    "qwen2_moe": _Computes(normalise=False, square=True),
+    "qwen3_moe": _Computes(normalise=True),
+    "olmoe": _Computes(normalise=False, square=True),
+    "gpt_oss": _Computes(normalise=True, windows="even layers", clamp=(1.702, 7.0)),
+    "deepseek_v2": _Computes(plain=True),
+    "deepseek_v3": _Computes(plain=True),
+    "glm4_moe": _Computes(plain=True),
+    "glm4_moe_lite": _Computes(plain=True),
+    "granitemoe": _Computes(normalise=True, multipliers=True),
+    "granitemoeshared": _Computes(normalise=True, multipliers=True),
+    "minimax_m2": _Computes(normalise=True),
+}
+
+
+def hyper_parameters(family: GGUFFamily, spec: ModelSpec) -> dict[str, Value]:
+    """Keys (with the architecture before them) and values, as llama.cpp's converter writes them.
+
+    Raises UnsupportedModelError for what llama.cpp would compute otherwise.
+    """
+    _check(family, spec)
+    found: dict[str, Value] = {
+        "block_count": spec.n_layers,
+        "context_length": spec.max_positions,
+        "embedding_length": spec.hidden,
+        "feed_forward_length": spec.dense_inter or spec.moe_inter,
+        "vocab_size": spec.vocab,
+        "attention.layer_norm_rms_epsilon": spec.norm_eps,
+        "rope.dimension_count": 2 * len(spec.rope.inv_freq),
+        "rope.freq_base": spec.rope.theta,
+        **_attention(spec.attention),
+        **_experts(spec),
+        **_scaling(family, spec),
+    }
+    if _KNOWN[spec.family].multipliers:
+        found |= {
+            "attention.scale": spec.attention.scale,
+            "embedding_scale": spec.embedding_scale,
+            "residual_scale": spec.residual_scale,
+            "logit_scale": 1 / spec.logit_scale,
+        }
+    windows = [layer.window for layer in spec.layers if layer.window]
+    if windows:
+        found["attention.sliding_window"] = windows[0]
+    return {f"{family.architecture}.{key}": value for key, value in found.items()}
+
+
+def _attention(a: AttentionSpec | LatentAttentionSpec) -> dict[str, Value]:
+    if isinstance(a, AttentionSpec):
+        return {
+            "attention.head_count": a.n_heads,
+            "attention.head_count_kv": a.n_kv_heads,
+            "attention.key_length": a.head_dim,
+            "attention.value_length": a.head_dim,
+        }
+    # All heads share the latent, so llama.cpp's cache is that of one head, as long as the latent.
+    ranks: dict[str, Value] = {"attention.kv_lora_rank": a.kv_rank}
+    if a.query_rank is not None:
+        ranks["attention.q_lora_rank"] = a.query_rank
+    return {
+        "attention.head_count": a.n_heads,
+        "attention.head_count_kv": 1,
+        "attention.key_length": a.latent_dim,
+        "attention.value_length": a.kv_rank,
+        "attention.key_length_mla": a.nope_dim + a.rope_dim,
+        "attention.value_length_mla": a.value_dim,
+        **ranks,
+    }
+
+
+def _experts(spec: ModelSpec) -> dict[str, Value]:
+    r = spec.router
+    if r is None:
+        return {}
+    found: dict[str, Value] = {
+        "expert_count": r.n_experts,
+        "expert_used_count": r.top_k,
+        "expert_feed_forward_length": spec.moe_inter,
+        "expert_gating_func": _SIGMOID if r.score == "sigmoid" else _SOFTMAX,
+        "expert_weights_norm": r.normalise,
+        "expert_weights_scale": r.scale,
+    }
+    if spec.shared_inter:
+        found["expert_shared_feed_forward_length"] = spec.shared_inter
+    if _KNOWN[spec.family].plain:
+        found |= {
+            "expert_group_count": r.n_groups,
+            "expert_group_used_count": r.top_groups,
+            "expert_shared_count": spec.shared_inter // spec.moe_inter,
+            "leading_dense_block_count": spec.n_layers - spec.n_moe_layers,
+        }
+    return found
+
+
+def _scaling(family: GGUFFamily, spec: ModelSpec) -> dict[str, Value]:
+    scaling, a = spec.rope.scaling, spec.attention
+    if scaling is None or scaling.kind in ("llama3", "factors"):
+        return {}
+    found: dict[str, Value] = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
+    if scaling.kind == "linear":
+        return found
+    found |= {
+        "rope.scaling.original_context_length": scaling.original,
+        "rope.scaling.yarn_beta_fast": scaling.beta_fast,
+        "rope.scaling.yarn_beta_slow": scaling.beta_slow,
+    }
+    if isinstance(a, LatentAttentionSpec):
+        # The scores' factor is (1 + multiplier * ln(factor)) squared; cos and sin have none.
+        wanted = 1.0
+        multiplier = math.sqrt(a.scale * math.sqrt(a.nope_dim + a.rope_dim)) - 1
+        found["rope.scaling.yarn_log_multiplier"] = multiplier / math.log(scaling.factor)
+    else:
+        wanted = 0.1 * math.log(scaling.factor) + 1
+    if not math.isclose(spec.rope.scale, wanted, rel_tol=1e-6):
+        raise _unsupported(
+            family, f"multiplies rotary cos and sin by {wanted:.6g}, the model by {spec.rope.scale:.6g}"
+        )
+    return found
+
+
+def _check(family: GGUFFamily, spec: ModelSpec) -> None:
+    """Refuse what would be computed otherwise: such a file would answer, but nonsense."""
+    known = _KNOWN.get(family.model_type)
+    if known is None:
+        raise UnsupportedModelError(
+            f"models of {family.model_type} are not written as GGUF; known are {', '.join(sorted(_KNOWN))}"
+        )
+    a, r = spec.attention, spec.router
+    plain = spec.n_layers - spec.n_moe_layers
+    even = [layer.window is not None for layer in spec.layers] == [i % 2 == 0 for i in range(spec.n_layers)]
+    windows = {layer.window for layer in spec.layers if layer.window}
+    width = a.n_heads * a.head_dim if isinstance(a, AttentionSpec) else spec.hidden
+    kinds = {"llama3", "factors"} if known.frequencies else set()
+    for wrong, what in (
+        (
+            r is not None and known.normalise not in (None, r.normalise),
+            f"{'does' if known.normalise else 'does not'} normalise the weights of the chosen experts, the "
+            "model's norm_topk_prob says otherwise",
+        ),
+        (any(layer.moe_index is not None for layer in spec.layers[:plain]), "has experts from a layer on"),
+        (plain and not known.plain, "has experts in every layer"),
+        (known.square and width != spec.hidden, f"has heads that are {spec.hidden} wide together"),
+        (known.windows == "none" and windows, "has no attention windows"),
+        (known.windows != "none" and (not even or len(windows) != 1), "has a window in every other layer"),
+        (
+            known.clamp != (spec.clamp and (spec.clamp.alpha, spec.clamp.limit)),
+            "has other constants in the experts' SwiGLU",
+        ),
+        (isinstance(a, AttentionSpec) and a.clip is not None, "does not clip q, k and v (clip_qkv)"),
+        (
+            r is not None and r.n_groups > 1 and r.group_best != 2,
+            "chooses groups by the sum of their two best experts",
+        ),
+        (
+            spec.rope.scaling is not None and spec.rope.scaling.kind not in ("linear", "yarn", *kinds),
+            f"has no rope scaling {spec.rope.scaling and spec.rope.scaling.kind!r}",
+        ),
+        (spec.rope.interleaved and not family.neighbours, "turns pairs (i, i + dim/2) of a head"),
+    ):
+        if wrong:
+            raise _unsupported(family, what)
+
+
+def _unsupported(family: GGUFFamily, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"this {family.model_type} can't be written as GGUF: llama.cpp's {family.architecture} {what}"
+    )

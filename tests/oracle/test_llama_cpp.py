@@ -1,0 +1,184 @@
+"""The same GGUF file in mer and in llama.cpp: written by the gguf package, and by `mer convert --to gguf`.
+
+llama.cpp answers greedily, with the log-probabilities of the likeliest tokens in each place; mer computes the
+logits of the same tokens, transformers what is exact: the weights as they are rounded, in float32.
+
+With weights of F32 all three agree within EXACT: the order of sums. With quantised weights both programs
+round activations to 8 bits, but in other blocks and at other places (llama.cpp's Q8_K is 256 wide), so they
+differ from what is exact and from each other. mer may be off by no more than llama.cpp is, but for a quarter
+(of 160 numbers), and llama.cpp's token is mer's likeliest, or as likely but for three times the deviation.
+"""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+from cli_models import mer
+from gguf_models import write_gguf
+from harness import Runner
+from llama_cpp import LlamaCpp
+from make_checkpoints import FAMILY, make
+from test_families import oracle
+
+VOCAB = 500
+PROMPT = [int(token) for token in np.random.default_rng(3).integers(10, VOCAB, 24)]
+N = 16
+EOS = "aaa"
+EXACT = 5e-5
+# As llama.cpp's Q4_K_M mixes them.
+MIX = {"_gate_exps": "q4_k", "_up_exps": "q4_k", "_down_exps": "q6_k", "attn_v": "q6_k", "output": "q6_k"}
+MIX[""] = "q8_0"
+# Multiples of 256, for the formats that need it.
+WIDE = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 256, "vocab_size": VOCAB}
+LATENT = {
+    "q_lora_rank": 256,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+}
+WIDE_OF = {
+    "mixtral": {},
+    "qwen2_moe": {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256},
+    "qwen3_moe": {"moe_intermediate_size": 256, "head_dim": 64},
+    "olmoe": {},
+    "gpt_oss": {"head_dim": 64, "max_position_embeddings": 131072},
+    "granitemoe": {},
+    "granitemoeshared": {"shared_intermediate_size": 256},
+    "minimax_m2": {"head_dim": 64, "rotary_dim": 32},
+    "glm4_moe": {"moe_intermediate_size": 256},
+    "glm4_moe_lite": {"moe_intermediate_size": 256, **LATENT},
+    "deepseek_v2": {
+        "moe_intermediate_size": 256,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        **LATENT,
+    },
+    "deepseek_v3": {
+        "moe_intermediate_size": 256,
+        **LATENT,
+    },
+}
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def words() -> dict:
+    """A byte-level tokenizer of words: llama.cpp tells the probabilities of whole characters only."""
+    vocab = {f"{i:03d}".translate(str.maketrans("0123456789", "abcdefghij")): i for i in range(VOCAB)}
+    steps = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    model = {"type": "BPE", "vocab": vocab, "merges": []}
+    return {
+        "version": "1.0",
+        "model": model,
+        "pre_tokenizer": steps,
+        "decoder": steps,
+        "added_tokens": [
+            {"id": 0, "content": EOS, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        ],
+    }
+
+
+def write_words(path) -> None:
+    (path / "tokenizer.json").write_text(json.dumps(words()))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
+
+
+def log_softmax(logits):
+    logits = logits.astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def deviations(path, model) -> tuple[float, float, float]:
+    """Root mean squares of what llama.cpp and mer are off, and by how much mer prefers another token."""
+    with LlamaCpp(path) as llama:
+        answer = llama.greedy(PROMPT, N, 10, endless=True)
+    assert len(answer) == N
+    tokens = PROMPT + [drawn.id for drawn in answer][:-1]
+    exact = log_softmax(oracle(model, tokens)[len(PROMPT) - 1 :])
+    ours = log_softmax(Runner(path).logits(tokens)[len(PROMPT) - 1 :])
+    off = [
+        (theirs - exact[i, id], ours[i, id] - exact[i, id])
+        for i, drawn in enumerate(answer)
+        for id, theirs in drawn.top.items()
+    ]
+    rms = np.sqrt(np.mean(np.square(off), axis=0))
+    # Token 0 is EOS, which llama.cpp was told not to say.
+    preferred = max(row[1:].max() - row[drawn.id] for row, drawn in zip(ours, answer, strict=True))
+    return float(rms[0]), float(rms[1]), float(preferred)
+
+
+@pytest.mark.parametrize("family", sorted(WIDE_OF))
+def test_exported(family, tmp_path):
+    """Of what the gguf package writes of the same model every tensor and value is there, and it runs."""
+    model = make(tmp_path / "hf", family, **{**WIDE, **WIDE_OF[family]})
+    write_words(tmp_path / "hf")
+    path = export(tmp_path / "hf", "--format", "f32")
+    theirs, ours, preferred = deviations(path, model)
+    # llama.cpp rounds the ends of YaRN's ramp, GPT-OSS's own code does not.
+    assert theirs < (0.03 if family == "gpt_oss" else EXACT)
+    assert ours < EXACT
+    assert preferred < (0.03 if family == "gpt_oss" else EXACT)
+    for form in ("f32", "q4_0"):
+        wanted = gguf.GGUFReader(
+            write_gguf(model, tmp_path / f"wanted-{form}.gguf", formats={"": form}, tokenizer=add_words)
+        )
+        found = gguf.GGUFReader(export(tmp_path / "hf", "--format", form))
+        check_same(found, wanted)
+        make_again = make(tmp_path / "again", family, **{**WIDE, **WIDE_OF[family]})
+        model.load_state_dict(make_again.state_dict())
+
+
+def export(path, *options):
+    target = path.parent / f"exported{''.join(options)}.gguf"
+    if not target.exists():
+        done = mer("convert", str(path), str(target), "--to", "gguf", *options)
+        assert done.returncode == 0, done.stderr
+    return target
+
+
+def check_same(found, wanted) -> None:
+    tensors = {tensor.name: tensor for tensor in found.tensors}
+    assert sorted(tensors) == sorted(tensor.name for tensor in wanted.tensors)
+    for tensor in wanted.tensors:
+        ours = tensors[tensor.name]
+        assert (ours.tensor_type, list(ours.shape)) == (tensor.tensor_type, list(tensor.shape)), tensor.name
+        np.testing.assert_array_equal(ours.data, tensor.data, err_msg=tensor.name)
+    for name, field in wanted.fields.items():
+        if not name.startswith(("GGUF.", "tokenizer.ggml.merges")):
+            value = field.contents()
+            approx = pytest.approx(value) if isinstance(value, float) else value
+            assert found.fields[name].contents() == approx, name
+
+
+@pytest.mark.parametrize(
+    ("family", "formats"),
+    [
+        *((family, form) for family in sorted(WIDE_OF) for form in ("q4_0", "mix")),
+        *((family, "q8_0") for family in ("deepseek_v3", "gpt_oss", "qwen2_moe")),
+    ],
+)
+def test_quantised(family, formats, tmp_path):
+    """Every expert is chosen: otherwise rounding may choose another, which is a large difference."""
+    changes = {name: 4 for name in EXPERTS if name in FAMILY[family]} | {"num_experts_per_tok": 4}
+    if "n_group" in FAMILY[family]:
+        changes |= {"n_group": 1, "topk_group": 1}
+    model = make(tmp_path / "hf", family, **{**WIDE, **WIDE_OF[family], **changes})
+    forms = MIX if formats == "mix" else {"": formats}
+    path = write_gguf(model, tmp_path / "x.gguf", formats=forms, tokenizer=add_words)
+    theirs, ours, preferred = deviations(path, model)
+    assert 0.01 < theirs < 0.2
+    assert ours < 1.25 * theirs
+    assert preferred < 3 * max(theirs, ours)
+
+
+def add_words(writer):
+    parts = words()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(list(parts["model"]["vocab"]))
+    writer.add_token_types([3] + [1] * (VOCAB - 1))
+    writer.add_token_merges(["a a"])  # llama.cpp wants some, and the writer leaves out an empty list
+    writer.add_eos_token_id(0)
