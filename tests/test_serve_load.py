@@ -77,7 +77,8 @@ def request(prompt: str, **changes) -> bytes:
     } | changes  # fmt: skip
     body = json.dumps(asked).encode()
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"Content-Length: {len(body)}\r\n"
     )
     return head.encode() + b"Content-Type: application/json\r\n\r\n" + body
 
