@@ -149,6 +149,8 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         w.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     if family in ("gpt_oss", "minimax_m2"):
         w.add_expert_feed_forward_length(config["intermediate_size"])
+    if family == "minimax_m2":
+        w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if family == "ernie4_5_moe":
         w.add_interleave_moe_layer_step(config["moe_layer_interval"])
         w.add_leading_dense_block_count(config["moe_layer_start_index"])

@@ -9,8 +9,9 @@ from mer.errors import CheckpointError, UnsupportedModelError
 from mer.weights.gguf import Metadata
 
 SOFTMAX: Final = 1
+SIGMOID: Final = 2
 # expert_gating_func as config.json has it.
-SCORES: Final = {SOFTMAX: "softmax", 2: "sigmoid"}
+SCORES: Final = {SOFTMAX: "softmax", SIGMOID: "sigmoid"}
 
 
 class Keys:

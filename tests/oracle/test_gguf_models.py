@@ -1,5 +1,6 @@
 """GGUF files in place, against transformers on the same weights."""
 
+import gguf
 import numpy as np
 import pytest
 from cli_models import mer
@@ -68,6 +69,14 @@ def test_logits(family, tmp_path):
 )
 def test_variants(family, changes, tmp_path):
     model = make(tmp_path / "hf", family, **changes)
+    runner = Runner(write_gguf(model, tmp_path / "model.gguf"))
+    assert error(runner.logits(PROMPT), oracle(model, PROMPT)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "glm4_moe_lite", "deepseek_v2"])
+def test_files_that_do_not_say_how_experts_are_scored(family, monkeypatch, tmp_path):
+    monkeypatch.setattr(gguf.GGUFWriter, "add_expert_gating_func", lambda writer, value: None)
+    model = make(tmp_path / "hf", family)
     runner = Runner(write_gguf(model, tmp_path / "model.gguf"))
     assert error(runner.logits(PROMPT), oracle(model, PROMPT)) < 1e-4
 

@@ -8,7 +8,7 @@ from attrs import evolve
 
 from mer.weights.gguf_families.family import GGUFFamily
 from mer.weights.gguf_families.names import Names
-from mer.weights.gguf_families.shared import SHARED_EXPERTS, deepseek_experts
+from mer.weights.gguf_families.shared import SHARED_EXPERTS, deepseek_experts, scores
 from mer.weights.gguf_keys import SOFTMAX, Keys, rope_of
 
 
@@ -65,5 +65,5 @@ V2 = evolve(
     FAMILY,
     model_type="deepseek_v2",
     config=_config_v2,
-    is_of=lambda keys: keys.get("expert_gating_func", SOFTMAX) == SOFTMAX,
+    is_of=lambda keys: scores(keys) == SOFTMAX,
 )

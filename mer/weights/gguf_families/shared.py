@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from mer.weights.gguf_keys import SCORES, SOFTMAX, Keys
+from mer.weights.gguf_keys import SCORES, SIGMOID, SOFTMAX, Keys
 
 # A layer's tensors, DeepSeek's experts with their choice.
 SHARED_EXPERTS: Final = {
@@ -15,9 +15,16 @@ SHARED_EXPERTS: Final = {
 }
 
 
+def scores(keys: Keys) -> int:
+    """expert_gating_func; in files without it only sigmoid scores have a bias beside them."""
+    biased = keys.has_part("exp_probs_b.bias") or keys.has_part("exp_probs_b.weight")
+    gating: int = keys.get("expert_gating_func") or (SIGMOID if biased else SOFTMAX)
+    return gating
+
+
 def deepseek_experts(keys: Keys) -> dict[str, Any]:
     """Experts and their choice, as DeepSeek's config.json names them."""
-    gating = keys.get("expert_gating_func", SOFTMAX)
+    gating = scores(keys)
     return {
         "scoring_func": SCORES.get(gating, gating),
         "moe_intermediate_size": keys["expert_feed_forward_length"],
