@@ -114,7 +114,10 @@ def _json(
     del spec["rope"]["inv_freq"]
     memory = None
     if full is not None:
-        names = ("interpreter", "dense", "kv", "kv_dtype", "buffers", "context", "slot", "experts")
+        names = (
+            "interpreter", "dense", "kv", "kv_dtype", "states", "max_running", "buffers", "context", "slot",
+            "experts",
+        )  # fmt: skip
         memory = {name: getattr(full, name) for name in names} | {"budgets": [asdict(row) for row in rows]}
     return {
         "path": str(checkpoint.path),
@@ -148,11 +151,13 @@ def _print_model(
         ("vocabulary", f"{spec.vocab:,}" + (", head and embedding are one" if spec.tied_embeddings else "")),
         ("context", f"{spec.max_positions:,} tokens"),
         ("attention", summary.attention(spec)),
+        ("recurrent layers", summary.recurrent(spec)),
         ("KV per token", f"{size(facts.kv_bytes_per_token)} in {facts.kv_dtype}"),
         *_expert_rows(spec, facts),
         ("other weights" if spec.router else "weights", _stored(facts, "dense")),
     ):
-        table.add_row(name, value)
+        if value is not None:
+            table.add_row(name, value)
     console.print(table)
 
 
@@ -176,6 +181,7 @@ def _print_memory(console: Console, full: Budget, rows: list[_Row]) -> None:
     fixed = (
         ("weights that every token needs", full.dense),
         (f"keys and values of {full.context:,} tokens in {full.kv_dtype}", full.kv),
+        *([("recurrent states of a request", full.states // full.max_running)] if full.states else []),
         ("buffers of a step", full.buffers),
         ("the program itself, about", full.interpreter),
     )

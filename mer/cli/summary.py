@@ -7,12 +7,14 @@ from collections import Counter
 
 from attrs import frozen
 
+from mer.cli.common import size
 from mer.config import EngineConfig
 from mer.engine.budget import kv_dtype
 from mer.model.dense import dense_bytes
 from mer.model.families import Architecture
 from mer.model.kv import BLOCK, KVCache
-from mer.model.spec import AttentionSpec, LatentAttentionSpec, ModelSpec, RouterSpec
+from mer.model.spec import AttentionSpec, DeltaSpec, LatentAttentionSpec, ModelSpec, RouterSpec
+from mer.model.state import StateCache
 from mer.weights.tensors import Checkpoint
 
 
@@ -87,10 +89,24 @@ def attention(spec: ModelSpec) -> str:
     assert isinstance(a, AttentionSpec)
     kind = "multi-head" if a.n_kv_heads == a.n_heads else "grouped-query"
     text = f"{kind}, {a.n_heads} heads, {a.n_kv_heads} of keys and values, {a.head_dim} wide"
+    if spec.n_state_layers:
+        text += f"; in {spec.n_layers - spec.n_state_layers} of {spec.n_layers} layers"
     windows = [layer.window for layer in spec.layers if layer.window]
     if windows:
         text += f"; a window of {max(windows):,} in {len(windows)} of {spec.n_layers} layers"
     return text
+
+
+def recurrent(spec: ModelSpec) -> str | None:
+    """What the layers with a state have instead of attention; None where there are none."""
+    r, n = spec.recurrent, spec.n_state_layers
+    if r is None:
+        return None
+    state = f"a request's states {size(StateCache.bytes_per_image(spec))}"
+    if isinstance(r, DeltaSpec):
+        heads = f"{r.value_heads} heads of {r.key_dim} x {r.value_dim}"
+        return f"gated delta rule, {heads}, in {n} of {spec.n_layers} layers; {state}"
+    return f"short convolution of {r.kernel} tokens, in {n} of {spec.n_layers} layers; {state}"
 
 
 def layers(spec: ModelSpec) -> str:

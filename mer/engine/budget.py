@@ -81,8 +81,12 @@ class Budget:
 
     @property
     def least(self) -> int:
-        """A `ram` that is enough, also at the next start, and hardly more than the smallest that is."""
-        return _with_page_tables(self.fixed + self.slot * self.least_slots + _DRIFT)
+        """A `ram` that is enough, also at the next start, and hardly more than the smallest that is.
+
+        For one request at a time, where recurrent states take memory.
+        """
+        fixed = self.fixed - self.states + self.states // self.max_running
+        return _with_page_tables(fixed + self.slot * self.least_slots + _DRIFT)
 
     @property
     def context(self) -> int:

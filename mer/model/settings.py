@@ -113,7 +113,12 @@ def eos_ids(path: Folder, config: Mapping[str, Any]) -> frozenset[int] | None:
     config: the model's config.json. None when neither does. Raises CheckpointError.
     """
     generation = read_optional(path / "generation_config.json")
-    for file, values in ("generation_config.json", generation), ("config.json", config):
+    language_model = config.get("text_config")  # of a model that also sees
+    for file, values in (
+        ("generation_config.json", generation),
+        ("config.json", config),
+        ("config.json", language_model if isinstance(language_model, dict) else {}),
+    ):
         ids = values.get("eos_token_id")
         if ids is None:
             continue

@@ -74,6 +74,7 @@ def _take_attention(tensors: Tensors, i: int, hidden: int, a: AttentionSpec) -> 
 def _read(family: str, config: Config, tensors: Tensors) -> ModelSpec:
     config.expect("hidden_act", "silu")
     config.expect("attention_bias", False)
+    config.expect("attn_output_gate", True)
     hidden, inter = config.integer("hidden_size"), config.integer("moe_intermediate_size")
     shared_inter = config.integer("shared_expert_intermediate_size")
     n_layers = config.integer("num_hidden_layers")
