@@ -25,7 +25,12 @@ MER = str(Path(sys.executable).with_name("mer"))
 PROMPT = np.random.default_rng(5).integers(0, 211, 120).tolist()
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256}
 # With one layer the router sees exact numbers: an error of the experts can't change who is chosen.
-ONE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_dense_layers": 0}
+ONE_LAYER = {
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 0,
+    "num_dense_layers": 0,
+    "moe_layer_start_index": 0,
+}
 ONE_LAYER |= {"mlp_layer_types": ["sparse"]}
 # Activations become int8 with a scale for each 32 of them: a logit is off by at most 0.007 to 0.015 of the
 # largest one, as one expects of two products with errors of half a per cent.
