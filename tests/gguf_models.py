@@ -182,6 +182,8 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         w.add_ssm_time_step_rank(config["linear_num_value_heads"])
         w.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
         w.add_full_attention_interval(config["layer_types"].index("full_attention") + 1)
+    if family == "qwen3_5_moe_text":
+        w.add_rope_dimension_sections([11, 11, 10, 0])
     if family == "lfm2_moe":
         w.add_shortconv_l_cache(config["conv_L_cache"])
         w.add_leading_dense_block_count(config["num_dense_layers"])

@@ -169,3 +169,15 @@ def test_layers_that_only_predict(family, tmp_path):
     path = write_gguf(model, tmp_path / "model.gguf", predicting=1)
     assert any(tensor.name == "blk.3.attn_norm.weight" for tensor in read_gguf(path).tensors)
     assert error(Runner(path).logits(PROMPT), oracle(model, PROMPT)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text", "lfm2_moe"])
+def test_store_of_a_file(family, tmp_path):
+    """What only a GGUF's config says goes with it: what norms have added already, which order heads have."""
+    model = make(tmp_path / "hf", family, linear_num_value_heads=8)
+    path = write_gguf(model, tmp_path / "model.gguf")
+    done = mer("convert", str(path), str(tmp_path / "store"), "--experts", "same", "--dense", "same")
+    assert done.returncode == 0, done.stderr
+    found = Runner(tmp_path / "store").logits(PROMPT)
+    assert error(found, oracle(model, PROMPT)) < 1e-4
+    assert found.tobytes() == Runner(path).logits(PROMPT).tobytes()

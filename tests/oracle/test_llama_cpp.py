@@ -61,6 +61,12 @@ WIDE_OF = {
         **LATENT,
     },
 }
+# Those that mer reads, and does not write. llama.cpp knows no routed_scaling_factor of LFM2-MoE.
+READ = {
+    "lfm2_moe": {"routed_scaling_factor": 1.0},
+    "qwen3_next": {"linear_value_head_dim": 16},
+    "qwen3_5_moe_text": {"linear_value_head_dim": 16, "linear_num_value_heads": 12},
+}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -129,6 +135,16 @@ def test_exported(family, tmp_path):
         check_same(found, wanted)
         make_again = make(tmp_path / "again", family, **{**WIDE, **WIDE_OF[family]})
         model.load_state_dict(make_again.state_dict())
+
+
+@pytest.mark.parametrize("family", sorted(READ))
+def test_read(family, tmp_path):
+    model = make(tmp_path / "hf", family, vocab_size=VOCAB, **READ[family])
+    path = write_gguf(model, tmp_path / "model.gguf", tokenizer=add_words)
+    theirs, ours, preferred = deviations(path, model)
+    assert theirs < EXACT
+    assert ours < EXACT
+    assert preferred < EXACT
 
 
 def export(path, *options):
