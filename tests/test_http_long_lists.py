@@ -89,3 +89,25 @@ async def test_no_piece_holds_up_others(tmp_path, monkeypatch):
         assert "4000000 tokens" in answer.json()["error"]["message"]
     assert len(sizes) >= 100
     assert max(sizes) < PIECE + 100
+
+
+async def test_more_messages_than_tokens(tmp_path):
+    """Refused before they are read: each is a token at least."""
+    many = [{"role": "user", "content": "x" * 150}] * 9000
+    async with (
+        opened(write_text_model(tmp_path, chat=True), context=4096) as engine,
+        asking(engine) as client,
+    ):
+        bodies = {
+            "/v1/chat/completions": {"messages": many},
+            "/v1/messages": {"messages": many, "model": "small", "max_tokens": 1},
+            "/v1/responses": {"input": many},
+            "/tokenize": {"messages": many},
+        }
+        for path, body in bodies.items():
+            answer = await client.post(path, json=body)
+            assert answer.status_code == 400
+            assert "9000 messages; 512 tokens" in answer.json()["error"]["message"], path
+        some = {"messages": many[:500], "max_tokens": 1}
+        assert len(json.dumps(some)) > PIECE
+        assert "is the most here" in (await client.post("/v1/chat/completions", json=some)).text

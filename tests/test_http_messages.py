@@ -197,6 +197,15 @@ def test_what_coding_agents_send_is_taken(server):
     assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "not_found_error")
 
 
+def test_models_in_anthropics_shape(client):
+    (found,) = client.models.list().data
+    assert (found.type, found.id, found.display_name) == ("model", "small", "small")
+    assert found.created_at.tzinfo is not None
+    assert client.models.retrieve("small") == found
+    with pytest.raises(anthropic.NotFoundError):
+        client.models.retrieve("other")
+
+
 def test_thoughts_are_blocks_where_they_were_asked_for(tmp_path):
     model = write_tool_model(tmp_path / "small", "deepseek_r1")
     with serving(model, "--context", 2048) as server:

@@ -257,6 +257,22 @@ class MessageEvent(Struct):
 StreamEvent = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop | Ping
 
 
+class AnthropicModel(Struct, tag_field="type", tag="model"):
+    """created_at: as in RFC 3339."""
+
+    id: str
+    display_name: str
+    created_at: str
+    max_input_tokens: int
+
+
+class AnthropicModels(Struct):
+    data: list[AnthropicModel]
+    first_id: str
+    last_id: str
+    has_more: bool = False
+
+
 class AnthropicErrorDetails(Struct):
     type: str
     message: str

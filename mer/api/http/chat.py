@@ -59,7 +59,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.post("/v1/chat/completions")
     async def chat_completions() -> Response:
-        body = await body_as(ChatCompletionRequest)
+        body = await body_as(ChatCompletionRequest, most=service.context)
         model = service.check_model(body.model)
         engine, call = service.engine, current_call()
         try:

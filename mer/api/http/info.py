@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from importlib.metadata import version
 
 from quart import Blueprint, Response, request
 
 from mer.api.http.answers import Model, Models, Status, Version
+from mer.api.http.anthropic import AnthropicModel, AnthropicModels
 from mer.api.http.openapi import document
 from mer.api.http.service import Service, json_response
 
@@ -20,14 +22,22 @@ def blueprint(service: Service) -> Blueprint:
     def model() -> Model:
         return Model(service.settings.model_name, service.started, service.context)
 
+    def for_anthropic() -> AnthropicModel | None:
+        """Where a client of Anthropic's API asks: both have the path."""
+        if "anthropic-version" not in request.headers:
+            return None
+        name, since = service.settings.model_name, datetime.fromtimestamp(service.started, UTC)
+        return AnthropicModel(name, name, since.strftime("%Y-%m-%dT%H:%M:%SZ"), service.context)
+
     @made.get("/v1/models")
     async def models() -> Response:
-        return json_response(Models([model()]))
+        found = for_anthropic()
+        return json_response(AnthropicModels([found], found.id, found.id) if found else Models([model()]))
 
     @made.get("/v1/models/<path:name>")
     async def one_model(name: str) -> Response:
         service.check_model(name)
-        return json_response(model())
+        return json_response(for_anthropic() or model())
 
     @made.get("/health")
     async def health() -> Response:

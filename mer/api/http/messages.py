@@ -80,7 +80,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.post(_PATH)
     async def messages() -> Response:
-        body = await body_as(MessagesRequest)
+        body = await body_as(MessagesRequest, most=service.context)
         model = service.check_model(body.model)
         engine, call = service.engine, current_call()
         try:
@@ -101,7 +101,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.post(f"{_PATH}/count_tokens")
     async def count_tokens() -> Response:
-        body = await body_as(CountTokensRequest)
+        body = await body_as(CountTokensRequest, most=service.context)
         service.check_model(body.model)
         try:
             return json_response(TokenCount(await _count(service.engine, body)))

@@ -63,7 +63,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.post("/v1/responses")
     async def responses() -> Response:
-        body = await body_as(ResponsesRequest, with_types)
+        body = await body_as(ResponsesRequest, with_types, most=service.context)
         model = service.check_model(body.model)
         engine, call = service.engine, current_call()
         try:

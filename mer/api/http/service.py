@@ -100,11 +100,16 @@ class Service:
 
 
 async def body_as(
-    kind: type[_T], amend: Callable[[bytes], bytes] = bytes, ids: tuple[str, int] | None = None
+    kind: type[_T],
+    amend: Callable[[bytes], bytes] = bytes,
+    *,
+    ids: tuple[str, int] | None = None,
+    most: int | None = None,
 ) -> _T:
     """The body of the request that is being handled, after `amend`; a large one is read on a thread.
 
-    ids: the name of a list of token ids that may be long, and the most that make sense. Raises ApiError.
+    ids: the name of a list of token ids that may be long, and the most that make sense. most: messages that
+    make sense, each of which is some tokens. Raises ApiError.
     """
     given = request.mimetype
     if given != "application/json":
@@ -122,10 +127,16 @@ async def body_as(
     assert isinstance(data, bytes)
     if len(data) <= PIECE:
         return decode(amend(data), kind)
+    if most is not None and (count := data.count(b'"role"')) > most:
+        raise ApiError(
+            400,
+            f"the conversation has some {count} messages; {most} tokens are the most here",
+            param="messages",
+            code="context_length_exceeded",
+        )
     if ids is None:
         return await asyncio.to_thread(lambda: decode(amend(data), kind))
-    name, most = ids
-    return await asyncio.to_thread(lambda: decode_large(data, kind, name, most))
+    return await asyncio.to_thread(lambda: decode_large(data, kind, *ids))
 
 
 def json_response(value: Any, status: int = 200) -> Response:

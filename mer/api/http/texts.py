@@ -21,7 +21,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.post("/tokenize")
     async def tokenize() -> Response:
-        body = await body_as(TokenizeRequest)
+        body = await body_as(TokenizeRequest, most=service.context)
         service.check_model(body.model)
         engine = service.engine
         if (body.prompt is None) == (body.messages is None):
