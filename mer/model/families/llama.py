@@ -1,4 +1,4 @@
-"""Llama (2, 3 and what is built like them), Mistral, Qwen2, Qwen3: dense models, which differ in little."""
+"""Llama (2, 3 and what is built like them), Mistral, Qwen2 and Qwen3: dense models that differ in little."""
 
 from __future__ import annotations
 
