@@ -150,6 +150,17 @@ INTER = {
 }
 
 
+@pytest.mark.parametrize("dense", ["q8_0", "q4_0", "q4_k", "mxfp4", "f16"])
+async def test_quantised_dense_models(dense, tmp_path, logits):
+    make(tmp_path / "hf", "llama", **WIDE, intermediate_size=512)
+    store = convert_to(tmp_path / "hf", tmp_path / "store", None, dense)
+    expected = await alone(store, GREEDY, logits)
+    for settings in {"threads": 3}, {"step_tokens": 6, "threads": 1}, {"context": 112}:
+        found, preemptions = await together(store, GREEDY, logits, **settings)
+        assert found == expected, settings
+    assert preemptions > 0
+
+
 @pytest.mark.parametrize("experts", ["q8_0", "q4_0", "q4_k", "mxfp4", "f16"])
 @pytest.mark.parametrize("family", INTER)
 async def test_quantised_stores(family, experts, tmp_path, logits):

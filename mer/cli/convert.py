@@ -69,7 +69,7 @@ def _format_option(_ctx: click.Context, _param: click.Parameter, value: str | No
     callback=_format_option,
     metavar="FORMAT",
     default="q8_0",
-    show_default=True,
+    show_default="q8_0; same, in a dense model that is quantised already",
     help="Format of all other matrices.",
 )
 @click.option("--restart", is_flag=True, help="Throw away what an interrupted conversion has done.")
@@ -103,8 +103,11 @@ def convert(
     if _given("both"):
         experts, dense = (experts if _given("experts") else both), (dense if _given("dense") else both)
     if not architecture.experts:
-        if given:
+        if _given("experts"):
             messages().print("note: this is a dense model: --experts changes nothing, --dense is for all")
+        rounded = any(formats.by_name(each.format).block > 1 for each in before.stored)
+        if rounded and not _given("dense") and not _given("both"):
+            dense = None
     elif not given and architecture.experts[0].experts[0].gate.format is MXFP4:
         experts = None  # published in four bits: another four would only lose
     _warn(before, experts, dense)

@@ -137,7 +137,8 @@ def _print_model(
     table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    kind = {"store": "expert store", "gguf": "GGUF", "hf": "Hugging Face safetensors"}[checkpoint.kind]
+    store = "expert store" if spec.router else "store"
+    kind = {"store": store, "gguf": "GGUF", "hf": "Hugging Face safetensors"}[checkpoint.kind]
     count = parameters(facts.parameters)
     if spec.router is not None:
         count += f", {parameters(facts.active_parameters)} active per token"
@@ -193,7 +194,7 @@ def _print_memory(console: Console, full: Budget, rows: list[_Row]) -> None:
         table.add_row(name, size(nbytes))
     console.print(table)
     if not full.experts:
-        console.print("A dense model: every token needs all of its weights, so none is read from disk again.")
+        console.print("A dense model: all of its weights stay in memory, as every token needs them.")
         for row in rows:
             verdict = "" if row.what != "as given" else ": enough" if row.runs else ": too little"
             console.print(f"  --ram {at_least(row.ram)}, {row.what}{verdict}")

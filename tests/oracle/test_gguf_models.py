@@ -129,6 +129,52 @@ async def test_formats(formats, tmp_path):
     assert len(answers) == 1
 
 
+@pytest.mark.parametrize(
+    "formats",
+    [
+        {
+            "attn_q": "q4_0",
+            "attn_k": "q4_1",
+            "attn_v": "q5_0",
+            "attn_output": "q5_1",
+            "ffn_gate": "q8_0",
+            "ffn_up": "iq4_nl",
+            "ffn_down": "mxfp4",
+            "token_embd": "q4_1",
+            "output": "q6_k",
+        },
+        {
+            "attn_v": "q3_k",
+            "attn_output": "q2_k",
+            "ffn_gate": "q5_k",
+            "ffn_up": "iq4_xs",
+            "ffn_down": "q6_k",
+            "token_embd": "q2_k",
+            "output": "q4_k",
+        },
+        {"attn_q": "f16", "attn_k": "bf16", "ffn_down": "q4_1", "token_embd": "q6_k"},
+    ],
+    ids=lambda formats: "-".join(dict.fromkeys(formats.values())),
+)
+async def test_dense_formats(formats, tmp_path):
+    """Every format that a matrix of a dense model may have; the last with head and embedding in one."""
+    tied = "output" not in formats
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_hidden_layers": 2}
+    model = make(tmp_path / "hf", "llama", **sizes, tie_word_embeddings=tied)
+    path = write_gguf(model, tmp_path / "model.gguf", formats=formats)
+    found, expected = Runner(path).logits(PROMPT), oracle(model, PROMPT)
+    # The errors of seven matrices a layer add up, and attention may make more of them: so of most tokens.
+    off = np.abs(found - expected).max(1) / np.abs(expected).max()
+    assert np.median(off) < 0.035
+    assert off.max() < 0.1
+    answers = set()
+    for settings in {}, {"threads": 1, "step_tokens": 7}, {"io_backend": "buffered", "prefix_cache": False}:
+        async with Engine.open(path, context=128, kv_dtype="f32", **settings) as engine:
+            result = await engine.generate(PROMPT, SamplingParams(temperature=0, max_tokens=12, logprobs=3))
+            answers.add((result.token_ids, result.logprobs))
+    assert len(answers) == 1
+
+
 def test_command_line(tmp_path):
     """What a person does with such a file; the store made of it answers with the same bytes."""
     model = make(tmp_path / "hf", "qwen3_moe", vocab_size=500)
