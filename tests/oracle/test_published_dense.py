@@ -132,6 +132,10 @@ async def test_greedy_answers(path, peer, exact):
                         assert abs(row[drawn.id] - row[ours.token_id]) < NEAR, (prompt, ids[:done], drawn)
                         break
                     same += 1
+    checkpoint = open_checkpoint(path)
+    evidence.opened(checkpoint, load(checkpoint))
+    evidence.asked("llama.cpp")
+    evidence.asked("transformers")
     assert others < 0.1 * same
     for share in (0.5, 0.95):
         assert np.quantile(ours_off, share) < 1.25 * np.quantile(peers_off, share)
