@@ -55,7 +55,7 @@ async def test_settings_for_experts_change_nothing(model, tmp_path, monkeypatch)
 
 async def test_the_least_memory(model):
     """Enough is what the error names, too little what it says; the reason is that nothing can be streamed."""
-    with pytest.raises(BudgetError, match="dense model.*nothing to stream.*--context") as caught:
+    with pytest.raises(BudgetError, match=r"dense model.*nothing to stream.*--context") as caught:
         async with opened(model, ram=1 << 20):
             pass
     least = int(str(caught.value).split("at least ")[1].split(" MiB")[0].replace(",", "")) << 20

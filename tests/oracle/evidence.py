@@ -74,7 +74,7 @@ def keep(test: str) -> None:
     for checkpoint, architecture in _opened if _asked else ():
         row = _records[checkpoint.config["model_type"], SOURCES[checkpoint.kind]]
         experts = [matrix for layer in architecture.experts for e in layer.experts for matrix in e.matrices]
-        infos = [checkpoint.tensors[name] for name in architecture.dense.values()]
+        infos = [checkpoint.tensors[name] for name in dict.fromkeys(architecture.dense.values())]
         row.experts.update(matrix.format.name for matrix in experts)
         row.others.update(info.format.name for info in infos if len(info.shape) > 1 and info.shape[0] > 1)
         size = sum(math.prod(info.shape) for info in infos) + sum(m.rows * m.cols for m in experts)
