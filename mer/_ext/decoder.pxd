@@ -1,5 +1,5 @@
 """The decoder: everything of a layer but its routed experts. All state of a model's forward pass is here."""
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 
 from mer._ext.kernels cimport Kernels, Pool
 
@@ -21,6 +21,14 @@ cdef extern from "mer_decoder.h" nogil:
         float scale
         int kv
         int latent
+    ctypedef struct mer_index:
+        const float *q
+        const float *weights
+        const char *keys
+        size_t block_bytes
+        long n_heads
+        long dim
+        int kv
     ctypedef struct mer_router:
         long n_experts
         long top_k
@@ -55,7 +63,8 @@ cdef struct Geometry:
     long n_heads, n_kv, head_dim
     long nope_dim, rope_dim, value_dim, kv_rank, latent_dim, query_rank
     float scale, clip, latent_eps
-    bint latent, clips, v_norm
+    long index_heads, index_dim, index_top_k  # index_top_k 0: all positions are seen
+    bint latent, clips, v_norm, index_interleaved
     int qk_norm                  # 0 none, 1 each head, 2 the whole vector
 
 cdef struct Layer:
@@ -81,6 +90,8 @@ cdef struct Layer:
     Matrix q, k, v, o            # in latent attention q takes the query latent, where there is one
     Matrix q_gate                # of attention's output; none: NULL
     Matrix q_latent, latent, k_up, v_up
+    Matrix index_q, index_k, index_weights  # NULL: the last choice of positions holds
+    const float *index_norm      # weights, then biases
     Matrix gate, up, down        # of the plain feed-forward block, or of the shared expert
     Matrix router, shared_gate
     char *blocks
@@ -144,6 +155,13 @@ cdef class Decoder:
     cdef uint8_t *acts
     cdef const void **act_pointers
     cdef void *linear_scratch
+    cdef float *index_q
+    cdef float *index_k
+    cdef float *index_weights
+    cdef float *index_scores
+    cdef uint64_t *index_scratch
+    cdef int32_t *chosen_positions  # [tokens, top_k] of those that see less than all
+    cdef long index_floats
     cdef long acts_bytes, part_tokens, attention_floats
 
     # the batch
@@ -156,6 +174,8 @@ cdef class Decoder:
     # the layer under way, for the tasks
     cdef Layer *layer
     cdef mer_attention attention
+    cdef mer_index index
+    cdef long score_stride        # floats between the scores of two tokens
     cdef long first_span, end_span, first_token, end_token, heads_per_task
     cdef const Matrix *routing    # the router that is asked
     cdef const float *norm_weights

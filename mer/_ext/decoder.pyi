@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from mer._ext.kernels import Kernels, Pool
 
 SPAN: int
+INDEX_CHUNK: int
 
 class Decoder:
     n_layers: int

@@ -29,15 +29,25 @@ cdef extern from "mer_decoder.h" nogil:
     void mer_latent_store(void *block, int kv, long at, const float *latent, long dim)
     void mer_kv_store(void *block, int kv, long at, const float *k, const float *v, long n_kv, long dim)
     void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, long h0, long h1, int thread)
+    void mer_attend_chosen(const mer_attention *a, const int32_t *table, const int32_t *chosen, long n, long t, long h0,
+                           long h1, int thread)
+    size_t mer_kv_part_bytes(int kv, long dim)
+    void mer_index_store(void *part, int kv, long at, const float *key, long dim)
+    void mer_index_scores(const mer_index *x, const int32_t *table, long t, long b0, long b1, float *scratch,
+                          float *scores)
+    void mer_choose(const float *scores, long n, long k, uint64_t *scratch, int32_t *chosen)
     void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, float *weights)
     float mer_sigmoid(float x)
 
 cdef enum:
     SPAN_TOKENS = 16
+    INDEX_POSITIONS = 1024  # scored by one task
     CAP_CHUNK = 4096  # logits of one task
 
 # Most queries of one sequence that share the blocks they read.
 SPAN = SPAN_TOKENS
+# Scores of positions come in multiples of this.
+INDEX_CHUNK = INDEX_POSITIONS
 
 
 cdef void angles_task(Decoder d, long t, int thread) noexcept nogil:
@@ -116,10 +126,18 @@ cdef void attend_task(Decoder d, long task, int thread) noexcept nogil:
     cdef long chunks = d.attention.n_heads // d.heads_per_task
     cdef int64_t *span = d.spans + (d.first_span + task // chunks) * 3
     cdef long head = task % chunks * d.heads_per_task
-    mer_attend(&d.attention, d.tables + span[0] * d.table_stride, span[1] - d.first_token,
-               span[2] - d.first_token, head, head + d.heads_per_task, thread)
+    cdef long end = head + d.heads_per_task, top_k = d.layer.geometry.index_top_k, t = span[2]
+    cdef const int32_t *table = d.tables + span[0] * d.table_stride
+    # Of the span's tokens the first may see all positions, the others those that were chosen.
+    while top_k and t > span[1] and d.positions[t - 1] >= top_k:
+        t -= 1
+        mer_attend_chosen(&d.attention, table, d.chosen_positions + t * top_k, top_k, t - d.first_token, head, end,
+                          thread)
+    if t > span[1]:
+        mer_attend(&d.attention, table, span[1] - d.first_token, t - d.first_token, head, end, thread)
 
 
+include "indexer.pxi"
 include "latent.pxi"
 include "blocks.pxi"
 
@@ -151,6 +169,10 @@ cdef Geometry geometry_of(a):
         g.nope_dim, g.rope_dim, g.value_dim = a.nope_dim, a.rope_dim, a.value_dim
         g.kv_rank, g.latent_dim, g.query_rank = a.kv_rank, a.latent_dim, a.query_rank or 0
         g.latent_eps = a.norm_eps
+        x = a.indexer
+        if x is not None:
+            g.index_heads, g.index_dim, g.index_top_k = x.n_heads, x.head_dim, x.top_k
+            g.index_interleaved = x.interleaved
     else:
         g.n_kv, g.head_dim = a.n_kv_heads, a.head_dim
         g.qk_norm = {"none": 0, "head": 1, "vector": 2}[a.qk_norm]
@@ -229,6 +251,14 @@ cdef class Decoder:
         self.attention_floats = buffers["attention_scratch"].shape[1]
         self.spans = <int64_t *>self.buffer(buffers, "spans")
         self.sequence_of = <int32_t *>self.buffer(buffers, "sequence_of")
+        self.index_q = <float *>self.buffer(buffers, "index_q")
+        self.index_k = <float *>self.buffer(buffers, "index_k")
+        self.index_weights = <float *>self.buffer(buffers, "index_weights")
+        self.index_scratch = <uint64_t *>self.buffer(buffers, "index_scratch")
+        self.chosen_positions = <int32_t *>self.buffer(buffers, "chosen_positions")
+        self.index_scores = <float *>self.buffer(buffers, "index_scores")
+        if self.index_scores is not NULL:
+            self.index_floats = buffers["index_scores"].shape[0]
         self.acts = <uint8_t *>self.buffer(buffers, "acts")
         self.act_pointers = <const void **>self.buffer(buffers, "act_pointers")
         self.linear_scratch = self.buffer(buffers, "linear_scratch")
@@ -290,6 +320,10 @@ cdef class Decoder:
         layer.q_gate = self.matrix(weights, "q_gate")
         layer.q_latent, layer.latent = self.matrix(weights, "q_latent"), self.matrix(weights, "latent")
         layer.k_up, layer.v_up = self.matrix(weights, "k_up"), self.matrix(weights, "v_up")
+        layer.index_q, layer.index_k = self.matrix(weights, "index_q"), self.matrix(weights, "index_k")
+        layer.index_weights = self.matrix(weights, "index_weights")
+        if "index_norm" in weights:
+            layer.index_norm = self.floats(np.concatenate([weights["index_norm"], weights["index_norm_bias"]]))
         layer.gate, layer.up = self.matrix(weights, "gate"), self.matrix(weights, "up")
         layer.down = self.matrix(weights, "down")
         layer.attention_out_norm = self.vector(weights, "attention_out_norm")

@@ -71,6 +71,8 @@ cdef void attend_latent(Decoder d) noexcept nogil:
         d.linear(&layer.q, d.q_latent, d.n_tokens, d.q)
     d.linear(&layer.latent, d.h, d.n_tokens, d.latents)
     d.run(latent_task, d.n_tokens)
+    if layer.index_q.w is not NULL:
+        choose_positions(d)
     # Some heads share a block that was converted once; a divisor of the number of heads, up to 16.
     chunk = 16
     while g.n_heads % chunk or (chunk > 1 and g.n_heads < chunk * d.pool.n_threads):

@@ -27,7 +27,9 @@ def _vector_bytes(dim: int, dtype: KVDtype) -> int:
 def _block_bytes(attention: Attention, dtype: KVDtype) -> int:
     """Bytes that one block takes in a layer with this attention."""
     if isinstance(attention, LatentAttentionSpec):
-        return BLOCK * _vector_bytes(attention.latent_dim, dtype)
+        indexer = attention.indexer
+        index = _vector_bytes(indexer.head_dim, dtype) if indexer is not None and indexer.own else 0
+        return BLOCK * (_vector_bytes(attention.latent_dim, dtype) + index)
     return BLOCK * 2 * attention.n_kv_heads * _vector_bytes(attention.head_dim, dtype)
 
 
@@ -44,7 +46,8 @@ class KVCache:
 
     One array per layer, [n_blocks, elements]. Within a block, grouped-query attention has the keys as
     [kv head, element, position] (a product with all 16 positions is then one vector operation), then the
-    values as [kv head, position, element]; latent attention has [position, latent and rotary key]. In Q8_0
+    values as [kv head, position, element]; latent attention has [position, latent and rotary key], then,
+    with an indexer, its keys as [element, position]. In Q8_0
     elements are bytes: of each head int8 codes in that order, then the scales (see mer_decoder.h). Blocks of
     layers without attention have no elements.
     """

@@ -8,8 +8,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mer._ext.decoder import SPAN
-from mer.model.spec import Attention, DeltaSpec, LatentAttentionSpec, ModelSpec, ShortConvSpec
+from mer._ext.decoder import INDEX_CHUNK, SPAN
+from mer.model.spec import Attention, DeltaSpec, IndexerSpec, LatentAttentionSpec, ModelSpec, ShortConvSpec
 
 # Latent attention goes through this many tokens at a time: its queries are wide (heads x latent).
 LATENT_TOKENS: Final = 64
@@ -45,7 +45,7 @@ def _shapes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> Shapes:
     }
     widest = max(spec.hidden, inter)
     for attention in dict.fromkeys(spec.attentions):
-        needed, cols = _attention(attention, tokens, n_threads)
+        needed, cols = _attention(attention, tokens, spec.max_positions, n_threads)
         for name, (shape, dtype) in needed.items():
             # As large as the layer that needs the most.
             before = shapes.get(name, (shape, dtype))[0]
@@ -60,7 +60,7 @@ def _shapes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> Shapes:
     return shapes
 
 
-def _attention(a: Attention, tokens: int, n_threads: int) -> tuple[Shapes, int]:
+def _attention(a: Attention, tokens: int, max_positions: int, n_threads: int) -> tuple[Shapes, int]:
     """What one layer's attention needs, and the columns of its widest matrix."""
     f32 = np.float32
     if isinstance(a, LatentAttentionSpec):
@@ -77,6 +77,9 @@ def _attention(a: Attention, tokens: int, n_threads: int) -> tuple[Shapes, int]:
         }
         block = 16 * a.latent_dim
         widest = max(a.query_rank or 0, a.kv_rank)
+        if a.indexer is not None:
+            shapes |= _indexer(a.indexer, tokens, max_positions, n_threads)
+            block = max(block, 16 * a.indexer.head_dim)
     else:
         q_width = out_width = a.n_heads * a.head_dim
         shapes = {
@@ -93,6 +96,19 @@ def _attention(a: Attention, tokens: int, n_threads: int) -> tuple[Shapes, int]:
         "attention_scratch": ((n_threads, _round(block + 2 * SPAN * a.n_heads, 16)), f32),
     }
     return shapes, max(widest, out_width)
+
+
+def _indexer(x: IndexerSpec, tokens: int, max_positions: int, n_threads: int) -> Shapes:
+    """What the choice of positions needs: scores of one token at the least."""
+    f32 = np.float32
+    return {
+        "index_q": ((tokens, x.n_heads * x.head_dim), f32),
+        "index_k": ((tokens, x.head_dim), f32),
+        "index_weights": ((tokens, x.n_heads), f32),
+        "index_scores": ((_round(max_positions, INDEX_CHUNK),), f32),
+        "index_scratch": ((n_threads, 2 * x.top_k), np.uint64),
+        "chosen_positions": ((tokens, x.top_k), np.int32),
+    }
 
 
 def _recurrent(r: DeltaSpec | ShortConvSpec, tokens: int) -> Shapes:

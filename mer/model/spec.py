@@ -56,6 +56,23 @@ class AttentionSpec:
 
 
 @frozen
+class IndexerSpec:
+    """DeepSeek's sparse attention (DSA): a token sees the `top_k` positions whose index keys suit it best.
+
+    Each position leaves an index key in the cache. A position's score for a token is the sum over index heads
+    of weight * max(0, query . key); ties go to the lowest position.
+    """
+
+    n_heads: int
+    head_dim: int
+    top_k: int
+    # As RopeSpec says it, of the first elements of index queries and keys.
+    interleaved: bool
+    # False: the layer has no index keys, and takes the choice of the last layer that has.
+    own: bool = True
+
+
+@frozen
 class LatentAttentionSpec:
     """Multi-head latent attention (MLA): a token has one latent and one rotary key for all heads."""
 
@@ -69,6 +86,8 @@ class LatentAttentionSpec:
     scale: float
     # The latents' own norms have an eps of their own.
     norm_eps: float = 1e-6
+    # None: a token sees all before it.
+    indexer: IndexerSpec | None = None
 
     @property
     def latent_dim(self) -> int:

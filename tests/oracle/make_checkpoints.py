@@ -17,6 +17,8 @@ CLASSES = {
     "qwen3_moe": "Qwen3Moe",
     "olmoe": "Olmoe",
     "deepseek_v3": "DeepseekV3",
+    "deepseek_v32": "DeepseekV32",
+    "glm_moe_dsa": "GlmMoeDsa",
     "gemma4_text": "Gemma4",
     "gpt_oss": "GptOss",
     "qwen3_next": "Qwen3Next",
@@ -200,6 +202,10 @@ FAMILY: dict[str, dict[str, Any]] = {
 }
 # Norms that multiply by 1 + their weight; not so that of a recurrent layer's output.
 ZERO_CENTRED = ("qwen3_next", "qwen3_5_moe_text")
+# DeepSeek-V3 that chooses positions; of many heads, as what no head likes is a tie, which we give to the first.
+INDEXER = {"index_topk": 24, "index_n_heads": 16, "index_head_dim": 20}
+FAMILY["deepseek_v32"] = FAMILY["deepseek_v3"] | INDEXER
+FAMILY["glm_moe_dsa"] = FAMILY["deepseek_v3"] | INDEXER | {"n_group": 1, "topk_group": 1}
 # Those without experts, and with.
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 SPARSE = [family for family in FAMILY if family not in DENSE]

@@ -180,7 +180,9 @@ def test_rows_that_do_not_fit(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILY)
 def test_default_formats(family, tmp_path):
-    make(tmp_path / "src", family, dtype=torch.bfloat16, **WIDE)
+    # Where scores decide which positions are seen, rounding decides, too: here for few tokens.
+    most_seen = {"index_topk": 100} if "index_topk" in FAMILY[family] else {}
+    make(tmp_path / "src", family, dtype=torch.bfloat16, **WIDE, **most_seen)
     errors = compare(tmp_path, family)
     assert np.median(errors) < MEDIAN_ERROR
 

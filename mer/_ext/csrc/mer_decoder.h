@@ -55,6 +55,9 @@ void mer_kv_store(void *block, int kv, long at, const float *k, const float *v, 
 /* One token's latent [dim] to place `at` of a block, which is one part [16, dim]. */
 void mer_latent_store(void *block, int kv, long at, const float *latent, long dim);
 
+/* One token's index key [dim] to place `at` of a part [dim, 16], which stands behind the latents of a block. */
+void mer_index_store(void *part, int kv, long at, const float *key, long dim);
+
 typedef struct {
     const float *q;           /* [tokens, n_heads, key_dim] */
     float *out;               /* [tokens, n_heads, value_dim] */
@@ -75,6 +78,28 @@ size_t mer_attend_scratch(const mer_attention *a, long tokens, long heads);
 
 /* Attention of tokens [t0, t1) of one sequence, query heads [h0, h1) of one key/value head. */
 void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, long h0, long h1, int thread);
+
+/* The same for token t, which sees n chosen positions, ascending, and no others. For latents. */
+void mer_attend_chosen(const mer_attention *a, const int32_t *table, const int32_t *chosen, long n, long t, long h0,
+                       long h1, int thread);
+
+typedef struct {
+    const float *q;       /* [tokens, n_heads, dim] */
+    const float *weights; /* [tokens, n_heads] */
+    const char *keys;     /* the part with index keys of block 0 */
+    size_t block_bytes;
+    long n_heads, dim;
+    int kv; /* MER_KV_... */
+} mer_index;
+
+/* scores [(b1 - b0) * 16] of token t for the positions of blocks [b0, b1) of its sequence: the sum over heads of
+ * weight * max(0, q . key). scratch: 16 * dim floats. */
+void mer_index_scores(const mer_index *x, const int32_t *table, long t, long b0, long b1, float *scratch,
+                      float *scores);
+
+/* The positions of the k highest of n scores, ascending; k <= n. Ties go to the lowest position, and a NaN is the
+ * lowest score. scratch: 2 k numbers. */
+void mer_choose(const float *scores, long n, long k, uint64_t *scratch, int32_t *chosen);
 
 typedef struct {
     long n_experts, top_k, n_groups, top_groups;

@@ -10,6 +10,7 @@ from attrs import frozen
 from mer.model.families import (
     deepseek_v2,
     deepseek_v3,
+    deepseek_v32,
     dots1,
     ernie4_5_moe,
     gemma4,
@@ -36,11 +37,13 @@ from mer.weights.experts import MoeLayerSource
 FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
     "deepseek_v2": deepseek_v2.read,
     "deepseek_v3": deepseek_v3.read,
+    "deepseek_v32": deepseek_v32.read_deepseek,
     "dots1": dots1.read,
     "ernie4_5_moe": ernie4_5_moe.read,
     "gemma4": gemma4.read,
     "gemma4_text": gemma4.read,
     "glm4_moe": glm4_moe.read,
+    "glm_moe_dsa": deepseek_v32.read_glm,
     "glm4_moe_lite": glm4_moe_lite.read,
     "gpt_oss": gpt_oss.read,
     "granitemoe": granite_moe.read,
@@ -77,7 +80,8 @@ class Architecture:
     @property
     def kept(self) -> frozenset[str]:
         """Names of dense tensors that are small and that much hangs on: no conversion may change them."""
-        ends = ("norm", "bias", "sinks", "scale", "router", "shared_gate", "conv", "a_log", "decay_rate")
+        ends = ("norm", "bias", "sinks", "scale", "router", "shared_gate", "index_weights", "conv", "a_log")
+        ends += ("decay_rate",)
         return frozenset(name for part, name in self.dense.items() if part.endswith(ends))
 
 

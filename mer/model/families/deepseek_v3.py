@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from attrs import evolve
+
 from mer.model.families import common
 from mer.model.families.config import Config
 from mer.model.families.deepseek_blocks import Blocks, sigmoid_router
 from mer.model.families.rope import Rope
 from mer.model.families.tensors import Tensors
-from mer.model.spec import LatentAttentionSpec, ModelSpec
+from mer.model.spec import IndexerSpec, LatentAttentionSpec, ModelSpec
 
 
-def _attention(config: Config, rope: Rope) -> LatentAttentionSpec:
+def _attention(config: Config, rope: Rope, indexer: IndexerSpec | None) -> LatentAttentionSpec:
     heads = config.integer("num_attention_heads")
     nope, turned = config.integer("qk_nope_head_dim"), config.integer("qk_rope_head_dim")
     return LatentAttentionSpec(
@@ -21,6 +25,7 @@ def _attention(config: Config, rope: Rope) -> LatentAttentionSpec:
         kv_rank=config.integer("kv_lora_rank"),
         query_rank=None if config.get("q_lora_rank") is None else config.integer("q_lora_rank"),
         scale=(nope + turned) ** -0.5 * rope.score_factor,
+        indexer=indexer,
     )
 
 
@@ -44,6 +49,16 @@ def _take_attention(tensors: Tensors, i: int, hidden: int, a: LatentAttentionSpe
     tensors.take_linear(f"{i}.o", f"{name}.o_proj", hidden, a.n_heads * a.value_dim, bias=bias)
 
 
+def _take_indexer(tensors: Tensors, i: int, hidden: int, a: LatentAttentionSpec, x: IndexerSpec) -> None:
+    name = f"model.layers.{i}.self_attn.indexer"
+    assert a.query_rank is not None
+    tensors.take_linear(f"{i}.index_q", f"{name}.wq_b", x.n_heads * x.head_dim, a.query_rank)
+    tensors.take_linear(f"{i}.index_k", f"{name}.wk", x.head_dim, hidden)
+    tensors.take(f"{i}.index_norm", f"{name}.k_norm.weight", x.head_dim)
+    tensors.take(f"{i}.index_norm_bias", f"{name}.k_norm.bias", x.head_dim)
+    tensors.take_linear(f"{i}.index_weights", f"{name}.weights_proj", x.n_heads, hidden)
+
+
 def read(config: Config, tensors: Tensors) -> ModelSpec:
     """ModelSpec of a DeepSeek-V3, without the layers for multi-token prediction."""
     blocks = Blocks(config, sigmoid_router(config, default_scale=2.5), default_plain=3)
@@ -51,19 +66,36 @@ def read(config: Config, tensors: Tensors) -> ModelSpec:
 
 
 def read_with(
-    config: Config, tensors: Tensors, blocks: Blocks, family: str, *, default_eps: float = 1e-6
+    config: Config,
+    tensors: Tensors,
+    blocks: Blocks,
+    family: str,
+    *,
+    default_eps: float = 1e-6,
+    indexers: Sequence[IndexerSpec] | None = None,
 ) -> ModelSpec:
-    """ModelSpec of a model with latent attention and these feed-forward blocks."""
+    """ModelSpec of a model with latent attention and these feed-forward blocks.
+
+    indexers: of each layer, where a token does not see all positions.
+    """
     config.expect("hidden_act", "silu")
     hidden, n_layers = config.integer("hidden_size"), config.integer("num_hidden_layers")
     rope = Rope(config)
-    attention = _attention(config, rope)
+    attention = _attention(config, rope, indexers[0] if indexers else None)
     bias = config.flag("attention_bias", False)
     tied = common.take_ends(config, tensors)
     for i in range(n_layers):
         common.take_norms(tensors, i, hidden)
         _take_attention(tensors, i, hidden, attention, bias)
+        if indexers and indexers[i].own:
+            _take_indexer(tensors, i, hidden, attention, indexers[i])
         blocks.take(tensors, i)
+    layers = common.number_layers(config, blocks.moe, [None] * n_layers)
+    if indexers:
+        layers = tuple(
+            evolve(layer, attention=evolve(attention, indexer=x))
+            for layer, x in zip(layers, indexers, strict=True)
+        )
     return ModelSpec(
         family=family,
         vocab=config.integer("vocab_size"),
@@ -72,7 +104,7 @@ def read_with(
         max_positions=rope.max_positions,
         attention=attention,
         rope=rope.spec(attention.rope_dim, interleaved=config.flag("rope_interleave", True)),
-        layers=common.number_layers(config, blocks.moe, [None] * n_layers),
+        layers=layers,
         router=blocks.router,
         moe_inter=blocks.inter,
         dense_inter=blocks.dense_inter,

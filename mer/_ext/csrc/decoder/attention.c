@@ -130,6 +130,27 @@ MER_INLINE void attend_block(const mer_attention *a, const float *q, const float
     add_values(out, p, values, a->latent ? a->key_dim : a->value_dim, a->value_dim, j0, j1);
 }
 
+/* max and sum [tokens, heads] and the outputs, before the first key. */
+MER_INLINE void begin(const mer_attention *a, long t0, long t1, long h0, long h1, float *max, float *sum) {
+    const long heads = h1 - h0;
+    for (long i = 0; i < (t1 - t0) * heads; i++) {
+        max[i] = a->sinks ? a->sinks[h0 + i % heads] : -INFINITY;
+        sum[i] = a->sinks ? 1.0f : 0.0f;
+    }
+    for (long t = t0; t < t1; t++)
+        memset(a->out + (t * a->n_heads + h0) * a->value_dim, 0, sizeof(float) * heads * a->value_dim);
+}
+
+/* The outputs, after the last key. */
+MER_INLINE void end(const mer_attention *a, long t0, long t1, long h0, long h1, const float *sum) {
+    for (long t = t0; t < t1; t++)
+        for (long h = h0; h < h1; h++) {
+            float *out = a->out + (t * a->n_heads + h) * a->value_dim;
+            const float whole = sum[(t - t0) * (h1 - h0) + h - h0];
+            for (long d = 0; d < a->value_dim; d++) out[d] /= whole;
+        }
+}
+
 MER_CLONES
 void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, long h0, long h1, int thread) {
     const size_t key_floats = MER_KV_BLOCK * (size_t)a->key_dim;
@@ -141,12 +162,7 @@ void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, 
     float *max = a->latent ? value_buffer : value_buffer + value_floats;
     float *sum = max + (t1 - t0) * heads;
 
-    for (long i = 0; i < (t1 - t0) * heads; i++) {
-        max[i] = a->sinks ? a->sinks[h0 + i % heads] : -INFINITY;
-        sum[i] = a->sinks ? 1.0f : 0.0f;
-    }
-    for (long t = t0; t < t1; t++)
-        memset(a->out + (t * a->n_heads + h0) * a->value_dim, 0, sizeof(float) * heads * a->value_dim);
+    begin(a, t0, t1, h0, h1, max, sum);
 
     const long oldest = a->window && a->positions[t0] >= a->window ? a->positions[t0] - a->window + 1 : 0;
     for (long b = oldest / MER_KV_BLOCK; b <= a->positions[t1 - 1] / MER_KV_BLOCK; b++) {
@@ -167,10 +183,44 @@ void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, 
             }
         }
     }
-    for (long t = t0; t < t1; t++)
-        for (long h = h0; h < h1; h++) {
-            float *out = a->out + (t * a->n_heads + h) * a->value_dim;
-            const float whole = sum[(t - t0) * heads + h - h0];
-            for (long d = 0; d < a->value_dim; d++) out[d] /= whole;
+    end(a, t0, t1, h0, h1, sum);
+}
+
+/* As mer_attend does it for a query that sees n keys, sixteen of them at a time: where all are chosen, the bytes are
+ * the same. */
+MER_CLONES
+void mer_attend_chosen(const mer_attention *a, const int32_t *table, const int32_t *chosen, long n, long t, long h0,
+                       long h1, int thread) {
+    float *keys = a->scratch + (size_t)thread * a->scratch_floats;
+    float *max = keys + MER_KV_BLOCK * (size_t)a->key_dim, *sum = max + (h1 - h0);
+    begin(a, t, t + 1, h0, h1, max, sum);
+    for (long first = 0; first < n; first += MER_KV_BLOCK) {
+        const long count = n - first < MER_KV_BLOCK ? n - first : MER_KV_BLOCK;
+        for (long j = 0; j < count; j++) {
+            const int32_t position = chosen[first + j];
+            row_as_floats(a->blocks + (size_t)table[position / MER_KV_BLOCK] * a->block_bytes, a->kv, a->key_dim,
+                          position % MER_KV_BLOCK, keys + j * a->key_dim);
         }
+        for (long h = h0; h < h1; h++)
+            attend_block(a, a->q + (t * a->n_heads + h) * a->key_dim, keys, keys, 0, count, max + h - h0,
+                         sum + h - h0, a->out + (t * a->n_heads + h) * a->value_dim);
+    }
+    end(a, t, t + 1, h0, h1, sum);
+}
+
+/* Every head's query times 16 keys; what is above 0 counts, times the head's weight. */
+MER_CLONES
+void mer_index_scores(const mer_index *x, const int32_t *table, long t, long b0, long b1, float *scratch,
+                      float *scores) {
+    for (long b = b0; b < b1; b++) {
+        const float *keys = as_floats(x->keys + (size_t)table[b] * x->block_bytes, x->kv, x->dim, 1, scratch);
+        v16 sum = {0};
+        for (long h = 0; h < x->n_heads; h++) {
+            v16 score;
+            score_by_element(x->q + (t * x->n_heads + h) * x->dim, keys, x->dim, &score);
+            score = (v16)((v16i)score & (score > 0.0f));
+            sum += x->weights[t * x->n_heads + h] * score;
+        }
+        V16_STORE(scores + (b - b0) * MER_KV_BLOCK, sum);
+    }
 }

@@ -70,6 +70,10 @@ void mer_kv_store(void *block, int kv, long at, const float *k, const float *v, 
     }
 }
 
+void mer_index_store(void *part, int kv, long at, const float *key, long dim) {
+    store(part, kv, at, key, dim, 1);
+}
+
 void mer_latent_store(void *block, int kv, long at, const float *latent, long dim) {
     store(block, kv, at, latent, dim, 0);
 }

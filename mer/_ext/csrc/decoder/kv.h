@@ -53,4 +53,19 @@ MER_INLINE const float *as_floats(const char *part, int kv, long dim, int by_ele
     return to;
 }
 
+/* The vector at one place of a part that is stored by position, as as_floats() gives it. */
+MER_INLINE void row_as_floats(const char *part, int kv, long dim, long at, float *to) {
+    if (kv == MER_KV_F32) {
+        memcpy(to, (const float *)part + at * dim, sizeof(float) * (size_t)dim);
+    } else if (kv == MER_KV_F16) {
+        const uint16_t *h = (const uint16_t *)part + at * dim;
+        for (long d = 0; d < dim; d++) to[d] = half_to_float(h[d]);
+    } else {
+        const int8_t *q = (const int8_t *)part + at * dim;
+        const long groups = (dim + MER_KV_GROUP - 1) / MER_KV_GROUP;
+        const uint16_t *scales = (const uint16_t *)(part + MER_KV_BLOCK * dim) + at * groups;
+        for (long d = 0; d < dim; d++) to[d] = (float)q[d] * half_to_float(scales[d / MER_KV_GROUP]);
+    }
+}
+
 #endif
