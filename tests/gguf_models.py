@@ -28,6 +28,9 @@ ARCHITECTURES = {
     "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "gemma4_text": gguf.MODEL_ARCH.GEMMA4,
+    # The package knows GLM's form alone, which is DeepSeek's.
+    "deepseek_v32": gguf.MODEL_ARCH.GLM_DSA,
+    "glm_moe_dsa": gguf.MODEL_ARCH.GLM_DSA,
     "glm4_moe": gguf.MODEL_ARCH.GLM4_MOE,
     "dots1": gguf.MODEL_ARCH.DOTS1,
     "ernie4_5_moe": gguf.MODEL_ARCH.ERNIE4_5_MOE,
@@ -52,7 +55,8 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
     """
     family, config = model.config.model_type, model.config.to_dict()
     arch = ARCHITECTURES[family]
-    writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], split_max_tensors=shards)
+    title = "deepseek32" if family == "deepseek_v32" else gguf.MODEL_ARCH_NAMES[arch]
+    writer = GGUFWriter(path, title, split_max_tensors=shards)
     predicting = more.get("predicting", 0)
     _metadata(writer, family, config, predicting)
     more.get("tokenizer", lambda writer: writer.add_tokenizer_model("none"))(writer)
@@ -171,6 +175,10 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         w.add_rope_scaling_attn_factors(rope["short_mscale"])
     if family == "phimoe":
         w.add_sliding_window(config["sliding_window"] or 0)
+    if "index_topk" in config:
+        w.add_indexer_head_count(config["index_n_heads"])
+        w.add_indexer_key_length(config["index_head_dim"])
+        w.add_indexer_top_k(config["index_topk"])
     if config.get("clip_qkv"):
         w.add_clamp_kqv(config["clip_qkv"])
     if "n_group" in config:

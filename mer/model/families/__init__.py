@@ -80,8 +80,10 @@ class Architecture:
     @property
     def kept(self) -> frozenset[str]:
         """Names of dense tensors that are small and that much hangs on: no conversion may change them."""
-        ends = ("norm", "bias", "sinks", "scale", "router", "shared_gate", "index_weights", "conv", "a_log")
-        ends += ("decay_rate",)
+        ends = (
+            "norm", "bias", "sinks", "scale", "router", "shared_gate", "index_weights", "conv", "a_log",
+            "decay_rate",
+        )  # fmt: skip
         return frozenset(name for part, name in self.dense.items() if part.endswith(ends))
 
 

@@ -33,6 +33,8 @@ _KNOWN: Final = (
     deepseek.V2,
     deepseek.FAMILY,
     deepseek.GLM_LITE,
+    deepseek.V32,
+    deepseek.GLM_DSA,
     dots1.FAMILY,
     ernie4_5_moe.FAMILY,
     gemma4.FAMILY,

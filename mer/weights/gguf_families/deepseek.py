@@ -1,4 +1,4 @@
-"""`deepseek2`: DeepSeek-V2 and -V3 and what is built like them (Kimi-K2, GLM-4.7-Flash)."""
+"""`deepseek2`: DeepSeek-V2 and -V3, what is like them (Kimi-K2, GLM-4.7-Flash); `deepseek32`, `glm-dsa`."""
 
 from __future__ import annotations
 
@@ -32,23 +32,28 @@ def _config(keys: Keys) -> dict[str, Any]:
     return config
 
 
+_NAMES = {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj",
+    "attn_v_b": "self_attn.v_b_proj",
+    **SHARED_EXPERTS,
+}
+_INDEXER = {
+    "indexer.attn_q_b": "self_attn.indexer.wq_b",
+    "indexer.attn_k": "self_attn.indexer.wk",
+    "indexer.k_norm": "self_attn.indexer.k_norm",
+    "indexer.proj": "self_attn.indexer.weights_proj",
+}
 FAMILY = GGUFFamily(
     architecture="deepseek2",
     model_type="deepseek_v3",
     config=_config,
-    names=Names(
-        {
-            "attn_q_a": "self_attn.q_a_proj",
-            "attn_q_a_norm": "self_attn.q_a_layernorm",
-            "attn_q_b": "self_attn.q_b_proj",
-            "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
-            "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-            "attn_kv_b": "self_attn.kv_b_proj",
-            "attn_k_b": "self_attn.k_b_proj",
-            "attn_v_b": "self_attn.v_b_proj",
-            **SHARED_EXPERTS,
-        }
-    ),
+    names=Names(_NAMES),
     neighbours=True,
 )
 # Their files are read as what the metadata says: sigmoid scores, DeepSeek-V3.
@@ -67,3 +72,25 @@ V2 = evolve(
     config=_config_v2,
     is_of=lambda keys: scores(keys) == SOFTMAX,
 )
+
+
+def _config_indexed(keys: Keys) -> dict[str, Any]:
+    layers = range(keys["block_count"] - keys.get("nextn_predict_layers", 0))
+    own = [f"blk.{i}.indexer.attn_k.weight" in keys.tensors for i in layers]
+    return _config(keys) | {
+        "index_n_heads": keys["attention.indexer.head_count"],
+        "index_head_dim": keys["attention.indexer.key_length"],
+        "index_topk": keys["attention.indexer.top_k"],
+        "indexer_types": ["full" if each else "shared" for each in own],
+    }
+
+
+V32 = GGUFFamily(
+    architecture="deepseek32",
+    model_type="deepseek_v32",
+    config=_config_indexed,
+    names=Names(_NAMES | _INDEXER),
+    neighbours=True,
+    written=False,
+)
+GLM_DSA = evolve(V32, architecture="glm-dsa", model_type="glm_moe_dsa")
