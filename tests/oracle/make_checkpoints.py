@@ -202,7 +202,7 @@ FAMILY: dict[str, dict[str, Any]] = {
 }
 # Norms that multiply by 1 + their weight; not so that of a recurrent layer's output.
 ZERO_CENTRED = ("qwen3_next", "qwen3_5_moe_text")
-# DeepSeek-V3 that chooses positions; of many heads, as what no head likes is a tie, which we give to the first.
+# DeepSeek-V3 that chooses positions; with many heads, as what no head likes is a tie, and which wins is open.
 INDEXER = {"index_topk": 24, "index_n_heads": 16, "index_head_dim": 20}
 FAMILY["deepseek_v32"] = FAMILY["deepseek_v3"] | INDEXER
 FAMILY["glm_moe_dsa"] = FAMILY["deepseek_v3"] | INDEXER | {"n_group": 1, "topk_group": 1}
