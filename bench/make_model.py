@@ -164,6 +164,8 @@ def main(
     config = model_config(shape, layers)
     if kind == "hf" and config["model_type"] == "gpt_oss":
         raise click.ClickException("experts of gpt_oss lie by columns there: take --as store or gguf")
+    if kind == "gguf" and config["model_type"] == "qwen3_next":
+        raise click.ClickException("this shape is not written as GGUF: take --as store or hf")
     if experts == "q4_k" and config["hidden_size"] % 256:
         raise click.ClickException("rows of this shape do not fit q4_k: take --experts mxfp4, q4_0 or q8_0")
     start = time.perf_counter()

@@ -80,6 +80,38 @@ SHAPES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "torch_dtype": "bfloat16",
     },
+    "qwen3-next-80b-a3b": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "full_attention_interval": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "partial_rotary_factor": 0.25,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "intermediate_size": 5120,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "vocab_size": 151936,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000000.0,
+        "max_position_embeddings": 262144,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "torch_dtype": "bfloat16",
+    },
     # These two without YaRN: neither shapes nor work depend on it.
     "deepseek-v3": {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -162,14 +194,20 @@ def n_experts(config: dict[str, Any]) -> int:
 def tensors(config: dict[str, Any]) -> Iterator[Tensor]:
     """Every tensor, in file order."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
+    # A norm of Qwen3-Next multiplies by 1 + its weight.
+    norm: Kind = "zero" if config["model_type"] == "qwen3_next" else "norm"
+    interval = config.get("full_attention_interval", 1)
     yield Tensor("model.embed_tokens.weight", (vocab, hidden), "embedding")
     for n in range(config["num_hidden_layers"]):
         layer = f"model.layers.{n}."
-        yield Tensor(layer + "input_layernorm.weight", (hidden,), "norm")
-        yield Tensor(layer + "post_attention_layernorm.weight", (hidden,), "norm")
-        yield from _latent(config, layer) if "kv_lora_rank" in config else _grouped(config, layer)
+        yield Tensor(layer + "input_layernorm.weight", (hidden,), norm)
+        yield Tensor(layer + "post_attention_layernorm.weight", (hidden,), norm)
+        if (n + 1) % interval:
+            yield from _delta(config, layer)
+        else:
+            yield from _latent(config, layer) if "kv_lora_rank" in config else _grouped(config, layer)
         yield from _feed_forward(config, n, layer)
-    yield Tensor("model.norm.weight", (hidden,), "norm")
+    yield Tensor("model.norm.weight", (hidden,), norm)
     yield Tensor("lm_head.weight", (vocab, hidden), "head")
 
 
@@ -178,10 +216,11 @@ def _grouped(config: dict[str, Any], layer: str) -> Iterator[Tensor]:
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     layer += "self_attn."
-    yield Tensor(layer + "q_proj.weight", (q, hidden), "matrix")
+    gated = 2 if config["model_type"] == "qwen3_next" else 1
+    yield Tensor(layer + "q_proj.weight", (gated * q, hidden), "matrix")
     yield Tensor(layer + "k_proj.weight", (kv, hidden), "matrix")
     yield Tensor(layer + "v_proj.weight", (kv, hidden), "matrix")
-    yield Tensor(layer + "o_proj.weight", (hidden, q), "matrix", STEP)
+    yield Tensor(layer + "o_proj.weight", (hidden, q), "matrix", gated * STEP)
     if config["model_type"] == "gpt_oss":
         for name, rows in ("q_proj", q), ("k_proj", kv), ("v_proj", kv), ("o_proj", hidden):
             yield Tensor(f"{layer}{name}.bias", (rows,), "zero")
@@ -189,6 +228,26 @@ def _grouped(config: dict[str, Any], layer: str) -> Iterator[Tensor]:
     if config["model_type"] == "qwen3_moe":
         yield Tensor(layer + "q_norm.weight", (head,), "norm")
         yield Tensor(layer + "k_norm.weight", (head,), "norm")
+    if config["model_type"] == "qwen3_next":
+        yield Tensor(layer + "q_norm.weight", (head,), "zero")
+        yield Tensor(layer + "k_norm.weight", (head,), "zero")
+
+
+def _delta(config: dict[str, Any], layer: str) -> Iterator[Tensor]:
+    """The gated delta rule."""
+    hidden, heads = config["hidden_size"], config["linear_num_value_heads"]
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    values = heads * config["linear_value_head_dim"]
+    channels = 2 * keys + values
+    layer += "linear_attn."
+    yield Tensor(layer + "in_proj_qkvz.weight", (channels + values, hidden), "matrix")
+    yield Tensor(layer + "in_proj_ba.weight", (2 * heads, hidden), "matrix")
+    yield Tensor(layer + "conv1d.weight", (channels, 1, config["linear_conv_kernel_dim"]), "norm")
+    yield Tensor(layer + "A_log", (heads,), "zero")
+    yield Tensor(layer + "dt_bias", (heads,), "zero")
+    yield Tensor(layer + "norm.weight", (config["linear_value_head_dim"],), "norm")
+    # A silu of unit normals, by which the norm's result is multiplied, has deviation 0.6.
+    yield Tensor(layer + "out_proj.weight", (hidden, values), "matrix", STEP / 0.6)
 
 
 def _latent(config: dict[str, Any], layer: str) -> Iterator[Tensor]:
@@ -228,6 +287,10 @@ def _feed_forward(config: dict[str, Any], n: int, layer: str) -> Iterator[Tensor
         yield Tensor(block + "gate.e_score_correction_bias", (experts,), "zero")
         shared = config["n_shared_experts"] * config["moe_intermediate_size"]
         yield from _triple(block + "shared_experts.", names, hidden, shared, step)
+    if config["model_type"] == "qwen3_next":
+        shared = config["shared_expert_intermediate_size"]
+        yield from _triple(block + "shared_expert.", names, hidden, shared, step)
+        yield Tensor(block + "shared_expert_gate.weight", (1, hidden), "router")
     inter = config.get("moe_intermediate_size") or config["intermediate_size"]
     # k experts with weights that sum to `scale`
     step *= math.sqrt(config["num_experts_per_tok"]) / config.get("routed_scaling_factor", 1.0)
