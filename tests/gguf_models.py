@@ -22,6 +22,8 @@ ARCHITECTURES = {
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
     "phimoe": gguf.MODEL_ARCH.PHIMOE,
+    "hunyuan_v1_moe": gguf.MODEL_ARCH.HUNYUAN_MOE,
+    "solar_open": gguf.MODEL_ARCH.GLM4_MOE,
     "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE,
     "granitemoeshared": gguf.MODEL_ARCH.GRANITE_MOE,
     "glm4_moe_lite": gguf.MODEL_ARCH.DEEPSEEK2,
@@ -133,12 +135,15 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         w.add_feed_forward_length(config["intermediate_size"])
     w.add_head_count(config["num_attention_heads"])
     w.add_layer_norm_rms_eps(config.get("rms_norm_eps") or config["norm_eps"])
-    w.add_rope_freq_base(rope["rope_theta"])
+    stretched = 1.0
+    if "alpha" in rope:
+        stretched = rope["alpha"] ** (config["head_dim"] / (config["head_dim"] - 2))
+    w.add_rope_freq_base(rope["rope_theta"] * stretched)
     counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     n_experts = next((config[name] for name in counts if config.get(name)), 0)
     if n_experts:
         w.add_expert_count(n_experts)
-        used = ("num_experts_per_tok", "moe_k", "top_k_experts")
+        used = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
         w.add_expert_used_count(next(config[name] for name in used if config.get(name)))
     if rope["rope_type"] in ("linear", "yarn"):
         w.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
@@ -151,10 +156,10 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         w.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if config.get("shared_expert_intermediate_size"):
         w.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    if family in ("gpt_oss", "minimax_m2"):
+    if family == "hunyuan_v1_moe":
+        w.add_expert_shared_feed_forward_length(config["intermediate_size"])
+    if family in ("gpt_oss", "minimax_m2", "hunyuan_v1_moe"):
         w.add_expert_feed_forward_length(config["intermediate_size"])
-    if family == "minimax_m2":
-        w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if family == "ernie4_5_moe":
         w.add_interleave_moe_layer_step(config["moe_layer_interval"])
         w.add_leading_dense_block_count(config["moe_layer_start_index"])
@@ -245,7 +250,7 @@ def _gemma4(w: GGUFWriter, config: dict) -> None:
 
 
 def _deepseek_experts(w: GGUFWriter, config: dict) -> None:
-    w.add_leading_dense_block_count(config.get("first_k_dense_replace", 1))
+    w.add_leading_dense_block_count(config.get("first_k_dense_replace", int("mlp_layer_types" in config)))
     w.add_expert_shared_count(config["n_shared_experts"])
     w.add_expert_weights_scale(config["routed_scaling_factor"])
     w.add_expert_weights_norm(config["norm_topk_prob"])

@@ -64,7 +64,7 @@ cdef struct Geometry:
     long nope_dim, rope_dim, value_dim, kv_rank, latent_dim, query_rank
     float scale, clip, latent_eps
     long index_heads, index_dim, index_top_k  # index_top_k 0: all positions are seen
-    bint latent, clips, v_norm, index_interleaved
+    bint latent, clips, v_norm, qk_norm_last, index_interleaved
     int qk_norm                  # 0 none, 1 each head, 2 the whole vector
 
 cdef struct Layer:

@@ -60,8 +60,10 @@ cdef void angles_task(Decoder d, long t, int thread) noexcept nogil:
 
 
 cdef inline void norm_state(Decoder d, const float *x, const float *weights, float *y) noexcept nogil:
-    """y = norm(x), of a hidden state."""
-    if d.layer_norm:
+    """y = norm(x), of a hidden state; x itself where there is no such norm."""
+    if weights is NULL:
+        memcpy(y, x, d.hidden * sizeof(float))
+    elif d.layer_norm:
         mer_layer_norm(x, weights, weights + d.hidden, y, d.hidden, d.eps)
     else:
         mer_rms_norm(x, weights, y, d.hidden, d.eps)
@@ -84,6 +86,20 @@ cdef void attended_task(Decoder d, long t, int thread) noexcept nogil:
     mer_add_scaled(d.x + t * d.hidden, y, d.residual_scale, d.hidden)
 
 
+cdef inline void norm_query_and_key(Decoder d, float *q, float *k) noexcept nogil:
+    cdef Layer *layer = d.layer
+    cdef Geometry *g = &layer.geometry
+    cdef long dim = g.head_dim, i
+    if g.qk_norm == 2:
+        mer_rms_norm(q, layer.q_norm, q, g.n_heads * dim, d.eps)
+        mer_rms_norm(k, layer.k_norm, k, g.n_kv * dim, d.eps)
+    elif g.qk_norm == 1:
+        for i in range(g.n_heads):
+            mer_rms_norm(q + i * dim, layer.q_norm, q + i * dim, dim, d.eps)
+        for i in range(g.n_kv):
+            mer_rms_norm(k + i * dim, layer.k_norm, k + i * dim, dim, d.eps)
+
+
 cdef void grouped_task(Decoder d, long t, int thread) noexcept nogil:
     """Between projections and attention: bias, norms, clip, rotation of one token, and its place in the cache."""
     cdef Layer *layer = d.layer
@@ -100,14 +116,8 @@ cdef void grouped_task(Decoder d, long t, int thread) noexcept nogil:
     if layer.v.w is NULL:
         memcpy(v, k, n_kv * sizeof(float))
     add_bias(&layer.v, v)
-    if g.qk_norm == 2:
-        mer_rms_norm(q, layer.q_norm, q, n_q, d.eps)
-        mer_rms_norm(k, layer.k_norm, k, n_kv, d.eps)
-    elif g.qk_norm == 1:
-        for i in range(g.n_heads):
-            mer_rms_norm(q + i * dim, layer.q_norm, q + i * dim, dim, d.eps)
-        for i in range(g.n_kv):
-            mer_rms_norm(k + i * dim, layer.k_norm, k + i * dim, dim, d.eps)
+    if not g.qk_norm_last:
+        norm_query_and_key(d, q, k)
     if g.v_norm:
         for i in range(g.n_kv):
             mer_rms_norm(v + i * dim, NULL, v + i * dim, dim, d.eps)
@@ -119,6 +129,8 @@ cdef void grouped_task(Decoder d, long t, int thread) noexcept nogil:
         mer_rope(q + i * dim, cosine, sine, rope.pairs, rope.interleaved)
     for i in range(g.n_kv):
         mer_rope(k + i * dim, cosine, sine, rope.pairs, rope.interleaved)
+    if g.qk_norm_last:
+        norm_query_and_key(d, q, k)
     mer_kv_store(d.block_of(t), d.kv, d.positions[t] % MER_KV_BLOCK, k, v, g.n_kv, dim)
 
 
@@ -176,6 +188,7 @@ cdef Geometry geometry_of(a):
     else:
         g.n_kv, g.head_dim = a.n_kv_heads, a.head_dim
         g.qk_norm = {"none": 0, "head": 1, "vector": 2}[a.qk_norm]
+        g.qk_norm_last = a.qk_norm_last
         g.v_norm = a.v_norm
         g.clips, g.clip = a.clip is not None, a.clip or 0.0
     return g
@@ -310,8 +323,10 @@ cdef class Decoder:
         layer.window = spec.window or 0
         self.kept.append(blocks)
         layer.blocks, layer.block_bytes = <char *><uintptr_t>blocks.ctypes.data, blocks.strides[0]
-        layer.attention_norm = self.floats(self.norm_of(weights, "attention_norm"))
-        layer.mlp_norm = self.floats(self.norm_of(weights, "mlp_norm"))
+        if "attention_norm" in weights:
+            layer.attention_norm = self.floats(self.norm_of(weights, "attention_norm"))
+        if "mlp_norm" in weights:
+            layer.mlp_norm = self.floats(self.norm_of(weights, "mlp_norm"))
         layer.q_norm, layer.k_norm = self.vector(weights, "q_norm"), self.vector(weights, "k_norm")
         layer.q_latent_norm = self.vector(weights, "q_latent_norm")
         layer.latent_norm = self.vector(weights, "latent_norm")

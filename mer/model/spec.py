@@ -53,6 +53,8 @@ class AttentionSpec:
     sinks: bool = False
     # A head's output is multiplied by the sigmoid of a projection of its own.
     gated: bool = False
+    # The norm of query and key comes behind the rotary embedding, not before it.
+    qk_norm_last: bool = False
 
 
 @frozen

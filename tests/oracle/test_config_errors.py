@@ -79,6 +79,8 @@ def test_unknown_architecture_lists_the_known(checkpoint):
         ("mixtral", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor is missing"),
         ("mixtral", {"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta"),
         ("mixtral", {"rope_parameters": [1]}, "rope_parameters"),
+        ("hunyuan_v1_moe", {"moe_topk": [7, 7]}, "moe_topk is 7, but there are 6"),
+        ("hunyuan_v1_moe", {"moe_intermediate_size": [32, "x"]}, "moe_intermediate_size"),
         (
             "phimoe",
             {"rope_parameters": {"rope_type": "longrope", "short_factor": [1]}},
@@ -124,6 +126,7 @@ def test_config_that_lies(checkpoint, family, changes, named):
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok"),
+        ("hunyuan_v1_moe", {"moe_topk": [2, 1]}, "moe_topk differs by layer"),
         ("minimax_m2", {"attn_type_list": [1, 0]}, "attn_type_list"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
     ],

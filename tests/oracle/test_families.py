@@ -165,6 +165,23 @@ CASES = {
             "norm_topk_prob": False,
         },
     },
+    "hunyuan_v1_moe": {
+        "plain": {},
+        "alpha": rope("dynamic", 1e4, alpha=20.0, factor=1.0) | {"tie_word_embeddings": True},
+        "bias": {"attention_bias": True, "num_key_value_heads": 1, "num_experts_per_tok": 6},
+        "odd": {"hidden_size": 60, "num_attention_heads": 6, "head_dim": 14, "intermediate_size": 37},
+    },
+    "flex_olmo": {
+        "plain": {},
+        "normalised": {"norm_topk_prob": True, "num_experts_per_tok": 6, "num_key_value_heads": 4},
+        "bias-tied": {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1},
+        "odd": {"hidden_size": 60, "num_attention_heads": 6, "intermediate_size": 37},
+    },
+    "solar_open": {
+        "plain": {},
+        "scaled": {"routed_scaling_factor": 1.7, "attention_bias": True, "n_shared_experts": 2},
+        "yarn": rope("yarn", 1e4, **YARN) | {"tie_word_embeddings": True, "norm_topk_prob": False},
+    },
     "phimoe": {
         "plain": {},
         "published": {"attention_bias": True, "rope_parameters": LONGROPE},

@@ -14,7 +14,7 @@ from tokenizer_models import CORPUS
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Trained
 
-from mer.model.gguf_tokenizer import _CUTS
+from mer.model.gguf_tokenizer import CUTS
 from mer.model.tokenizer import Tokenizer
 
 MORE = [
@@ -48,7 +48,7 @@ def trained() -> Trained:
     return tokenizer
 
 
-@pytest.mark.parametrize("pre", sorted(set(_CUTS) - {"default"}))
+@pytest.mark.parametrize("pre", sorted(set(CUTS) - {"default"}))
 def test_ids(pre, trained, tmp_path):
     settings = bpe_settings(trained, pre)
     size = len(settings["token_list"])
@@ -80,7 +80,7 @@ def test_kimi():
         r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
     ]  # fmt: skip
     oracle = regex.compile("|".join(parts), regex.VERSION1)
-    (cut,) = _CUTS["kimi-k2"]
+    (cut,) = CUTS["kimi-k2"]
     step = pre_tokenizers.Split(Regex(cut), "isolated")
     rng = random.Random(3)
     for text in [*TEXTS, *MORE, *(" ".join(rng.choices(WORDS, k=9)) for _ in range(100))]:

@@ -71,6 +71,7 @@ def take_grouped_attention(
     qkv_bias: bool,
     o_bias: bool,
     v: bool = True,
+    norms: tuple[str, str] = ("q_norm", "k_norm"),
 ) -> None:
     """q, k, v, o and their biases and norms. Without v, values are made of what k gives."""
     name = f"model.layers.{layer}.self_attn"
@@ -82,8 +83,8 @@ def take_grouped_attention(
     tensors.take_linear(f"{layer}.o", f"{name}.o_proj", hidden, q, bias=o_bias)
     if a.qk_norm != "none":
         whole = a.qk_norm == "vector"
-        tensors.take(f"{layer}.q_norm", f"{name}.q_norm.weight", q if whole else a.head_dim)
-        tensors.take(f"{layer}.k_norm", f"{name}.k_norm.weight", kv if whole else a.head_dim)
+        tensors.take(f"{layer}.q_norm", f"{name}.{norms[0]}.weight", q if whole else a.head_dim)
+        tensors.take(f"{layer}.k_norm", f"{name}.{norms[1]}.weight", kv if whole else a.head_dim)
 
 
 def softmax_router(config: Config, *, normalise: bool) -> RouterSpec:

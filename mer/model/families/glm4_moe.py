@@ -1,4 +1,4 @@
-"""GLM-4-MoE (GLM-4.5 and later): half of each head turns; routing and shared experts as in DeepSeek-V3."""
+"""GLM-4-MoE (GLM-4.5 and later): half of each head turns, experts as DeepSeek-V3 has them. Solar Open."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from mer.model.spec import ModelSpec
 
 def read(config: Config, tensors: Tensors) -> ModelSpec:
     """ModelSpec of a GLM-4-MoE, without the layers for multi-token prediction."""
+    blocks = Blocks(config, sigmoid_router(config), default_plain=1)
+    return _read(config, tensors, "glm4_moe", Rope(config, default_partial=0.5), blocks)
+
+
+def read_solar_open(config: Config, tensors: Tensors) -> ModelSpec:
+    """ModelSpec of a Solar Open, whose layers all have experts."""
+    blocks = Blocks(config, sigmoid_router(config), default_plain=0)
+    return _read(config, tensors, "solar_open", Rope(config, default_theta=1e6), blocks)
+
+
+def _read(config: Config, tensors: Tensors, family: str, rope: Rope, blocks: Blocks) -> ModelSpec:
     config.expect("hidden_act", "silu")
     hidden, n_layers = config.integer("hidden_size"), config.integer("num_hidden_layers")
-    rope = Rope(config, default_partial=0.5)
-    attention = common.grouped_attention(
-        config, qk_norm="head" if config.flag("use_qk_norm", False) else "none"
-    )
-    blocks = Blocks(config, sigmoid_router(config), default_plain=1)
+    qk_norm = config.flag("use_qk_norm", False)
+    attention = common.grouped_attention(config, qk_norm="head" if qk_norm else "none")
     bias = config.flag("attention_bias", False)
     tied = common.take_ends(config, tensors)
     for i in range(n_layers):
@@ -26,7 +34,7 @@ def read(config: Config, tensors: Tensors) -> ModelSpec:
         common.take_grouped_attention(tensors, i, hidden, attention, qkv_bias=bias, o_bias=False)
         blocks.take(tensors, i)
     return ModelSpec(
-        family="glm4_moe",
+        family=family,
         vocab=config.integer("vocab_size"),
         hidden=hidden,
         norm_eps=config.number("rms_norm_eps", default=1e-5),

@@ -97,9 +97,12 @@ class Rope:
             )
         if dim % 2 or dim == 0:
             raise self._config.wrong(f"rotary embedding turns pairs, so {dim} elements of a head can't turn")
+        theta = self.theta
+        if self.type == "dynamic" and "alpha" in self._values and dim > 2:  # Hunyuan: stretched for good
+            theta *= self._number("alpha") ** (dim / (dim - 2))
         # Exponent and power are rounded to f32 first, as where the models were trained: far out it shows.
         exponents = (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
-        powers = (self.theta**exponents).astype(np.float32)
+        powers = (theta**exponents).astype(np.float32)
         frequencies = (np.float32(1.0) / powers).astype(np.float64)
         scale = 1.0
         scaling: RopeScaling | None = None
@@ -120,7 +123,7 @@ class Rope:
             frequencies = frequencies / self._factors("frequency_factors", dim)
         # `dynamic` changes nothing up to max_position_embeddings, and further a sequence may not go.
         inv_freq = tuple(frequencies.astype(np.float32).tolist())
-        return RopeSpec(inv_freq, scale, interleaved, self.theta, scaling)
+        return RopeSpec(inv_freq, scale, interleaved, theta, scaling)
 
     def _factors(self, key: str, dim: int) -> Array:
         """What each frequency is divided by."""

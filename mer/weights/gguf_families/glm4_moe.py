@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from attrs import evolve
+
 from mer.weights.gguf_families.family import GGUFFamily
 from mer.weights.gguf_families.names import Names
 from mer.weights.gguf_families.shared import SHARED_EXPERTS, deepseek_experts, partial_rotary
@@ -25,3 +27,5 @@ FAMILY = GGUFFamily(
     config=_config,
     names=Names(SHARED_EXPERTS | {"post_attention_norm": "post_attention_layernorm"}),
 )
+# Its files are read as GLM-4-MoE, whose head turns as a whole.
+SOLAR_OPEN = evolve(FAMILY, model_type="solar_open", is_of=lambda keys: False)
