@@ -202,6 +202,26 @@ def test_harmony_with_its_special_tokens(tmp_path):
             assert "<|" not in text
 
 
+def test_gemma_with_its_special_tokens(tmp_path):
+    """Strings stand between tokens of their own; what is read is JSON."""
+    tags = ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>")
+    model = write_tool_model(tmp_path / "small", "gemma", tags)
+    with serving(model, "--context", 2048) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        more = {"tool_choice": "required", "logit_bias": {token(client, tags[0]): 50}}
+        for seed in range(3):
+            (call,) = ask(client, **more, seed=seed, parallel_tool_calls=False).choices[0].message.tool_calls
+            check(call.function.arguments)
+        anything = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+        ends = {token(client, text): 50 for text in (tags[0], "}", tags[1])}
+        (call,) = ask(client, **more | {"logit_bias": ends}, tools=anything).choices[0].message.tool_calls[:1]
+        assert call.function.arguments == "{}"
+        more["logit_bias"] = {token(client, tags[3]): 50}
+        thought = ask(client, **more, max_tokens=12).choices[0].message
+        assert thought.reasoning_content
+        assert "channel" not in thought.reasoning_content + thought.content
+
+
 def test_reasoning_that_the_prompt_opened(tmp_path):
     model = write_tool_model(tmp_path / "small", "deepseek_r1")
     with serving(model, "--context", 2048) as server:

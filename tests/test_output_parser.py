@@ -89,6 +89,7 @@ def answer(template: str, message: dict[str, Any]) -> tuple[str, str]:
         "<|eot_id|>",
         "<|call|>",
         "<|return|>",
+        "<turn|>\n",
     ):  # the end token is not text
         text = text.removesuffix(end)
     return prompt, text
@@ -199,6 +200,11 @@ def test_any_text_cut_anywhere_says_the_same(name: str, data: st.DataObject) -> 
         ("mistral", "[TOOL_CALLS] weather, please"),
         ("mistral_named", "[TOOL_CALLS]weather[ARGS]now"),
         ("granite", "<|tool_call|>weather"),
+        ("gemma", "<|tool_call>weather{}<tool_call|>"),
+        ("gemma", '<|tool_call>call:weather{city:<|"|>Bern<|"|>'),
+        ("gemma", "<|tool_call>call:weather{city:Bern}<tool_call|>"),
+        ("gemma", "<|tool_call>call:weather{city:1}}<tool_call|>"),
+        ("gemma", "<|tool_call>call:weather[1]<tool_call|>"),
         ("deepseek_r1", "<｜tool▁calls▁begin｜>weather"),
         ("deepseek_v31", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>[1]"),
         ("kimi", "<|tool_calls_section_begin|><|tool_call_begin|>weather<|tool_call_argument_begin|>{}"),
@@ -266,6 +272,8 @@ def test_calls_that_models_write_a_little_differently() -> None:
         ("mistral", f"[TOOL_CALLS]weather{body}"),
         ("mistral", f'[TOOL_CALLS] {{"name": "weather", "arguments": {body}}}'),
         ("mistral_named", f"[TOOL_CALLS]weather[CALL_ID]abcdefghi[ARGS]{body}"),
+        ("gemma", '<|tool_call>call:weather {city: <|"|>Bern<|"|>}<tool_call|>'),
+        ("gemma", '<|tool_call>call:weather{<|"|>city<|"|>:<|"|>Bern<|"|>}<tool_call|>\n'),
         ("granite", f'<|tool_call|> {{"name": "weather", "arguments": {body}}}<|/tool_call|>'),
         ("llama", f'<|python_tag|>{{"name": "weather", "parameters": {body}}}'),
         ("harmony", f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{body}"),

@@ -154,7 +154,29 @@ HARMONY: Final = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
 
+GEMMA: Final = """\
+{%- macro written(v) %}
+{%- if v is string %}{{ '<|"|>' + v + '<|"|>' }}
+{%- elif v is boolean %}{{ 'true' if v else 'false' }}
+{%- elif v is none %}null
+{%- elif v is mapping %}{{ '{' }}{% for key, value in v | items %}{{ key }}:{{ written(value) }}{{ '' if loop.last else ',' }}{% endfor %}{{ '}' }}
+{%- elif v is sequence %}{{ '[' }}{% for value in v %}{{ written(value) }}{{ '' if loop.last else ',' }}{% endfor %}{{ ']' }}
+{%- else %}{{ v }}{% endif %}
+{%- endmacro %}
+{{- '<|turn>system\\n' + (tools | tojson if tools else '') + '<turn|>\\n' }}
+{%- for m in messages %}
+{{- '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}
+{%- if m.reasoning_content %}{{ '<|channel>thought\\n' + m.reasoning_content + '\\n<channel|>' }}{% endif %}
+{{- m.content or '' }}
+{%- for call in m.tool_calls or [] %}
+{{- '<|tool_call>call:' + call.function.name + written(call.function.arguments) + '<tool_call|>' }}
+{%- endfor %}
+{{- '<turn|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}"""  # noqa: E501
+
 ALL: Final = {
+    "gemma": GEMMA,
     "hermes": HERMES,
     "qwen_coder": QWEN_CODER,
     "glm": GLM,

@@ -22,7 +22,12 @@ from mer.model.tool_formats.source import Schemas, Source, Steps
 
 __all__ = ["Content", "OutputFormat", "OutputParser", "Piece", "Reasoning", "ToolArguments", "ToolCall"]
 
-_THINKING: Final = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+_THINKING: Final = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>", "<channel|>"),
+)
+_CHANNEL: Final = "thought\n"  # the name of Gemma-4's, behind the tag
 _TOOLS: Final = re.compile(r"\btools\b")
 SPACE: Final = r"/\n{0,2}/"  # between the end of the reasoning and the answer
 _Thinking = tuple[str, str]
@@ -225,6 +230,9 @@ def _read(source: Source, format: OutputFormat, thinks: bool, tools: bool) -> St
             thinks = yield from _opens(source, begin)
         if thinks:
             yield from source.space()
+            if begin == "<|channel>":
+                yield from source.starts(_CHANNEL)
+                yield from source.space()
             if not (yield from source.until((end,), source.reasoning)):
                 return
             yield from source.space()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from mer.model.tool_formats.base import ToolFormat
+from mer.model.tool_formats.gemma import Gemma
 from mer.model.tool_formats.harmony import Harmony
 from mer.model.tool_formats.json_calls import Hermes, JsonList, Llama, Mistral
 from mer.model.tool_formats.sections import DeepSeek, Kimi
@@ -15,6 +16,7 @@ __all__ = ["TABLE", "Harmony", "Llama", "ToolFormat", "find"]
 # What a chat template must contain, all of it -> the format. The first that fits counts.
 TABLE: Final[tuple[tuple[tuple[str, ...], ToolFormat], ...]] = (
     (("<|channel|>", "<|message|>"), Harmony()),
+    (("<|tool_call>", '<|"|>'), Gemma()),
     (("<|tool_calls_section_begin|>",), Kimi()),
     (("｜DSML｜", "function_calls"), DEEPSEEK_V32),  # whose tags a template puts together
     (("｜DSML｜",), DEEPSEEK_V4),
