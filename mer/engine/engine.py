@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from mer.config import EngineConfig
 from mer.engine.budget import Budget, resident_bytes
 from mer.engine.constraint import Constraints
+from mer.engine.draft import NgramDrafter
 from mer.engine.mailbox import Mailbox
 from mer.engine.observer import Observer, ReadLatency, Snapshot
 from mer.engine.outputs import Delta, Result, join
@@ -31,6 +32,7 @@ from mer.engine.request import Embedding, Request
 from mer.engine.runner import Runner, StepStats
 from mer.engine.sampling import Sampler
 from mer.engine.scheduler import Scheduler
+from mer.engine.speculation import Speculation
 from mer.engine.worker import Worker
 from mer.errors import ConfigError, EngineClosedError, MerError, RequestError
 from mer.model.settings import eos_ids
@@ -134,7 +136,10 @@ class Engine:
         if store is not None:
             self._scheduler.pool.dropped = store.spill
         self._ids = itertools.count(1)
-        self._worker = Worker(runner, self._scheduler, config.max_waiting, store)
+        # A trace is of the tokens that there were; a recurrent state can't be set back behind a wrong draft.
+        drafts = config.speculate != "off" and config.trace is None and not self._scheduler.states
+        self._speculation = Speculation() if drafts else None
+        self._worker = Worker(runner, self._scheduler, config.max_waiting, store, self._speculation)
         self._constraints = Constraints(tokenizer, runner.spec.vocab, ends, budget.threads)
 
     @classmethod
@@ -362,6 +367,7 @@ class Engine:
             tokenizer=self._tokenizer,
             eos_ids=self._eos_ids,
             limit=limit,
+            drafter=NgramDrafter(tokens) if self._speculation and params.speculate else None,
         )
 
     async def _off_loop(self, prompt: Prompt, prepare: Callable[[], _T]) -> _T:

@@ -10,12 +10,14 @@ from attrs import Factory, define, field
 from numpy.typing import NDArray
 
 from mer.engine.constraint import Constraint
+from mer.engine.draft import Draft, Drafter
 from mer.engine.mailbox import Mailbox
 from mer.engine.outputs import Delta, FinishReason, Timings, TokenLogprob, Usage
 from mer.engine.params import SamplingParams
 from mer.engine.runner import StepStats
 from mer.engine.sampling import Sampled, Sampler, with_logprobs
 from mer.engine.scheduler import Sequence
+from mer.engine.speculation import Record
 from mer.model.detokenizer import Detokenizer
 from mer.model.stopping import StopStrings
 from mer.model.tokenizer import Tokenizer
@@ -70,7 +72,10 @@ class Embedding(Job):
 
 @define(eq=False, kw_only=True)
 class Request(Job):
-    """An answer that is drawn token by token."""
+    """An answer that is drawn token by token.
+
+    drafter: None: its tokens come one by one. drafts: what became of what it proposed.
+    """
 
     params: SamplingParams
     sampler: Sampler
@@ -78,6 +83,9 @@ class Request(Job):
     eos_ids: frozenset[int]
     limit: int  # most tokens, prompt and answer together
     constraint: Constraint | None = None
+    drafter: Drafter | None = None
+    drafts: Record = Factory(Record)
+    _kind: int = 0  # of the last draft
     _detokenizer: Detokenizer | None = field(init=False)
     _stops: StopStrings = field(init=False)
     _end_ids: frozenset[int] = field(init=False)
@@ -95,6 +103,20 @@ class Request(Job):
         self._end_ids = frozenset(self.params.stop_token_ids)
         if not self.params.ignore_eos:
             self._end_ids |= self.eos_ids
+
+    def propose(self, most: int) -> Draft | None:
+        """What may come next; None: no idea, or it is not time for it."""
+        if self.drafter is None or self.pending != 1 or self.wants != "last":
+            return None
+        draft = self.drafter.propose(min(most, self.limit - len(self.tokens) - 1))
+        if draft is not None:
+            self._kind = draft.kind
+        return draft
+
+    def end_draft(self, drafted: int, right: int) -> None:
+        """Of the last draft so many tokens were verified, and the first `right` of them were right."""
+        if drafted:
+            self.drafts.note(self._kind, drafted, right)
 
     def see_prompt(self, start: int, logits: NDArray[np.float32]) -> None:
         """Take f32 [T, vocab], what the model expected after each token from position `start` on."""

@@ -187,8 +187,8 @@ class Runner:
         tables = np.zeros((len(chunks), max(len(c.sequence.blocks) for c in chunks)), np.int32)
         for row, chunk in zip(tables, chunks, strict=True):
             sequence = chunk.sequence
-            start, end = sequence.computed, sequence.computed + chunk.count
-            tokens += sequence.tokens[start:end]
+            start, end = sequence.computed, sequence.computed + chunk.width
+            tokens += chunk.tokens
             positions.append(np.arange(start, end, dtype=np.int32))
             offsets.append(len(tokens))
             row[: len(sequence.blocks)] = sequence.blocks

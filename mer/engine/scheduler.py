@@ -25,6 +25,7 @@ class Sequence:
     computed: leading tokens whose keys and values are in `blocks`. cached: how many of them others had
     computed before its first step; None until then. keys: of its full blocks (see mer.engine.blocks).
     fetched: whether the store was asked for them. images: of its state, for models that have such.
+    draft: what may come behind the last token, to be verified in the next step if there is room.
     """
 
     tokens: list[int]
@@ -37,6 +38,7 @@ class Sequence:
     keys: list[bytes] = Factory(list)
     fetched: bool = False
     images: Images = Factory(Images)
+    draft: list[int] = Factory(list)
     place: tuple[int, int] = (0, 0)
 
     @property
@@ -66,10 +68,22 @@ class Store(Protocol):
 
 @frozen(eq=False)
 class Chunk:
-    """The next `count` tokens of a sequence, to be computed in one step."""
+    """The next `count` tokens of a sequence, to be computed in one step, and behind them a draft."""
 
     sequence: Sequence
     count: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Tokens that are computed."""
+        return self.count + len(self.draft)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those."""
+        start = self.sequence.computed
+        return [*self.sequence.tokens[start : start + self.count], *self.draft]
 
     @property
     def last(self) -> bool:
@@ -80,7 +94,7 @@ class Chunk:
     def rows(self) -> int:
         """Its last tokens whose logits are wanted."""
         if self.sequence.wants == "last":
-            return int(self.last)
+            return self.last + len(self.draft)
         return self.count if self.sequence.wants == "all" else 0
 
 
@@ -103,6 +117,9 @@ class Scheduler:
     Prefixes are shared through the pool's keys. One that begins with what a running one is just computing, or
     with what is being read from the store, waits for that instead of computing it as well; others go first
     meanwhile. Logits of earlier tokens need all of a prompt computed: who wants them shares nothing.
+
+    Drafts are verified in steps without prompts, with the rows of logits, and in the blocks, that nobody else
+    needs. Where layers have a recurrent state there are none: it can't be set back.
 
     Where layers have a recurrent state, a prefix is of use only up to where there is a snapshot of it, too:
     at the last full block of a prompt, and at the latest one of an answer.
@@ -214,7 +231,20 @@ class Scheduler:
                 rows -= chunks[-1].rows
         if self.states:
             self._reserve_states(chunks)
+        elif len(chunks) == len(decoding):
+            chunks = self._with_drafts(chunks, min(room, rows))
         return chunks
+
+    def _with_drafts(self, chunks: list[Chunk], room: int) -> list[Chunk]:
+        found: list[Chunk] = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            draft = tuple(sequence.draft[:room])
+            if draft and self.pool.extend(sequence.blocks, len(sequence.tokens) + len(draft)):
+                room -= len(draft)
+                chunk = Chunk(sequence, chunk.count, draft)
+            found.append(chunk)
+        return found
 
     def _reserve_states(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
@@ -242,14 +272,17 @@ class Scheduler:
     def commit(self, chunks: list[Chunk]) -> None:
         """The step has been computed."""
         for chunk in chunks:
-            sequence = chunk.sequence
-            full = sequence.computed // BLOCK
-            sequence.computed += chunk.count
-            self._find_keys(sequence)
-            for at in range(full, min(sequence.computed // BLOCK, len(sequence.keys))):
-                self.pool.publish(sequence.blocks, at, sequence.keys[at])
+            self.advance(chunk.sequence, chunk.count)
             if self.states:
                 self._commit_state(chunk)
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """Its next `count` tokens have been computed; those of a draft count once they turn out right."""
+        full = sequence.computed // BLOCK
+        sequence.computed += count
+        self._find_keys(sequence)
+        for at in range(full, min(sequence.computed // BLOCK, len(sequence.keys))):
+            self.pool.publish(sequence.blocks, at, sequence.keys[at])
 
     def _commit_state(self, chunk: Chunk) -> None:
         sequence = chunk.sequence

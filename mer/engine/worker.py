@@ -18,6 +18,7 @@ from mer.engine.prefix_store import PrefixStore
 from mer.engine.request import Embedding, Job, Request
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Load, Scheduler
+from mer.engine.speculation import MOST_DRAFTED, Speculation
 from mer.errors import EngineClosedError, MerError, QueueFullError, RequestTimeoutError
 
 _log = logging.getLogger("mer")
@@ -30,12 +31,19 @@ class Worker:
     """Runs a Runner's steps on a thread of its own until `close`. Any thread may call its methods."""
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, max_waiting: int, store: PrefixStore | None = None
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        max_waiting: int,
+        store: PrefixStore | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
+        """speculation: None where nothing is to be drafted."""
         self._runner = runner
         self._store = store
         self._scheduler = scheduler
         self._pace = Pace(scheduler.step_tokens)
+        self._speculation = speculation
         self._most = scheduler.max_running + max_waiting
         self._observers: list[Observer] = []
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
@@ -102,6 +110,8 @@ class Worker:
             while not self._closing or self._scheduler:
                 self._obey(wait=idle and not (self._closing and not self._scheduler))
                 self._expire()
+                if self._speculation is not None:
+                    self._draft(self._speculation)
                 chunks = self._scheduler.schedule(self._pace.room)
                 for load in self._scheduler.take_loads():
                     self._fetch(load)
@@ -177,10 +187,26 @@ class Worker:
             self._remove(job, reason)
             self._put(job, error)
 
+    def _draft(self, speculation: Speculation) -> None:
+        """Have the next step verify what is worth it."""
+        requests = [each for each in self._scheduler.running if isinstance(each, Request)]
+        drafts = [request.propose(MOST_DRAFTED) for request in requests]
+        chances = [
+            0.0 if draft is None else request.drafts.chance(draft.kind)
+            for request, draft in zip(requests, drafts, strict=True)
+        ]
+        lengths = speculation.lengths(chances)
+        for request, draft, length in zip(requests, drafts, lengths, strict=True):
+            request.draft = draft.tokens[:length] if draft else []
+
     def _step(self, chunks: list[Chunk]) -> None:
         try:
             self._compute(chunks)
         except MerError as error:
+            if any(chunk.draft for chunk in chunks):
+                # What can't be read may be wanted by a draft alone.
+                self._step([Chunk(chunk.sequence, chunk.count) for chunk in chunks])
+                return
             if len(chunks) == 1:
                 self._fail(_chunk_jobs(chunks), error)
                 return
@@ -197,30 +223,34 @@ class Worker:
         before = self._runner.stats
         logits = self._runner.step(chunks)
         stats = self._runner.stats - before
-        rows = [(chunk.sequence.computed, chunk.count, chunk.rows, chunk.last) for chunk in chunks]
+        starts = [(chunk.sequence.computed, chunk.rows, chunk.last) for chunk in chunks]
         decoding = sum(chunk.sequence.pending == 1 for chunk in chunks)
-        self._pace.observe(decoding, sum(chunk.count for chunk in chunks) - decoding, stats.step_s)
+        prompt = sum(chunk.count for chunk in chunks) - decoding
+        self._pace.observe(decoding, prompt, stats.step_s)
         self._scheduler.commit(chunks)
-        self._tell("step", sum(chunk.count for chunk in chunks), len(chunks), stats)
+        self._tell("step", sum(chunk.width for chunk in chunks), len(chunks), stats)
         drawing = time.monotonic_ns()
         embeds = any(isinstance(job, Embedding) for job in jobs)
         hidden = self._runner.hidden() if embeds else logits
-        token = row = 0
-        for job, (start, count, n_rows, last) in zip(jobs, rows, strict=True):
+        token = row = accepted = 0
+        for job, chunk, (start, n_rows, last) in zip(jobs, chunks, starts, strict=True):
             job.end_step(stats)
-            here = slice(token, token + count)
+            here = slice(token, token + chunk.width)
             try:
                 if isinstance(job, Embedding):
                     self._embed(job, start, hidden[here])
                 else:
                     assert isinstance(job, Request)
-                    self._answer(job, start, logits[row : row + n_rows], last=last)
+                    accepted += self._answer(job, start, logits[row : row + n_rows], chunk.draft, last=last)
             except MerError as error:
                 self._fail([job], error)
             except Exception as error:  # of one answer's tokens or text: the others go on
                 _log.exception("a request ended")
                 self._fail([job], MerError(f"the request ended by an error inside mer: {error!r}"))
-            token, row = token + count, row + n_rows
+            token, row = token + chunk.width, row + n_rows
+        if self._speculation is not None and not prompt:
+            drafted = sum(len(chunk.draft) for chunk in chunks)
+            self._speculation.observe(decoding, drafted, accepted, stats.step_s)
         if self._runner.profile is not None:
             self._runner.profile.span("sampling and text", drawing)
 
@@ -230,21 +260,38 @@ class Worker:
             self._remove(job, "stop")
             self._put(job, mean)
 
-    def _answer(self, request: Request, start: int, logits: NDArray[np.float32], *, last: bool) -> None:
+    def _answer(
+        self, request: Request, start: int, logits: NDArray[np.float32], draft: tuple[int, ...], *, last: bool
+    ) -> int:
+        """How many tokens of the draft were right."""
         if request.wants == "all":
             request.see_prompt(start, logits)
         if not last:
-            return
+            return 0
+        right = 0
+        for row in logits[-1 - len(draft) :]:
+            self._accept(request, row)
+            if request not in self._jobs:
+                break
+            # Drawn is what would have been drawn without a draft; the next row counts if that was drafted.
+            if right == len(draft) or request.tokens[-1] != draft[right]:
+                break
+            right += 1
+            self._scheduler.advance(request, 1)
+        request.end_draft(len(draft), right)
+        if request in self._jobs and not self._closing and request.mailbox.hold_up():
+            self._scheduler.pause(request)
+        return right
+
+    def _accept(self, request: Request, logits: NDArray[np.float32]) -> None:
         first, before = len(request.tokens) == request.prompt_tokens, request.last_at
-        delta = request.accept(logits[-1])
+        delta = request.accept(logits)
         if delta.token_ids:
             self._tell("token", first, request.last_at - before)
         if delta.finish_reason is not None:
             # before anybody knows: its blocks are free when the answer is there
             self._remove(request, delta.finish_reason)
         self._put(request, delta)
-        if request in self._jobs and not self._closing and request.mailbox.hold_up():
-            self._scheduler.pause(request)
 
     def _tell(self, event: str, *facts: Any) -> None:
         for observer in self._observers:

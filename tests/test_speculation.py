@@ -1,0 +1,299 @@
+"""Drafts change no byte of an answer, and cost next to nothing where they are wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import attrs
+import pytest
+from engine_models import make, opened, prompt, runnable, write_text_model
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_scheduler import sequence, step
+
+from mer import SamplingParams
+from mer.engine import engine as engines
+from mer.engine.draft import Draft, NgramDrafter
+from mer.engine.runner import Runner
+from mer.engine.scheduler import Scheduler
+from mer.engine.speculation import MOST_DRAFTED, Costs, Record, Speculation
+from mer.engine.structure import Structure
+from mer.errors import DeviceReadError
+from mer.model.kv import BLOCK
+
+# --- what is drafted
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "expected"),
+    [
+        ("abcdefg", 4, None),
+        ("abcdxab", 3, ("cdx", 2)),
+        ("xabcyabczabc", 2, ("za", 1)),  # the latest
+        ("12345a12345b12345", 1, ("b", 0)),
+        ("5a12345b2345", 1, ("b", 1)),
+        ("ababab", 5, ("ababa", 1)),  # beyond its end it goes on as it went
+        ("aaaaaaa", 3, ("aaa", 0)),
+        ("abcab", 0, None),
+        ("a", 3, None),
+    ],
+)
+def test_what_stood_there_before_is_drafted(text, most, expected):
+    found = NgramDrafter([ord(letter) for letter in text]).propose(most)
+    assert (found and ("".join(map(chr, found.tokens)), found.kind)) == expected
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 60))
+def test_it_does_not_matter_when_it_looks(tokens, first):
+    grown = tokens[:first]
+    early = NgramDrafter(grown)
+    early.propose(4)
+    grown += tokens[first:]
+    assert early.propose(4) == NgramDrafter(list(tokens)).propose(4)
+
+
+# --- how much is verified
+
+
+def test_costs_between_and_beyond_what_was_measured():
+    costs = Costs()
+    costs.observe(2, 4.0)
+    assert 2 in costs
+    assert 3 not in costs
+    assert costs(4) == pytest.approx(4.0 + 2 * 0.6 * 4.0 / 2)
+    costs.observe(6, 8.0)
+    assert [costs(n) for n in (3, 4, 6, 8)] == pytest.approx([5.0, 6.0, 8.0, 10.0])
+    costs.observe(6, 3.0)
+    costs.observe(6, 3.0)
+    assert costs(6) == pytest.approx(8 - 0.2 * 5 - 0.2 * 4)
+
+
+def live(
+    seconds, chance: float, *, steps: int = 1500, sequences: int = 1, seed: int = 0
+) -> tuple[float, float, Speculation]:
+    """(Seconds that it took, seconds that plain steps would have taken, it) for so many steps.
+
+    seconds(tokens): of a step. chance: of each drafted token to be right.
+    """
+    speculation, record, draws = Speculation(), [Record() for _ in range(sequences)], random.Random(seed)
+    took = plain = 0.0
+    for _ in range(steps):
+        lengths = speculation.lengths([each.chance(0) for each in record])
+        right = 0
+        for each, length in zip(record, lengths, strict=True):
+            accepted = next((i for i in range(length) if draws.random() >= chance), length)
+            if length:
+                each.note(0, length, accepted)
+            right += accepted
+        cost = seconds(sequences + sum(lengths)) * draws.uniform(0.9, 1.1)
+        speculation.observe(sequences, sum(lengths), right, cost)
+        took += cost
+        plain += seconds(sequences) * (1 + right / sequences)
+    return took, plain, speculation
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0, 1), st.floats(0.01, 2), st.integers(1, 4), st.integers(0, 100))
+@example(0.0, 0.01, 1, 0)
+@example(0.0, 2.0, 1, 0)
+def test_it_never_costs_much(chance, slope, sequences, seed):
+    took, plain, _ = live(
+        lambda tokens: 1 + slope * (tokens - 1), chance, sequences=sequences, seed=seed, steps=2000
+    )
+    # One part in fifty, and what the first tries take.
+    assert took < 1.02 * plain + 12 * (1 + slope * (sequences + MOST_DRAFTED))
+
+
+def test_it_pays_where_drafts_are_good_and_steps_cheap():
+    took, plain, speculation = live(lambda tokens: 1 + 0.1 * tokens, 0.9)
+    assert plain / took > 2.5
+    assert speculation.accepted / speculation.drafted == pytest.approx(0.6, abs=0.15)
+
+
+def test_nothing_is_drafted_where_each_token_costs_a_step():
+    *_, speculation = live(lambda tokens: float(tokens), 0.9)
+    assert speculation.drafted < 30
+
+
+def test_the_best_drafts_get_the_room():
+    speculation = Speculation()
+    assert speculation.lengths([0.9, 0.9]) == [0, 0], "nothing is known yet"
+    speculation.observe(2, 0, 0, 1.0)
+    speculation.observe(2, 6, 0, 1.5)
+    speculation.observe(2, 0, 0, 1.0)
+    first, second = speculation.lengths([0.95, 0.5])
+    assert first > second > 0
+    assert speculation.lengths([0.0, 0.95])[0] == 0
+
+
+# --- the scheduler
+
+
+def test_drafts_take_what_is_left():
+    scheduler = Scheduler(n_blocks=4, step_tokens=12, max_running=8)
+    a, b = sequence(BLOCK - 1, 1), sequence(3, 2)
+    for each in (a, b):
+        scheduler.add(each)
+        step(scheduler)
+        step(scheduler)
+    a.draft, b.draft = [7] * 5, [8] * 5
+    chunks = scheduler.schedule()
+    assert [(chunk.sequence, chunk.tokens[1:], chunk.rows) for chunk in chunks] == [
+        (a, [7] * 5, 6),
+        (b, [8], 2),  # eight rows of logits in all
+    ]
+    before = a.computed
+    scheduler.commit(chunks)
+    assert a.computed == before + 1, "a draft counts when it was right"
+    scheduler.advance(a, 1)
+    assert a.computed == before + 2
+    scheduler.add(sequence(5, 3))
+    a.tokens += [0, 0]
+    b.tokens += [0]
+    assert not any(chunk.draft for chunk in scheduler.schedule()), "a prompt has the step to itself"
+
+
+def test_nobody_gives_up_blocks_for_a_draft():
+    scheduler = Scheduler(n_blocks=2, step_tokens=64, max_running=8)
+    a, b = sequence(BLOCK - 2, 1), sequence(BLOCK - 2, 2)
+    for each in (a, b):
+        scheduler.add(each)
+    step(scheduler)
+    a.draft, b.draft = [7] * 5, [8]
+    chunks = scheduler.schedule()
+    assert [(chunk.sequence, chunk.draft) for chunk in chunks] == [(a, ()), (b, (8,))]
+    assert scheduler.preemptions == 0
+
+
+# --- the engine
+
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+DRAWN = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=40, ignore_eos=True)
+ASKED = {
+    "greedy": GREEDY,
+    "drawn": DRAWN,
+    "penalties": attrs.evolve(DRAWN, repetition_penalty=1.2, presence_penalty=0.5, logit_bias={5: 4.0}),
+    "logprobs": attrs.evolve(GREEDY, logprobs=3, prompt_logprobs=1),
+    "schema": attrs.evolve(
+        DRAWN,
+        ignore_eos=False,
+        structure=Structure.json_schema('{"type": "array", "items": {"type": "integer"}, "maxItems": 8}'),
+    ),
+    "stop": attrs.evolve(DRAWN, stop=("a", "e"), max_tokens=60),
+}
+
+
+class Told:
+    """A drafter that knows the answer, but for every `wrong`th token."""
+
+    def __init__(self, tokens: list[int], answer: tuple[int, ...], wrong: int) -> None:
+        self._tokens, self._start, self._answer, self._wrong = tokens, len(tokens), answer, wrong
+
+    def propose(self, most: int) -> Draft | None:
+        at = len(self._tokens) - self._start
+        rest = self._answer[at : at + most]
+        return Draft([t + (i % self._wrong == 0) for i, t in enumerate(rest, at + 1)], 0) if rest else None
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Whatever is drafted is verified; returns the Speculations that were made."""
+    made = []
+
+    class Always(Speculation):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+        def lengths(self, chances):
+            return [MOST_DRAFTED * (chance > 0) for chance in chances]
+
+    monkeypatch.setattr(engines, "Speculation", Always)
+    return made
+
+
+def tell(monkeypatch, answers: dict[tuple[int, ...], tuple[int, ...]], wrong: int) -> None:
+    monkeypatch.setattr(
+        engines, "NgramDrafter", lambda tokens: Told(tokens, answers.get(tuple(tokens), ()), wrong)
+    )
+
+
+def essence(result):
+    """Without what may differ: times, and what a second answer found in the prefix cache."""
+    usage = attrs.evolve(result.usage, cached_tokens=0)
+    return attrs.evolve(result, timings=None, seed=0, usage=usage)
+
+
+async def ask(engine, prompts, params):
+    return list(map(essence, await asyncio.gather(*(engine.generate(each, params) for each in prompts))))
+
+
+@pytest.mark.parametrize("asked", ASKED)
+async def test_answers_are_the_same(asked, tmp_path, monkeypatch, always):
+    path = write_text_model(tmp_path / "model", chat=False)
+    prompts = [prompt(n, vocab=256) for n in (5, 33, 60)]
+    async with opened(path, cache_experts=4) as engine:
+        expected = await ask(engine, prompts, ASKED[asked])
+    tell(monkeypatch, {tuple(p): r.token_ids for p, r in zip(prompts, expected, strict=True)}, wrong=5)
+    for more in ({}, {"context": 160}, {"max_running": 2}, {"prefix_cache": False, "step_tokens": 16}):
+        async with opened(path, cache_experts=4, speculate="ngram", **more) as engine:
+            assert await ask(engine, prompts, ASKED[asked]) == expected
+            assert await ask(engine, prompts[:1], ASKED[asked]) == expected[:1]
+    assert sum(each.accepted for each in always) > 20
+    assert sum(each.drafted - each.accepted for each in always) > 20
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "llama"])
+async def test_every_kind_of_attention(family, tmp_path, monkeypatch, always):
+    make(tmp_path / "model", family)
+    path = runnable(tmp_path / "model", family)
+    prompts = [prompt(n) for n in (7, 40)]
+    async with opened(path) as engine:
+        expected = await ask(engine, prompts, GREEDY)
+    tell(monkeypatch, {tuple(p): r.token_ids for p, r in zip(prompts, expected, strict=True)}, wrong=7)
+    for dtype in ("auto", "f16"):
+        async with opened(path, kv_dtype=dtype) as engine:
+            expected = await ask(engine, prompts, GREEDY)
+        async with opened(path, kv_dtype=dtype, speculate="ngram") as engine:
+            assert await ask(engine, prompts, GREEDY) == expected
+    assert all(each.accepted > 20 for each in always)
+
+
+async def test_a_text_that_repeats_itself_takes_fewer_steps(tmp_path, always):
+    make(tmp_path, "mixtral", num_hidden_layers=1)
+    given = prompt(6) * 4
+    async with opened(tmp_path) as engine:
+        plain = await engine.generate(given, attrs.evolve(GREEDY, max_tokens=200))
+    async with opened(tmp_path, speculate="ngram") as engine:
+        assert essence(await engine.generate(given, attrs.evolve(GREEDY, max_tokens=200))) == essence(plain)
+        off = attrs.evolve(GREEDY, max_tokens=200, speculate=False)
+        before = always[0].drafted
+        assert essence(await engine.generate(given, off)).token_ids == plain.token_ids
+        assert always[0].drafted == before > 0
+
+
+async def test_an_expert_that_only_a_draft_wants_is_nobodys_failure(tmp_path, monkeypatch, always):
+    make(tmp_path, "mixtral")
+    async with opened(tmp_path) as engine:
+        expected = await ask(engine, [prompt(9)], GREEDY)
+    tell(monkeypatch, {tuple(prompt(9)): expected[0].token_ids}, wrong=3)
+    compute, failed = Runner.step, []
+
+    def step(self, chunks):
+        if any(chunk.draft for chunk in chunks):
+            failed.append(chunks)
+            raise DeviceReadError("an expert")
+        return compute(self, chunks)
+
+    monkeypatch.setattr(Runner, "step", step)
+    async with opened(tmp_path, speculate="ngram") as engine:
+        assert await ask(engine, [prompt(9)], GREEDY) == expected
+    assert failed
+
+
+async def test_nothing_is_drafted_where_a_state_would_have_to_be_set_back(tmp_path, always):
+    make(tmp_path, "qwen3_next")
+    async with opened(runnable(tmp_path, "qwen3_next"), speculate="ngram") as engine:
+        await engine.generate(prompt(6) * 4, GREEDY)
+    assert not always
