@@ -99,9 +99,9 @@ class EngineConfig:
     queue_depth: int = field(default=64, validator=_at_least(1))
     # Experts that may be on their way before their layer asks for them; 0: none.
     prefetch: int = field(default=8, validator=_at_least(0))
-    # What drafts next tokens, to be verified several at a time: 'ngram', what stood in the text before, or
-    # 'off'. The answers are the same.
-    speculate: str = field(default="off", validator=_one_of("off", "ngram"))
+    # 'auto': next tokens are drafted, of what stood in the text before, and verified several at a time where
+    # that has been quicker. 'off': they come one by one. The answers are the same.
+    speculate: str = field(default="auto", validator=_one_of("auto", "off"))
     # Whether the experts that are in memory at the end are read back at the next start, in the background.
     warm_start: bool = False
     # A file for the routing of every step, as bench/policy.py replays it; None: none is written.

@@ -42,6 +42,13 @@ _ENGINE: Final = (
         "--prefetch", type=int, default=8, show_default=True, help="Experts that may be read ahead."
     ),
     click.option(
+        "--speculate",
+        type=click.Choice(["auto", "off"]),
+        default="auto",
+        show_default=True,
+        help="Draft tokens from the text so far, and verify several at a time where that is quicker.",
+    ),
+    click.option(
         "--warm-start",
         is_flag=True,
         help="Read back the experts that were in memory at the last end, and remember them at this one.",
@@ -146,6 +153,8 @@ def describe(engine: Engine, usage: Usage, timings: Timings) -> dict[str, Any]:
             "hit_rate": timings.hit_rate,
             "prefill_tokens_per_s": _rate(usage.prompt_tokens, timings.prefill_s),
             "decode_tokens_per_s": _rate(usage.completion_tokens - 1, timings.decode_s),
+            "drafted": timings.drafted,
+            "accepted": timings.accepted,
         },
         "engine": {**engine.facts(), "ram": engine.budget.ram, "peak_bytes": peak_bytes()},
         **_profile(engine.profile),
@@ -201,6 +210,8 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
             "memory": f"{memory}; all {size(budget.dense)} of weights are in it, the model is dense",
             "uses": f"{facts['isa']} kernels, {facts['threads']} threads",
         }
+    if timings.drafted:
+        lines["drafts"] = f"{timings.accepted} of {timings.drafted} drafted tokens were right"
     if engine.profile is not None:
         lines["profile"] = _decode_steps(engine.profile)
     for name, text in lines.items():

@@ -47,12 +47,15 @@ class Timings:
     """Seconds, bytes and counts of one request.
 
     Steps are shared by the requests of a batch, so the reads and waits of a step count for each of them.
+    drafted: tokens of drafts that were verified; accepted: those that were right, and so came for nothing.
     """
 
     queue_s: float  # until its first step began
     prefill_s: float  # from then to its first token
     decode_s: float  # from there to its last token
     steps: StepStats
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def io_wait_s(self) -> float:

@@ -74,7 +74,8 @@ class Embedding(Job):
 class Request(Job):
     """An answer that is drawn token by token.
 
-    drafter: None: its tokens come one by one. drafts: what became of what it proposed.
+    drafter: None: its tokens come one by one. drafts: what became of what it proposed. drafted, accepted:
+    tokens of drafts that were verified, and those that were right.
     """
 
     params: SamplingParams
@@ -85,6 +86,8 @@ class Request(Job):
     constraint: Constraint | None = None
     drafter: Drafter | None = None
     drafts: Record = Factory(Record)
+    drafted: int = 0
+    accepted: int = 0
     _kind: int = 0  # of the last draft
     _detokenizer: Detokenizer | None = field(init=False)
     _stops: StopStrings = field(init=False)
@@ -199,4 +202,6 @@ class Request(Job):
             prefill_s=self._first_at - self.started_at,
             decode_s=self._last_at - self._first_at,
             steps=self.steps,
+            drafted=self.drafted,
+            accepted=self.accepted,
         )

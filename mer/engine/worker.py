@@ -269,6 +269,7 @@ class Worker:
         if not last:
             return 0
         right = 0
+        request.drafted += len(draft)
         for row in logits[-1 - len(draft) :]:
             self._accept(request, row)
             if request not in self._jobs:
@@ -277,6 +278,7 @@ class Worker:
             if right == len(draft) or request.tokens[-1] != draft[right]:
                 break
             right += 1
+            request.accepted += 1
             self._scheduler.advance(request, 1)
         request.end_draft(len(draft), right)
         if request in self._jobs and not self._closing and request.mailbox.hold_up():
