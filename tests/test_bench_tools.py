@@ -12,7 +12,7 @@ import transformers
 from click.testing import CliRunner
 from gguf import GGUFReader, dequantize
 
-from bench import ceilings, first_token, io, make_model, peer, start
+from bench import ceilings, first_token, io, make_model, peer, speculative, start
 from bench.gguf_writer import write_gguf
 from bench.shapes import SHAPES, model_config, tensors
 from bench.synthetic import Weights
@@ -275,3 +275,15 @@ def test_the_first_token_is_timed_from_the_command():
     assert 0 < took < 120
     with pytest.raises(click.ClickException, match=r"mer failed: .*context"):
         first_token.time_mer(model_path(), [5, 6, 7], ["--context", "0"])
+
+
+def test_drafting_is_measured(tmp_path):
+    out = tmp_path / "found.json"
+    result = CliRunner().invoke(
+        speculative.main, ["--tokens", "12", "--rounds", "1", "--ram", "1GiB", "--json", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert set(found) == set(speculative.TEXTS)
+    assert all(run["tokens_per_s"] > 0 for modes in found.values() for runs in modes.values() for run in runs)
+    assert not any(run["drafted"] for modes in found.values() for run in modes["off"])
