@@ -31,11 +31,20 @@ static long between(long low, long high) { return low + (long)(next_random() % (
 
 static float unit(void) { return (float)next_random() * 0x1p-31f - 1.0f; }
 
-static const int formats[] = {MER_F32, MER_F16, MER_BF16, MER_Q4_0, MER_Q8_0, MER_Q4_K, MER_MXFP4};
-enum { N_FORMATS = 7 };
+/* Formats, and where in a block their F16 scale and that of the minimum are; -1: they have none. */
+static const struct {
+    int id, scale, min;
+} formats[] = {
+    {MER_F32, -1, -1},   {MER_F16, 0, -1},   {MER_BF16, -1, -1},   {MER_Q4_0, 0, -1},
+    {MER_Q4_1, 0, 2},    {MER_Q5_0, 0, -1},  {MER_Q5_1, 0, 2},     {MER_Q8_0, 0, -1},
+    {MER_Q2_K, 80, 82},  {MER_Q3_K, 108, -1}, {MER_Q4_K, 0, 2},    {MER_Q5_K, 0, 2},
+    {MER_Q6_K, 208, -1}, {MER_IQ4_NL, 0, -1}, {MER_IQ4_XS, 0, -1}, {MER_MXFP4, -1, -1},
+};
+enum { N_FORMATS = sizeof formats / sizeof *formats };
 
 /* Sane weights: random quants, scales and floats of moderate size. */
-static void fill_weights(int fmt, char *w, size_t bytes) {
+static void fill_weights(int number, char *w, size_t bytes) {
+    const int fmt = formats[number].id, scale = formats[number].scale, min = formats[number].min;
     for (size_t i = 0; i < bytes; i++) w[i] = (char)next_random();
     const size_t block = fmt == MER_F32 ? 4 : mer_row_bytes(fmt, mer_block_len(fmt));
     for (size_t i = 0; i < bytes; i += block) {
@@ -48,8 +57,9 @@ static void fill_weights(int fmt, char *w, size_t bytes) {
         } else if (fmt == MER_MXFP4) {
             w[i] = (char)(110 + next_random() % 20);
         } else { /* F16 elements or scales: keep the exponent below 1 */
-            w[i + 1] = (char)(w[i + 1] & 0xb7);
-            if (fmt == MER_Q4_K) w[i + 3] = (char)(w[i + 3] & 0xb7);
+            const size_t high = i + (size_t)scale + 1;
+            w[high] = (char)(w[high] & 0xb7);
+            if (min >= 0) w[i + (size_t)min + 1] = (char)(w[i + (size_t)min + 1] & 0xb7);
         }
     }
 }
@@ -80,15 +90,15 @@ static float *whole_product(const mer_isa *isa, int fmt, const char *w, long row
 }
 
 static void products(const mer_isa *isa, mer_pool *pool) {
-    for (int round = 0; round < 40; round++) {
-        const int fmt = formats[round % N_FORMATS];
+    for (int round = 0; round < 5 * N_FORMATS; round++) {
+        const int fmt = formats[round % N_FORMATS].id;
         const long block = mer_block_len(fmt);
-        const long rows = between(1, 40), n_tok = round % 5 ? between(1, 11) : between(12, 80);
+        const long rows = between(1, 40), n_tok = round / N_FORMATS % 3 ? between(1, 11) : between(12, 80);
         const long cols = block == 1 ? between(1, 200) : block * between(1, 256 / block + 3);
         const size_t bytes = mer_row_bytes(fmt, cols) * (size_t)rows, shift = (size_t)between(0, 3);
         char *room = malloc(bytes + shift), *w = room + shift; /* the last row ends with the buffer */
         float *x = malloc(sizeof *x * (size_t)(cols * n_tok));
-        fill_weights(fmt, w, bytes);
+        fill_weights(round % N_FORMATS, w, bytes);
         for (long i = 0; i < cols * n_tok; i++) x[i] = unit();
         float *y = whole_product(isa, fmt, w, rows, cols, x, n_tok);
         float *want = whole_product(&mer_isa_scalar, fmt, w, rows, cols, x, n_tok);

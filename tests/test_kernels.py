@@ -56,12 +56,15 @@ def pad64(n: int) -> int:
     return -(-n // 64) * 64
 
 
-def split_acts(acts: Bytes, cols: int) -> tuple[NDArray[np.int8], Floats, NDArray[np.int32], Floats]:
+def split_acts(
+    acts: Bytes, cols: int
+) -> tuple[NDArray[np.int8], Floats, NDArray[np.int32], Floats, NDArray[np.int32]]:
     nb = cols // 32
-    at = np.cumsum([0, pad64(cols), pad64(4 * nb), pad64(4 * nb)])
+    at = np.cumsum([0, pad64(cols), pad64(4 * nb), pad64(4 * nb), pad64(4 * nb)])
     q = acts[:, :cols].view(np.int8)
-    d, s, ds = (np.ascontiguousarray(acts[:, a : a + 4 * nb]) for a in at[1:])
-    return q, d.view(np.float32), s.view(np.int32), ds.view(np.float32)
+    d, s, ds = (np.ascontiguousarray(acts[:, a : a + 4 * nb]) for a in at[1:4])
+    half = np.ascontiguousarray(acts[:, at[4] : at[4] + 8 * nb])
+    return q, d.view(np.float32), s.view(np.int32), ds.view(np.float32), half.view(np.int32)
 
 
 def activations(k: Kernels, fmt: int, x: Floats) -> NDArray[np.float64]:
@@ -69,7 +72,7 @@ def activations(k: Kernels, fmt: int, x: Floats) -> NDArray[np.float64]:
     acts = k.prepare_py(fmt, x)
     if fmt not in INTEGER:
         return acts[:, : 4 * x.shape[1]].view(np.float32).astype(np.float64)
-    q, d, _, _ = split_acts(acts, x.shape[1])
+    q, d, *_ = split_acts(acts, x.shape[1])
     return q.astype(np.float64) * np.repeat(d.astype(np.float64), 32, axis=1)
 
 
@@ -263,7 +266,7 @@ def test_activation_blocks(isa: str) -> None:
     x[5, 40] = np.finfo(np.float32).max
     x[6] = 2.0**-101
     x[7] = -(2.0**-99)
-    q, d, s, ds = split_acts(Kernels(isa).prepare_py(Q8_0, x), 96)
+    q, d, s, ds, half = split_acts(Kernels(isa).prepare_py(Q8_0, x), 96)
     blocks = x.reshape(12, 3, 32)
     amax = np.abs(blocks).max(axis=2)
     live = amax >= np.float32(2.0**-100)
@@ -273,6 +276,7 @@ def test_activation_blocks(isa: str) -> None:
     np.testing.assert_array_equal(q.reshape(12, 3, 32), want)
     np.testing.assert_array_equal(d, np.where(live, amax / np.float32(127), 0))
     np.testing.assert_array_equal(s, want.sum(axis=2, dtype=np.int32))
+    np.testing.assert_array_equal(half, want.reshape(12, 6, 16).sum(axis=2, dtype=np.int32))
     with np.errstate(over="ignore"):  # a block of huge values: its sum has no float
         np.testing.assert_array_equal(ds, d * s.astype(np.float32))
     assert np.abs(q).max() == 127
@@ -377,7 +381,7 @@ def test_the_environment_chooses_and_the_best_is_the_default(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("fmt", "w_shape", "x_shape", "rows"),
     [
-        (3, (1, 18), (1, 32), None),  # Q4_1 has no kernel
+        (4, (1, 18), (1, 32), None),  # a number that ggml no longer uses
         (-1, (1, 18), (1, 32), None),
         (99, (1, 18), (1, 32), None),
         (Q4_0, (1, 18), (1, 33), None),

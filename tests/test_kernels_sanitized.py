@@ -21,7 +21,7 @@ def run_sanitized(tmp_path: Path, compiler: str, sanitizer: str, stress: str, so
         pytest.skip(f"no {compiler}")
     program = tmp_path / "stress"
     files = [ROOT / "tests" / stress, *sorted((CSRC / "kernels").glob(sources))]
-    flags = ["-std=gnu11", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror", "-fno-math-errno"]
+    flags = ["-std=gnu11", "-O1", "-g1", "-pthread", "-Wall", "-Wextra", "-Werror", "-fno-math-errno"]
     flags += ["-ffp-contract=off", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{CSRC}"]
     flags += ['-DMER_TILES="soft_tiles.h"', f"-I{ROOT / 'tests'}"]
     made = subprocess.run([compiler, *flags, "-o", program, *files, "-lm"], capture_output=True, text=True)

@@ -92,7 +92,7 @@ static inline size_t mer_row_bytes(int fmt, long cols) {
     case MER_Q8_0: return (size_t)(cols / 32) * sizeof(mer_block_q8_0);
     case MER_Q4_K: return (size_t)(cols / 256) * sizeof(mer_block_q4_k);
     case MER_MXFP4: return (size_t)(cols / 32) * sizeof(mer_block_mxfp4);
-    /* Their blocks are described where they are unpacked: kernels/units.h. */
+    /* Their blocks are described where they are unpacked: kernels/lanes_scalar.c. */
     case MER_Q4_1: return (size_t)(cols / 32) * 20;
     case MER_Q5_0: return (size_t)(cols / 32) * 22;
     case MER_Q5_1: return (size_t)(cols / 32) * 24;
@@ -142,6 +142,9 @@ static inline float mer_e8m0_half(uint8_t e) {
     return mer_bits_f32(e < 2 ? 0x00200000u << e : (uint32_t)(e - 1) << 23);
 }
 
+/* The values of the sixteen codes of IQ4_NL and IQ4_XS. */
+static const int8_t mer_iq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
 static inline float mer_bf16_to_f32(uint16_t h) { return mer_bits_f32((uint32_t)h << 16); }
 
 static inline float mer_f16_to_f32(uint16_t h) {
@@ -161,12 +164,14 @@ static inline float mer_f16_to_f32(uint16_t h) {
  *   d[nb]        float     amax / 127; NaN where the block holds a NaN or an infinity
  *   sum[nb]      int32     sum of q over the block
  *   dsum[nb]     float     d * sum
+ *   half[2 nb]   int32     sum of q over each half of the block
  * every array padded to 64 bytes. A block whose largest magnitude is below 2^-100 counts as zero. */
 typedef struct {
     const int8_t *q;
     const float *d;
     const int32_t *sum;
     const float *dsum;
+    const int32_t *half;
 } mer_act_q8;
 
 #define MER_ACT_TINY 0x1p-100f
@@ -179,7 +184,8 @@ static inline size_t mer_pad64(size_t n) { return (n + 63) & ~(size_t)63; }
 static inline size_t mer_act_bytes(int fmt, long cols) {
     if (fmt == MER_BF16) return 3 * mer_pad64(2 * (size_t)cols); /* room for three BF16 parts, see amx.c */
     if (!mer_act_is_q8(fmt)) return mer_pad64(4 * (size_t)cols);
-    return mer_pad64((size_t)cols) + 3 * mer_pad64(4 * (size_t)(cols / MER_ACT_BLOCK));
+    const size_t blocks = (size_t)(cols / MER_ACT_BLOCK);
+    return mer_pad64((size_t)cols) + 3 * mer_pad64(4 * blocks) + mer_pad64(8 * blocks);
 }
 
 static inline mer_act_q8 mer_act_view(const void *act, long cols) {
@@ -190,6 +196,7 @@ static inline mer_act_q8 mer_act_view(const void *act, long cols) {
         .d = (const float *)(p + q),
         .sum = (const int32_t *)(p + q + n),
         .dsum = (const float *)(p + q + 2 * n),
+        .half = (const int32_t *)(p + q + 3 * n),
     };
     return a;
 }

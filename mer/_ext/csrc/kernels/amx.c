@@ -17,7 +17,7 @@
 #endif
 #include "ahead.h"
 #include "elementwise.h"
-#include "units.h"
+#include "products.h"
 #include "rows512.h"
 #include "tiles.h"
 
@@ -341,11 +341,19 @@ const mer_isa mer_isa_amx = {
             [MER_F32] = matmul_f32,
             [MER_F16] = matmul_f16,
             [MER_BF16] = matmul_bf16,
+            [MER_Q4_1] = mer_avx512_q4_1,
+            [MER_Q5_0] = mer_avx512_q5_0,
+            [MER_Q5_1] = mer_avx512_q5_1,
+            [MER_Q2_K] = mer_avx512_q2_k,
+            [MER_Q3_K] = mer_avx512_q3_k,
+            [MER_Q5_K] = mer_avx512_q5_k,
+            [MER_Q6_K] = mer_avx512_q6_k,
+            [MER_IQ4_NL] = mer_avx512_iq4_nl,
+            [MER_IQ4_XS] = mer_avx512_iq4_xs,
             [MER_Q4_0] = matmul_q4_0,
             [MER_Q8_0] = matmul_q8_0,
             [MER_Q4_K] = matmul_q4_k,
             [MER_MXFP4] = matmul_mxfp4,
-            MER_UNIT_FORMATS(MER_UNITS_AVX2)
         },
 };
 #ifdef __clang__

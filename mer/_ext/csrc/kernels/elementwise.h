@@ -59,30 +59,39 @@ static inline float mer_clamped_swiglu1(float gate, float up, float alpha, float
     return gate / (1.0f + mer_exp1(-(alpha * gate))) * (up + 1.0f);
 }
 
-/* One block of 32 activations into int8; see mer_act_q8. */
-static inline void mer_quantise_block(const float *x, int8_t *q, float *d, int32_t *sum, float *dsum) {
+/* The scale of a block of activations, and the sums of its two halves; see mer_act_q8. */
+static inline void mer_store_scale(const mer_act_q8 *a, long b, float amax, int32_t first, int32_t second) {
+    const float d = amax / 127.0f;
+    const int32_t sum = first + second;
+    ((float *)a->d)[b] = d;
+    ((int32_t *)a->sum)[b] = sum;
+    ((float *)a->dsum)[b] = d * (float)sum;
+    ((int32_t *)a->half)[2 * b] = first;
+    ((int32_t *)a->half)[2 * b + 1] = second;
+}
+
+/* Block b of 32 activations into int8. */
+static inline void mer_quantise_block(const float *x, const mer_act_q8 *a, long b) {
+    int8_t *const q = (int8_t *)a->q + b * MER_ACT_BLOCK;
     uint32_t top = 0; /* as bits, magnitudes sort like integers and NaN and infinity come last */
     for (int i = 0; i < MER_ACT_BLOCK; i++) {
         const uint32_t bits = mer_f32_bits(x[i]) & 0x7fffffffu;
         top = bits > top ? bits : top;
     }
     const float amax = mer_bits_f32(top);
-    const int bad = top >= 0x7f800000u, zero = amax < MER_ACT_TINY;
-    if (bad || zero) {
+    const int bad = top >= 0x7f800000u;
+    if (bad || amax < MER_ACT_TINY) {
         memset(q, 0, MER_ACT_BLOCK);
-        *d = *dsum = bad ? __builtin_nanf("") : 0.0f;
-        *sum = 0;
+        mer_store_scale(a, b, bad ? __builtin_nanf("") : 0.0f, 0, 0);
         return;
     }
     const float scale = 127.0f / amax;
-    int32_t s = 0;
+    int32_t half[2] = {0, 0};
     for (int i = 0; i < MER_ACT_BLOCK; i++) {
         q[i] = (int8_t)__builtin_lrintf(x[i] * scale);
-        s += q[i];
+        half[i / 16] += q[i];
     }
-    *d = amax / 127.0f;
-    *sum = s;
-    *dsum = *d * (float)s;
+    mer_store_scale(a, b, amax, half[0], half[1]);
 }
 
 #endif
