@@ -81,6 +81,21 @@ async def test_turns_of_a_conversation(model, logits, settings):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("settings", [{}, {"step_tokens": 7, "cache_experts": 3}])
+async def test_a_system_prompt_of_several_chats(model, logits, settings):
+    prompts = [prompt(70) + prompt(25, seed=n) for n in range(4)]
+    found, usages = [], []
+    for cached in (False, True):
+        async with opened(model, prefix_cache=cached, **settings) as engine:
+            results = [(await engine.generate(ids, LOGGED), logits.take(ids)) for ids in prompts]
+            found.append([(each.token_ids, each.logprobs, rows) for each, rows in results])
+            usages.append([each.usage.cached_tokens for each, _ in results])
+            recurrent = engine.spec.family in RECURRENT
+    assert found[0] == found[1]
+    # Where they part, the second leaves a copy of its state for those behind it.
+    assert usages == [[0] * 4, [0, 0 if recurrent else 64, 64, 64]]
+
+
 async def test_the_same_prompt_many_times_at_once(model, logits):
     """n answers to one prompt: it is computed once, and each is what it is alone."""
     ids = prompt(70)

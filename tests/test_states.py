@@ -117,6 +117,32 @@ def test_where_a_prefix_is_taken_up():
     assert run(scheduler, answered) == 64
 
 
+def test_a_common_beginning_is_found_by_the_third():
+    """The first does not know how far others will begin like it; the second leaves a snapshot there."""
+    scheduler = make(step_tokens=1000)
+    chats = [sequence(100 + n) for n in range(4)]
+    for n, each in enumerate(chats):
+        each.tokens += [5000 + n] * 50
+    assert run(scheduler, chats[0]) == 0
+    scheduler.add(chats[1])
+    assert [count for _, count in step(scheduler) + step(scheduler)] == [96, 55], (
+        "a step ends where they part"
+    )
+    scheduler.remove(chats[1])
+    assert run(scheduler, chats[2]) == 96
+    scheduler.add(chats[3])
+    assert step(scheduler) == [(chats[3], 57)], "and nothing more is to be left there"
+    scheduler.remove(chats[3])
+
+
+def test_a_short_common_beginning_is_not_worth_a_step():
+    scheduler = make(step_tokens=1000)
+    chats = [[*range(63), *[5000 + n] * 90] for n in range(3)]
+    for tokens in chats:
+        assert run(scheduler, each := Sequence(tokens)) == 0
+        assert not each.images.branch
+
+
 def test_the_same_prompt_at_once_waits_for_the_first():
     scheduler = make()
     all_of_it = [sequence(70) for _ in range(3)]

@@ -9,7 +9,7 @@ from typing import Final, Literal, Protocol
 from attrs import Factory, define, frozen
 
 from mer.engine.blocks import BlockPool, extend_keys
-from mer.engine.states import Images, StatePool
+from mer.engine.states import WORTHWHILE, Images, StatePool
 from mer.model.kv import BLOCK
 
 # One step of priority is worth as much as coming this many requests earlier: nobody waits for ever.
@@ -122,7 +122,8 @@ class Scheduler:
     needs. Where layers have a recurrent state there are none: it can't be set back.
 
     Where layers have a recurrent state, a prefix is of use only up to where there is a snapshot of it, too:
-    at the last full block of a prompt, and at the latest one of an answer.
+    at the last full block of a prompt, at the latest one of an answer, and, from the second prompt on that has
+    it, at the end of a beginning that several have.
     """
 
     def __init__(
@@ -221,6 +222,8 @@ class Scheduler:
         rows = self.max_running - sum(chunk.rows for chunk in chunks)
         for sequence in self.running:
             count = min(room, sequence.pending)
+            if 0 < sequence.images.branch - sequence.computed < count:
+                count = sequence.images.branch - sequence.computed  # where a snapshot is to be left
             if sequence.wants == "all":
                 count = min(count, rows)
             elif sequence.wants == "last" and count == sequence.pending and not rows:
@@ -289,8 +292,9 @@ class Scheduler:
         images, keys = sequence.images, sequence.keys
         self.states.commit(images, keys[images.kept_at // BLOCK - 1] if images.kept else None)
         full, rest = divmod(sequence.computed, BLOCK)
-        if not rest and sequence.computed >= sequence.last_block and full <= len(keys):
-            self.states.snapshot(images, keys[full - 1], answering=chunk.count == 1)
+        branches = sequence.computed == images.branch
+        if not rest and (branches or sequence.computed >= sequence.last_block) and full <= len(keys):
+            self.states.snapshot(images, keys[full - 1], answering=chunk.count == 1 and not branches)
 
     def _find_keys(self, sequence: Sequence) -> None:
         if self._prefix_cache and sequence.wants == "last":
@@ -364,11 +368,19 @@ class Scheduler:
         keys = self._missing(sequence)
         keys = keys[: self.pool.match(keys)]
         if self.states:
-            keys = keys[: self.states.match(keys, len(keys))]
+            common = len(keys)
+            keys = keys[: self.states.match(keys, common)]
+            self._find_branch(sequence, len(sequence.blocks) + common, common - len(keys))
             if keys:
                 self.states.resume(sequence.images, keys[-1])
         self.pool.share(sequence.blocks, keys)
         sequence.computed += len(keys) * BLOCK
+
+    @staticmethod
+    def _find_branch(sequence: Sequence, blocks: int, new: int) -> None:
+        """Its first `blocks` are those of earlier prompts, too; the last `new` lead to no snapshot."""
+        branch = blocks * BLOCK
+        sequence.images.branch = branch if new >= WORTHWHILE and branch < sequence.last_block else 0
 
     @staticmethod
     def _missing(sequence: Sequence) -> list[bytes]:

@@ -11,6 +11,8 @@ from mer.engine.blocks import BlockPool
 # For each sequence that runs: its state, the one that a step makes of it, and those at the ends of its prompt
 # and of its answer, to go on from later.
 IMAGES = 4
+# Blocks that a prompt has in common with earlier ones, from which on a snapshot is worth a step of its own.
+WORTHWHILE = 4
 
 
 @define(eq=False)
@@ -19,7 +21,8 @@ class Images:
 
     now: its state behind the tokens that are computed; none: there are no such tokens. next: for the state
     behind the step under way. kept: for the state behind its first `kept_at` tokens, which the step under way
-    passes. last: the key of its latest snapshot while it answers.
+    passes. last: the key of its latest snapshot while it answers. branch: how many of its tokens begin
+    earlier prompts, too, none of which left a snapshot there; 0: none or few.
     """
 
     now: list[int] = Factory(list)
@@ -27,6 +30,7 @@ class Images:
     kept: list[int] = Factory(list)
     kept_at: int = 0
     last: bytes | None = None
+    branch: int = 0
 
     def move(self, start: int) -> tuple[int, int, int, int]:
         """A row of mer.model.batch's `states`, for a step that begins behind `start` tokens."""
