@@ -122,8 +122,8 @@ class Scheduler:
     needs. Where layers have a recurrent state there are none: it can't be set back.
 
     Where layers have a recurrent state, a prefix is of use only up to where there is a snapshot of it, too:
-    at the last full block of a prompt, at the latest one of an answer, and, from the second prompt on that has
-    it, at the end of a beginning that several have.
+    at the last full block of a prompt, at the latest one of an answer, and at the end of a beginning that
+    several have, from the second of them on.
     """
 
     def __init__(
