@@ -344,6 +344,7 @@ async def test_what_is_found_too_large_on_the_way_is_the_request_s_fault(text_mo
         lambda: Structure.choice([]),
         lambda: Structure.choice("text"),
         lambda: Structure.choice([1]),
+        lambda: Structure.choice(map(str, range(100_001))),
         lambda: SamplingParams(structure={"type": "object"}),
     ],
 )

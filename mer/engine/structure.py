@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from attrs import evolve, frozen
 
 from mer.errors import RequestError
+
+MAX_CHOICES: Final = 100_000  # which take some two seconds to be compiled
 
 StructureKind = Literal["json_object", "json_schema", "regex", "grammar", "choice"]
 
@@ -69,6 +71,12 @@ class Structure:
         found = [] if isinstance(choices, str) else list(choices)
         if not found or not all(isinstance(each, str) and each for each in found):
             raise RequestError("structure: choices must be a list of texts, none of them empty", "structure")
+        if len(found) > MAX_CHOICES:
+            raise RequestError(
+                f"structure: {len(found)} choices; {MAX_CHOICES} are the most: describe them by a pattern or "
+                "a grammar",
+                "structure",
+            )
         return cls("choice", json.dumps(found, ensure_ascii=False))
 
 
