@@ -124,8 +124,10 @@ async def prepare(engine: Engine, request: ChatRequest) -> Prepared:
     def special(text: str) -> int | None:
         return tokenizer.special_id(text)
 
+    wanted = request.params.structure
+    size = len(wanted.source) if wanted else 2048 * len(tools)
     try:
-        grammar = _grammar(request, format, tools, special, tail)
+        grammar = await off_loop(size, lambda: _grammar(request, format, tools, special, tail))
     except RecursionError:
         raise RequestError("tools: their parameters are nested too deeply", "tools") from None
     params = evolve(params, structure=grammar, show_special=format.shown(bool(tools)))

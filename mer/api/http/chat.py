@@ -42,7 +42,7 @@ from mer.api.http.schemas import (
     sampling,
     structure_name,
 )
-from mer.api.http.service import Service, body_as, json_response
+from mer.api.http.service import Service, body_as, json_response, translated
 from mer.engine.engine import Engine
 from mer.engine.outputs import Usage
 from mer.engine.structure import Structure
@@ -64,7 +64,7 @@ def blueprint(service: Service) -> Blueprint:
         engine, call = service.engine, current_call()
         try:
             variables = template_variables(engine, body.chat_template_kwargs, body.reasoning_effort)
-            request = to_request(body, variables)
+            request = await translated(lambda: to_request(body, variables))
             if service.settings.log_prompts:
                 call.log["messages"] = request.messages
             events = conversation.chat(engine, request, idle=service.settings.keep_alive)

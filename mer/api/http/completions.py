@@ -24,7 +24,7 @@ from mer.api.http.answers import (
 from mer.api.http.call import Call, current_call
 from mer.api.http.errors import api_error, invalid
 from mer.api.http.schemas import CompletionRequest, prompts, sampling, structure_name
-from mer.api.http.service import Service, body_as, json_response
+from mer.api.http.service import Service, body_as, json_response, translated
 from mer.engine.engine import Engine
 from mer.engine.outputs import Delta, TokenLogprob, Usage, join
 from mer.errors import RequestError
@@ -87,11 +87,13 @@ async def _work(engine: Engine, body: CompletionRequest) -> _Work:
     if max_tokens == 0 and not body.echo:
         raise invalid("max_tokens: 0 needs echo: true, for nothing else would come back", "max_tokens")
     asks_prompt = body.echo and (body.logprobs is not None or max_tokens == 0)
-    params = sampling(
-        body,
-        max_tokens=max_tokens,
-        logprobs=body.logprobs,
-        prompt_logprobs=(body.logprobs or 0) if asks_prompt else None,
+    params = await translated(
+        lambda: sampling(
+            body,
+            max_tokens=max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=(body.logprobs or 0) if asks_prompt else None,
+        )
     )
     tokenizer = engine.tokenizer
     jobs: list[Job] = []

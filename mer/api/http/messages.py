@@ -56,7 +56,7 @@ from mer.api.http.anthropic import (
 from mer.api.http.call import Call, collect, current_call
 from mer.api.http.errors import api_error, invalid
 from mer.api.http.gate import ERROR_BODIES
-from mer.api.http.service import Service, body_as, json_response
+from mer.api.http.service import Service, body_as, json_response, translated
 from mer.engine.engine import Engine
 from mer.engine.params import SamplingParams
 from mer.engine.structure import Structure
@@ -84,7 +84,7 @@ def blueprint(service: Service) -> Blueprint:
         model = service.check_model(body.model)
         engine, call = service.engine, current_call()
         try:
-            request = to_request(body, sampling(body))
+            request = await translated(lambda: to_request(body, sampling(body)))
             if service.settings.log_prompts:
                 call.log["messages"] = request.messages
             prepared = await conversation.prepare(engine, request)
@@ -112,7 +112,8 @@ def blueprint(service: Service) -> Blueprint:
 
 
 async def _count(engine: Engine, body: CountTokensRequest) -> int:
-    prepared = await conversation.prepare(engine, to_request(body, SamplingParams()))
+    request = await translated(lambda: to_request(body, SamplingParams()))
+    prepared = await conversation.prepare(engine, request)
     return len(prepared.prompt)
 
 

@@ -42,7 +42,7 @@ from mer.api.http.responses_types import (
     with_types,
 )
 from mer.api.http.schemas import JsonObjectFormat
-from mer.api.http.service import Service, body_as, json_response
+from mer.api.http.service import Service, body_as, json_response, translated
 from mer.engine.engine import Engine
 from mer.engine.params import SamplingParams
 from mer.engine.structure import Structure
@@ -68,7 +68,8 @@ def blueprint(service: Service) -> Blueprint:
         engine, call = service.engine, current_call()
         try:
             effort = body.reasoning.effort if body.reasoning else None
-            request = to_request(body, template_variables(engine, body.chat_template_kwargs, effort))
+            variables = template_variables(engine, body.chat_template_kwargs, effort)
+            request = await translated(lambda: to_request(body, variables))
             if service.settings.log_prompts:
                 call.log["messages"] = request.messages
             events = conversation.chat(engine, request, idle=service.settings.keep_alive)

@@ -139,6 +139,12 @@ async def body_as(
     return await asyncio.to_thread(lambda: decode_large(data, kind, *ids))
 
 
+async def translated(work: Callable[[], _T]) -> _T:
+    """What `work` makes of the body of the request that is being handled; on a thread if that is large."""
+    large = request.content_length is None or request.content_length > PIECE
+    return await asyncio.to_thread(work) if large else work()
+
+
 def json_response(value: Any, status: int = 200) -> Response:
     """`value` is anything that msgspec writes as JSON."""
     return Response(msgspec.json.encode(value), status, content_type="application/json")
