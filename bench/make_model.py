@@ -38,7 +38,8 @@ from mer.weights.store_layout import (
 )
 
 SHARD_BYTES = 4 << 30
-EXPERT_FORMATS = ("q4_0", "q8_0", "q4_k", "mxfp4", "f16", "bf16")
+# q4_k_m: gate and up in q4_k, down in q6_k, as llama.cpp's mixes have it in half of the layers.
+EXPERT_FORMATS = ("q4_0", "q8_0", "q4_k", "q4_k_m", "mxfp4", "f16", "bf16")
 DENSE_FORMATS = ("q8_0", "f16", "bf16")
 
 Done = Callable[[int], None]
@@ -166,7 +167,7 @@ def main(
         raise click.ClickException("experts of gpt_oss lie by columns there: take --as store or gguf")
     if kind == "gguf" and config["model_type"] == "qwen3_next":
         raise click.ClickException("this shape is not written as GGUF: take --as store or hf")
-    if experts == "q4_k" and config["hidden_size"] % 256:
+    if experts.startswith("q4_k") and config["hidden_size"] % 256:
         raise click.ClickException("rows of this shape do not fit q4_k: take --experts mxfp4, q4_0 or q8_0")
     start = time.perf_counter()
     with Progress(transient=True) as progress:
@@ -180,7 +181,9 @@ def main(
                 weights = Weights(config, formats.BF16, formats.BF16, seed, plain=formats.BF16)
                 total = write_hf(config, weights, out, done, sparse)
             else:
-                weights = Weights(config, formats.by_name(experts), formats.by_name(dense), seed)
+                mixed = experts == "q4_k_m"
+                form, down = ("q4_k", formats.Q6_K) if mixed else (experts, None)
+                weights = Weights(config, formats.by_name(form), formats.by_name(dense), seed, down=down)
                 write = write_gguf if kind == "gguf" else write_store
                 total = write(config, weights, out, done)
         except OSError as error:

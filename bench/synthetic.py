@@ -61,6 +61,9 @@ class Noise:
         step = max(1, (1 << 20) // form.block)
         for start in range(0, len(self.blocks), step):
             part = self.blocks[start : start + step]
+            if form is formats.Q6_K:
+                part[:] = _q6_k(len(part), deviation, rng)
+                continue
             values = rng.standard_normal((len(part), form.block), dtype=np.float32)
             part[:] = form.quantize(values * np.float32(deviation))
 
@@ -74,6 +77,14 @@ class Noise:
             count -= len(piece)
 
 
+def _q6_k(blocks: int, deviation: float, rng: np.random.Generator) -> Bytes:
+    """Codes of -32 ... 31, equally likely: nobody here rounds to Q6_K."""
+    data = rng.integers(0, 256, (blocks, 210), np.uint8)
+    data[:, 192:208] = 64
+    data[:, 208:] = np.array([deviation / (64 * (64**2 / 12) ** 0.5)], np.float16).view(np.uint8)
+    return data
+
+
 class Weights:
     """Formats and bytes of a model's tensors. Norms, biases and routers are F32 unless `plain` is given."""
 
@@ -84,7 +95,10 @@ class Weights:
         dense: Format,
         seed: int = 0,
         plain: Format = formats.F32,
+        down: Format | None = None,
     ) -> None:
+        """down: of the experts' down, if not that of gate and up."""
+        self._down = down or experts
         self._formats = {"expert": experts, "matrix": dense, "embedding": dense, "head": dense}
         # The two programs split it, and transpose a half: only numbers of their own stay the same numbers.
         self._formats["kv_up"] = dense if dense.block == 1 else formats.F16
@@ -96,6 +110,8 @@ class Weights:
         self._own: Noise | None = None
 
     def format(self, tensor: Tensor) -> Format:
+        if tensor.expert and tensor.expert[2] == 2 and tensor.kind in self._formats:
+            return self._down
         return self._formats.get(tensor.kind, self._plain)
 
     def nbytes(self, tensor: Tensor) -> int:

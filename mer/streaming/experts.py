@@ -15,6 +15,9 @@ from mer.weights import formats
 from mer.weights.extents import ExpertExtents, MoeLayerSource
 
 _ALIGN: Final = 4096
+# Bytes of a read. Three of 128 KiB or less took 1.2 to 1.4 times as long as one of three times the size, three
+# of 256 KiB or more as long (bench/inplace.py).
+_SMALL_READ: Final = 192 << 10
 
 
 @frozen(eq=False)
@@ -70,6 +73,18 @@ def expert_tables(sources: Sequence[MoeLayerSource], path: Path | None = None) -
             matrices[row] = [starts[m.piece] + m.offset for m in extents.matrices]
             largest = max(largest, at)
     return ExpertTables(n_experts, largest, layers, reads, matrices)
+
+
+def advice(tables: ExpertTables) -> str | None:
+    """What would make the experts faster to read; None where nothing would."""
+    lengths = tables.reads[:, :, 2]
+    count, nbytes = np.count_nonzero(lengths), int(lengths.sum())
+    if count <= tables.total or nbytes / count >= _SMALL_READ:
+        return None
+    return (
+        f"an expert is {count / tables.total:.0f} reads of some {nbytes / count / 1024:.0f} KiB here, in an "
+        "expert store one, which is faster for reads so small: mer convert MODEL NEW_DIRECTORY --format same"
+    )
 
 
 def _aligned(offset: int, nbytes: int) -> tuple[int, int]:

@@ -143,6 +143,7 @@ def _read_only(name: str, id: int, block: int, block_bytes: int) -> Format:
     return Format(name, id, block, block_bytes, read_quants.encoder(name), decode)
 
 
+Q6_K: Final = _read_only("q6_k", 14, 256, 210)
 # What the kernels multiply.
 FORMATS: Final = (
     *WRITTEN,
@@ -152,7 +153,7 @@ FORMATS: Final = (
     _read_only("q2_k", 10, 256, 84),
     _read_only("q3_k", 11, 256, 110),
     _read_only("q5_k", 13, 256, 176),
-    _read_only("q6_k", 14, 256, 210),
+    Q6_K,
     _read_only("iq4_nl", 20, 32, 18),
     _read_only("iq4_xs", 23, 256, 136),
 )
