@@ -12,7 +12,7 @@ import transformers
 from click.testing import CliRunner
 from gguf import GGUFReader, dequantize
 
-from bench import ceilings, first_token, io, make_model, peer, speculative, start
+from bench import ceilings, first_token, inplace, io, make_model, peer, speculative, start
 from bench.gguf_writer import write_gguf
 from bench.shapes import SHAPES, model_config, tensors
 from bench.synthetic import Weights
@@ -211,6 +211,22 @@ def test_the_peer_reports_what_its_process_says(tmp_path):
         python.write_text(f"#!/bin/sh\n{body}\n")
         with pytest.raises(peer.PeerError, match=message):
             peer.measure(python, model, [1], 1)
+
+
+def test_what_is_compared_in_place(tmp_path):
+    """Three reads of an expert in a GGUF file, one in the store that is made of it, which holds the same."""
+    config, down = small("qwen3-30b-a3b"), formats.Q6_K
+    config["moe_intermediate_size"] = 512
+    write_gguf(config, Weights(config, formats.Q4_K, formats.Q8_0, down=down), tmp_path / "m.gguf", nothing)
+    with inplace.store_of(tmp_path / "m.gguf") as store:
+        models = [inplace.Model(tmp_path / "m.gguf"), inplace.Model(store)]
+        gguf, stored = (model.layout for model in models)
+        assert (gguf.pieces, stored.pieces) == (3, 1)
+        assert gguf.nbytes == stored.nbytes
+        assert [m.format.name for m in models[1].experts[0].matrices] == ["q4_k", "q4_k", "q6_k"]
+        assert gguf.around > stored.around >= 0
+        assert all(model.read_rate(0) > 0 for model in models)
+    assert not store.exists()
 
 
 def test_token_ids():

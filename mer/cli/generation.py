@@ -214,6 +214,8 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
         lines["drafts"] = f"{timings.accepted} of {timings.drafted} drafted tokens were right"
     if engine.profile is not None:
         lines["profile"] = _decode_steps(engine.profile)
+    if facts["advice"]:
+        lines["advice"] = facts["advice"]
     for name, text in lines.items():
         console.print(f"  {name:8} {text}", style="dim", soft_wrap=True)
 

@@ -22,7 +22,7 @@ from mer.model import families
 from mer.model.families import Architecture
 from mer.model.spec import ModelSpec
 from mer.model.tokenizer import Tokenizer
-from mer.streaming.experts import expert_tables
+from mer.streaming.experts import advice, expert_tables
 from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
 
 # More than any machine has.
@@ -60,10 +60,11 @@ def inspect(model: Path, ram: int | None, as_json: bool) -> None:
     facts = summarise(checkpoint, architecture)
     full: Budget | None = None
     rows: list[_Row] = []
-    refusal = None
+    refusal = hint = None
     try:
         require_streamable(checkpoint)
         tables = expert_tables(architecture.experts, model)
+        hint = advice(tables)
         # What `mer run` holds by itself when it divides memory must be held here, too: it is measured.
         held = import_module("mer.cli.run"), Tokenizer.open(model)
         # With all experts in memory; the other parts are the same in any budget.
@@ -74,12 +75,14 @@ def inspect(model: Path, ram: int | None, as_json: bool) -> None:
     except MerError as error:
         refusal = str(error)
     if as_json:
-        click.echo(json.dumps(_json(checkpoint, architecture, facts, full, rows, refusal), indent=2))
+        click.echo(json.dumps(_json(checkpoint, architecture, facts, full, rows, refusal, hint), indent=2))
         return
     console = output()
     _print_model(console, checkpoint, architecture, facts)
     if full is not None:
         _print_memory(console, full, rows)
+        if hint is not None:
+            console.print(f"advice: {hint}", soft_wrap=True)
     else:
         console.print(f"It does not run as it is: {refusal}", soft_wrap=True)
 
@@ -109,6 +112,7 @@ def _json(
     full: Budget | None,
     rows: list[_Row],
     refusal: str | None,
+    hint: str | None,
 ) -> dict[str, Any]:
     spec = asdict(architecture.spec)
     del spec["rope"]["inv_freq"]
@@ -126,6 +130,7 @@ def _json(
         **asdict(facts),
         "memory": memory,
         "refusal": refusal,
+        "advice": hint,
     }
 
 

@@ -255,7 +255,7 @@ class Engine:
         return self._runner.profile.summary if self._runner.profile else None
 
     def facts(self) -> Mapping[str, Any]:
-        """What this engine uses: back end and why, instruction set, threads, slots."""
+        """What this engine uses: back end and why, instruction set, threads, slots; what is faster."""
         reader, budget = self._runner.reader, self._runner.budget
         return {
             "io_backend": reader.backend,
@@ -266,6 +266,7 @@ class Engine:
             "experts": budget.experts,
             "kv_dtype": budget.kv_dtype,
             "prefetch_depth": self._runner.prefetch_depth,
+            "advice": self._runner.experts.advice if self._runner.experts else None,
         }
 
     def chat_prompt(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:

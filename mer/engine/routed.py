@@ -14,7 +14,7 @@ from mer._ext.uring import Reader
 from mer.config import EngineConfig
 from mer.engine.budget import Budget
 from mer.model.spec import ModelSpec
-from mer.streaming.experts import ExpertTables
+from mer.streaming.experts import ExpertTables, advice
 from mer.streaming.warm import WarmStart
 from mer.weights.checkpoint import Checkpoint
 
@@ -41,6 +41,11 @@ class RoutedExperts:
             policy=config.cache_policy, n_layers=spec.n_moe_layers,
         )  # fmt: skip
         self.cache.prefault(_PREFAULT)
+
+    @property
+    def advice(self) -> str | None:
+        """What would make experts faster to read; None where nothing would, or where all are in memory."""
+        return advice(self._tables) if self._budget.slots < self._tables.total else None
 
     def connect(
         self, checkpoint: Checkpoint, reader: Reader, kernels: Kernels, pool: Pool, biases: _Biases

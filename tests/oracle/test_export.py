@@ -199,3 +199,22 @@ def test_memory_stays_flat(tmp_path):
     code = MEMORY_RUN.format(path=sys.path, src=str(tmp_path / "hf"), dst=str(tmp_path / "x.gguf"))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 150 << 10
+
+
+def test_advice_where_a_store_is_faster_to_read(tmp_path):
+    """Three small reads an expert are; one is not, nor are three large ones."""
+    make(tmp_path / "hf", "qwen3_moe")
+    write(tmp_path / "hf", tmp_path / "small.gguf")
+    sizes = {"moe_intermediate_size": 256, "hidden_size": 256, "num_experts": 2, "num_hidden_layers": 1}
+    make(tmp_path / "wide", "qwen3_moe", **sizes)
+    write(tmp_path / "wide", tmp_path / "large.gguf")
+    assert (
+        mer("convert", str(tmp_path / "small.gguf"), str(tmp_path / "store"), "--format", "same").returncode
+        == 0
+    )
+    for name, wanted in ("small.gguf", True), ("large.gguf", False), ("store", False):
+        shown = mer("inspect", str(tmp_path / name)).stdout
+        assert ("advice: an expert is 3 reads" in shown) == wanted
+        run = ("run", str(tmp_path / name), "1 2 3", "--ids", "-n", "2", "--cache-experts")
+        assert ("advice" in mer(*run, "2").stderr) == wanted
+        assert "advice" not in mer(*run, "100%").stderr
