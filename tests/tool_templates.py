@@ -43,7 +43,10 @@ _MINIMAX_CALL = (
 _GRANITE_CALL = (
     "{{ '<|tool_call|>[' if loop.first else ', ' }}{{ call.function | tojson }}{{ ']' if loop.last else '' }}"
 )
-
+_HUNYUAN_CALL = (
+    "{{ '<tool_calls>[' if loop.first else ', ' }}{{ call.function | tojson }}"
+    "{{ ']</tool_calls>' if loop.last else '' }}"
+)
 _DSML_CALL = (
     "{{ '\\n\\n<' + dsml + 'function_calls>\\n' if loop.first else '\\n' }}"
     "{{ '<' + dsml + 'invoke name=\"' + call.function.name + '\">\\n' }}"
@@ -63,6 +66,7 @@ MINIMAX: Final = _CHATML.replace("CALL", _MINIMAX_CALL).replace(
 DEEPSEEK_V32: Final = "{% set dsml = '｜DSML｜' %}" + _CHATML.replace("CALL", _DSML_CALL)
 DEEPSEEK_V4: Final = DEEPSEEK_V32.replace("function_calls", "tool_calls")
 GRANITE: Final = _CHATML.replace("CALL", _GRANITE_CALL)
+HUNYUAN: Final = _CHATML.replace("CALL", _HUNYUAN_CALL)
 
 MISTRAL: Final = """\
 {%- for m in messages %}
@@ -184,6 +188,7 @@ ALL: Final = {
     "deepseek_v32": DEEPSEEK_V32,
     "deepseek_v4": DEEPSEEK_V4,
     "granite": GRANITE,
+    "hunyuan": HUNYUAN,
     "mistral": MISTRAL,
     "mistral_named": MISTRAL_NAMED,
     "deepseek_r1": DEEPSEEK_R1,

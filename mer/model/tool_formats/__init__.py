@@ -29,6 +29,7 @@ TABLE: Final[tuple[tuple[tuple[str, ...], ToolFormat], ...]] = (
     (("<tool_call>", "<arg_key>"), GLM),
     (("<tool_call>",), Hermes()),
     (("<|tool_call|>",), JsonList()),
+    (("<tool_calls>", "</tool_calls>"), JsonList(("<tool_calls>", "</tool_calls>"), closes=True)),
     (("<|python_tag|>",), Llama()),
     (("<|start_header_id|>", "tools"), Llama()),
 )

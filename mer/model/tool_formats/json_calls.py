@@ -159,10 +159,14 @@ class Hermes(Opened):
 
 @frozen
 class JsonList(Opened):
-    """<|tool_call|>[{...}, {...}]: Granite 3, Phi-4."""
+    """<|tool_call|>[{...}, {...}]: Granite 3, Phi-4; between other tags Hunyuan."""
 
-    markers: ClassVar = ("<|tool_call|>", "<|/tool_call|>")
-    opener: ClassVar = "<|tool_call|>"
+    markers: tuple[str, str] = ("<|tool_call|>", "<|/tool_call|>")
+    closes: bool = False  # the model was taught to write the closing tag
+
+    @property
+    def opener(self) -> str:
+        return self.markers[0]
 
     def read(self, source: Source) -> Steps[None]:
         begin, end = self.markers
@@ -183,7 +187,8 @@ class JsonList(Opened):
 
     def calls(self, lark: Lark, one: str, several: bool) -> str:
         more = f"({lark.text(', ')} {one})*" if several else ""
-        return f"{lark.text('[')} {one} {more} {lark.text(']')}"
+        end = lark.tag(self.markers[1]) if self.closes else ""
+        return f"{lark.text('[')} {one} {more} {lark.text(']')} {end}"
 
     def new_id(self) -> str:
         return random_id()
