@@ -41,6 +41,7 @@ def test_refused_parameters_are_named():
     for name, bad in {
         "logit_bias": {1: 101},
         "prompt_logprobs": 21,
+        "speculative": 1,
         "priority": 0.5,
         "timeout": 0,
         "structure": "json",

@@ -268,7 +268,7 @@ async def test_a_text_that_repeats_itself_takes_fewer_steps(tmp_path, always):
         plain = await engine.generate(given, attrs.evolve(GREEDY, max_tokens=200))
     async with opened(tmp_path) as engine:
         assert essence(await engine.generate(given, attrs.evolve(GREEDY, max_tokens=200))) == essence(plain)
-        off = attrs.evolve(GREEDY, max_tokens=200, speculate=False)
+        off = attrs.evolve(GREEDY, max_tokens=200, speculative=False)
         before = always[0].drafted
         assert essence(await engine.generate(given, off)).token_ids == plain.token_ids
         assert always[0].drafted == before > 0

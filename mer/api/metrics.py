@@ -116,6 +116,8 @@ class Metrics(Collector):
         yield _counter(
             "mer_preemptions", "Requests that gave up their KV blocks for others.", now.preemptions
         )
+        yield _counter("mer_draft_tokens", "Tokens of drafts that were verified.", now.drafted)
+        yield _counter("mer_draft_tokens_accepted", "Those that were right.", now.accepted)
 
 
 def _memory(now: Snapshot) -> Iterable[Metric]:

@@ -232,6 +232,8 @@ class Engine:
             prefix_hit_tokens=scheduler.hit_tokens,
             prefix_query_tokens=scheduler.query_tokens,
             preemptions=scheduler.preemptions,
+            drafted=self._speculation.drafted if self._speculation else 0,
+            accepted=self._speculation.accepted if self._speculation else 0,
             cache_slots=budget.slots,
             experts=budget.experts,
             resident=cache["resident"],
@@ -368,7 +370,7 @@ class Engine:
             tokenizer=self._tokenizer,
             eos_ids=self._eos_ids,
             limit=limit,
-            drafter=NgramDrafter(tokens) if self._speculation and params.speculate else None,
+            drafter=NgramDrafter(tokens) if self._speculation and params.speculative else None,
         )
 
     async def _off_loop(self, prompt: Prompt, prepare: Callable[[], _T]) -> _T:

@@ -37,6 +37,8 @@ class Snapshot:
     prefix_hit_tokens: int  # total: prompt tokens found in the prefix cache
     prefix_query_tokens: int  # total: prompt tokens looked up there
     preemptions: int  # total
+    drafted: int  # total: tokens of drafts that were verified
+    accepted: int  # total: those that were right
     cache_slots: int  # of the expert cache
     experts: int  # of all layers
     resident: int  # experts in memory now

@@ -155,7 +155,7 @@ class SamplingParams:
     """Token id -> -100..100, added to the model's logits before everything else."""
     structure: Structure | None = field(default=None, validator=_check_structure)
     """What the answer must look like; None: anything."""
-    speculate: bool = field(default=True, validator=_check_flag)
+    speculative: bool = field(default=True, validator=_check_flag)
     """Whether the engine may draft tokens of this answer, if it drafts at all; the answer is the same."""
     priority: int = field(default=0, validator=_PRIORITY)
     """Lower is served sooner; equal ones are served as they come."""

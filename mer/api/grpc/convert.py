@@ -242,6 +242,8 @@ def _timings(timings: Timings) -> pb.Timings:
         decode_s=timings.decode_s,
         steps=steps(timings.steps),
         hit_rate=timings.hit_rate,
+        drafted=timings.drafted,
+        accepted=timings.accepted,
     )
 
 

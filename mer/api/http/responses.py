@@ -101,6 +101,7 @@ def to_request(body: ResponsesRequest, variables: Mapping[str, Any]) -> ChatRequ
         "seed": body.seed,
         "structure": structure,
         "logprobs": (body.top_logprobs or 0) if _LOGPROBS in (body.include or ()) else None,
+        "speculative": body.speculative,
         "priority": body.priority,
         "timeout": body.timeout,
     }

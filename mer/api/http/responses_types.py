@@ -151,6 +151,7 @@ class ResponsesRequest(Body, kw_only=True):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    speculative: bool | None = None
     priority: Int64 | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
     chat_template_kwargs: JsonObject | None = None

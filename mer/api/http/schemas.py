@@ -94,6 +94,7 @@ class Generating(Body):
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     logit_bias: Biases | None = None
     user: str | None = None
+    speculative: bool | None = None
     priority: Int64 | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
     guided_json: JsonObject | str | None = None
@@ -117,6 +118,7 @@ def sampling(body: Generating, structure: Structure | None = None, **more: Any) 
         "frequency_penalty": body.frequency_penalty,
         "repetition_penalty": body.repetition_penalty,
         "logit_bias": body.logit_bias,
+        "speculative": body.speculative,
         "priority": body.priority,
         "timeout": body.timeout,
         "structure": _structure(body, structure),
