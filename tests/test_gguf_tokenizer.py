@@ -11,6 +11,7 @@ import sentencepiece
 import tokenizers
 import transformers
 from tokenizer_models import CORPUS, byte_level, write_sentencepiece
+from transformers import GemmaTokenizer
 
 from mer.errors import CheckpointError, UnsupportedModelError
 from mer.model.tokenizer import Tokenizer
@@ -132,6 +133,38 @@ def test_sentencepiece(prefix, tmp_path):
             assert found.encode(text, special=False) == expected, text
         assert found.decode(found.encode(text)) == text
     assert found.encode("[INST] a")[:2] == [model.bos_id(), model.piece_to_id("[INST]")]
+
+
+def test_gemma(tmp_path):
+    """Against transformers' GemmaTokenizer with the same vocabulary and merges."""
+    named = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>"]
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    hexes = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=900, special_tokens=[*named, *hexes], show_progress=False
+    )
+    trained.train_from_iterator([word for text in CORPUS for word in text.splitlines(True)], trainer)
+    model = json.loads(trained.to_str())["model"]
+    oracle = GemmaTokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]])
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    path = write(
+        tmp_path / "model.gguf",
+        tokenizer_model="gemma4",
+        token_list=tokens,
+        token_types=[3 if token in named else 6 if token in hexes else 1 for token in tokens],
+        token_scores=[-1000.0] * len(tokens),
+        token_merges=[" ".join(pair) for pair in model["merges"]],
+        bos_token_id=2,
+        eos_token_id=1,
+        unk_token_id=3,
+        add_space_prefix=False,
+    )
+    found = Tokenizer.open(path)
+    check(found, oracle.backend_tokenizer)
+    assert len(model["merges"]) > 50
+    assert found.encode("a b") == [2, *found.encode("a b", special=False)]
+    assert found.eos_ids == {1, 6}
 
 
 def test_what_is_wrong(tmp_path):

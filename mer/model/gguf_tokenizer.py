@@ -107,7 +107,8 @@ _BEGINS: Final = {"llama-bpe", "llama3", "llama-v3", "tekken"}
 # Control tokens that end an answer, also where the file names only one of several.
 _ENDS: Final = {
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>",
-    "<|return|>", "<|call|>", "<|user|>", "<|observation|>", "</s>", "<｜end▁of▁sentence｜>",
+    "<|return|>", "<|call|>", "<|user|>", "<|observation|>", "<turn|>",
+    "<|tool_response>", "</s>", "<｜end▁of▁sentence｜>",
 }  # fmt: skip
 
 
@@ -121,15 +122,15 @@ def open_files(path: Path) -> Texts | None:
     model = metadata.get("tokenizer.ggml.model", "none")
     if model == "none":
         return None
-    if model not in ("gpt2", "llama"):
+    make = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _characters}.get(model)
+    if make is None:
         raise UnsupportedModelError(
-            f"{path}: tokenizer.ggml.model is {model!r}; gpt2 (byte-level BPE) and llama "
-            "(SentencePiece's BPE) are supported"
+            f"{path}: tokenizer.ggml.model is {model!r}; gpt2 (byte-level BPE), llama (SentencePiece's BPE) "
+            "and gemma4 (BPE of characters) are supported"
         )
     tokens = _list(metadata, "tokens", str)
     kinds = _list(metadata, "token_type", int) if "tokenizer.ggml.token_type" in metadata else []
     kinds += [1] * (len(tokens) - len(kinds))
-    make = _byte_level if model == "gpt2" else _sentencepiece
     tokenizer = make(metadata, tokens)
     tokenizer |= {
         "version": "1.0",
@@ -139,7 +140,7 @@ def open_files(path: Path) -> Texts | None:
             if kind in (_CONTROL, _USER)
         ],
     }
-    begin = _opening(metadata, tokens, default=model == "llama" or _pre(metadata) in _BEGINS)
+    begin = _opening(metadata, tokens, default=model in ("llama", "gemma4") or _pre(metadata) in _BEGINS)
     if begin is not None:
         tokenizer["post_processor"] = begin
     settings = {f"{name}_token": token for name in _NAMED if (token := _named(metadata, tokens, name))}
@@ -252,6 +253,30 @@ def _byte_level(metadata: Metadata, tokens: list[str]) -> dict[str, Any]:
             "vocab": _ids(metadata, tokens),
             "merges": _list(metadata, "merges", str),
             "ignore_merges": pre in WHOLE_WORDS_FIRST,
+        },
+    }
+
+
+def _characters(metadata: Metadata, tokens: list[str]) -> dict[str, Any]:
+    """Gemma-4's: pairs of characters are merged over the whole text, a space being one of them."""
+    return {
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "vocab": _ids(metadata, tokens),
+            "merges": _list(metadata, "merges", str),
+            "unk_token": _named(metadata, tokens, "unk"),
+            "fuse_unk": True,
+            "byte_fallback": True,
         },
     }
 
