@@ -85,7 +85,12 @@ def attention(spec: ModelSpec) -> str:
     """The kind of attention and its heads, in a line."""
     a = spec.attention
     if isinstance(a, LatentAttentionSpec):
-        return f"latent (MLA), {a.n_heads} heads, latent of {a.kv_rank}, rotary key of {a.rope_dim}"
+        text = f"latent (MLA), {a.n_heads} heads, latent of {a.kv_rank}, rotary key of {a.rope_dim}"
+        if a.indexer is not None:
+            latent = [each for each in spec.attentions if isinstance(each, LatentAttentionSpec)]
+            own = sum(each.indexer is not None and each.indexer.own for each in latent)
+            text += f"; a token sees {a.indexer.top_k:,} positions, chosen in {own} of {spec.n_layers} layers"
+        return text
     assert isinstance(a, AttentionSpec)
     kind = "multi-head" if a.n_kv_heads == a.n_heads else "grouped-query"
     text = f"{kind}, {a.n_heads} heads, {a.n_kv_heads} of keys and values, {a.head_dim} wide"
@@ -94,6 +99,10 @@ def attention(spec: ModelSpec) -> str:
     windows = [layer.window for layer in spec.layers if layer.window]
     if windows:
         text += f"; a window of {max(windows):,} in {len(windows)} of {spec.n_layers} layers"
+    others = [each for each in spec.attentions if isinstance(each, AttentionSpec) and each != a]
+    if others:
+        heads, dim = max((each.n_kv_heads, each.head_dim) for each in others)
+        text += f"; in {len(others)} layers {heads} of keys and values, {dim} wide"
     return text
 
 

@@ -126,6 +126,7 @@ CASES = {
             "intermediate_size": 37,
             "top_k_experts": 6,
         },
+        "no-experts": {"enable_moe_block": False},
         "global-narrower": {"global_head_dim": 8, "num_global_key_value_heads": 4, "layer_types": None},
         "untied": {"tie_word_embeddings": False, "attention_bias": True, "sliding_window": 16},
         "ropes": {

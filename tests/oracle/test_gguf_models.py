@@ -56,6 +56,7 @@ STRETCHED = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 20.0, "factor":
         ("qwen3_5_moe_text", {"linear_num_value_heads": 12}),
         ("lfm2_moe", {"use_expert_bias": False, "num_dense_layers": 0}),
         ("glm_moe_dsa", {"indexer_types": ["full", "shared", "full"]}),
+        ("gemma4_text", {"enable_moe_block": False, "num_experts": None, "top_k_experts": None}),
         ("gemma4_text", {"attention_k_eq_v": False, "final_logit_softcapping": None}),
         ("olmoe", {"clip_qkv": 0.7}),
         ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_interval": 2}),

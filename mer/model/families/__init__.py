@@ -71,6 +71,13 @@ FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
 }
 
 
+# What these have that no other family has.
+_NOT_YET: Final = {
+    "deepseek_v4": "streams of hidden states that learnt weights mix (hyper-connections), compressed keys "
+    "beside a window, and experts chosen by the token's id",
+}
+
+
 @frozen
 class Architecture:
     """A checkpoint, understood.
@@ -104,8 +111,9 @@ def load(checkpoint: Checkpoint) -> Architecture:
         raise config.wrong("the key model_type is missing, so the architecture is not known")
     read = FAMILIES.get(kind)
     if read is None:
-        known = ", ".join(sorted(FAMILIES))
-        raise config.unsupported(f"model_type {kind!r} is not supported; known are {known}")
+        known, why = ", ".join(sorted(FAMILIES)), _NOT_YET.get(kind)
+        why = f" (it has {why}, which mer does not compute)" if why else ""
+        raise config.unsupported(f"model_type {kind!r} is not supported{why}; known are {known}")
     tensors = Tensors(checkpoint)
     spec = read(config, tensors)
     _refuse_less_than_there_is(config, tensors, spec)

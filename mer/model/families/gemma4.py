@@ -1,4 +1,4 @@
-"""Gemma-4 with experts: layers with a window and global ones, norms before and after each block, GELU."""
+"""Gemma-4, with experts and without: layers with a window and global ones, norms around each block, GELU."""
 
 from __future__ import annotations
 
@@ -31,11 +31,15 @@ _EXPERTS: Final = ExpertNames(
 _NORMS: Final = {
     "attention_norm": "input_layernorm",
     "attention_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+# With experts, the plain block is what they have beside them.
+_MOE_NORMS: Final = {
     "shared_norm": "pre_feedforward_layernorm",
     "shared_out_norm": "post_feedforward_layernorm_1",
     "mlp_norm": "pre_feedforward_layernorm_2",
     "routed_out_norm": "post_feedforward_layernorm_2",
-    "mlp_out_norm": "post_feedforward_layernorm",
 }
 
 
@@ -44,14 +48,12 @@ def read(outer: Config, tensors: Tensors) -> ModelSpec:
     config, tensors = outer.inner("text_config"), tensors.inside("language_model")
     _refuse(config)
     hidden, inter = config.integer("hidden_size"), config.integer("intermediate_size")
-    moe_inter, n = config.integer("moe_intermediate_size"), config.integer("num_experts")
+    router = _router(config, hidden) if config.flag("enable_moe_block", False) else None
+    moe_inter = config.integer("moe_intermediate_size") if router else 0
     kinds = _kinds(config)
     attention = _attention(config)
     ropes = {kind: Rope(config, default=_ROPE, kind=kind) for kind in (_LOCAL, _GLOBAL)}
     window = config.integer("sliding_window", default=512)
-    top_k = config.integer("top_k_experts", "num_experts_per_tok")
-    if top_k > n:
-        raise config.wrong(f"top_k_experts is {top_k}, but there are {n} experts")
     bias = config.flag("attention_bias", False)
     one_projection = config.flag("attention_k_eq_v", False)
     tied = common.take_ends(config, tensors, default_tied=True)
@@ -59,18 +61,22 @@ def read(outer: Config, tensors: Tensors) -> ModelSpec:
     for i, kind in enumerate(kinds):
         name, a = f"model.layers.{i}", _of_layer(config, i, kind, attention)
         rope = ropes[kind].spec(a.head_dim)
-        layers.append(LayerSpec(window if kind == _LOCAL else None, i, attention=a, rope=rope))
-        for part, norm in _NORMS.items():
+        layers.append(
+            LayerSpec(window if kind == _LOCAL else None, i if router else None, attention=a, rope=rope)
+        )
+        for part, norm in (_NORMS | (_MOE_NORMS if router else {})).items():
             tensors.take(f"{i}.{part}", f"{name}.{norm}.weight", hidden)
         common.take_grouped_attention(
             tensors, i, hidden, a, qkv_bias=bias, o_bias=bias, v=kind == _LOCAL or not one_projection
         )
         common.take_feed_forward(tensors, i, f"{name}.mlp", hidden, inter)
-        tensors.take_linear(f"{i}.router", f"{name}.router.proj", n, hidden)
-        tensors.take(f"{i}.router_norm", f"{name}.router.scale", hidden)
-        tensors.take(f"{i}.router_expert_scale", f"{name}.router.per_expert_scale", n)
         tensors.take(f"{i}.layer_scale", f"{name}.layer_scalar", 1)
-        tensors.take_experts(i, _EXPERTS, n, hidden, moe_inter)
+        if router:
+            n = router.n_experts
+            tensors.take_linear(f"{i}.router", f"{name}.router.proj", n, hidden)
+            tensors.take(f"{i}.router_norm", f"{name}.router.scale", hidden)
+            tensors.take(f"{i}.router_expert_scale", f"{name}.router.per_expert_scale", n)
+            tensors.take_experts(i, _EXPERTS, n, hidden, moe_inter)
     cap = config.get("final_logit_softcapping")
     return ModelSpec(
         family="gemma4",
@@ -81,10 +87,10 @@ def read(outer: Config, tensors: Tensors) -> ModelSpec:
         attention=attention,
         rope=ropes[_LOCAL].spec(attention.head_dim),
         layers=tuple(layers),
-        router=RouterSpec(n, top_k, "softmax", normalise=True, norm_scale=hidden**-0.5),
+        router=router,
         moe_inter=moe_inter,
-        dense_inter=0,
-        shared_inter=inter,
+        dense_inter=0 if router else inter,
+        shared_inter=inter if router else 0,
         tied_embeddings=tied,
         embedding_scale=hidden**0.5,
         logit_cap=None if cap is None else config.number("final_logit_softcapping"),
@@ -94,12 +100,17 @@ def read(outer: Config, tensors: Tensors) -> ModelSpec:
 
 def _refuse(config: Config) -> None:
     """What other models of this family have."""
-    if not config.flag("enable_moe_block", False):
-        raise config.unsupported("enable_moe_block is false; of Gemma-4, models with experts are supported")
     config.expect("hidden_activation", "gelu_pytorch_tanh")
     config.expect("hidden_size_per_layer_input", 0)
     config.expect("num_kv_shared_layers", 0)
     config.expect("use_bidirectional_attention", "vision")
+
+
+def _router(config: Config, hidden: int) -> RouterSpec:
+    n, top_k = config.integer("num_experts"), config.integer("top_k_experts", "num_experts_per_tok")
+    if top_k > n:
+        raise config.wrong(f"top_k_experts is {top_k}, but there are {n} experts")
+    return RouterSpec(n, top_k, "softmax", normalise=True, norm_scale=hidden**-0.5)
 
 
 def _kinds(config: Config) -> list[str]:
