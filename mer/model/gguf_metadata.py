@@ -46,7 +46,9 @@ _KNOWN: Final = {
     "glm4_moe_lite": _Computes(plain=True),
     "granitemoe": _Computes(normalise=True, multipliers=True),
     "granitemoeshared": _Computes(normalise=True, multipliers=True),
+    "hunyuan_v1_moe": _Computes(normalise=True),
     "minimax_m2": _Computes(normalise=True),
+    "solar_open": _Computes(plain=True),
 }
 
 

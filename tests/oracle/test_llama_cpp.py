@@ -48,6 +48,8 @@ WIDE_OF = {
     "granitemoeshared": {"shared_intermediate_size": 256},
     "minimax_m2": {"head_dim": 64, "rotary_dim": 32},
     "glm4_moe": {"moe_intermediate_size": 256},
+    "hunyuan_v1_moe": {"head_dim": 64},
+    "solar_open": {"moe_intermediate_size": 256, "head_dim": 64},
     "glm4_moe_lite": {"moe_intermediate_size": 256, **LATENT},
     "deepseek_v2": {
         "moe_intermediate_size": 256,
