@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import statistics
+import time
 from collections.abc import Callable
 
 import pytest
+from engine_models import opened, write_text_model
+from grpc_client import until
 
+from mer import SamplingParams
 from mer.engine.pace import Pace, round_log2
+from mer.engine.runner import Runner
 from mer.engine.scheduler import Scheduler, Sequence
 
 Cost = Callable[[int], float]
@@ -123,3 +130,37 @@ def test_a_prompt_with_priority_over_all_others_is_not_held_back():
     a.tokens.append(0)
     scheduler.add(b)
     assert sorted(chunk.count for chunk in scheduler.schedule(0)) == [1, 40]
+
+
+async def test_an_engine_keeps_its_streams_going(tmp_path, monkeypatch):
+    """Steps that take 2 ms a token: a prompt of 600 comes in chunks, and no answer is another for that."""
+    step, seen = Runner.step, []
+
+    def slow(self, chunks):
+        count = sum(chunk.count for chunk in chunks)
+        seen.append((len(chunks), count))
+        begun = time.perf_counter()
+        logits = step(self, chunks)
+        rest = max(0.002 * count - (time.perf_counter() - begun), 0)
+        time.sleep(rest)
+        self._step_s += rest
+        return logits
+
+    params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    prompts = [[5, 6, 7], [i % 250 + 3 for i in range(600)]]
+    async with opened(write_text_model(tmp_path, max_position_embeddings=2048), context=2048) as engine:
+        alone = [await engine.generate(prompt, params) for prompt in prompts]
+    async with opened(tmp_path, context=2048, prefix_cache=False) as engine:
+        monkeypatch.setattr(Runner, "step", slow)
+        # What a whole chunk costs is known from a first one.
+        await engine.generate(prompts[1], SamplingParams(max_tokens=1))
+        seen.clear()
+        stream = asyncio.create_task(engine.generate(prompts[0], params))
+        await until(lambda: len(seen) > 20, "the stream is on its way")
+        late = await engine.generate(prompts[1], params)
+        first = await stream
+        assert [first.token_ids, late.token_ids] == [each.token_ids for each in alone]
+    beside = [count - 1 for requests, count in seen if requests == 2 and count > 2]
+    assert sum(beside) >= 600 - 1
+    assert statistics.median(beside) <= 64
+    assert max(beside) < 300
