@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
+    "ministral3": gguf.MODEL_ARCH.MISTRAL3,
     "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
@@ -40,7 +41,7 @@ ARCHITECTURES = {
 
 
 # llama.cpp turns neighbours where Hugging Face turns (i, i + dim/2).
-NEIGHBOURS = ("llama", "mistral", "mixtral", "granitemoe", "granitemoeshared")
+NEIGHBOURS = ("llama", "ministral3", "mistral", "mixtral", "granitemoe", "granitemoeshared")
 
 # Where in a block the F16 scales are, of formats that the gguf package does not quantise to.
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
@@ -151,7 +152,10 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         if "original_max_position_embeddings" in rope:
             w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         if "mscale_all_dim" in rope:
-            w.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
+            share = 1.0 if family == "ministral3" else 0.1
+            w.add_rope_scaling_yarn_log_mul(share * rope["mscale_all_dim"])
+        if "llama_4_scaling_beta" in rope:
+            w.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     if config.get("moe_intermediate_size"):
         w.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if config.get("shared_expert_intermediate_size"):

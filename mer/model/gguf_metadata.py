@@ -35,6 +35,10 @@ class _Computes:
 
 # By model_type. A family that is not here is not written.
 _KNOWN: Final = {
+    "llama": _Computes(plain=True, frequencies=True),
+    "mistral": _Computes(plain=True, frequencies=True),
+    "qwen2": _Computes(plain=True, square=True),
+    "qwen3": _Computes(plain=True),
     "mixtral": _Computes(normalise=True, frequencies=True),
     "qwen2_moe": _Computes(normalise=False, square=True),
     "qwen3_moe": _Computes(normalise=True),

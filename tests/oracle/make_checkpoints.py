@@ -35,6 +35,7 @@ CLASSES = {
     "granitemoeshared": "GraniteMoeShared",
     "deepseek_v2": "DeepseekV2",
     "llama": "Llama",
+    "ministral3": "Ministral3",
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
@@ -196,6 +197,7 @@ FAMILY: dict[str, dict[str, Any]] = {
         "num_mtp_layers": 0,
     },
     "llama": {"intermediate_size": 80},
+    "ministral3": {"intermediate_size": 80, "head_dim": 16},
     "mistral": {"intermediate_size": 80, "sliding_window": None},
     "qwen2": {"intermediate_size": 80},
     "qwen3": {"intermediate_size": 80, "head_dim": 32},
@@ -218,7 +220,7 @@ INDEXER = {"index_topk": 24, "index_n_heads": 16, "index_head_dim": 20}
 FAMILY["deepseek_v32"] = FAMILY["deepseek_v3"] | INDEXER
 FAMILY["glm_moe_dsa"] = FAMILY["deepseek_v3"] | INDEXER | {"n_group": 1, "topk_group": 1}
 # Those without experts, and with.
-DENSE = ("llama", "mistral", "qwen2", "qwen3")
+DENSE = ("llama", "ministral3", "mistral", "qwen2", "qwen3")
 SPARSE = [family for family in FAMILY if family not in DENSE]
 # Those whose weights run where they lie; the others are converted first.
 IN_PLACE = [family for family in FAMILY if family != "gpt_oss"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from harness import Runner
-from make_checkpoints import COMMON, FAMILY, edit_config, make
+from make_checkpoints import CLASSES, COMMON, FAMILY, edit_config, make
 from safetensors.torch import load_file, save_file
 
 from mer.engine.engine import Engine
@@ -283,6 +283,11 @@ CASES = {
         "linear": rope("linear", 1e4, factor=3.0),
         "yarn": rope("yarn", 1e4, **YARN),
     },
+    "ministral3": {
+        "plain": {},
+        "window-tied": {"sliding_window": 37, "tie_word_embeddings": True},
+        "yarn": rope("yarn", 1e4, **ODD_YARN, llama_4_scaling_beta=0.0) | {"head_dim": 24},
+    },
     "mistral": {
         "plain": {},
         "window": {"sliding_window": 37, "head_dim": 24},
@@ -483,6 +488,27 @@ def test_config_as_published_before_transformers_5(tmp_path):
         moe_layer_freq=1,
     )
     assert error(Runner(tmp_path).logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
+
+
+@pytest.mark.parametrize("inner", ["mistral", "ministral3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_mistral3(inner, tied, tmp_path):
+    """A language model beside one for images; names and the head's tie are not where they are without one."""
+    text = getattr(transformers, f"{CLASSES[inner]}Config")(**(COMMON | FAMILY[inner])).to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config=vision | {"model_type": "pixtral"}, tie_word_embeddings=tied
+    )
+    config.text_config._attn_implementation = "eager"
+    torch.manual_seed(1)
+    model = transformers.Mistral3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    runner = Runner(tmp_path)
+    assert error(runner.logits(PROMPT), oracle(model, PROMPT)) < TOLERANCE
+    assert runner.spec.tied_embeddings is tied
+    # Where queries begin to grow, the context ends.
+    original = config.text_config.rope_parameters.get("original_max_position_embeddings")
+    assert runner.spec.max_positions == (original if inner == "ministral3" else 512)
 
 
 def test_one_model_of_several(tmp_path):

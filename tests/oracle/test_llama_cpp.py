@@ -39,6 +39,10 @@ LATENT = {
     "v_head_dim": 64,
 }
 WIDE_OF = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 64},
     "mixtral": {},
     "qwen2_moe": {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256},
     "qwen3_moe": {"moe_intermediate_size": 256, "head_dim": 64},
@@ -65,9 +69,18 @@ WIDE_OF = {
 }
 # Those that mer reads, and does not write. llama.cpp knows no routed_scaling_factor of LFM2-MoE.
 READ = {
+    "ministral3": {"max_position_embeddings": 32768},
     "lfm2_moe": {"routed_scaling_factor": 1.0},
     "qwen3_next": {"linear_value_head_dim": 16},
     "qwen3_5_moe_text": {"linear_value_head_dim": 16, "linear_num_value_heads": 12},
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
 }
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -137,6 +150,21 @@ def test_exported(family, tmp_path):
         check_same(found, wanted)
         make_again = make(tmp_path / "again", family, **{**WIDE, **WIDE_OF[family]})
         model.load_state_dict(make_again.state_dict())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        {"rope_parameters": LLAMA3, "head_dim": 32},
+    ],
+    ids=["biases-tied", "llama3"],
+)
+def test_exported_llama(changes, tmp_path):
+    model = make(tmp_path / "hf", "llama", vocab_size=VOCAB, **changes)
+    write_words(tmp_path / "hf")
+    theirs, ours, preferred = deviations(export(tmp_path / "hf", "--format", "f32"), model)
+    assert max(theirs, ours, preferred) < EXACT
 
 
 @pytest.mark.parametrize("family", sorted(READ))

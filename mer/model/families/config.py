@@ -28,6 +28,12 @@ class Config:
         found._place = f"{self._place}, {name}"
         return found
 
+    def but(self, **values: Any) -> Config:
+        """This one with other values."""
+        found = Config(Path(), {**self._values, **values})
+        found._place = self._place
+        return found
+
     def wrong(self, text: str) -> CheckpointError:
         """The error to raise when the values contradict each other or the tensors."""
         return CheckpointError(f"{self._place}: {text}")

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 from mer.model.families import common
 from mer.model.families.config import Config
 from mer.model.families.rope import Rope
 from mer.model.families.tensors import Tensors
 from mer.model.spec import AttentionSpec, LayerSpec, ModelSpec
+
+_MINISTRAL_ROPE: Final[dict[str, Any]] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 
 
 def read_llama(config: Config, tensors: Tensors) -> ModelSpec:
@@ -26,6 +38,24 @@ def read_mistral(config: Config, tensors: Tensors) -> ModelSpec:
         window = config.integer("sliding_window", default=4096)
     windows = [window] * config.integer("num_hidden_layers")
     return _read(config, tensors, "mistral", common.grouped_attention(config), windows)
+
+
+def read_ministral3(config: Config, tensors: Tensors) -> ModelSpec:
+    """ModelSpec of a Ministral 3 or Devstral 2, its parts taken from `tensors`: a Mistral with YaRN."""
+    window = None if config.get("sliding_window") is None else config.integer("sliding_window")
+    windows = [window] * config.integer("num_hidden_layers")
+    attention = common.grouped_attention(config, default_head=128)
+    rope = Rope(config, default=_MINISTRAL_ROPE)
+    return _read(config, tensors, "ministral3", attention, windows, rope=rope, default_eps=1e-5)
+
+
+def read_mistral3(config: Config, tensors: Tensors) -> ModelSpec:
+    """The language model of a Mistral Small 3.1 or later, a Devstral or a Ministral 3, which also see."""
+    tensors = tensors.inside("language_model")
+    tied = config.flag("tie_word_embeddings", True) and not tensors.has("lm_head.weight")
+    text = config.inner("text_config").but(tie_word_embeddings=tied)
+    text.expect("model_type", "mistral", "ministral3")
+    return (read_mistral if text.get("model_type") == "mistral" else read_ministral3)(text, tensors)
 
 
 def read_qwen2(config: Config, tensors: Tensors) -> ModelSpec:
@@ -63,10 +93,12 @@ def _read(
     qkv_bias: bool = False,
     o_bias: bool = False,
     mlp_bias: bool = False,
+    rope: Rope | None = None,
+    default_eps: float = 1e-6,
 ) -> ModelSpec:
     config.expect("hidden_act", "silu")
     hidden, inter = config.integer("hidden_size"), config.integer("intermediate_size")
-    rope = Rope(config)
+    rope = rope or Rope(config)
     tied = common.take_ends(config, tensors)
     for i in range(len(windows)):
         common.take_norms(tensors, i, hidden)
@@ -76,7 +108,7 @@ def _read(
         family=family,
         vocab=config.integer("vocab_size"),
         hidden=hidden,
-        norm_eps=config.number("rms_norm_eps", default=1e-6),
+        norm_eps=config.number("rms_norm_eps", default=default_eps),
         max_positions=rope.max_positions,
         attention=attention,
         rope=rope.spec(attention.head_dim, interleaved=config.flag("rope_interleave", False)),

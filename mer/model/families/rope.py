@@ -68,7 +68,12 @@ class Rope:
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence. With YaRN's factor, as far as it stretches the original context."""
+        """Longest sequence. With YaRN's factor, as far as it stretches the original context.
+
+        llama_4_scaling_beta lets queries grow from the end of the original context on, which is not supported.
+        """
+        if self._values.get("llama_4_scaling_beta"):
+            return self._original
         if self.type == "yarn":
             return max(self._positions, int(self._original * self._yarn_factor()))
         return self._positions

@@ -45,20 +45,26 @@ class Tensors:
         self.dense: dict[str, str] = {}
         self.experts: list[MoeLayerSource] = []
         self._asked: set[str] = set()
-        self._root = "model."
+        self._root, self._before = "model.", ""
 
     def inside(self, part: str) -> Tensors:
-        """From here on `model.` stands for `model.PART.`, if there are such names: one model of several."""
+        """One model of several: from here on `model.` stands for `model.PART.`, if there are such names.
+
+        Or, if there are such, all names for those with `PART.` before them.
+        """
         if any(name.startswith(f"model.{part}.") for name in self._infos):
             self._root = f"model.{part}."
+        elif any(name.startswith(f"{part}.model.") for name in self._infos):
+            self._before = f"{part}."
         return self
 
     def _full(self, name: str) -> str:
-        return self._root + name.removeprefix("model.") if name.startswith("model.") else name
+        name = self._root + name.removeprefix("model.") if name.startswith("model.") else name
+        return self._before + name
 
     def weights_not_asked_for(self) -> dict[str, int]:
         """Weights and biases of layers that play no part, and their layers' numbers."""
-        layer = re.compile(re.escape(self._root) + r"layers\.(\d+)\..*(weight|bias)$")
+        layer = re.compile(re.escape(self._before + self._root) + r"layers\.(\d+)\..*(weight|bias)$")
         layers = {name: layer.match(name) for name in self._infos}
         return {name: int(m[1]) for name, m in sorted(layers.items()) if m and name not in self._asked}
 

@@ -47,6 +47,8 @@ _KNOWN: Final = (
     hunyuan_moe.FAMILY,
     lfm2_moe.FAMILY,
     llama.LLAMA,
+    llama.MISTRAL,
+    llama.MISTRAL3,
     llama.QWEN2,
     llama.QWEN3,
     minimax_m2.FAMILY,

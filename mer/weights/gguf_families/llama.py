@@ -1,13 +1,15 @@
-"""llama without experts (Llama, Mistral, SmolLM and many more), qwen2 and qwen3."""
+"""llama without experts (Llama, Mistral, SmolLM and many more), mistral3, qwen2 and qwen3."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from attrs import evolve
+
 from mer.errors import UnsupportedModelError
 from mer.weights.gguf_families.family import GGUFFamily
 from mer.weights.gguf_families.names import Names
-from mer.weights.gguf_keys import Keys
+from mer.weights.gguf_keys import Keys, rope_of
 
 
 def _llama(keys: Keys) -> dict[str, Any]:
@@ -28,6 +30,14 @@ def _qwen3(keys: Keys) -> dict[str, Any]:
     return {"attention_bias": keys.has_part("attn_q.bias")}
 
 
+def _mistral3(keys: Keys) -> dict[str, Any]:
+    rope = rope_of(keys)
+    if rope["rope_type"] == "yarn":
+        rope |= {"mscale": 1.0, "mscale_all_dim": keys.get("rope.scaling.yarn_log_multiplier", 0.0)}
+        rope["llama_4_scaling_beta"] = keys.get("attention.temperature_scale", 0.0)
+    return {"rope_parameters": rope}
+
+
 LLAMA = GGUFFamily(
     architecture="llama",
     model_type="llama",
@@ -36,6 +46,17 @@ LLAMA = GGUFFamily(
     # Rows of q and k stand in another order in these files than in Hugging Face's.
     neighbours=True,
     is_of=lambda keys: not keys.get("expert_count"),
+)
+# Written in the same way, and read as a Llama.
+MISTRAL = evolve(LLAMA, model_type="mistral", is_of=lambda keys: False)
+MISTRAL3 = GGUFFamily(
+    architecture="mistral3",
+    model_type="ministral3",
+    config=_mistral3,
+    names=Names({}),
+    neighbours=True,
+    is_of=lambda keys: not keys.get("expert_count"),
+    written=False,
 )
 QWEN2 = GGUFFamily(architecture="qwen2", model_type="qwen2", config=lambda keys: {}, names=Names({}))
 QWEN3 = GGUFFamily(architecture="qwen3", model_type="qwen3", config=_qwen3, names=Names({}))
