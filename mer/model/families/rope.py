@@ -70,7 +70,7 @@ class Rope:
     def max_positions(self) -> int:
         """Longest sequence. With YaRN's factor, as far as it stretches the original context.
 
-        llama_4_scaling_beta lets queries grow from the end of the original context on, which is not supported.
+        With llama_4_scaling_beta queries grow from the end of the original context on: it ends there.
         """
         if self._values.get("llama_4_scaling_beta"):
             return self._original
