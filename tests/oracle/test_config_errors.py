@@ -119,6 +119,24 @@ def test_unknown_architecture_lists_the_known(checkpoint):
         ("deepseek_v3", {"q_lora_rank": None}, "q_proj.weight is missing"),
         ("deepseek_v3", {"v_head_dim": 21}, "kv_b_proj.weight"),
         ("deepseek_v3", {"first_k_dense_replace": 0}, "model.layers.0.mlp.gate.weight is missing"),
+        ("qwen3_next", {"linear_num_key_heads": 3}, r"\(4\) is no multiple of linear_num_key_heads \(3\)"),
+        ("qwen3_next", {"linear_value_head_dim": 21}, "in_proj_qkvz.weight has shape"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 5}, r"conv1d.weight has shape \[144, 1, 4\]"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1"),
+        ("qwen3_next", {"layer_types": ["full_attention"]}, "each of the 2 layers"),
+        (
+            "qwen3_next",
+            {"layer_types": ["full_attention"] * 2},
+            "layers.0.self_attn.q_proj.weight is missing",
+        ),
+        ("qwen3_next", {"head_dim": 16}, "q_proj.weight has shape"),
+        ("qwen3_5_moe_text", {"num_hidden_layers": 1}, "layer_types"),
+        ("qwen3_5_moe_text", {"text_config": [1]}, r"text_config is \[1\]"),
+        ("lfm2_moe", {"layer_types": None}, "layer_types"),
+        ("lfm2_moe", {"conv_L_cache": 4}, "conv.conv.weight has shape"),
+        ("lfm2_moe", {"conv_bias": True}, "conv.in_proj.bias is missing"),
+        ("lfm2_moe", {"use_expert_bias": False}, "does not ask for .*expert_bias"),
+        ("lfm2_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are 8 experts"),
     ],
 )
 def test_config_that_lies(checkpoint, family, changes, named):
@@ -140,6 +158,8 @@ def test_config_that_lies(checkpoint, family, changes, named):
         ("hunyuan_v1_moe", {"moe_topk": [2, 1]}, "moe_topk differs by layer"),
         ("minimax_m2", {"attn_type_list": [1, 0]}, "attn_type_list"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+        ("qwen3_next", {"attention_bias": True}, "attention_bias"),
+        ("qwen3_next", {"layer_types": ["mamba", "full_attention"]}, "'mamba'; known are linear_attention"),
     ],
 )
 def test_mathematics_that_is_not_known(checkpoint, family, changes, named):
