@@ -92,4 +92,4 @@ def test_inspect(model):
     assert "gated delta rule, 16 heads of 128 x 128, in 2 of 3 layers; a request's states 2.06 MiB" in shown
     assert "recurrent states of a request 8.23 MiB" in shown
     facts = json.loads(mer("inspect", model, "--json").stdout)
-    assert facts["memory"]["states"] == 16 * IMAGES * STATE
+    assert facts["memory"]["states"] == IMAGES * STATE

@@ -122,7 +122,8 @@ def split(options: dict[str, Any]) -> tuple[EngineConfig, SamplingParams]:
     known = {field.name for field in attrs.fields(EngineConfig)}
     engine = {name: value for name, value in options.items() if name in known}
     sampling = {name: value for name, value in options.items() if name not in known}
-    return EngineConfig(**engine), SamplingParams(**sampling)
+    # One answer at a time: where each takes memory of its own, the rest is for experts.
+    return EngineConfig(**engine, max_running=1), SamplingParams(**sampling)
 
 
 def show(text: str) -> None:

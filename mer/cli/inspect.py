@@ -68,8 +68,10 @@ def inspect(model: Path, ram: int | None, as_json: bool) -> None:
         # What `mer run` holds by itself when it divides memory must be held here, too: it is measured.
         held = import_module("mer.cli.run"), Tokenizer.open(model)
         # With all experts in memory; the other parts are the same in any budget.
-        full = measure(checkpoint, architecture, tables, EngineConfig(ram=_PLENTY))
-        given = measure(checkpoint, architecture, tables, EngineConfig(ram=ram)) if ram else None
+        full = measure(checkpoint, architecture, tables, EngineConfig(ram=_PLENTY, max_running=1))
+        given = None
+        if ram:
+            given = measure(checkpoint, architecture, tables, EngineConfig(ram=ram, max_running=1))
         del held
         rows = _rows(full, given)
     except MerError as error:
@@ -119,8 +121,7 @@ def _json(
     memory = None
     if full is not None:
         names = (
-            "interpreter", "dense", "kv", "kv_dtype", "states", "max_running", "buffers", "context", "slot",
-            "experts",
+            "interpreter", "dense", "kv", "kv_dtype", "states", "buffers", "context", "slot", "experts",
         )  # fmt: skip
         memory = {name: getattr(full, name) for name in names} | {"budgets": [asdict(row) for row in rows]}
     return {
@@ -187,7 +188,7 @@ def _print_memory(console: Console, full: Budget, rows: list[_Row]) -> None:
     fixed = (
         ("weights that every token needs", full.dense),
         (f"keys and values of {full.context:,} tokens in {full.kv_dtype}", full.kv),
-        *([("recurrent states of a request", full.states // full.max_running)] if full.states else []),
+        *([("recurrent states of a request", full.states)] if full.states else []),
         ("buffers of a step", full.buffers),
         ("the program itself, about", full.interpreter),
     )
