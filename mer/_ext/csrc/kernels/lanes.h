@@ -1,5 +1,5 @@
 /* Products with every format of blocks, one row of weights a lane. The including file has made `vec` a register of
- * ROWS lanes of 32 bits, `vecf` the same of floats, and V(name) the intrinsic of that width; it includes this file once.
+ * ROWS lanes of 32 bits, `vecf` the same of floats, and V(name) the intrinsic of that width.
  *
  * Weights are unpacked into bytes, four columns of each row a register, so that what follows never crosses lanes and
  * serves any number of tokens. A format is described by the functions that unpack its scales and its weights and by a
@@ -10,10 +10,12 @@
 #ifndef MER_LANES_H
 #define MER_LANES_H
 
-#define FEW 2     /* tokens that are multiplied at once */
-#define TOKENS 8  /* tokens of a unit whose sums are in registers, or half as many */
-#define STRIP 32  /* tokens that one unpacking of a unit serves */
-#define SUBS 8    /* blocks of 32 columns of a unit, at the most */
+#ifndef TOKENS
+#define TOKENS 8 /* tokens of a unit whose sums are in registers, or half as many; with less this compiles faster */
+#endif
+#define FEW 2    /* tokens that are multiplied at once */
+#define STRIP 32 /* tokens that one unpacking of a unit serves */
+#define SUBS 8   /* blocks of 32 columns of a unit, at the most */
 
 typedef struct {
     vecf scale[2 * SUBS], min[2 * SUBS]; /* of each block of 32, or of each half of it */
