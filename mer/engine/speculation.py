@@ -7,6 +7,8 @@ one; of steps, the seconds by the number of tokens.
 
 from __future__ import annotations
 
+from collections import deque
+from statistics import median
 from typing import Final
 
 from attrs import define, field
@@ -16,7 +18,8 @@ MOST_DRAFTED: Final = 8  # tokens of one request in one step
 _MEMORY: Final = 0.97  # of what drafts were worth, what is left after one more
 _BELIEF: Final = 4.0  # drafted tokens that the first guess of a chance is worth
 _FIRST: Final = (0.7, 0.5, 0.4)  # that guess, by kind of draft
-_NEWS: Final = 0.2  # weight of the latest seconds of a step
+_LATEST: Final = 5  # measurements of a step, whose median counts
+_FORGOTTEN: Final = 100  # steps until a price is tried anew: what was dear in a cold cache, or by accident
 _SLOPE: Final = 0.6  # one more token, in steps of one token, as long as nothing else is known
 _WORTH: Final = 1.03  # a step with drafts must look this much better than one without
 _REFRESH: Final = 32  # steps until one without drafts is measured again
@@ -30,10 +33,18 @@ class Costs:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._latest: dict[int, deque[float]] = {}
+        self._at: dict[int, int] = {}
+        self._steps = 0
 
     def observe(self, tokens: int, seconds: float) -> None:
-        before = self._seconds.get(tokens)
-        self._seconds[tokens] = seconds if before is None else before + _NEWS * (seconds - before)
+        self._steps += 1
+        latest = self._latest.setdefault(tokens, deque(maxlen=_LATEST))
+        latest.append(seconds)
+        self._seconds[tokens] = median(latest)
+        self._at[tokens] = self._steps
+        for old in [each for each, at in self._at.items() if self._steps - at > _FORGOTTEN]:
+            del self._seconds[old], self._latest[old], self._at[old]
 
     def __contains__(self, tokens: int) -> bool:
         return tokens in self._seconds
@@ -121,6 +132,8 @@ class Speculation:
         plain = self._costs(sequences) if sequences in self._costs else seconds
         if self._balance is None:
             self._balance = _TRIES * seconds
+        # To verify takes no longer than to compute each by itself; what is above that is some accident.
+        seconds = min(seconds, plain * (sequences + drafted) / sequences) if drafted else seconds
         self._costs.observe(sequences + drafted, seconds)
         if drafted:
             self.drafted += drafted
