@@ -79,8 +79,10 @@ def changed(array: np.ndarray, place: tuple[int, ...], value: int) -> np.ndarray
     [
         ("layers", (1, 0), 7, "format 7"),
         ("layers", (0, 1), -1, "format -1"),
-        ("layers", (0, 2), 100, "100 columns"),
-        ("layers", (0, 3), 0, "0 columns"),
+        ("layers", (0, 2), -1, "format -1"),
+        ("layers", (0, 1), 1, "no kernels for gate and up in the formats"),
+        ("layers", (0, 3), 100, "100 columns"),
+        ("layers", (0, 4), 0, "0 columns"),
         ("matrices", (3, 2), 1 << 30, "expert 3: a matrix"),
         ("matrices", (0, 0), -1, "expert 0: a matrix"),
         ("reads", (5, 0, 0), 2, "expert 5: a read .* 2 files"),

@@ -10,6 +10,7 @@ cdef enum:
 
 ctypedef struct LayerShape:
     int gate_format
+    int up_format
     int down_format
     int64_t hidden
     int64_t inter

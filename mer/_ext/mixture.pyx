@@ -17,6 +17,7 @@ cdef extern from "mer_formats.h" nogil:
     long mer_block_len(int fmt)
     size_t mer_row_bytes(int fmt, long cols)
     size_t mer_act_bytes(int fmt, long cols)
+    int mer_act_is_q8(int fmt)
 
 cdef extern from "mer_group.h" nogil:
     int mer_group(const int32_t *ids, int64_t tokens, int64_t top_k, int64_t n_experts, int64_t *first,
@@ -58,12 +59,15 @@ cdef list _sizes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k,
     if not 1 <= top_k <= n_experts or max_tokens < 1:
         raise ValueError(f"top_k {top_k} must be in 1..{n_experts} and max_tokens {max_tokens} above 0")
     for i in range(layers.shape[0]):
-        for fmt, cols in ((layers[i, 0], layers[i, 2]), (layers[i, 1], layers[i, 3])):
+        for fmt, cols in ((layers[i, 0], layers[i, 3]), (layers[i, 1], layers[i, 3]), (layers[i, 2], layers[i, 4])):
             if cols < 1 or mer_block_len(fmt) == 0 or cols % mer_block_len(fmt):
                 raise ValueError(f"layer {i}: no kernel for weights of format {fmt} with {cols} columns")
-        hidden, inter = max(hidden, layers[i, 2]), max(inter, layers[i, 3])
-        act = max(act, <int64_t>mer_act_bytes(<int>layers[i, 0], layers[i, 2]))
-        mid = max(mid, <int64_t>mer_act_bytes(<int>layers[i, 1], layers[i, 3]))
+        # Of gate and up in different formats of blocks x is prepared once.
+        if layers[i, 0] != layers[i, 1] and not (mer_act_is_q8(<int>layers[i, 0]) and mer_act_is_q8(<int>layers[i, 1])):
+            raise ValueError(f"layer {i}: no kernels for gate and up in the formats {layers[i, 0]} and {layers[i, 1]}")
+        hidden, inter = max(hidden, layers[i, 3]), max(inter, layers[i, 4])
+        act = max(act, <int64_t>mer_act_bytes(<int>layers[i, 0], layers[i, 3]))
+        mid = max(mid, <int64_t>mer_act_bytes(<int>layers[i, 2], layers[i, 4]))
     cdef int64_t pairs = max_tokens * top_k
     cdef int64_t rows = min(pairs, BATCH_ROWS + max_tokens)
     sizes = (
@@ -82,8 +86,8 @@ def mixture_bytes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k
 cdef class Mixture:
     """Computes out = sum_k weight_k * down(silu(gate(x)) * up(x)), an expert's part when its weights are there.
 
-    layers: int64 [n_layers, 4]: format id of gate and up, format id of down, hidden, intermediate size. At most
-    max_tokens tokens a call, each with top_k of n_experts distinct experts. Raises ValueError for what does not fit.
+    layers: int64 [n_layers, 5]: format ids of gate, up and down, hidden, intermediate size. At most max_tokens tokens
+    a call, each with top_k of n_experts distinct experts. Raises ValueError for what does not fit.
     """
 
     def __cinit__(self, Kernels kernels not None, Pool pool not None, const int64_t[:, ::1] layers, int64_t n_experts,
@@ -110,10 +114,10 @@ cdef class Mixture:
         self.up_rows = <float *>(memory + <int64_t>starts[9])
         self.out_rows = <float *>(memory + <int64_t>starts[10])
         for i in range(self.n_layers):
-            self.layers[i] = LayerShape(<int>layers[i, 0], <int>layers[i, 1], layers[i, 2], layers[i, 3],
-                                        NULL, NULL, NULL)
-            act = max(act, <int64_t>mer_act_bytes(<int>layers[i, 0], layers[i, 2]))
-            mid = max(mid, <int64_t>mer_act_bytes(<int>layers[i, 1], layers[i, 3]))
+            self.layers[i] = LayerShape(<int>layers[i, 0], <int>layers[i, 1], <int>layers[i, 2], layers[i, 3],
+                                        layers[i, 4], NULL, NULL, NULL)
+            act = max(act, <int64_t>mer_act_bytes(<int>layers[i, 0], layers[i, 3]))
+            mid = max(mid, <int64_t>mer_act_bytes(<int>layers[i, 2], layers[i, 4]))
         self.act_stride = act
         rows = min(max_tokens * top_k, BATCH_ROWS + max_tokens)
         for i in range(rows):
@@ -124,7 +128,8 @@ cdef class Mixture:
 
     cdef void matrix_bytes(self, int64_t key, int64_t *sizes) noexcept nogil:
         cdef LayerShape *shape = &self.layers[key // self.n_experts]
-        sizes[0] = sizes[1] = shape.inter * <int64_t>mer_row_bytes(shape.gate_format, shape.hidden)
+        sizes[0] = shape.inter * <int64_t>mer_row_bytes(shape.gate_format, shape.hidden)
+        sizes[1] = shape.inter * <int64_t>mer_row_bytes(shape.up_format, shape.hidden)
         sizes[2] = shape.hidden * <int64_t>mer_row_bytes(shape.down_format, shape.inter)
 
     cdef int begin(self, int64_t layer, x, ids, weights, out) except -1:
@@ -199,7 +204,7 @@ cdef class Mixture:
         cdef const void **acts = self.act_pointers + e.first
         cdef int64_t i
         self.kernels.matmul(shape.gate_format, e.gate, shape.hidden, r0, r1, acts, e.count, gate, shape.inter)
-        self.kernels.matmul(shape.gate_format, e.up, shape.hidden, r0, r1, acts, e.count, up, shape.inter)
+        self.kernels.matmul(shape.up_format, e.up, shape.hidden, r0, r1, acts, e.count, up, shape.inter)
         if shape.gate_bias is not NULL:
             add_rows(gate, shape.inter, e.count, shape.gate_bias + e.expert * shape.inter, r0, r1)
             add_rows(up, shape.inter, e.count, shape.up_bias + e.expert * shape.inter, r0, r1)

@@ -40,7 +40,7 @@ cdef enum:
 
 cdef list _sizes(const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads):
     """Bytes of a streamer's buffers, in the order in which it lays them out. Raises ValueError."""
-    if not (layers.shape[0] > 0 and layers.shape[1] == 4 and reads.shape[0] > 0 and reads.shape[1] > 0
+    if not (layers.shape[0] > 0 and layers.shape[1] == 5 and reads.shape[0] > 0 and reads.shape[1] > 0
             and reads.shape[2] == 5 and reads.shape[0] % layers.shape[0] == 0):
         raise ValueError(f"tables do not fit: layers {np.shape(layers)} must be [n_layers, 4], "
                          f"reads {np.shape(reads)} [n_layers * n_experts, max_reads, 5]")
@@ -61,7 +61,7 @@ def scratch_bytes(const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads, 
 cdef class ExpertStreamer:
     """Computes out = sum_k weight_k * down(silu(gate(x)) * up(x)) with experts streamed through a cache.
 
-    layers: int64 [n_layers, 4]: format id of gate and up, format id of down, hidden, intermediate size.
+    layers: int64 [n_layers, 5]: format ids of gate, up and down, hidden, intermediate size.
     reads: int64 [n_layers * n_experts, max_reads, 5]: file, aligned offset, aligned length, bytes needed,
     offset in the slot; length 0 ends the list. matrices: int64 [n_layers * n_experts, 3]: offsets in the slot of
     gate, up and down. At most max_tokens tokens a call, each with top_k distinct experts. prefetch: experts that may

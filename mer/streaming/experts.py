@@ -24,7 +24,7 @@ _SMALL_READ: Final = 192 << 10
 class ExpertTables:
     """The arrays that `mer._ext.moe.ExpertStreamer` takes; expert e of MoE layer l is row l * n_experts + e.
 
-    slot_bytes: what the largest expert needs, a multiple of 4096. layers i64 [n_layers, 4], reads i64
+    slot_bytes: what the largest expert needs, a multiple of 4096. layers i64 [n_layers, 5], reads i64
     [n_layers * n_experts, max_reads, 5], matrices i64 [n_layers * n_experts, 3]. Of a dense model all is 0
     or empty.
     """
@@ -49,13 +49,13 @@ def slot_bytes(extents: ExpertExtents) -> int:
 def expert_tables(sources: Sequence[MoeLayerSource], path: Path | None = None) -> ExpertTables:
     """Tables of every MoE layer, in order; reads no weights. path: the model's, for errors to name.
 
-    Raises UnsupportedModelError for a format without a kernel or for gate and up in different ones,
+    Raises UnsupportedModelError for a format without a kernel, or where only one of gate and up is in blocks,
     CheckpointError when the experts of a layer differ in format or shape.
     """
     where = f"{path}: " if path is not None else ""
     n_experts = len(sources[0].experts) if sources else 0
     max_reads = max((len(e.pieces) for source in sources for e in source.experts), default=0)
-    layers = np.zeros((len(sources), 4), np.int64)
+    layers = np.zeros((len(sources), 5), np.int64)
     reads = np.zeros((len(sources) * n_experts, max_reads, 5), np.int64)
     matrices = np.zeros((len(sources) * n_experts, 3), np.int64)
     largest = 0
@@ -93,7 +93,7 @@ def _aligned(offset: int, nbytes: int) -> tuple[int, int]:
     return start, -(-(offset + nbytes) // _ALIGN) * _ALIGN - start
 
 
-def _layer(source: MoeLayerSource, where: str) -> tuple[int, int, int, int]:
+def _layer(source: MoeLayerSource, where: str) -> tuple[int, int, int, int, int]:
     first = source.experts[0]
     for e, extents in enumerate(source.experts):
         for name, m, wanted in zip(("gate", "up", "down"), extents.matrices, first.matrices, strict=True):
@@ -114,9 +114,10 @@ def _layer(source: MoeLayerSource, where: str) -> tuple[int, int, int, int]:
                 f"{where}: experts in {m.format.name} can't be multiplied where they lie; "
                 "make a store of this checkpoint with `mer convert`"
             )
-    if first.gate.format is not first.up.format:
+    gate, up = first.gate.format, first.up.format
+    if gate is not up and 1 in (gate.block, up.block):
         raise UnsupportedModelError(
-            f"{where}: gate is {first.gate.format.name} and up {first.up.format.name}; they "
-            "must be in one format: convert the model's original weights with `mer convert`"
+            f"{where}: gate is {gate.name} and up {up.name}; beside one of these the other "
+            "must be in the same format: convert the model's original weights with `mer convert`"
         )
-    return first.gate.format.id, first.down.format.id, first.gate.cols, first.gate.rows
+    return gate.id, up.id, first.down.format.id, first.gate.cols, first.gate.rows

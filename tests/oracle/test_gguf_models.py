@@ -13,7 +13,12 @@ from tokenizer_models import byte_level
 
 from mer.engine.engine import Engine
 from mer.engine.params import SamplingParams
-from mer.weights.gguf import read_gguf
+from mer.errors import UnsupportedModelError
+from mer.model.families import load
+from mer.streaming.experts import expert_tables
+from mer.weights import formats
+from mer.weights.checkpoint import open_checkpoint
+from mer.weights.gguf import TYPES, read_gguf
 
 PROMPT = [int(token) for token in np.random.default_rng(3).integers(0, 211, 40)]
 YARN = {
@@ -112,6 +117,9 @@ def test_parts(tmp_path):
         },
         {"_gate_exps": "iq4_xs", "_up_exps": "iq4_xs", "_down_exps": "q5_k", "attn_output": "iq4_nl"},
         {"_gate_exps": "q5_0", "_up_exps": "q5_0", "_down_exps": "q5_1", "attn_k": "q4_1", "output": "q8_0"},
+        # Gate and up apart, as mixes made for a single model have them.
+        {"_gate_exps": "q4_k", "_up_exps": "q5_k", "_down_exps": "q6_k", "token_embd": "q8_0"},
+        {"_gate_exps": "iq4_nl", "_up_exps": "q8_0", "_down_exps": "q4_0", "output": "q6_k"},
         {"_gate_exps": "q4_1", "_up_exps": "q4_1", "_down_exps": "iq4_nl", "token_embd": "q6_k"},
     ],
     ids=lambda formats: "-".join(dict.fromkeys(formats.values())),
@@ -234,3 +242,35 @@ def test_store_of_a_file(family, tmp_path):
     found = Runner(tmp_path / "store").logits(PROMPT)
     assert error(found, oracle(model, PROMPT)) < 1e-4
     assert found.tobytes() == Runner(path).logits(PROMPT).tobytes()
+
+
+def test_gate_and_up_that_do_not_go_together(tmp_path):
+    model = make(tmp_path / "hf", "qwen3_moe")
+    path = write_gguf(model, tmp_path / "x.gguf", formats={"_gate_exps": "f16", "_up_exps": "q8_0"})
+    with pytest.raises(UnsupportedModelError, match="layer 0: gate is f16 and up q8_0"):
+        expert_tables(load(open_checkpoint(path)).experts, path)
+
+
+WITHOUT_KERNEL = sorted(set(TYPES) - {each.id for each in formats.FORMATS})
+
+
+@pytest.mark.parametrize("part", ["ffn_up_exps", "attn_q", "token_embd"])
+def test_formats_without_a_kernel_are_refused_by_name(part, tmp_path):
+    """Before anything is loaded: IQ2, IQ3, TQ and so on. The type's number is changed in a file of F32."""
+    sizes = {"moe_intermediate_size": 256, "hidden_size": 256, "num_experts": 2, "num_hidden_layers": 1}
+    path = write_gguf(make(tmp_path / "hf", "qwen3_moe", **sizes), tmp_path / "x.gguf")
+    raw = path.read_bytes()
+    name = f"{'' if part == 'token_embd' else 'blk.0.'}{part}.weight"
+    start = raw.index(name.encode()) + len(name)
+    at = start + 4 + 8 * int.from_bytes(raw[start : start + 4], "little")
+    assert {"iq2_xxs", "iq3_s", "tq1_0", "nvfp4"} <= {TYPES[kind][0] for kind in WITHOUT_KERNEL}
+    for kind in WITHOUT_KERNEL:
+        title = TYPES[kind][0]
+        if title in ("i64", "f64"):
+            continue  # more bytes than the file has
+        path.write_bytes(raw[:at] + kind.to_bytes(4, "little") + raw[at + 4 :])
+        with pytest.raises(
+            UnsupportedModelError, match=f"has dtype {title}, which holds no weights"
+        ) as caught:
+            load(open_checkpoint(path))
+        assert str(path) in str(caught.value)
