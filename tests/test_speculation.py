@@ -309,3 +309,11 @@ async def test_nothing_is_drafted_where_a_state_would_have_to_be_set_back(tmp_pa
     async with opened(runnable(tmp_path, "qwen3_next")) as engine:
         await engine.generate(prompt(6) * 4, GREEDY)
     assert not always
+
+
+async def test_one_request_alone_has_room_for_a_draft(tmp_path, always):
+    """As `mer run` has it, for which the engine computes one request at a time."""
+    make(tmp_path, "mixtral", num_hidden_layers=1)
+    async with opened(tmp_path, max_running=1) as engine:
+        await engine.generate(prompt(6) * 4, attrs.evolve(GREEDY, max_tokens=100))
+    assert always[0].drafted > 0

@@ -14,12 +14,14 @@ from mer.config import EngineConfig
 from mer.engine.blocks import blocks_for
 from mer.engine.constraint import constraint_bytes
 from mer.engine.prefix_store import buffer_bytes
+from mer.engine.speculation import MOST_DRAFTED
 from mer.engine.states import IMAGES
 from mer.errors import BudgetError, ConfigError
 from mer.model.dense import dense_bytes
 from mer.model.families import Architecture
 from mer.model.forward import Forward
 from mer.model.kv import BLOCK, KVCache, KVDtype
+from mer.model.spec import ModelSpec
 from mer.model.state import StateCache
 from mer.streaming.experts import ExpertTables
 from mer.streaming.machine import memory
@@ -57,6 +59,7 @@ class Budget:
     kv_dtype: KVDtype
     step_tokens: int
     max_running: int  # requests that are computed at the same time
+    rows: int  # tokens of a step whose logits are wanted: one of each request, and those of drafts
     state_images: int
     threads: int
 
@@ -148,7 +151,7 @@ def measure(
         )
     threads = config.threads or usable_cpus()
     step = min(config.step_tokens, blocks_for(limit) * BLOCK)
-    rows = min(config.max_running, step)
+    rows = min(config.max_running + (MOST_DRAFTED if drafts(spec, config) else 0), step)
     dtype = kv_dtype(checkpoint, architecture, config)
     buffers = (
         Forward.scratch_bytes(spec, step, rows, threads)
@@ -195,9 +198,19 @@ def measure(
         kv_dtype=dtype,
         step_tokens=step,
         max_running=running,
+        rows=rows,
         state_images=IMAGES * running if image else 0,
         threads=threads,
     )
+
+
+def drafts(spec: ModelSpec, config: EngineConfig) -> bool:
+    """Whether next tokens are drafted.
+
+    Not with a trace, which is of the tokens that there were, nor where a recurrent state would have to be set
+    back behind a wrong draft.
+    """
+    return config.speculate != "off" and config.trace is None and spec.recurrent is None
 
 
 def kv_dtype(checkpoint: Checkpoint, architecture: Architecture, config: EngineConfig) -> KVDtype:

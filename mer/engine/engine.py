@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mer.config import EngineConfig
-from mer.engine.budget import Budget, resident_bytes
+from mer.engine.budget import Budget, drafts, resident_bytes
 from mer.engine.constraint import Constraints
 from mer.engine.draft import NgramDrafter
 from mer.engine.mailbox import Mailbox
@@ -128,6 +128,7 @@ class Engine:
             n_blocks=budget.kv_blocks,
             step_tokens=budget.step_tokens,
             max_running=budget.max_running,
+            rows=budget.rows,
             n_images=budget.state_images,
             prefix_cache=config.prefix_cache,
             root=b"" if store is None else store.fingerprint,
@@ -136,9 +137,7 @@ class Engine:
         if store is not None:
             self._scheduler.pool.dropped = store.spill
         self._ids = itertools.count(1)
-        # A trace is of the tokens that there were; a recurrent state can't be set back behind a wrong draft.
-        drafts = config.speculate != "off" and config.trace is None and not self._scheduler.states
-        self._speculation = Speculation() if drafts else None
+        self._speculation = Speculation() if drafts(runner.spec, config) else None
         self._worker = Worker(runner, self._scheduler, config.max_waiting, store, self._speculation)
         self._constraints = Constraints(tokenizer, runner.spec.vocab, ends, budget.threads)
 

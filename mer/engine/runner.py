@@ -113,7 +113,7 @@ class Runner:
                 experts.connect(checkpoint, reader, kernels, pool, dense.expert_biases())
             forward = Forward(
                 spec, dense, experts.streamer if experts else None, kv, states, pool, kernels,
-                max_tokens=budget.step_tokens, max_rows=min(budget.max_running, budget.step_tokens),
+                max_tokens=budget.step_tokens, max_rows=budget.rows,
             )  # fmt: skip
             if config.trace is not None:
                 if spec.router is None:

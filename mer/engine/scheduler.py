@@ -132,12 +132,13 @@ class Scheduler:
         n_blocks: int,
         step_tokens: int,
         max_running: int,
+        rows: int | None = None,
         prefix_cache: bool = True,
         root: bytes = b"",
         store: Store | None = None,
         n_images: int = 0,
     ) -> None:
-        """root: what all keys stand on.
+        """root: what all keys stand on. rows: tokens of a step whose logits can be had; None: max_running.
 
         n_images: of recurrent states, at least two for each of max_running; 0 for a model without.
         """
@@ -145,6 +146,7 @@ class Scheduler:
         self.states = StatePool(n_images)
         self.step_tokens = step_tokens
         self.max_running = min(max_running, step_tokens)
+        self.rows = self.max_running if rows is None else rows
         # All three by place in the order.
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -219,7 +221,7 @@ class Scheduler:
             first = min((each.priority for each in self.running if each.pending > 1), default=0)
             if any(each.priority <= first for each in decoding):
                 room = min(room, prompt_room)
-        rows = self.max_running - sum(chunk.rows for chunk in chunks)
+        rows = self.rows - sum(chunk.rows for chunk in chunks)
         for sequence in self.running:
             count = min(room, sequence.pending)
             if 0 < sequence.images.branch - sequence.computed < count:
