@@ -95,6 +95,7 @@ static void *ranges(void *arg) {
             CHECK(failed >= 0 && failed < 3);
             continue;
         }
+        if (rc) fprintf(stderr, "ranges: %s\n", strerror(-rc));
         CHECK(rc == 0);
         for (int i = 0; i < 3; i++) CHECK(holds(r[i].dest, r[i].offset, r[i].length));
     }

@@ -295,9 +295,7 @@ def test_the_first_token_is_timed_from_the_command():
 
 def test_drafting_is_measured(tmp_path):
     out = tmp_path / "found.json"
-    result = CliRunner().invoke(
-        speculative.main, ["--tokens", "12", "--rounds", "1", "--ram", "1GiB", "--json", str(out)]
-    )
+    result = CliRunner().invoke(speculative.main, ["--tokens", "12", "--rounds", "1", "--json", str(out)])
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert set(found) == set(speculative.TEXTS)

@@ -155,7 +155,8 @@ async def test_quantised_dense_models(dense, tmp_path, logits):
     make(tmp_path / "hf", "llama", **WIDE, intermediate_size=512)
     store = convert_to(tmp_path / "hf", tmp_path / "store", None, dense)
     expected = await alone(store, GREEDY, logits)
-    for settings in {"threads": 3}, {"step_tokens": 6, "threads": 1}, {"context": 112}:
+    preempted = {"context": 112, "speculate": "off"}  # a draft that is right may end one before that
+    for settings in {"threads": 3}, {"step_tokens": 6, "threads": 1}, preempted:
         found, preemptions = await together(store, GREEDY, logits, **settings)
         assert found == expected, settings
     assert preemptions > 0
