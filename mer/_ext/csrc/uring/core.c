@@ -105,7 +105,8 @@ void mer_io_finish(mer_io *io, mer_read_op *op, int result) {
 }
 
 int mer_io_advance(mer_io *io, mer_read_op *op, int64_t res) {
-    if (res == -EINTR || res == -EAGAIN) {
+    /* ECANCELED: the kernel found no thread for a read that was to have one. Nobody else cancels a request. */
+    if (res == -EINTR || res == -EAGAIN || res == -ECANCELED) {
         io->stats.retries++;
         if (++op->retries <= MER_IO_MAX_RETRIES) return 1;
     }

@@ -104,7 +104,7 @@ static void prepare(mer_io *io, mer_read_op *op) {
             io_uring_prep_read(sqe, fd, dest, (unsigned)op->asked, at);
         }
         unsigned flags = io->files_registered ? IOSQE_FIXED_FILE : 0;
-        if (slot < 0 && op->asked >= LARGE) flags |= IOSQE_ASYNC;
+        if (slot < 0 && op->asked >= LARGE && !op->retries) flags |= IOSQE_ASYNC;
         io_uring_sqe_set_flags(sqe, flags);
     }
     io_uring_sqe_set_data(sqe, op);
