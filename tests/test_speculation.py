@@ -157,11 +157,13 @@ def test_drafts_take_what_is_left():
     before = a.computed
     scheduler.commit(chunks)
     assert a.computed == before + 1, "a draft counts when it was right"
+    assert not a.draft
     scheduler.advance(a, 1)
     assert a.computed == before + 2
     scheduler.add(sequence(5, 3))
     a.tokens += [0, 0]
     b.tokens += [0]
+    a.draft, b.draft = [7] * 5, [8] * 5
     assert not any(chunk.draft for chunk in scheduler.schedule()), "a prompt has the step to itself"
 
 

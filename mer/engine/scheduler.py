@@ -277,6 +277,7 @@ class Scheduler:
     def commit(self, chunks: list[Chunk]) -> None:
         """The step has been computed."""
         for chunk in chunks:
+            chunk.sequence.draft = []  # it was for this place in the text
             self.advance(chunk.sequence, chunk.count)
             if self.states:
                 self._commit_state(chunk)
