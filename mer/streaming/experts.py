@@ -16,7 +16,7 @@ from mer.weights.extents import ExpertExtents, MoeLayerSource
 
 _ALIGN: Final = 4096
 # Bytes of a read. Three of 128 KiB or less took 1.2 to 1.4 times as long as one of three times the size;
-# three of 256 KiB or more just as long (bench/inplace.py).
+# three of 256 KiB or more just as long (by hand: docs/performance.md, Reads).
 _SMALL_READ: Final = 192 << 10
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -78,7 +79,7 @@ class Picked:
         return kept[start - first * len(self.order) : stop - first * len(self.order)]
 
 
-class _Computed:
+class _Computed(ABC):
     """Values that do not lie so in any file: stored in the format of `base`, they are rounded to it again."""
 
     def __init__(self, base: Source) -> None:
@@ -88,8 +89,8 @@ class _Computed:
     def raw(self, start: int, stop: int) -> NDArray[np.uint8]:
         return self.format.quantize(self.read(start, stop))
 
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        raise NotImplementedError
+    @abstractmethod
+    def read(self, start: int, stop: int) -> NDArray[np.float32]: ...
 
 
 class Turned(_Computed):
