@@ -48,7 +48,7 @@ def test_command_of_the_readme(line, store, tmp_path):
     words = shlex.split(line)[1:]
     places = {"MODEL": "demo", "STORE": str(store), "PATH": str(store / "experts-00001.safetensors")}
     if words[0] == "convert":
-        places["STORE"] = str(tmp_path / "new")
+        places |= {"STORE": str(tmp_path / "new"), "model.gguf": str(tmp_path / "model.gguf")}
     done = run([*MER, *(places.get(word, word) for word in words)])
     if words[0] == "chat":
         assert done.returncode == 1
