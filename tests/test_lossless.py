@@ -77,6 +77,21 @@ async def together(path, params, logits, **settings):
     return [(*a, logits.take(ids)) for a, ids in zip(answers, PROMPTS, strict=True)], preemptions
 
 
+async def preempted(model, params, logits, expected, **settings):
+    """Asserts that requests that are paused and computed again answer as ``expected``.
+
+    When the second and third request join hangs on how the loop and the engine's thread are scheduled: on a
+    busy machine the first one may be done by then, so it is tried until somebody was paused.
+    """
+    for _ in range(10):
+        # 90, 25 and 53 tokens in the end: together more than 112, unless a right draft ends one before that.
+        found, preemptions = await together(model, params, logits, context=112, speculate="off", **settings)
+        assert found == expected, settings
+        if preemptions:
+            return
+    pytest.fail("nobody was ever paused")
+
+
 @pytest.fixture
 def logits(monkeypatch):
     return Logits(monkeypatch)
@@ -112,10 +127,7 @@ async def test_drawn_tokens(model, logits):
 
 async def test_preempted(model, logits):
     expected = await alone(model, GREEDY, logits)
-    # 90, 25 and 53 tokens in the end: together more than 112.
-    found, preemptions = await together(model, GREEDY, logits, context=112, cache_experts=3, speculate="off")
-    assert preemptions > 0
-    assert found == expected
+    await preempted(model, GREEDY, logits, expected, cache_experts=3)
 
 
 async def test_a_full_cache_of_other_requests_leaves_no_trace(model, logits):
@@ -155,11 +167,9 @@ async def test_quantised_dense_models(dense, tmp_path, logits):
     make(tmp_path / "hf", "llama", **WIDE, intermediate_size=512)
     store = convert_to(tmp_path / "hf", tmp_path / "store", None, dense)
     expected = await alone(store, GREEDY, logits)
-    preempted = {"context": 112, "speculate": "off"}  # a draft that is right may end one before that
-    for settings in {"threads": 3}, {"step_tokens": 6, "threads": 1}, preempted:
-        found, preemptions = await together(store, GREEDY, logits, **settings)
-        assert found == expected, settings
-    assert preemptions > 0
+    for settings in {"threads": 3}, {"step_tokens": 6, "threads": 1}:
+        assert (await together(store, GREEDY, logits, **settings))[0] == expected, settings
+    await preempted(store, GREEDY, logits, expected)
 
 
 @pytest.mark.parametrize("experts", ["q8_0", "q4_0", "q4_k", "mxfp4", "f16"])
@@ -172,8 +182,6 @@ async def test_quantised_stores(family, experts, tmp_path, logits):
         {"cache_experts": TOP_K, "io_backend": "uring"},
         {"cache_experts": TOP_K, "io_backend": "preadv", "threads": 3},
         {"cache_experts": 4, "io_backend": "buffered", "step_tokens": 6, "threads": 1},
-        {"cache_experts": TOP_K, "context": 112},
     ):
-        found, preemptions = await together(store, GREEDY, logits, **settings)
-        assert found == expected, settings
-    assert preemptions > 0
+        assert (await together(store, GREEDY, logits, **settings))[0] == expected, settings
+    await preempted(store, GREEDY, logits, expected, cache_experts=TOP_K)

@@ -193,7 +193,7 @@ def test_scratch_bytes_are_what_is_allocated(model: Model, max_tokens: int) -> N
         taken = allocated() - before
     assert streamer.scratch_bytes == want
     # malloc may give each array whole pages, or none of its own: that hangs on what was there before.
-    assert abs(taken - want) <= 8192 + want // 1000
+    assert abs(taken - want) <= 6 * 4096 + want // 1000
 
 
 # ---- when reads fail ----
