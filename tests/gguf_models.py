@@ -53,7 +53,8 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
 
     shards: most tensors of a part, 0: one part. more: `tokenizer`, a function that adds to the writer;
     `formats` of matrices, by what a name ends with before `.weight` ("_down_exps": "q6_k"), F32 for others;
-    `predicting`, how many layers for multi-token prediction there are; `fused`: as Qwen3-Next's first files.
+    `predicting`, how many layers for multi-token prediction there are; `fused`: as Qwen3-Next's first files;
+    `merged`: gate and up of the experts in one tensor.
     The model gets the weights as they are rounded, or random ones where nobody can round.
     """
     family, config = model.config.model_type, model.config.to_dict()
@@ -64,7 +65,8 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
     _metadata(writer, family, config, predicting)
     more.get("tokenizer", lambda writer: writer.add_tokenizer_model("none"))(writer)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    for name, tensor in _tensors(model, family, config | {"fused": more.get("fused")}):
+    choices = {key: more.get(key) for key in ("fused", "merged")}
+    for name, tensor in _tensors(model, family, config | choices):
         found = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         found += ".weight" if found.endswith("attn_sinks") else ""
@@ -306,6 +308,9 @@ def _tensors(model: torch.nn.Module, family: str, config: dict):
             yield f"blk.{name.split('.')[2]}.{part}.scale", tensor
         elif (family == "gemma4_text" and "experts." in name) or name.endswith("layer_scalar"):
             yield f"{name}.weight", tensor
+        elif name.endswith("experts.gate_up_proj") and config["merged"]:
+            # Of some architectures the package does not know that llama.cpp takes them so.
+            yield f"blk.{name.split('.')[2]}.ffn_gate_up_exps.weight", tensor
         elif name.endswith("experts.gate_up_proj"):
             gate, up = tensor.chunk(2, dim=1)
             yield name.replace("gate_up_proj", "gate_proj.weight"), gate

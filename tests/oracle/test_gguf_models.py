@@ -121,6 +121,8 @@ def test_parts(tmp_path):
         {"_gate_exps": "q4_k", "_up_exps": "q5_k", "_down_exps": "q6_k", "token_embd": "q8_0"},
         {"_gate_exps": "iq4_nl", "_up_exps": "q8_0", "_down_exps": "q4_0", "output": "q6_k"},
         {"_gate_exps": "q4_1", "_up_exps": "q4_1", "_down_exps": "iq4_nl", "token_embd": "q6_k"},
+        # Gate and up in one tensor: an expert is two reads.
+        {"_gate_up_exps": "q4_k", "_down_exps": "q6_k"},
     ],
     ids=lambda formats: "-".join(dict.fromkeys(formats.values())),
 )
@@ -129,8 +131,11 @@ async def test_formats(formats, tmp_path):
     sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_attention_heads": 8, "head_dim": 32}
     # Every expert is chosen: otherwise rounding may choose another.
     model = make(tmp_path / "hf", "qwen3_moe", **sizes, num_experts=4, num_experts_per_tok=4)
-    path = write_gguf(model, tmp_path / "model.gguf", formats=formats)
+    merged = "_gate_up_exps" in formats
+    path = write_gguf(model, tmp_path / "model.gguf", formats=formats, merged=merged)
     runner = Runner(path)
+    reads = {len(expert.pieces) for layer in runner.architecture.experts for expert in layer.experts}
+    assert reads == {2 if merged else 3}
     assert error(runner.logits(PROMPT), oracle(model, PROMPT)) < 0.035
     answers = set()
     for settings in (

@@ -74,6 +74,14 @@ READ = {
     "qwen3_next": {"linear_value_head_dim": 16},
     "qwen3_5_moe_text": {"linear_value_head_dim": 16, "linear_num_value_heads": 12},
 }
+# By how much llama.cpp is off: its GELU is a table of F16.
+MERGED = {
+    "deepseek_v3": EXACT,
+    "glm4_moe_lite": EXACT,
+    "qwen3_next": EXACT,
+    "qwen3_5_moe_text": EXACT,
+    "gemma4_text": 0.003,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -175,6 +183,18 @@ def test_read(family, tmp_path):
     assert theirs < EXACT
     assert ours < EXACT
     assert preferred < EXACT
+
+
+@pytest.mark.parametrize("family", sorted(MERGED))
+def test_read_with_gate_and_up_in_one(family, tmp_path):
+    """ffn_gate_up_exps, of the architectures for which llama.cpp takes it."""
+    model = make(tmp_path / "hf", family, vocab_size=VOCAB, **READ.get(family, {}))
+    path = write_gguf(model, tmp_path / "model.gguf", tokenizer=add_words, merged=True)
+    assert "blk.2.ffn_gate_up_exps.weight" in {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+    theirs, ours, preferred = deviations(path, model)
+    assert theirs < MERGED[family]
+    assert ours < EXACT
+    assert preferred < MERGED[family]
 
 
 def export(path, *options):
