@@ -48,6 +48,12 @@ def understand(
             f"{metadata.path}: general.architecture is {keys.architecture!r}; known are "
             + ", ".join(ARCHITECTURES)
         )
+    n_layers = keys["block_count"]
+    if type(n_layers) is not int or not 0 < n_layers <= len(tensors):
+        raise CheckpointError(
+            f"{metadata.path}: {keys.architecture}.block_count is {n_layers!r}, but there are {len(tensors)} "
+            "tensors; fetch it again"
+        )
     try:
         own = family.config(keys)
         config = {**_common(keys, own), **own}

@@ -71,6 +71,13 @@ def test_unknown_architecture_lists_the_known(checkpoint):
         ("mixtral", {"vocab_size": 200}, "embed_tokens.weight"),
         ("mixtral", {"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ("mixtral", {"num_hidden_layers": 0}, "num_hidden_layers"),
+        ("qwen3_next", {"num_hidden_layers": 1 << 40, "layer_types": None}, "but there are .* tensors"),
+        ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 1 << 40}}}, "a head has 1,099,511,627,776"),
+        (
+            "mixtral",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1, "factor": 2}},
+            "rope_theta is 1",
+        ),
         ("mixtral", {"num_hidden_layers": 1}, r"num_hidden_layers is 1, .* model\.layers\.1\."),
         ("qwen2_moe", {"qkv_bias": False}, "does not ask for .*k_proj.bias"),
         ("deepseek_v3", {"n_shared_experts": 0}, "does not ask for .*shared_experts"),

@@ -116,10 +116,21 @@ def load(checkpoint: Checkpoint) -> Architecture:
         known, why = ", ".join(sorted(FAMILIES)), _NOT_YET.get(kind)
         why = f" (it has {why}, which mer does not compute)" if why else ""
         raise config.unsupported(f"model_type {kind!r} is not supported{why}; known are {known}")
+    for each in config, config.inner("text_config"):
+        _refuse_layers_without_tensors(each, len(checkpoint.tensors))
     tensors = Tensors(checkpoint)
     spec = read(config, tensors)
     _refuse_less_than_there_is(config, tensors, spec)
     return Architecture(spec, tensors.dense, tensors.experts)
+
+
+def _refuse_layers_without_tensors(config: Config, n_tensors: int) -> None:
+    """Before anybody makes a list of so many."""
+    n_layers = config.get("num_hidden_layers")
+    if isinstance(n_layers, int | float) and n_layers > n_tensors:
+        raise config.wrong(
+            f"num_hidden_layers is {n_layers:,}, but there are {n_tensors} tensors; fetch the files again"
+        )
 
 
 def _refuse_less_than_there_is(config: Config, tensors: Tensors, spec: ModelSpec) -> None:

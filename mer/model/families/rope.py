@@ -13,6 +13,7 @@ from mer.model.families.config import Config
 from mer.model.spec import RopeScaling, RopeSpec
 
 Array = NDArray[np.float64]
+_MAX_HEAD = 1 << 16
 _TYPES = ("default", "linear", "dynamic", "llama3", "proportional", "longrope", "yarn")
 
 
@@ -91,6 +92,8 @@ class Rope:
         partial: the family turns only the first partial_rotary_factor * dim elements; in others such a
         factor raises UnsupportedModelError.
         """
+        if dim > _MAX_HEAD:
+            raise self._config.wrong(f"a head has {dim:,} elements, {_MAX_HEAD:,} is the most")
         if self.type == "proportional":
             return self._proportional(dim, interleaved)
         if partial:
@@ -142,6 +145,8 @@ class Rope:
     def _longrope(self, frequencies: Array, interleaved: bool) -> RopeSpec:
         """Frequencies for sequences up to the original context, and in `long` those for longer ones."""
         factor = self._number("factor", self._positions / self._original)
+        if self._original < 2:
+            raise self._config.wrong("original_max_position_embeddings is 1, with LongRoPE it must be more")
         usual = math.sqrt(1 + math.log(factor) / math.log(self._original)) if factor > 1 else 1.0
         usual = self._number("attention_factor", usual)
         scaling = RopeScaling("longrope", factor, self._original)
@@ -178,6 +183,8 @@ class Rope:
 
     def _yarn(self, frequencies: Array, dim: int, scaling: RopeScaling) -> tuple[Array, float]:
         factor = scaling.factor
+        if self.theta <= 1:
+            raise self._config.wrong(f"rope_theta is {self.theta:g}, with YaRN it must be more than 1")
 
         def pair_that_turns(times: float) -> float:
             return dim * math.log(self._original / (times * 2 * math.pi)) / (2 * math.log(self.theta))
