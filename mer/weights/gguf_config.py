@@ -57,7 +57,7 @@ def understand(
     try:
         own = family.config(keys)
         config = {**_common(keys, own), **own}
-    except (TypeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"{metadata.path}: a metadata value of {keys.architecture} is wrong: {error}; fetch it again"
         ) from None

@@ -28,7 +28,7 @@ def _config(keys: Keys) -> dict[str, Any]:
         "layer_types": ["sliding_attention" if local[i] else "full_attention" for i in layers],
         "sliding_window": keys["attention.sliding_window"],
         "head_dim": keys["attention.key_length_swa"],
-        "num_key_value_heads": next(kv_heads[i] for i in layers if local[i]),
+        "num_key_value_heads": next((kv_heads[i] for i in layers if local[i]), kv_heads[0]),
         "per_layer_config": {
             str(i): {"head_dim": keys["attention.key_length"], "num_key_value_heads": kv_heads[i]}
             for i in layers
