@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from test_scheduler import sequence, step
 
 from mer import SamplingParams
+from mer.engine import drafting
 from mer.engine import engine as engines
 from mer.engine.draft import Draft, NgramDrafter
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Scheduler
-from mer.engine.speculation import MOST_DRAFTED, Costs, Record, Speculation
+from mer.engine.speculation import MOST_DRAFTED, Choice, Costs, Offer, Record, Speculation
 from mer.engine.structure import Structure
 from mer.errors import DeviceReadError
 from mer.model.kv import BLOCK
@@ -90,7 +91,8 @@ def live(
     speculation, record, draws = Speculation(), [Record() for _ in range(sequences)], random.Random(seed)
     took = plain = 0.0
     for _ in range(steps):
-        lengths = speculation.lengths([each.chance(0) for each in record])
+        choices = speculation.choose([Offer(each.chance(0)) for each in record], 99)
+        lengths = [choice.length for choice in choices]
         right = 0
         for each, length in zip(record, lengths, strict=True):
             accepted = next((i for i in range(length) if draws.random() >= chance), length)
@@ -129,13 +131,18 @@ def test_nothing_is_drafted_where_each_token_costs_a_step():
 
 def test_the_best_drafts_get_the_room():
     speculation = Speculation()
-    assert speculation.lengths([0.9, 0.9]) == [0, 0], "nothing is known yet"
+
+    def lengths(*chances, room=99):
+        return [choice.length for choice in speculation.choose([Offer(each) for each in chances], room)]
+
+    assert lengths(0.9, 0.9) == [0, 0], "nothing is known yet"
     speculation.observe(2, 0, 0, 1.0)
     speculation.observe(2, 6, 0, 1.5)
     speculation.observe(2, 0, 0, 1.0)
-    first, second = speculation.lengths([0.95, 0.5])
+    first, second = lengths(0.95, 0.5)
     assert first > second > 0
-    assert speculation.lengths([0.0, 0.95])[0] == 0
+    assert lengths(0.0, 0.95)[0] == 0
+    assert lengths(0.95, 0.5, room=3) == [3, 0]
 
 
 # --- the scheduler
@@ -148,8 +155,10 @@ def test_drafts_take_what_is_left():
         scheduler.add(each)
         step(scheduler)
         step(scheduler)
-    a.draft, b.draft = [7] * 5, [8] * 5
+    drafts = [[7] * 5, [8] * 5]
     chunks = scheduler.schedule()
+    assert scheduler.draft_room(chunks) == 6
+    chunks = scheduler.with_drafts(chunks, drafts)
     assert [(chunk.sequence, chunk.tokens[1:], chunk.rows) for chunk in chunks] == [
         (a, [7] * 5, 6),
         (b, [8], 2),  # eight rows of logits in all
@@ -157,14 +166,12 @@ def test_drafts_take_what_is_left():
     before = a.computed
     scheduler.commit(chunks)
     assert a.computed == before + 1, "a draft counts when it was right"
-    assert not a.draft
     scheduler.advance(a, 1)
     assert a.computed == before + 2
     scheduler.add(sequence(5, 3))
     a.tokens += [0, 0]
     b.tokens += [0]
-    a.draft, b.draft = [7] * 5, [8] * 5
-    assert not any(chunk.draft for chunk in scheduler.schedule()), "a prompt has the step to itself"
+    assert not scheduler.draft_room(scheduler.schedule()), "a prompt has the step to itself"
 
 
 def test_nobody_gives_up_blocks_for_a_draft():
@@ -173,8 +180,7 @@ def test_nobody_gives_up_blocks_for_a_draft():
     for each in (a, b):
         scheduler.add(each)
     step(scheduler)
-    a.draft, b.draft = [7] * 5, [8]
-    chunks = scheduler.schedule()
+    chunks = scheduler.with_drafts(scheduler.schedule(), [[7] * 5, [8]])
     assert [(chunk.sequence, chunk.draft) for chunk in chunks] == [(a, ()), (b, (8,))]
     assert scheduler.preemptions == 0
 
@@ -215,14 +221,17 @@ def always(monkeypatch):
     made = []
 
     class Always(Speculation):
-        def __init__(self):
-            super().__init__()
+        def __init__(self, n_engines):
+            super().__init__(n_engines)
             made.append(self)
 
-        def lengths(self, chances):
-            return [MOST_DRAFTED * (chance > 0) for chance in chances]
+        def choose(self, offers, room):
+            return [
+                Choice(MOST_DRAFTED, None) if each.lookup else Choice(MOST_DRAFTED * any(each.engines), 0)
+                for each in offers
+            ]
 
-    monkeypatch.setattr(engines, "Speculation", Always)
+    monkeypatch.setattr(drafting, "Speculation", Always)
     return made
 
 

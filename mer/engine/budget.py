@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,7 @@ from mer._ext.moe import scratch_bytes
 from mer.config import EngineConfig
 from mer.engine.blocks import blocks_for
 from mer.engine.constraint import constraint_bytes
+from mer.engine.draft import DraftShape, DraftSource
 from mer.engine.prefix_store import buffer_bytes
 from mer.engine.speculation import MOST_DRAFTED
 from mer.engine.states import IMAGES
@@ -51,6 +53,7 @@ class Budget:
     kv: int
     states: int  # images of recurrent states
     buffers: int  # of one step, and what grows
+    drafting: int  # all that draft engines take
     slot: int
     slots: int
     experts: int  # of all layers
@@ -71,7 +74,7 @@ class Budget:
     @property
     def fixed(self) -> int:
         """Everything but the cache."""
-        return self.interpreter + self.dense + self.kv + self.states + self.buffers
+        return self.interpreter + self.dense + self.kv + self.states + self.buffers + self.drafting
 
     @property
     def total(self) -> int:
@@ -119,13 +122,17 @@ def default_ram() -> int:
 
 
 def plan(
-    checkpoint: Checkpoint, architecture: Architecture, tables: ExpertTables, config: EngineConfig
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    tables: ExpertTables,
+    config: EngineConfig,
+    drafting: Iterable[DraftSource] = (),
 ) -> Budget:
     """Divide `config.ram`. Raises BudgetError, with the least that works and what takes it, if too small.
 
     Also ConfigError for a context or a number of cached experts that makes no sense for this model.
     """
-    budget = measure(checkpoint, architecture, tables, config)
+    budget = measure(checkpoint, architecture, tables, config, drafting)
     if not budget.fits:
         raise BudgetError(_too_small(budget))
     wanted = _wanted_slots(config, budget.experts)
@@ -139,7 +146,11 @@ def plan(
 
 
 def measure(
-    checkpoint: Checkpoint, architecture: Architecture, tables: ExpertTables, config: EngineConfig
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    tables: ExpertTables,
+    config: EngineConfig,
+    drafting: Iterable[DraftSource] = (),
 ) -> Budget:
     """The same division, which does not fit where `config.ram` is too small."""
     spec = architecture.spec
@@ -166,9 +177,11 @@ def measure(
     kv = blocks_for(limit) * block
     if config.prefix_store is not None:
         buffers += buffer_bytes(block)
+    shape = DraftShape(blocks_for(limit) * BLOCK, step, config.max_running, threads)
+    draft = sum(source.nbytes(shape) for source in drafting)
     least_slots = min(spec.top_k, tables.total)
     interpreter, dense = resident_bytes(), dense_bytes(checkpoint, architecture)
-    left = _usable(ram) - (interpreter + dense + kv + buffers)
+    left = _usable(ram) - (interpreter + dense + kv + buffers + draft)
     running, image = config.max_running, IMAGES * StateCache.bytes_per_image(spec)
     if image:
         room = min(_STATES * left, left - least_slots * tables.slot_bytes)
@@ -190,6 +203,7 @@ def measure(
         kv=kv,
         states=running * image,
         buffers=buffers,
+        drafting=draft,
         slot=tables.slot_bytes,
         slots=slots,
         experts=tables.total,
@@ -245,6 +259,8 @@ def _too_small(b: Budget) -> str:
     if b.states:
         parts += f", recurrent states {_mib(b.states)}"
     why, advice = "", "raise --ram, or lower --context"
+    if b.drafting:
+        parts += f", drafting {_mib(b.drafting)}"
     if b.experts:
         parts += f", {b.least_slots} experts {_mib(b.slot * b.least_slots)}"
     else:

@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sized
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from hashlib import blake2b
 from importlib.metadata import version
 from numbers import Integral
@@ -20,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mer.config import EngineConfig
-from mer.engine.budget import Budget, drafts, resident_bytes
+from mer.engine import drafting
+from mer.engine.budget import Budget, resident_bytes
 from mer.engine.constraint import Constraints
-from mer.engine.draft import NgramDrafter
+from mer.engine.draft import DraftSource, NgramDrafter
+from mer.engine.drafting import Drafting
 from mer.engine.mailbox import Mailbox
 from mer.engine.observer import Observer, ReadLatency, Snapshot
 from mer.engine.outputs import Delta, Result, join
@@ -32,9 +34,9 @@ from mer.engine.request import Embedding, Request
 from mer.engine.runner import Runner, StepStats
 from mer.engine.sampling import Sampler
 from mer.engine.scheduler import Scheduler
-from mer.engine.speculation import Speculation
 from mer.engine.worker import Worker
 from mer.errors import ConfigError, EngineClosedError, MerError, RequestError
+from mer.model.families import Architecture
 from mer.model.settings import eos_ids
 from mer.model.spec import ModelSpec
 from mer.model.tokenizer import Tokenizer
@@ -116,6 +118,7 @@ class Engine:
         ends: frozenset[int],
         config: EngineConfig,
         store: PrefixStore | None,
+        drafting: Drafting | None,
     ) -> None:
         self._runner = runner
         self._store = store
@@ -137,8 +140,8 @@ class Engine:
         if store is not None:
             self._scheduler.pool.dropped = store.spill
         self._ids = itertools.count(1)
-        self._speculation = Speculation() if drafts(runner.spec, config) else None
-        self._worker = Worker(runner, self._scheduler, config.max_waiting, store, self._speculation)
+        self._drafting = drafting
+        self._worker = Worker(runner, self._scheduler, config.max_waiting, store, drafting)
         self._constraints = Constraints(tokenizer, runner.spec.vocab, ends, budget.threads)
 
     @classmethod
@@ -161,21 +164,26 @@ class Engine:
     def _load(cls, path: str | PathLike[str], config: EngineConfig) -> Self:
         tokenizer: Tokenizer | None = None
         ends: frozenset[int] = frozenset()
+        sources: list[DraftSource] = []
 
-        def prepare(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+        def prepare(checkpoint: Checkpoint, architecture: Architecture) -> list[DraftSource]:
             nonlocal tokenizer, ends
             tokenizer = Tokenizer.open(checkpoint.path)
             # Known also for a model that came without a tokenizer.
             found = tokenizer.eos_ids if tokenizer else eos_ids(checkpoint.path, checkpoint.config)
             ends = found or frozenset()
+            sources.extend(drafting.sources(checkpoint, architecture, tokenizer, config))
+            return sources
 
         runner = Runner.open(locate(path), config, prepare)
-        try:
+        with ExitStack() as undo:
+            undo.callback(runner.close)
+            draft_engines = drafting.load(sources, runner, config)
+            if draft_engines is not None:
+                undo.callback(draft_engines.close)
             store = _open_store(runner, config)
-        except BaseException:
-            runner.close()
-            raise
-        return cls(runner, tokenizer, ends, config, store)
+            undo.pop_all()
+        return cls(runner, tokenizer, ends, config, store, draft_engines)
 
     async def close(self, *, drain: bool = True) -> None:
         """End all requests (drain) or drop them, then give everything back. Closing twice is allowed."""
@@ -192,6 +200,8 @@ class Engine:
                     self._store.spill(key, block, patient=True)
                 self._store.close()
                 self._store = None
+            if self._drafting is not None:
+                self._drafting.close()
             self._runner.close()
 
     @property
@@ -231,8 +241,8 @@ class Engine:
             prefix_hit_tokens=scheduler.hit_tokens,
             prefix_query_tokens=scheduler.query_tokens,
             preemptions=scheduler.preemptions,
-            drafted=self._speculation.drafted if self._speculation else 0,
-            accepted=self._speculation.accepted if self._speculation else 0,
+            drafted=self._drafting.speculation.drafted if self._drafting else 0,
+            accepted=self._drafting.speculation.accepted if self._drafting else 0,
             cache_slots=budget.slots,
             experts=budget.experts,
             resident=cache["resident"],
@@ -369,7 +379,8 @@ class Engine:
             tokenizer=self._tokenizer,
             eos_ids=self._eos_ids,
             limit=limit,
-            drafter=NgramDrafter(tokens) if self._speculation and params.speculative else None,
+            drafter=NgramDrafter(tokens) if self._drafting and params.speculative else None,
+            engines=params.speculative,
         )
 
     async def _off_loop(self, prompt: Prompt, prepare: Callable[[], _T]) -> _T:

@@ -74,8 +74,9 @@ class Embedding(Job):
 class Request(Job):
     """An answer that is drawn token by token.
 
-    drafter: None: its tokens come one by one. drafts: what became of what it proposed. drafted, accepted:
-    tokens of drafts that were verified, and those that were right.
+    drafter: prompt lookup, None: not for this one. engines: whether draft engines may draft for it. drafts:
+    what became of what was drafted. drafted, accepted: tokens of drafts that were verified, and those that
+    were right. draft_kind: of the last draft.
     """
 
     params: SamplingParams
@@ -85,10 +86,11 @@ class Request(Job):
     limit: int  # most tokens, prompt and answer together
     constraint: Constraint | None = None
     drafter: Drafter | None = None
+    engines: bool = False
     drafts: Record = Factory(Record)
     drafted: int = 0
     accepted: int = 0
-    _kind: int = 0  # of the last draft
+    draft_kind: int = 0
     _detokenizer: Detokenizer | None = field(init=False)
     _stops: StopStrings = field(init=False)
     _end_ids: frozenset[int] = field(init=False)
@@ -107,19 +109,17 @@ class Request(Job):
         if not self.params.ignore_eos:
             self._end_ids |= self.eos_ids
 
-    def propose(self, most: int) -> Draft | None:
-        """What may come next; None: no idea, or it is not time for it."""
-        if self.drafter is None or self.pending != 1 or self.wants != "last":
-            return None
-        draft = self.drafter.propose(min(most, self.limit - len(self.tokens) - 1))
-        if draft is not None:
-            self._kind = draft.kind
-        return draft
+    @property
+    def room(self) -> int:
+        """Most tokens of a draft that are of use now; 0: it is not time for one."""
+        if self.pending != 1 or self.wants != "last":
+            return 0
+        return max(self.limit - len(self.tokens) - 1, 0)
 
-    def end_draft(self, drafted: int, right: int) -> None:
-        """Of the last draft so many tokens were verified, and the first `right` of them were right."""
-        if drafted:
-            self.drafts.note(self._kind, drafted, right)
+    def propose(self, most: int) -> Draft | None:
+        """What prompt lookup finds; None: no idea, or it is not time for it."""
+        most = min(most, self.room)
+        return self.drafter.propose(most) if self.drafter is not None and most else None
 
     def see_prompt(self, start: int, logits: NDArray[np.float32]) -> None:
         """Take f32 [T, vocab], what the model expected after each token from position `start` on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,18 @@ from mer._ext.uring import Reader
 from mer.config import EngineConfig
 from mer.engine import budget as budgets
 from mer.engine.budget import Budget
+from mer.engine.draft import DraftSource
 from mer.engine.routed import RoutedExperts
 from mer.engine.scheduler import Chunk
 from mer.errors import ConfigError
 from mer.model.batch import Batch
 from mer.model.dense import DenseWeights, load_dense
-from mer.model.families import load
+from mer.model.families import Architecture, load
 from mer.model.forward import Forward
 from mer.model.kv import KVCache
 from mer.model.spec import ModelSpec
 from mer.model.state import StateCache
-from mer.streaming.experts import expert_tables
+from mer.streaming.experts import ExpertTables, expert_tables
 from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
 from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
@@ -75,6 +76,7 @@ class Runner:
     reader: Reader
     experts: RoutedExperts | None
     isa: str
+    pool: Pool
     _forward: Forward = field(alias="forward")
     profile: Profile | None = None
     _step_s: float = field(default=0.0, init=False)
@@ -84,28 +86,44 @@ class Runner:
         cls,
         path: Path,
         config: EngineConfig,
-        prepare: Callable[[Checkpoint, ModelSpec], None] = lambda checkpoint, spec: None,
+        prepare: Callable[[Checkpoint, Architecture], Iterable[DraftSource]] = lambda *_: (),
     ) -> Runner:
         """Open the model at `path` and load its dense weights.
 
-        `prepare` is called before memory is divided: what it loads is counted. Raises CheckpointError,
-        UnsupportedModelError, BudgetError, ConfigError or DeviceReadError.
+        `prepare` is called before memory is divided: what it loads is counted, and so is what it returns,
+        which is loaded later. Raises CheckpointError, UnsupportedModelError, BudgetError, ConfigError or
+        DeviceReadError.
         """
-        profile: Profile | None = None
         checkpoint = open_checkpoint(path)
         require_streamable(checkpoint)
         architecture = load(checkpoint)
-        spec = architecture.spec
         tables = expert_tables(architecture.experts, path)
-        prepare(checkpoint, spec)
-        kernels = Kernels()
-        budget = budgets.plan(checkpoint, architecture, tables, config)
+        sources = prepare(checkpoint, architecture)
+        budget = budgets.plan(checkpoint, architecture, tables, config, sources)
+        return cls.load(checkpoint, architecture, tables, budget, config)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        tables: ExpertTables,
+        budget: Budget,
+        config: EngineConfig,
+        pool: Pool | None = None,
+    ) -> Runner:
+        """The same, once memory is divided. pool: threads of another Runner, which computes at other times.
+
+        Raises CheckpointError, ConfigError or DeviceReadError.
+        """
+        profile: Profile | None = None
+        kernels, pool = Kernels(), pool or Pool(budget.threads)
+        spec = architecture.spec
         spec = spec.reaching(min(spec.max_positions, budget.context))
         reader = Reader(checkpoint.files, backend=config.io_backend, queue_depth=config.queue_depth)
         try:
             experts = RoutedExperts(spec, tables, budget, config) if spec.router else None
             dense = load_dense(checkpoint, architecture, reader)
-            pool = Pool(budget.threads)
             kv = KVCache(spec, budget.kv_blocks, budget.kv_dtype)
             states = StateCache(spec, budget.state_images)
             _spread(numa_nodes(), dense, [*kv.layers, *states.layers], experts)
@@ -119,11 +137,11 @@ class Runner:
                 if spec.router is None:
                     raise ConfigError("trace: this is a dense model, no token chooses experts; leave it out")
                 forward.trace = TraceWriter(
-                    config.trace, model=path.name, n_layers=spec.n_moe_layers,
+                    config.trace, model=checkpoint.path.name, n_layers=spec.n_moe_layers,
                     n_experts=spec.n_experts, top_k=spec.top_k,
                 )  # fmt: skip
             if config.profile is not None:
-                profile = Profile(config.profile, model=path.name, n_experts=spec.n_experts)
+                profile = Profile(config.profile, model=checkpoint.path.name, n_experts=spec.n_experts)
                 forward.profile(profile)
             if experts is not None:
                 forward.look_ahead = experts.look_ahead
@@ -133,7 +151,7 @@ class Runner:
         except BaseException:
             reader.close()
             raise
-        return cls(checkpoint, spec, budget, reader, experts, kernels.isa, forward, profile)
+        return cls(checkpoint, spec, budget, reader, experts, kernels.isa, pool, forward, profile)
 
     def close(self) -> None:
         """Give the files back; no step may be under way."""

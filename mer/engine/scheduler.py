@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterable
 from itertools import takewhile
 from typing import Final, Literal, Protocol
 
@@ -25,7 +26,6 @@ class Sequence:
     computed: leading tokens whose keys and values are in `blocks`. cached: how many of them others had
     computed before its first step; None until then. keys: of its full blocks (see mer.engine.blocks).
     fetched: whether the store was asked for them. images: of its state, for models that have such.
-    draft: what may come behind the last token, to be verified in the next step if there is room.
     """
 
     tokens: list[int]
@@ -38,7 +38,6 @@ class Sequence:
     keys: list[bytes] = Factory(list)
     fetched: bool = False
     images: Images = Factory(Images)
-    draft: list[int] = Factory(list)
     place: tuple[int, int] = (0, 0)
 
     @property
@@ -236,15 +235,20 @@ class Scheduler:
                 rows -= chunks[-1].rows
         if self.states:
             self._reserve_states(chunks)
-        elif len(chunks) == len(decoding):
-            chunks = self._with_drafts(chunks, min(room, rows))
         return chunks
 
-    def _with_drafts(self, chunks: list[Chunk], room: int) -> list[Chunk]:
+    def draft_room(self, chunks: list[Chunk]) -> int:
+        """How many drafted tokens this step could verify."""
+        if self.states or any(chunk.sequence.pending > 1 for chunk in chunks):
+            return 0
+        return min(self.step_tokens - len(chunks), self.rows - sum(chunk.rows for chunk in chunks))
+
+    def with_drafts(self, chunks: list[Chunk], drafts: Iterable[list[int]]) -> list[Chunk]:
+        """The same step, in which as much of each one's draft is verified as there is room for."""
         found: list[Chunk] = []
-        for chunk in chunks:
-            sequence = chunk.sequence
-            draft = tuple(sequence.draft[:room])
+        room = self.draft_room(chunks)
+        for chunk, tokens in zip(chunks, drafts, strict=True):
+            sequence, draft = chunk.sequence, tuple(tokens[:room])
             if draft and self.pool.extend(sequence.blocks, len(sequence.tokens) + len(draft)):
                 room -= len(draft)
                 chunk = Chunk(sequence, chunk.count, draft)
@@ -277,7 +281,6 @@ class Scheduler:
     def commit(self, chunks: list[Chunk]) -> None:
         """The step has been computed."""
         for chunk in chunks:
-            chunk.sequence.draft = []  # it was for this place in the text
             self.advance(chunk.sequence, chunk.count)
             if self.states:
                 self._commit_state(chunk)

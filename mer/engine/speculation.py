@@ -2,7 +2,7 @@
 
 A step over more tokens takes longer: there is more to compute, and each token routes to experts of its own,
 which may have to be read. So both sides are measured: of drafts, how often the next token was the drafted
-one; of steps, the seconds by the number of tokens.
+one; of steps, the seconds by the number of tokens; of draft engines, the seconds that a token takes them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ from collections import deque
 from statistics import median
 from typing import Final
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 MOST_DRAFTED: Final = 8  # tokens of one request in one step
 
+# Kinds of drafts: prompt lookup has one for each length of what stood there before, the longest is 0.
+LOOKUPS: Final = 3
+DRAFT_MODEL: Final = 3
+TIED: Final = 4
+
 _MEMORY: Final = 0.97  # of what drafts were worth, what is left after one more
 _BELIEF: Final = 4.0  # drafted tokens that the first guess of a chance is worth
-_FIRST: Final = (0.7, 0.5, 0.4)  # that guess, by kind of draft
+_FIRST: Final = (0.7, 0.5, 0.4, 0.7, 0.7)  # that guess, by kind of draft
 _LATEST: Final = 5  # measurements of a step, whose median counts
 _FORGOTTEN: Final = 100  # steps until a price is tried anew: what was dear in a cold cache, or by accident
 _SLOPE: Final = 0.6  # one more token, in steps of one token, as long as nothing else is known
@@ -38,11 +43,15 @@ class Costs:
         self._steps = 0
 
     def observe(self, tokens: int, seconds: float) -> None:
-        self._steps += 1
+        self.age()
         latest = self._latest.setdefault(tokens, deque(maxlen=_LATEST))
         latest.append(seconds)
         self._seconds[tokens] = median(latest)
         self._at[tokens] = self._steps
+
+    def age(self) -> None:
+        """One more step: what was measured long ago is forgotten."""
+        self._steps += 1
         for old in [each for each, at in self._at.items() if self._steps - at > _FORGOTTEN]:
             del self._seconds[old], self._latest[old], self._at[old]
 
@@ -61,6 +70,10 @@ class Costs:
         near = below[-1] if below else above[0]
         return max(self._seconds[near] + self._slope(known) * (tokens - near), 0.0)
 
+    def guess(self, tokens: int) -> float:
+        """The same; nothing where nothing was measured, so that it is tried."""
+        return self(tokens) if self._seconds else 0.0
+
     def _slope(self, known: list[int]) -> float:
         first, last = known[0], known[-1]
         if first == last:
@@ -75,9 +88,10 @@ class Record:
     tried: list[float] = field(factory=lambda: [0.0] * len(_FIRST))
     right: list[float] = field(factory=lambda: [0.0] * len(_FIRST))
 
-    def chance(self, kind: int) -> float:
-        """That the next drafted token is the one that comes, when all before it were."""
-        return (self.right[kind] + _BELIEF * _FIRST[kind]) / (self.tried[kind] + _BELIEF)
+    def chance(self, kind: int, first: float | None = None) -> float:
+        """That the next drafted token is the one that comes, when all before it were. first: as guessed."""
+        guess = _FIRST[kind] if first is None else first
+        return (self.right[kind] + _BELIEF * guess) / (self.tried[kind] + _BELIEF)
 
     def note(self, kind: int, drafted: int, accepted: int) -> None:
         """Those behind the first wrong one say nothing."""
@@ -87,60 +101,162 @@ class Record:
         self.right[kind] = self.right[kind] * keep + accepted
 
 
+@frozen
+class Offer:
+    """What can be drafted of one sequence: the chance of each next token to be right, 0 where there is none.
+
+    lookup: of the draft that prompt lookup has found. engines: of what each engine would draft, in order.
+    """
+
+    lookup: float
+    engines: tuple[float, ...] = ()
+
+
+@frozen
+class Choice:
+    """How many tokens of one sequence to draft. engine: which one is to; None: prompt lookup has done it."""
+
+    length: int
+    engine: int | None
+
+
 class Speculation:
     """Decides for steps that compute answers alone. Pure arithmetic.
 
     Whatever it believes, it can't lose more than a hundredth of the time beyond its first tries: gains and
-    losses of steps with drafts, beside what plain ones took, are added up, and where they are used up no
-    draft is verified until plain steps have earned a little.
+    losses of steps with drafts, beside what plain ones took, are added up with what drafting itself took,
+    and where they are used up nothing is drafted until plain steps have earned a little.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engines: int = 0) -> None:
+        """engines: how many draft engines there are beside prompt lookup."""
         self.drafted = 0
         self.accepted = 0
         self._costs = Costs()
-        self._balance: float | None = None
+        # Of each engine, the seconds of one more drafted token by the number of sequences.
+        self._prices = [Costs() for _ in range(engines)]
+        self._proposed = [False] * engines
+        self._all = Record()
+        # What may be lost: at once, and in all.
+        self._balance = 0.0
+        self._saved = 0.0
+        self._begun = False
         self._since_plain = 0
 
-    def lengths(self, chances: list[float]) -> list[int]:
-        """How many drafted tokens to verify of each sequence in the next step, 0 to MOST_DRAFTED.
+    def chance(self, record: Record, kind: int) -> float:
+        """That a drafted token of this kind is right, for the request with this record."""
+        return record.chance(kind, (_FIRST[kind] + self._all.chance(kind)) / 2)
 
-        chances: see Record; 0 for one that has no draft.
+    def note(self, record: Record, kind: int, drafted: int, accepted: int) -> None:
+        """What became of a draft of the request with this record."""
+        for each in (record, self._all):
+            each.note(kind, drafted, accepted)
+
+    def choose(self, offers: list[Offer], room: int) -> list[Choice]:
+        """What to verify of each sequence in the next step: 0 to MOST_DRAFTED tokens, `room` in all.
+
+        At most one engine is chosen: prompt lookup costs nothing, but each engine takes its time for every
+        token.
         """
-        n = len(chances)
-        none = [0] * n
-        if n not in self._costs or self._since_plain >= _REFRESH or (self._balance or 0.0) < 0.0:
-            return none
+        n = len(offers)
+        if n not in self._costs or self._since_plain >= _REFRESH or self._balance < 0.0:
+            return [Choice(0, None)] * n
+        rate, take, wanted, engine = self._best(offers, None, room)
+        for each in range(len(self._prices)):
+            if any(offer.engines[each] > offer.lookup for offer in offers):
+                found = self._best(offers, each, room)
+                if found[0] > rate:
+                    rate, take, wanted, engine = found
+        lengths = [0] * n
+        for _, _, at in wanted[:take]:
+            lengths[at] += 1
+        return [
+            Choice(length, engine if engine is not None and offer.engines[engine] > offer.lookup else None)
+            for length, offer in zip(lengths, offers, strict=True)
+        ]
+
+    def _best(
+        self, offers: list[Offer], engine: int | None, room: int
+    ) -> tuple[float, int, list[tuple[float, int, int]], int | None]:
+        """(Tokens per second, how many of the wanted ones, (chance, depth, sequence) of all, engine)."""
+        n = len(offers)
+        made = [0.0 if engine is None else offer.engines[engine] for offer in offers]
         # Each next token of a draft is wanted less than the one before: the best first, and all that pay.
         wanted = sorted(
-            ((chance ** (i + 1), at) for at, chance in enumerate(chances) for i in range(MOST_DRAFTED)),
+            (
+                (max(offer.lookup, other) ** depth, depth, at)
+                for at, (offer, other) in enumerate(zip(offers, made, strict=True))
+                for depth in range(1, MOST_DRAFTED + 1)
+                if offer.lookup > 0.0 or other > 0.0
+            ),
             key=lambda each: -each[0],
         )
         expected, best, take = float(n), _WORTH * n / self._costs(n), 0
-        for count, (chance, _) in enumerate(wanted, 1):
-            if chance <= 0.0:
-                break
+        deepest, asked = 0, 0
+        for count, (chance, depth, at) in enumerate(wanted[:room], 1):
             expected += chance
-            if expected / self._costs(n + count) > best:
-                best, take = expected / self._costs(n + count), count
-        for _, at in wanted[:take]:
-            none[at] += 1
-        return none
+            if made[at] > offers[at].lookup:
+                deepest = max(deepest, depth)
+                asked += depth == 1
+            seconds = self._costs(n + count)
+            if engine is not None and asked:
+                seconds += deepest * self._prices[engine].guess(asked)
+            if expected / seconds > best:
+                best, take = expected / seconds, count
+        return best, take, wanted, engine
 
-    def observe(self, sequences: int, drafted: int, accepted: int, seconds: float) -> None:
-        """A step computed the next token of so many, verified drafted tokens, and took `seconds`."""
+    def may_catch_up(self, engine: int) -> bool:
+        """Whether there is time for an engine to look at what it is behind.
+
+        The first time there is: what it is worth can't be known before. That belongs to warming up.
+        """
+        return self._saved > 0.0 or not self._proposed[engine]
+
+    def caught_up(self, engine: int, seconds: float) -> None:
+        """It took so long to."""
+        if self._proposed[engine]:
+            self.spend(seconds)
+
+    def proposed(self, engine: int, sequences: int, depth: int, seconds: float) -> None:
+        """It took so long to draft `depth` tokens of each of so many sequences."""
+        if self._proposed[engine]:  # the first time its weights may not be in memory yet
+            self._prices[engine].observe(sequences, seconds / depth)
+        self._proposed[engine] = True
+        self.spend(seconds)
+
+    def spend(self, seconds: float) -> None:
+        """Drafting took so long."""
+        self._gain(-seconds)
+
+    def observe(
+        self, sequences: int, drafted: int, accepted: int, seconds: float, *, alone: bool = True
+    ) -> None:
+        """A step computed the next token of so many, verified drafted tokens, and took `seconds`.
+
+        alone: it computed no prompts, beside which nothing is verified.
+        """
+        if not alone:
+            self._gain(_LOSS * seconds)
+            return
         plain = self._costs(sequences) if sequences in self._costs else seconds
-        if self._balance is None:
-            self._balance = _TRIES * seconds
+        if not self._begun:
+            self._begun = True
+            self._gain(_TRIES * seconds)
         # To verify takes no longer than to compute each by itself; what is above that is some accident.
         seconds = min(seconds, plain * (sequences + drafted) / sequences) if drafted else seconds
         self._costs.observe(sequences + drafted, seconds)
+        for prices in self._prices:
+            prices.age()
         if drafted:
             self.drafted += drafted
             self.accepted += accepted
             self._since_plain += 1
-            self._balance += plain + accepted * plain / sequences - seconds
+            self._gain(plain + accepted * plain / sequences - seconds)
         else:
             self._since_plain = 0
-            self._balance += _LOSS * seconds
+            self._gain(_LOSS * seconds)
         self._balance = min(self._balance, _TRIES * plain)
+
+    def _gain(self, seconds: float) -> None:
+        self._saved += seconds
+        self._balance = min(self._balance + seconds, self._saved)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mer.engine.drafting import Drafting
 from mer.engine.observer import EndReason, Observer
 from mer.engine.pace import Pace
 from mer.engine.prefix_store import PrefixStore
 from mer.engine.request import Embedding, Job, Request
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Load, Scheduler
-from mer.engine.speculation import MOST_DRAFTED, Speculation
 from mer.errors import EngineClosedError, MerError, QueueFullError, RequestTimeoutError
 
 _log = logging.getLogger("mer")
@@ -36,14 +36,14 @@ class Worker:
         scheduler: Scheduler,
         max_waiting: int,
         store: PrefixStore | None = None,
-        speculation: Speculation | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
-        """speculation: None where nothing is to be drafted."""
+        """drafting: None where nothing is to be drafted."""
         self._runner = runner
         self._store = store
         self._scheduler = scheduler
         self._pace = Pace(scheduler.step_tokens)
-        self._speculation = speculation
+        self._drafting = drafting
         self._most = scheduler.max_running + max_waiting
         self._observers: list[Observer] = []
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
@@ -110,14 +110,12 @@ class Worker:
             while not self._closing or self._scheduler:
                 self._obey(wait=idle and not (self._closing and not self._scheduler))
                 self._expire()
-                if self._speculation is not None:
-                    self._draft(self._speculation)
                 chunks = self._scheduler.schedule(self._pace.room)
                 for load in self._scheduler.take_loads():
                     self._fetch(load)
                 idle = not chunks
                 if chunks:
-                    self._step(chunks)
+                    self._step(self._with_drafts(chunks))
         except BaseException as error:
             _log.exception("the engine's thread ended")
             self._closing = True
@@ -165,6 +163,8 @@ class Worker:
             return
         self._jobs.remove(job)
         self._scheduler.remove(job)
+        if self._drafting is not None:
+            self._drafting.forget(job)
         self._gone()
         now = time.perf_counter()
         if self._last_end is not None:
@@ -187,17 +187,12 @@ class Worker:
             self._remove(job, reason)
             self._put(job, error)
 
-    def _draft(self, speculation: Speculation) -> None:
-        """Have the next step verify what is worth it."""
-        requests = [each for each in self._scheduler.running if isinstance(each, Request)]
-        drafts = [request.propose(MOST_DRAFTED) for request in requests]
-        chances = [
-            0.0 if draft is None else request.drafts.chance(draft.kind)
-            for request, draft in zip(requests, drafts, strict=True)
-        ]
-        lengths = speculation.lengths(chances)
-        for request, draft, length in zip(requests, drafts, lengths, strict=True):
-            request.draft = draft.tokens[:length] if draft else []
+    def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
+        requests = [chunk.sequence for chunk in chunks if isinstance(chunk.sequence, Request)]
+        room = self._scheduler.draft_room(chunks)
+        if self._drafting is None or not room or len(requests) < len(chunks):
+            return chunks
+        return self._scheduler.with_drafts(chunks, self._drafting.prepare(requests, room))
 
     def _step(self, chunks: list[Chunk]) -> None:
         try:
@@ -227,6 +222,8 @@ class Worker:
         decoding = sum(chunk.sequence.pending == 1 for chunk in chunks)
         prompt = sum(chunk.count for chunk in chunks) - decoding
         self._pace.observe(decoding, prompt, stats.step_s)
+        if self._drafting is not None:
+            self._drafting.observe(chunks, self._runner.hidden)
         self._scheduler.commit(chunks)
         self._tell("step", sum(chunk.width for chunk in chunks), len(chunks), stats)
         drawing = time.monotonic_ns()
@@ -248,9 +245,9 @@ class Worker:
                 _log.exception("a request ended")
                 self._fail([job], MerError(f"the request ended by an error inside mer: {error!r}"))
             token, row = token + chunk.width, row + n_rows
-        if self._speculation is not None and not prompt:
+        if self._drafting is not None:
             drafted = sum(len(chunk.draft) for chunk in chunks)
-            self._speculation.observe(decoding, drafted, accepted, stats.step_s)
+            self._drafting.speculation.observe(decoding, drafted, accepted, stats.step_s, alone=not prompt)
         if self._runner.profile is not None:
             self._runner.profile.span("sampling and text", drawing)
 
@@ -280,7 +277,8 @@ class Worker:
             right += 1
             request.accepted += 1
             self._scheduler.advance(request, 1)
-        request.end_draft(len(draft), right)
+        if self._drafting is not None:
+            self._drafting.judge(request, len(draft), right)
         if request in self._jobs and not self._closing and request.mailbox.hold_up():
             self._scheduler.pause(request)
         return right

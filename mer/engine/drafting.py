@@ -1,0 +1,159 @@
+"""Who drafts what of which request: prompt lookup, and draft engines where they are worth their time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mer.config import EngineConfig
+from mer.engine.budget import drafts
+from mer.engine.draft import DraftEngine, DraftSource
+from mer.engine.request import Request
+from mer.engine.runner import Runner
+from mer.engine.scheduler import Chunk, Sequence
+from mer.engine.speculation import MOST_DRAFTED, Choice, Offer, Speculation
+from mer.errors import MerError
+from mer.model.families import Architecture
+from mer.model.tokenizer import Tokenizer
+from mer.weights.checkpoint import Checkpoint
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger("mer")
+
+# An engine that is behind by more tokens than a few steps bring catches up before it drafts.
+_BEHIND: Final = 4 * MOST_DRAFTED
+
+
+def sources(
+    checkpoint: Checkpoint, architecture: Architecture, tokenizer: Tokenizer | None, config: EngineConfig
+) -> list[DraftSource]:
+    """The draft engines that there are for a model. Each further kind is found here."""
+    return []
+
+
+def load(sources: list[DraftSource], runner: Runner, config: EngineConfig) -> Drafting | None:
+    """With these engines; None where nothing is to be drafted."""
+    if not drafts(runner.spec, config):
+        return None
+    engines = [source.load(runner) for source in sources]
+    return Drafting(engines, Speculation(len(engines)))
+
+
+class Drafting:
+    """Gives requests their drafts. Used by the worker's thread alone."""
+
+    def __init__(self, engines: Iterable[DraftEngine], speculation: Speculation) -> None:
+        """speculation: made for so many engines."""
+        self.speculation = speculation
+        self._engines = list(engines)
+        self._failed: set[DraftEngine] = set()
+
+    def prepare(self, requests: list[Request], room: int) -> list[list[int]]:
+        """Of each, what the next step had better verify, of `room` tokens in all."""
+        drafts = [request.propose(MOST_DRAFTED) for request in requests]
+        behind = [[self._behind(engine, request) for engine in self._engines] for request in requests]
+        offers = [
+            Offer(0.0 if draft is None else self._chance(request, draft.kind), self._chances(request, late))
+            for request, draft, late in zip(requests, drafts, behind, strict=True)
+        ]
+        choices = self.speculation.choose(offers, room)
+        found = [
+            draft.tokens[: choice.length] if draft is not None else []
+            for draft, choice in zip(drafts, choices, strict=True)
+        ]
+        for request, draft in zip(requests, drafts, strict=True):
+            request.draft_kind = 0 if draft is None else draft.kind
+        for at in range(len(self._engines)):
+            self._ask(at, requests, behind, choices, found)
+        return found
+
+    def _ask(
+        self,
+        at: int,
+        requests: list[Request],
+        behind: list[list[int | None]],
+        choices: list[Choice],
+        found: list[list[int]],
+    ) -> None:
+        """Put what this engine drafts for those for whom it was chosen in the place of what was found."""
+        chosen = [i for i, choice in enumerate(choices) if choice.engine == at and choice.length]
+        late = [i for i in chosen if (behind[i][at] or 0) > _BEHIND]
+        for i in late:
+            self._catch_up(at, requests[i])
+        ready = [i for i in chosen if i not in late]
+        if not ready:
+            return
+        lengths = [min(choices[i].length, requests[i].room) for i in ready]
+        for i, tokens in zip(ready, self._propose(at, [requests[i] for i in ready], lengths), strict=True):
+            found[i] = tokens
+            requests[i].draft_kind = self._engines[at].kind
+
+    def observe(self, chunks: list[Chunk], hidden: Callable[[], NDArray[np.float32]]) -> None:
+        """A step has computed these; see DraftEngine.observe."""
+        for engine in self._working():
+            began = time.perf_counter()
+            self._guarded(engine, partial(engine.observe, chunks, hidden))
+            self.speculation.spend(time.perf_counter() - began)
+
+    def judge(self, request: Request, drafted: int, right: int) -> None:
+        """Of its last draft so many tokens were verified, and the first `right` of them were right."""
+        if drafted:
+            self.speculation.note(request.drafts, request.draft_kind, drafted, right)
+
+    def forget(self, request: Sequence) -> None:
+        for engine in self._working():
+            self._guarded(engine, partial(engine.forget, request))
+
+    def close(self) -> None:
+        for engine in self._engines:
+            engine.close()
+
+    def _working(self) -> list[DraftEngine]:
+        return [engine for engine in self._engines if engine not in self._failed]
+
+    def _behind(self, engine: DraftEngine, request: Request) -> int | None:
+        if engine in self._failed or not (request.engines and request.room):
+            return None
+        return self._guarded(engine, partial(engine.behind, request))
+
+    def _chance(self, request: Request, kind: int) -> float:
+        return self.speculation.chance(request.drafts, kind)
+
+    def _chances(self, request: Request, behind: list[int | None]) -> tuple[float, ...]:
+        return tuple(
+            0.0
+            if tokens is None or (tokens > _BEHIND and not self.speculation.may_catch_up(at))
+            else self._chance(request, engine.kind)
+            for at, (engine, tokens) in enumerate(zip(self._engines, behind, strict=True))
+        )
+
+    def _catch_up(self, at: int, request: Request) -> None:
+        engine, began = self._engines[at], time.perf_counter()
+        self._guarded(engine, partial(engine.catch_up, request))
+        self.speculation.caught_up(at, time.perf_counter() - began)
+
+    def _propose(self, at: int, requests: list[Request], lengths: list[int]) -> list[list[int]]:
+        engine, began = self._engines[at], time.perf_counter()
+        found = self._guarded(engine, partial(engine.propose, requests, lengths))
+        self.speculation.proposed(at, len(requests), max(lengths), time.perf_counter() - began)
+        return [[] for _ in requests] if found is None else found
+
+    def _guarded(self, engine: DraftEngine, call: Callable[[], _T]) -> _T | None:
+        """What the call gives; None if it failed, and the engine is asked nothing more."""
+        if engine in self._failed:
+            return None
+        try:
+            return call()
+        except MerError as error:
+            _log.warning("nothing is drafted by %s any more: %s", engine.name, error)
+        except Exception:
+            _log.exception("nothing is drafted by %s any more", engine.name)
+        self._failed.add(engine)
+        return None
