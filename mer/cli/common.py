@@ -54,6 +54,18 @@ def rate(bytes_per_second: float) -> str:
     return f"{bytes_per_second / 1e9:.2f} GB/s"
 
 
+def seconds(value: float | None) -> str:
+    """A time for people: 4.7 ms, 1.24 s; - for None."""
+    if value is None:
+        return "-"
+    return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 for people: 83%; - for None."""
+    return "-" if share is None else f"{share:.0%}"
+
+
 def parameters(n: int) -> str:
     """A number of weights as model cards write it: 46.7 B, 350 M."""
     for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):

@@ -34,6 +34,7 @@ from mer.engine.request import Embedding, Request
 from mer.engine.runner import Runner, StepStats
 from mer.engine.sampling import Sampler
 from mer.engine.scheduler import Scheduler
+from mer.engine.view import ExpertMap, Recent, View, requests
 from mer.engine.worker import Worker
 from mer.errors import ConfigError, EngineClosedError, MerError, RequestError
 from mer.model.families import Architecture
@@ -143,6 +144,8 @@ class Engine:
         self._drafting = drafting
         self._worker = Worker(runner, self._scheduler, config.max_waiting, store, drafting)
         self._constraints = Constraints(tokenizer, runner.spec.vocab, ends, budget.threads)
+        self._recent = Recent()
+        self._worker.observe(self._recent)
 
     @classmethod
     def open(cls, path: str | PathLike[str], config: EngineConfig | None = None, **settings: Any) -> _Opening:
@@ -254,6 +257,42 @@ class Engine:
             resident_bytes=resident_bytes(),
             steps=self._runner.stats,
         )
+
+    def view(self) -> View:
+        """All that a person who watches wants to see; costs some milliseconds with very many experts."""
+        recent, experts = self._recent, self._runner.experts
+        first, further = recent.percentiles()
+        return View(
+            time=time.time(),
+            now=self.snapshot(),
+            paused=self._scheduler.hold,
+            requests=requests(self._worker.jobs, self._scheduler),
+            first_token=first,
+            next_token=further,
+            completion_tokens=recent.completion_tokens,
+            steps=recent.steps,
+            step_tokens=recent.step_tokens,
+            reads=self._runner.reader.stats()["ops"],
+            experts=ExpertMap.of(experts.cache, experts.pinned) if experts else None,
+        )
+
+    def pause(self) -> None:
+        """Begin no further request until `resume`; those that have begun go on, new ones wait."""
+        self._worker.hold(True)
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._worker.hold(False)
+
+    def pin(self, layer: int, expert: int | None = None, *, on: bool = True) -> int:
+        """Never evict this expert of a layer, or all of the layer's, once in memory. on: or evict them again.
+
+        layer: counted among those with experts. Returns how many are pinned now. Raises RequestError for what
+        does not exist, and for more than the cache can spare.
+        """
+        if self._runner.experts is None:
+            raise RequestError("this is a dense model: it has no experts", "layer")
+        return self._runner.experts.pin(layer, expert, on=on)
 
     @property
     def stats(self) -> StepStats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Final
 
 import numpy as np
@@ -13,6 +14,7 @@ from mer._ext.moe import ExpertStreamer
 from mer._ext.uring import Reader
 from mer.config import EngineConfig
 from mer.engine.budget import Budget
+from mer.errors import RequestError
 from mer.model.spec import ModelSpec
 from mer.streaming.experts import ExpertTables, advice
 from mer.streaming.warm import WarmStart
@@ -36,6 +38,8 @@ class RoutedExperts:
         self._spec, self._tables, self._budget, self._config = spec, tables, budget, config
         self._warm: WarmStart | None = None
         self._arena_registered = False
+        self._pinning = threading.Lock()
+        self.pinned: frozenset[int] = frozenset()
         self.cache = ExpertCache(
             tables.total, budget.slots, budget.slot,
             policy=config.cache_policy, n_layers=spec.n_moe_layers,
@@ -77,6 +81,29 @@ class RoutedExperts:
         """Before the reader is closed. used: whether steps were computed."""
         if self._warm is not None:
             self._warm.end(used=used)
+
+    def pin(self, layer: int, expert: int | None, *, on: bool) -> int:
+        """See `Engine.pin`."""
+        layers, experts = self.cache.n_layers, self.cache.n_experts // self.cache.n_layers
+        if not 0 <= layer < layers:
+            raise RequestError(f"layer {layer}: the model has {layers} layers with experts, from 0", "layer")
+        if expert is not None and not 0 <= expert < experts:
+            raise RequestError(f"expert {expert}: a layer has {experts}, from 0", "expert")
+        first = layer * experts
+        named = range(first, first + experts) if expert is None else [first + expert]
+        with self._pinning:
+            pinned = self.pinned.union(named) if on else self.pinned.difference(named)
+            # What the largest step of one token needs must find room beside them.
+            room = self._budget.slots - self._budget.least_slots
+            if on and len(pinned) > room and self._budget.slots < self._budget.experts:
+                raise RequestError(
+                    f"{len(pinned)} experts would be pinned; of the cache's {self._budget.slots} slots "
+                    f"{room} can be",
+                    "layer" if expert is None else "expert",
+                )
+            (self.cache.pin_set if on else self.cache.unpin_set)(named)
+            self.pinned = pinned
+        return len(pinned)
 
     @property
     def look_ahead(self) -> bool:

@@ -150,6 +150,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.paused: list[Sequence] = []
+        self.hold = False  # nobody new is admitted
         self.preemptions = 0
         self.hit_tokens = 0
         self.query_tokens = 0
@@ -317,6 +318,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
+            if self.hold and sequence.cached is None:
+                continue
             full = len(self.running) == self.max_running
             if full and not self._yields(self.running[-1], sequence):
                 break

@@ -80,6 +80,19 @@ class Worker:
         """Its reader has caught up."""
         self._send(lambda: self._scheduler.resume(job))
 
+    @property
+    def jobs(self) -> list[Job]:
+        """What was submitted and is not over."""
+        return list(self._jobs)
+
+    def hold(self, on: bool) -> None:
+        """Whether requests that have not begun stay so; others go on."""
+
+        def obey() -> None:
+            self._scheduler.hold = on and not self._closing
+
+        self._send(obey)
+
     def close(self, *, drain: bool) -> None:
         """Take no more requests, end (drain) or drop those that are there, and end the thread.
 
@@ -89,6 +102,7 @@ class Worker:
 
         def begin() -> None:
             self._closing = True
+            self._scheduler.hold = False
             if not drain:
                 self._fail(list(self._jobs), EngineClosedError("the engine was closed"))
             for job in list(self._jobs):

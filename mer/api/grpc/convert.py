@@ -17,6 +17,7 @@ from mer.engine.outputs import Delta, Timings, TokenLogprob, Usage
 from mer.engine.params import SamplingParams
 from mer.engine.runner import StepStats
 from mer.engine.structure import Structure
+from mer.engine.view import Percentiles, RequestView, View
 from mer.errors import RequestError, RequestTimeoutError
 from mer.model.pieces import Reasoning, ToolArguments, ToolCall
 from mer.model.tokenizer import Tokenizer
@@ -256,6 +257,36 @@ def stats(snapshot: Snapshot, uptime_s: float) -> pb.GetStatsResponse:
     """The fields that this version of the API has."""
     fields = {name: getattr(snapshot, name) for name in _STATS_FIELDS}
     return pb.GetStatsResponse(**fields, steps=steps(snapshot.steps), uptime_s=uptime_s)
+
+
+def watched(view: View, name: str, uptime_s: float, *, experts: bool) -> pb.WatchResponse:
+    """experts: whether the map of them is wanted."""
+    now = view.now
+    made = pb.WatchResponse(
+        time=view.time,
+        name=name,
+        stats=stats(now, uptime_s),
+        requests=[_status(each) for each in view.requests],
+        first_token=_percentiles(view.first_token),
+        next_token=_percentiles(view.next_token),
+        completion_tokens=view.completion_tokens,
+        step_count=view.steps,
+        step_tokens=view.step_tokens,
+        device=pb.Device(reads=view.reads, read_s=now.read_latency.seconds, errors=now.read_errors),
+        paused=view.paused,
+    )
+    if experts and view.experts is not None:
+        made.experts.CopyFrom(pb.ExpertMap(**attrs.asdict(view.experts)))
+    return made
+
+
+def _status(given: RequestView) -> pb.RequestStatus:
+    state = pb.RequestState.Value(f"REQUEST_STATE_{given.state.upper()}")
+    return pb.RequestStatus(**attrs.asdict(given) | {"state": state})
+
+
+def _percentiles(given: Percentiles) -> pb.Percentiles:
+    return pb.Percentiles(**attrs.asdict(given)) if given.count else pb.Percentiles()
 
 
 def logprobs(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing, nullcontext
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from typing import Any, Final, TypeVar
 
@@ -21,7 +22,8 @@ from mer.api.settings import ServerSettings
 from mer.engine.engine import Engine
 from mer.engine.outputs import PromptLogprobs
 from mer.engine.params import SamplingParams
-from mer.errors import RequestError
+from mer.engine.view import View
+from mer.errors import EngineClosedError, QueueFullError, RequestError
 from mer.v1 import inference_pb2 as pb
 
 _Q = TypeVar("_Q", bound=Message)
@@ -30,6 +32,9 @@ SERVICE: Final = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 # Log-probabilities of a prompt in one message: with 20 likeliest tokens each it has a tenth of the 4 MiB that
 # clients take.
 _PROMPT_PIECE: Final = 512
+# Seconds between two answers of a Watch, and how many may watch.
+_WATCH_S: Final = (0.1, 60.0)
+_MOST_WATCHERS: Final = 64
 # Silence is no event here: HTTP/2 has pings of its own.
 _NEVER: Final = 1e9
 
@@ -45,6 +50,7 @@ class Inference:
         self._settings = settings
         self._gate = gate
         self._begun = time.monotonic()
+        self._watchers = 0
 
     @property
     def _engine(self) -> Engine:
@@ -69,6 +75,7 @@ class Inference:
             # Asked for by what watches the server: no limit counts them, and a server that drains answers.
             "GetModel": self._unary("GetModel", pb.GetModelRequest, self.get_model, counted=False),
             "GetStats": self._unary("GetStats", pb.GetStatsRequest, self.get_stats, counted=False),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
         }
 
     def _unary(
@@ -199,6 +206,38 @@ class Inference:
     async def get_stats(self, request: pb.GetStatsRequest) -> pb.GetStatsResponse:
         """The engine now."""
         return convert.stats(self._engine.snapshot(), time.monotonic() - self._begun)
+
+    async def _watch(self, data: bytes, context: Context) -> None:
+        async with self._gate.call(context, "Watch") as call:
+            request = convert.parsed(pb.WatchRequest, data)
+            call.path = convert.path_of(request)
+            interval = request.interval if request.HasField("interval") else 1.0
+            if not _WATCH_S[0] <= interval <= _WATCH_S[1]:
+                raise RequestError(
+                    f"interval {interval:g}: must be {_WATCH_S[0]} to {_WATCH_S[1]} seconds", "interval"
+                )
+            with self._watching():
+                while not self._gate.draining.is_set():
+                    view = await asyncio.to_thread(self._engine.view)
+                    await context.write(self._watched(view, request).SerializeToString())
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(interval):
+                            await self._gate.draining.wait()
+            raise EngineClosedError("the server is shutting down")
+
+    def _watched(self, view: View, request: pb.WatchRequest) -> pb.WatchResponse:
+        uptime = time.monotonic() - self._begun
+        return convert.watched(view, self._settings.model_name, uptime, experts=not request.without_experts)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        if self._watchers == _MOST_WATCHERS:
+            raise QueueFullError(f"{_MOST_WATCHERS} are watching this server; try again later", 5.0)
+        self._watchers += 1
+        try:
+            yield
+        finally:
+            self._watchers -= 1
 
     async def _prompt(self, request: pb.GenerateRequest | pb.EmbedRequest) -> list[int]:
         match request.WhichOneof("prompt"):

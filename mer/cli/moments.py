@@ -1,0 +1,172 @@
+"""What a server did between two answers of its Watch, in numbers for people and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import attrs
+import grpc
+from attrs import frozen
+
+from mer.cli.remote import Remote
+from mer.v1 import inference_pb2 as pb
+from mer.v1 import inference_pb2_grpc as rpc
+
+
+@frozen(kw_only=True)
+class Latency:
+    """Percentiles of the last minute in seconds; None where nothing happened. count: of how many."""
+
+    count: int
+    p50: float | None
+    p90: float | None
+    p99: float | None
+
+    @classmethod
+    def of(cls, given: pb.Percentiles) -> Latency:
+        if not given.count:
+            return cls(count=0, p50=None, p90=None, p99=None)
+        return cls(count=given.count, p50=given.p50, p90=given.p90, p99=given.p99)
+
+
+@frozen(kw_only=True)
+class RequestLine:
+    """One request. state: queued, prefill, decode, preempted or held."""
+
+    id: int
+    state: str
+    prompt_tokens: int
+    cached_tokens: int
+    computed_tokens: int
+    completion_tokens: int
+    age_s: float
+
+
+@frozen(kw_only=True)
+class Shares:
+    """Where the time went, as shares of 1.
+
+    experts: computing them; io_wait: waiting for them; other: the rest of the steps; idle: between steps.
+    """
+
+    experts: float
+    io_wait: float
+    other: float
+    idle: float
+
+
+@frozen(kw_only=True)
+class Moment:
+    """Rates are of the last interval, rates of hits None where nothing was looked up. Sizes in bytes."""
+
+    time: float
+    model: str
+    uptime_s: float
+    paused: bool
+    tokens_per_s: float
+    computed_tokens_per_s: float
+    steps_per_s: float
+    running: int
+    waiting: int
+    requests: tuple[RequestLine, ...]
+    first_token: Latency
+    next_token: Latency
+    ram_budget_bytes: int
+    resident_bytes: int
+    kv_blocks: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    prefix_hit_rate: float | None
+    experts: int
+    cache_slots: int
+    experts_resident: int
+    experts_pinned: int
+    expert_hit_rate: float | None
+    evictions_per_s: float
+    read_bytes_per_s: float
+    reads_per_s: float
+    queue_depth: float
+    read_errors: int
+    time_share: Shares
+
+    @classmethod
+    def between(cls, before: pb.WatchResponse, after: pb.WatchResponse) -> Moment:
+        """before: an earlier answer of the same engine."""
+        seconds = max(after.time - before.time, 1e-3)
+        old, now = before.stats, after.stats
+        steps = {
+            name: getattr(now.steps, name) - getattr(old.steps, name)
+            for name in ("step_s", "io_wait_s", "expert_s", "bytes_read", "hits", "misses")
+        }
+        # A step counts when it is over: some of its time may lie before the interval.
+        whole = max(seconds, steps["step_s"])
+        return cls(
+            time=after.time,
+            model=after.name,
+            uptime_s=now.uptime_s,
+            paused=after.paused,
+            tokens_per_s=(after.completion_tokens - before.completion_tokens) / seconds,
+            computed_tokens_per_s=(after.step_tokens - before.step_tokens) / seconds,
+            steps_per_s=(after.step_count - before.step_count) / seconds,
+            running=now.running,
+            waiting=now.waiting,
+            requests=tuple(_line(each) for each in after.requests),
+            first_token=Latency.of(after.first_token),
+            next_token=Latency.of(after.next_token),
+            ram_budget_bytes=now.ram_budget_bytes,
+            resident_bytes=now.resident_bytes,
+            kv_blocks=now.kv_blocks,
+            kv_blocks_used=now.kv_blocks - now.kv_blocks_free,
+            kv_blocks_cached=now.kv_blocks_cached,
+            prefix_hit_rate=_share(
+                now.prefix_hit_tokens - old.prefix_hit_tokens,
+                now.prefix_query_tokens - old.prefix_query_tokens,
+            ),
+            experts=now.experts,
+            cache_slots=now.cache_slots,
+            experts_resident=now.resident,
+            experts_pinned=len(after.experts.pinned),
+            expert_hit_rate=_share(steps["hits"], steps["hits"] + steps["misses"]),
+            evictions_per_s=(now.evictions - old.evictions) / seconds,
+            read_bytes_per_s=steps["bytes_read"] / seconds,
+            reads_per_s=(after.device.reads - before.device.reads) / seconds,
+            queue_depth=(after.device.read_s - before.device.read_s) / seconds,
+            read_errors=after.device.errors,
+            time_share=Shares(
+                experts=steps["expert_s"] / whole,
+                io_wait=steps["io_wait_s"] / whole,
+                other=max(steps["step_s"] - steps["expert_s"] - steps["io_wait_s"], 0.0) / whole,
+                idle=max(whole - steps["step_s"], 0.0) / whole,
+            ),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it."""
+        return attrs.asdict(self)
+
+
+async def watch(
+    remote: Remote, channel: grpc.aio.Channel, interval: float
+) -> AsyncIterator[tuple[pb.WatchResponse, Moment]]:
+    """From the second answer on, since the first has nothing before it. Raises RemoteError."""
+    request = pb.WatchRequest(interval=interval)
+    before: pb.WatchResponse | None = None
+    with remote.explained():
+        async for answer in rpc.InferenceStub(channel).Watch(request, metadata=remote.metadata):
+            # Totals that went back are those of another engine.
+            if before is not None and answer.step_count >= before.step_count:
+                yield answer, Moment.between(before, answer)
+            before = answer
+
+
+def _line(given: pb.RequestStatus) -> RequestLine:
+    state = pb.RequestState.Name(given.state).removeprefix("REQUEST_STATE_").lower()
+    fields = {
+        each.name: getattr(given, each.name) for each in attrs.fields(RequestLine) if each.name != "state"
+    }
+    return RequestLine(state=state, **fields)
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None
