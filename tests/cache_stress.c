@@ -136,6 +136,10 @@ static void *meddle(void *arg) {
         mer_cache_visit(cache, used / size, ids, 2, 1);
         mer_cache_protect(cache, protected_one, 1);
         if (next_random(j) % 16 == 0) j->cleared += mer_cache_clear(cache);
+        if (next_random(j) % 8 == 0) {
+            const int64_t wanted = SLOTS / 2 + (int64_t)(next_random(j) % (SLOTS / 2 + 1)), left = mer_cache_resize(cache, wanted);
+            CHECK(left >= wanted && left <= SLOTS);
+        }
         mer_cache_get_stats(cache, &stats);
         CHECK(stats.misses >= seen);
         seen = stats.misses;
@@ -182,6 +186,7 @@ int main(int argc, char **argv) {
     CHECK(sum.published == stats.evictions + sum.cleared + now.resident);
     CHECK(stats.hits && stats.evictions && sum.failed);
 
+    CHECK(mer_cache_resize(cache, SLOTS) == SLOTS);
     /* No slot was lost: all of them can be had at once, and no more. */
     CHECK(mer_cache_clear(cache) == now.resident);
     int64_t slot, all = 0;

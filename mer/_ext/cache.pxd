@@ -21,10 +21,10 @@ cdef extern from "mer_cache.h" nogil:
 cdef class ExpertCache:
     cdef mer_cache *_cache
     cdef char *_arena
-    cdef readonly int64_t n_experts, n_slots, slot_bytes, n_layers
+    cdef readonly int64_t n_experts, n_slots, max_slots, slot_bytes, n_layers
     cdef readonly str policy
 
-    # Experts in [0, n_experts), slots in [0, n_slots): not checked. *slot is set unless ACQ_FULL is returned.
+    # Experts in [0, n_experts), slots in [0, max_slots): not checked. *slot is set unless ACQ_FULL is returned.
     cdef int acquire(self, int64_t expert, int64_t *slot) noexcept nogil
     # Of an expert that is likely to be wanted at its layer's next turn.
     cdef int acquire_early(self, int64_t expert, int64_t *slot) noexcept nogil

@@ -11,6 +11,7 @@ STATES: tuple[str, ...]
 class ExpertCache:
     n_experts: int
     n_slots: int
+    max_slots: int
     slot_bytes: int
     policy: str
     n_layers: int
@@ -20,6 +21,7 @@ class ExpertCache:
         n_slots: int,
         slot_bytes: int,
         *,
+        max_slots: int = 0,
         policy: str = "lru",
         n_layers: int = 1,
         huge_pages: bool = True,
@@ -31,6 +33,7 @@ class ExpertCache:
     @property
     def huge_pages(self) -> bool: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
+    def resize(self, n_slots: int) -> int: ...
     def prefault(self, ahead: int) -> bool: ...
     def hold_prefault_py(self, on: bool) -> None: ...
     def slot_view(self, slot: int) -> NDArray[np.uint8]: ...

@@ -40,6 +40,7 @@ cdef extern from "mer_cache.h" nogil:
     void mer_cache_free(mer_cache *c)
     char *mer_cache_arena(const mer_cache *c)
     int mer_cache_huge_pages(const mer_cache *c)
+    int64_t mer_cache_resize(mer_cache *c, int64_t n)
     int mer_cache_prefault(mer_cache *c, size_t ahead)
     void mer_cache_hold_prefault(mer_cache *c, int on)
     int mer_cache_acquire(mer_cache *c, int64_t expert, int64_t *slot)
@@ -68,14 +69,15 @@ STATES = ("absent", "loading", "resident", "evicting", "failed")
 cdef class ExpertCache:
     """Slots for n_slots of n_experts experts, slot_bytes (a multiple of 4096) each; memory is taken when touched.
 
+    max_slots (n_slots, if not given): to how many `resize` may raise that; they take addresses, and no memory.
     policy: who is evicted, one of POLICIES. n_layers: experts have numbers layer * (n_experts / n_layers) + expert of
     the layer. huge_pages: ask the kernel for them; see `huge_pages`.
-    The object is a writable buffer of bytes, the arena: slot s starts at s * slot_bytes.
+    The object is a writable buffer of bytes, the arena of max_slots: slot s starts at s * slot_bytes.
     Raises ValueError for sizes that can't be, ConfigError for an unknown policy, MemoryError.
     """
 
-    def __cinit__(self, int64_t n_experts, int64_t n_slots, int64_t slot_bytes, *, str policy="lru",
-                  int64_t n_layers=1, bint huge_pages=True):
+    def __cinit__(self, int64_t n_experts, int64_t n_slots, int64_t slot_bytes, *, int64_t max_slots=0,
+                  str policy="lru", int64_t n_layers=1, bint huge_pages=True):
         if policy not in POLICIES:
             raise ConfigError(f"unknown cache policy {policy!r}: choose from {', '.join(POLICIES)}")
         if n_experts < 1 or not 1 <= n_slots <= MER_CACHE_MAX_SLOTS or slot_bytes < 1 or slot_bytes % 4096:
@@ -83,12 +85,15 @@ cdef class ExpertCache:
                              f"multiple of 4096, not {n_experts}, {n_slots} and {slot_bytes}")
         if n_layers < 1 or n_experts % n_layers:
             raise ValueError(f"{n_experts} experts can't be divided into {n_layers} layers")
+        self.max_slots = max(n_slots, min(max_slots, MER_CACHE_MAX_SLOTS))
         self.n_experts, self.n_slots, self.slot_bytes, self.policy = n_experts, n_slots, slot_bytes, policy
         self.n_layers = n_layers
-        self._cache = mer_cache_new(n_layers, n_experts, n_slots, <size_t>slot_bytes, POLICIES[policy], huge_pages)
+        self._cache = mer_cache_new(n_layers, n_experts, self.max_slots, <size_t>slot_bytes, POLICIES[policy],
+                                    huge_pages)
         if self._cache is NULL:
-            raise MemoryError(f"no memory for {n_slots} slots of {slot_bytes} bytes: {os.strerror(errno)}")
+            raise MemoryError(f"no memory for {self.max_slots} slots of {slot_bytes} bytes: {os.strerror(errno)}")
         self._arena = mer_cache_arena(self._cache)
+        self.n_slots = mer_cache_resize(self._cache, n_slots)
 
     def __dealloc__(self):
         mer_cache_free(self._cache)
@@ -132,7 +137,7 @@ cdef class ExpertCache:
         return expert
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
-        PyBuffer_FillInfo(buffer, self, self._arena, self.n_slots * self.slot_bytes, 0, flags)
+        PyBuffer_FillInfo(buffer, self, self._arena, self.max_slots * self.slot_bytes, 0, flags)
 
     @property
     def arena_address(self):
@@ -141,12 +146,26 @@ cdef class ExpertCache:
 
     @property
     def arena_bytes(self):
-        return self.n_slots * self.slot_bytes
+        return self.max_slots * self.slot_bytes
 
     @property
     def huge_pages(self):
         """Whether huge pages were asked for and the kernel knows them."""
         return bool(mer_cache_huge_pages(self._cache))
+
+    def resize(self, int64_t n_slots):
+        """Give slots and their memory back, or take such again; returns n_slots, how many there are now.
+
+        More may be left than wanted, where experts are in use or in the pinned set: try again. By the thread that
+        computes, between steps; nobody may read into the arena through fixed buffers. Raises ValueError for a number
+        outside 1..max_slots.
+        """
+        if not 1 <= n_slots <= self.max_slots:
+            raise ValueError(f"a cache of {self.max_slots} slots at most can't have {n_slots}")
+        with nogil:
+            n_slots = mer_cache_resize(self._cache, n_slots)
+        self.n_slots = n_slots
+        return n_slots
 
     def prefault(self, size_t ahead):
         """Touch the arena's memory in the background, up to `ahead` bytes beyond the slots used so far.
@@ -162,8 +181,8 @@ cdef class ExpertCache:
 
     def slot_view(self, int64_t slot):
         """uint8 [slot_bytes], writable: the memory of one slot. It keeps the cache alive."""
-        if not 0 <= slot < self.n_slots:
-            raise IndexError(f"slot {slot} is outside 0..{self.n_slots - 1}")
+        if not 0 <= slot < self.max_slots:
+            raise IndexError(f"slot {slot} is outside 0..{self.max_slots - 1}")
         return np.frombuffer(self, np.uint8, self.slot_bytes, slot * self.slot_bytes)
 
     def visit_py(self, int64_t layer, const int32_t[:, ::1] ids):

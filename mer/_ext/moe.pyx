@@ -332,6 +332,12 @@ cdef class ExpertStreamer:
         """See Mixture.clamp()."""
         self.mixture.clamp(alpha, limit)
 
+    def settle(self):
+        """Wait for what is being read ahead: nothing in the cache is pinned by this one afterwards."""
+        if self.prefetcher is not None:
+            with nogil:
+                self.prefetcher.drain()
+
     def record(self, Recorder recorder):
         """Have this and every later call recorded; its reads, too."""
         self.recorder = recorder

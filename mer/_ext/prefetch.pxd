@@ -55,6 +55,8 @@ cdef class Prefetcher:
 
     # Ends the reads that are over: their experts are resident from then on, and nobody's pin is left.
     cdef void collect(self) noexcept nogil
+    # Waits for all reads that are under way.
+    cdef void drain(self) noexcept nogil
     # Whether guesses for the next layer of a step of this many tokens will be of use.
     cdef bint wants_guesses(self, int64_t tokens) noexcept nogil
     # The turn of a layer whose experts begin at `base`, before they are acquired: its tokens chose ids[tokens, top_k],

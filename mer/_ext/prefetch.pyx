@@ -46,14 +46,8 @@ cdef class Prefetcher:
             self.keys[i] = -1
 
     def __dealloc__(self):
-        cdef uint64_t seen
-        if self.under_way:
-            with nogil:
-                while self.under_way:          # the kernel writes into slots and `ops` until then
-                    seen = self.reader.completed()
-                    self.collect()
-                    if self.under_way:
-                        self.reader.wait_past(seen)
+        with nogil:
+            self.drain()                       # the kernel writes into slots and `ops` until then
         free(self.ops)
         free(self.keys)
         free(self.asked)
@@ -90,6 +84,14 @@ cdef class Prefetcher:
             self.cache.release(key)
             self.keys[i] = -1
             self.under_way -= 1
+
+    cdef void drain(self) noexcept nogil:
+        cdef uint64_t seen
+        while self.under_way:
+            seen = self.reader.completed()
+            self.collect()
+            if self.under_way:
+                self.reader.wait_past(seen)
 
     cdef bint is_chunk(self, int64_t tokens) noexcept nogil:
         """So many tokens want nearly all experts of a layer: to read ahead is right then, whatever the router guesses."""

@@ -51,6 +51,7 @@ cdef extern from "mer_io.h" nogil:
     void mer_io_free(mer_io *io)
     int mer_io_files_registered(const mer_io *io)
     int mer_io_add_buffer(mer_io *io, void *address, size_t length)
+    void mer_io_drop_buffers(mer_io *io)
     void mer_io_submit(mer_io *io, ReadOp *ops, long n)
     long mer_io_wait(mer_io *io, long min_done)
     void mer_io_poll(mer_io *io)
@@ -247,6 +248,12 @@ cdef class Reader:
         elif rc < 0:
             self.buffers_note = f"{length} bytes could not be registered: {os.strerror(-rc)}"
         return rc == 0
+
+    def drop_buffers(self):
+        """What was registered is ordinary memory again, and may be given back."""
+        self._check_open()
+        with nogil:
+            mer_io_drop_buffers(self._io)
 
     def read(self, int file, int64_t offset, int64_t length):
         """`length` bytes of file number `file` from `offset` (any alignment) as bytes.

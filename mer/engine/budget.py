@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from mer._ext.cpus import usable_cpus
 from mer._ext.moe import scratch_bytes
@@ -93,6 +93,22 @@ class Budget:
         """
         fixed = self.fixed - self.states + self.states // self.max_running
         return _with_page_tables(fixed + self.slot * self.least_slots + _DRIFT)
+
+    @property
+    def floor(self) -> int:
+        """The smallest `ram` that the cache of a running engine can shrink to."""
+        return _with_page_tables(self.fixed + self.slot * self.least_slots)
+
+    def resized(self, ram: int, most: int) -> Budget:
+        """With another `ram` and a cache, of at most `most` slots, that goes by it. Raises BudgetError."""
+        room = (_usable(ram) - self.fixed) // self.slot if self.slot else 0
+        budget = evolve(self, ram=ram, slots=max(0, min(most, room)))
+        if not budget.fits:
+            raise BudgetError(
+                f"ram {_mib(ram)} is too little for the model that is running: everything but its expert "
+                f"cache, and the {self.least_slots} experts of one layer of a token, take {_mib(self.floor)}"
+            )
+        return budget
 
     @property
     def context(self) -> int:

@@ -19,7 +19,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
-from mer.config import EngineConfig
+from mer.config import EngineConfig, parse_size
 from mer.engine import drafting
 from mer.engine.budget import Budget, resident_bytes
 from mer.engine.constraint import Constraints
@@ -51,6 +51,9 @@ _T = TypeVar("_T")
 
 # Characters or ids of a prompt that would keep the event loop waiting for milliseconds.
 _LONG: Final = 2000
+# How often, and after how many seconds, slots are asked for again that somebody reads into.
+_RESIZES: Final = 50
+_RESIZE_PAUSE: Final = 0.02
 
 
 def _open_store(runner: Runner, config: EngineConfig) -> PrefixStore | None:
@@ -221,6 +224,22 @@ class Engine:
     def tokenizer(self) -> Tokenizer | None:
         """None for a model that came without: prompts are token ids then, and texts empty."""
         return self._tokenizer
+
+    async def set_ram(self, ram: str | int) -> Budget:
+        """Keep to another `ram` ('4GiB'): the expert cache shrinks, or takes more, between two steps.
+
+        Answers stay the same, and what is running goes on. Returns how memory is divided then; the cache may
+        have more slots than fit, where experts are pinned. Raises ConfigError for what is no size, BudgetError
+        for less than the model needs without its cache, EngineClosedError.
+        """
+        size = parse_size(ram)
+        budget = await asyncio.wrap_future(self._worker.call(lambda: self._runner.resize(size)))
+        for _ in range(_RESIZES):
+            if budget.total <= size:
+                break
+            await asyncio.sleep(_RESIZE_PAUSE)
+            budget = await asyncio.wrap_future(self._worker.call(lambda: self._runner.resize(size)))
+        return budget
 
     def observe(self, observer: Observer) -> None:
         """Tell `observer` what happens to requests that are asked for from now on."""

@@ -6,6 +6,7 @@ import threading
 from typing import Final
 
 import numpy as np
+from attrs import evolve
 from numpy.typing import NDArray
 
 from mer._ext.cache import ExpertCache
@@ -36,15 +37,43 @@ class RoutedExperts:
 
     def __init__(self, spec: ModelSpec, tables: ExpertTables, budget: Budget, config: EngineConfig) -> None:
         self._spec, self._tables, self._budget, self._config = spec, tables, budget, config
+        self._most = budget.slots if config.cache_experts is not None else tables.total
         self._warm: WarmStart | None = None
-        self._arena_registered = False
         self._pinning = threading.Lock()
         self.pinned: frozenset[int] = frozenset()
-        self.cache = ExpertCache(
-            tables.total, budget.slots, budget.slot,
-            policy=config.cache_policy, n_layers=spec.n_moe_layers,
-        )  # fmt: skip
+        self._arena_registered = self._resized = False
+        try:
+            self.cache = self._make_cache(self._most)
+        except MemoryError:  # addresses are limited (ulimit -v): it can shrink then, and not grow
+            self._most = budget.slots
+            self.cache = self._make_cache(self._most)
         self.cache.prefault(_PREFAULT)
+
+    def _make_cache(self, most: int) -> ExpertCache:
+        return ExpertCache(
+            self._tables.total, self._budget.slots, self._budget.slot, max_slots=most,
+            policy=self._config.cache_policy, n_layers=self._spec.n_moe_layers,
+        )  # fmt: skip
+
+    @property
+    def most_slots(self) -> int:
+        """To how many the cache can grow."""
+        return self._most
+
+    def resize(self, budget: Budget) -> Budget:
+        """Give slots of the cache back to the system, or take more; by the thread that computes.
+
+        More than `budget.slots` may be left where experts are in use or pinned: what is returned says so.
+        """
+        self._resized = True
+        if self._arena_registered:  # the ring would hold on to the pages, and read into them later
+            self._arena_registered = False
+            self._reader.drop_buffers()
+        self.streamer.settle()
+        with self._pinning:
+            slots = max(budget.slots, min(len(self.pinned) + budget.least_slots, self._most))
+            self._budget = evolve(budget, slots=self.cache.resize(slots))
+        return self._budget
 
     @property
     def advice(self) -> str | None:
@@ -120,11 +149,12 @@ class RoutedExperts:
     def _register_arena(self) -> None:
         """Make the cache's arena fixed buffers of the ring, once it is full: a read takes less CPU time then.
 
-        Not before: registering touches all of it, which would delay the first token.
+        Not before: registering touches all of it, which would delay the first token. Not where the cache has
+        changed its size, and its slots no longer are its arena's first ones.
         """
-        if self._arena_registered or self._budget.slots == self._budget.experts:
+        if self._arena_registered or self._resized or self._budget.slots == self._budget.experts:
             return
         stats = self.streamer.stats()
         if stats["misses"] + stats["prefetched"] >= self._budget.slots:
             self._arena_registered = True
-            self._reader.add_buffer(self.cache.arena_address, self.cache.arena_bytes)
+            self._reader.add_buffer(self.cache.arena_address, self._budget.cache)

@@ -153,6 +153,19 @@ class Runner:
             raise
         return cls(checkpoint, spec, budget, reader, experts, kernels.isa, pool, forward, profile)
 
+    def resize(self, ram: int) -> Budget:
+        """Have the expert cache shrink or grow so that the process keeps to `ram` bytes; between steps.
+
+        Its slots may still be more than fit, see RoutedExperts.resize. Raises BudgetError.
+        """
+        experts = self.experts
+        budget = self.budget.resized(ram, experts.most_slots if experts else 0)
+        if experts is not None and budget.slots != experts.cache.n_slots:
+            budget = experts.resize(budget)
+            self._forward.look_ahead = experts.look_ahead
+        self.budget = budget
+        return budget
+
     def close(self) -> None:
         """Give the files back; no step may be under way."""
         if self.experts is not None:

@@ -7,7 +7,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ _log = logging.getLogger("mer")
 
 # What other threads ask of this one; done between two steps.
 _Command = Callable[[], None]
+_T = TypeVar("_T")
 
 
 class Worker:
@@ -75,6 +77,23 @@ class Worker:
     def cancel(self, job: Job) -> None:
         """Forget it at the next step, if it has not ended by itself; nothing more is delivered."""
         self._send(lambda: self._remove(job, "cancelled"))
+
+    def call(self, work: Callable[[], _T]) -> Future[_T]:
+        """What `work` returns or raises, done on the thread between two steps; or EngineClosedError."""
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # nobody waits for it any more
+            try:
+                if self._closing:
+                    raise EngineClosedError(self.failure or "the engine is closed")
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._send(run)
+        return future
 
     def resume(self, job: Job) -> None:
         """Its reader has caught up."""

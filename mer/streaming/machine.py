@@ -61,6 +61,9 @@ def memory(root: Path = Path("/")) -> Memory:
     for directory, version in _groups(root):
         limit_file, used_file, cache_key = _FILES[version]
         limit = _number(directory / limit_file)
+        soft = _number(directory / _SOFT)
+        if soft is not None and (limit is None or soft < limit):
+            limit, limit_file = soft, _SOFT
         if limit is None or limit >= min(total or _NO_LIMIT, _NO_LIMIT):
             continue
         used = (_number(directory / used_file) or 0) - _reclaimable(directory / "memory.stat", cache_key)
@@ -71,6 +74,7 @@ def memory(root: Path = Path("/")) -> Memory:
 
 
 # Limit, usage, and the part of the usage that is page cache which the kernel gives back.
+_SOFT = "memory.high"  # of version 2: beyond it processes are slowed down
 _FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),

@@ -50,7 +50,7 @@ typedef struct {
 
 enum { MER_CACHE_MAX_SLOTS = 1 << 24 };
 
-/* slot_bytes is a multiple of 4096, 1 <= n_slots <= MER_CACHE_MAX_SLOTS. The arena (n_slots * slot_bytes)
+/* slot_bytes is a multiple of 4096, 1 <= n_slots <= MER_CACHE_MAX_SLOTS: as many as there can ever be. The arena (n_slots * slot_bytes)
  * starts on a 2 MiB boundary; memory is taken page by page as slots are first written. With huge, huge pages
  * are asked for, else refused. NULL and errno when there is no memory. Expert e of layer l of n_layers is number
  * l * n_experts / n_layers + e. */
@@ -59,6 +59,12 @@ mer_cache *mer_cache_new(int64_t n_layers, int64_t n_experts, int64_t n_slots, s
 void mer_cache_free(mer_cache *c); /* NULL is allowed; nobody may be using it */
 char *mer_cache_arena(const mer_cache *c);
 int mer_cache_huge_pages(const mer_cache *c); /* whether the kernel accepted the wish for huge pages */
+
+/* How many slots there are from now on, 1 <= n <= those of mer_cache_new: returns how many that is. Of slots that go, the
+ * memory is given back, and their experts are gone; the policy chooses them. More remain where experts are in use or
+ * in the pinned set: try again later. Ends the touching of memory ahead of its use.
+ * By the thread that visits. */
+int64_t mer_cache_resize(mer_cache *c, int64_t n);
 
 /* Touches the arena's memory before it is needed, in the background, never more than `ahead` bytes beyond the slots that
  * were used so far. Before others use the cache. 0, or -1: it can't. */

@@ -69,6 +69,8 @@ void mer_io_free(mer_io *io);
 int mer_io_files_registered(const mer_io *io); /* 1, or 0 */
 /* Registers memory as fixed buffers, which touches and pins it. 0 or -errno (reads work anyhow). */
 int mer_io_add_buffer(mer_io *io, void *address, size_t length);
+/* They are fixed no longer: their pages are let go once no read into them is in flight. */
+void mer_io_drop_buffers(mer_io *io);
 
 void mer_io_submit(mer_io *io, mer_read_op *ops, long n);
 /* Blocks until min_done reads completed since it last returned, or none is left; 0 polls. Returns how

@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 
 #define NO_EXPERT ((int64_t)-1)
+#define RETIRED ((int64_t)-2) /* the slot is out of service */
 #define LINE 64
 
 typedef _Atomic int64_t counter;
@@ -22,9 +23,11 @@ struct mer_cache {
     word *words;  /* [n_experts] */
     word *keys;   /* [n_slots] when the slot was last used */
     next_use *next_use; /* NULL: LRU; under the mutex */
-    int64_t *owner; /* [n_slots] expert or NO_EXPERT; under the mutex */
-    int64_t *free_slots;
-    int64_t n_free, n_experts, n_slots;
+    int64_t *owner; /* [n_slots] expert, NO_EXPERT or RETIRED; under the mutex */
+    int64_t *free_slots, *retired; /* [n_slots] two stacks */
+    int64_t n_free, n_retired, n_layers, n_experts, n_slots;
+    int64_t used; /* no slot from here on was ever used */
+    int policy, ahead; /* ahead: memory was touched also where no slot was used */
     char *arena;
     size_t arena_bytes;
     size_t slot_bytes;
@@ -71,7 +74,7 @@ mer_cache *mer_cache_new(int64_t n_layers, int64_t n_experts, int64_t n_slots, s
     }
     mer_cache *c = aligned_alloc(LINE, sizeof(mer_cache)); /* its size is a multiple of LINE: it holds lines */
     if (!c) return NULL;
-    *c = (mer_cache){.n_experts = n_experts, .n_slots = n_slots, .n_free = n_slots};
+    *c = (mer_cache){.n_layers = n_layers, .n_experts = n_experts, .n_slots = n_slots, .n_free = n_slots, .policy = policy};
     pthread_mutex_init(&c->mutex, NULL);
     c->arena_bytes = (size_t)n_slots * slot_bytes;
     c->slot_bytes = slot_bytes;
@@ -79,9 +82,10 @@ mer_cache *mer_cache_new(int64_t n_layers, int64_t n_experts, int64_t n_slots, s
     c->keys = calloc((size_t)n_slots, sizeof *c->keys);
     c->owner = malloc((size_t)n_slots * sizeof *c->owner);
     c->free_slots = malloc((size_t)n_slots * sizeof *c->free_slots);
+    c->retired = malloc((size_t)n_slots * sizeof *c->retired);
     const int choose = policy == MER_CACHE_NEXT_USE && n_slots < n_experts; /* else nobody is ever evicted */
     if (choose) c->next_use = next_use_new(n_layers, n_experts / n_layers);
-    if (c->words && c->keys && c->owner && c->free_slots && (!choose || c->next_use))
+    if (c->words && c->keys && c->owner && c->free_slots && c->retired && (!choose || c->next_use))
         c->arena = map_arena(c->arena_bytes, huge, &c->huge);
     if (!c->arena) {
         mer_cache_free(c);
@@ -105,6 +109,7 @@ void mer_cache_free(mer_cache *c) {
     free(c->keys);
     free(c->owner);
     free(c->free_slots);
+    free(c->retired);
     free(c);
 }
 
@@ -112,7 +117,10 @@ char *mer_cache_arena(const mer_cache *c) { return c->arena; }
 int mer_cache_huge_pages(const mer_cache *c) { return c->huge; }
 
 int mer_cache_prefault(mer_cache *c, size_t ahead) {
-    if (!c->prefault) c->prefault = prefault_start(c->arena, c->arena_bytes, ahead);
+    c->ahead = 1;
+    int64_t end = c->n_slots; /* those that are out of service are the last ones */
+    while (end && c->owner[end - 1] == RETIRED) end--;
+    if (!c->prefault) c->prefault = prefault_start(c->arena, (size_t)end * c->slot_bytes, ahead);
     return c->prefault ? 0 : -1;
 }
 
@@ -123,7 +131,7 @@ void mer_cache_hold_prefault(mer_cache *c, int on) {
 /* ---- under the mutex ---- */
 
 static int may_go(const mer_cache *c, int64_t slot) {
-    if (c->owner[slot] == NO_EXPERT) return 0;
+    if (c->owner[slot] < 0) return 0;
     return evictable(atomic_load_explicit(&c->words[c->owner[slot]], memory_order_relaxed));
 }
 
@@ -146,7 +154,7 @@ static int evict(mer_cache *c, int64_t slot) {
 static int64_t least_recent(const mer_cache *c) {
     uint64_t least = UINT64_MAX;
     int64_t best = -1;
-    for (int64_t i = 0; i < c->n_slots; i++) {
+    for (int64_t i = 0; i < c->used; i++) {
         const uint64_t key = atomic_load_explicit(&c->keys[i], memory_order_relaxed);
         if (key < least && may_go(c, i)) {
             least = key;
@@ -168,6 +176,7 @@ static int64_t find_victim(const mer_cache *c, int64_t expert, int early) {
 static int64_t take_slot(mer_cache *c, int64_t expert, int early) {
     if (c->n_free) { /* the lowest that was never used, or one that was */
         const int64_t slot = c->free_slots[--c->n_free];
+        if (slot >= c->used) c->used = slot + 1;
         if (c->prefault) prefault_reach(c->prefault, (size_t)(slot + 1) * c->slot_bytes);
         return slot;
     }
@@ -320,10 +329,47 @@ int64_t mer_cache_clear(mer_cache *c) {
     return dropped;
 }
 
+/* Out of service, with its memory given back. */
+static void retire(mer_cache *c, int64_t slot) {
+    if (slot < c->used || c->ahead) madvise(c->arena + (size_t)slot * c->slot_bytes, c->slot_bytes, MADV_DONTNEED);
+    c->owner[slot] = RETIRED;
+    c->retired[c->n_retired++] = slot;
+}
+
+/* Slots of the free stack's bottom, which were used last or never. */
+static void retire_free(mer_cache *c, int64_t n) {
+    if (n > c->n_free) n = c->n_free;
+    for (int64_t i = 0; i < n; i++) retire(c, c->free_slots[i]);
+    c->n_free -= n;
+    for (int64_t i = 0; i < c->n_free; i++) c->free_slots[i] = c->free_slots[i + n];
+}
+
+int64_t mer_cache_resize(mer_cache *c, int64_t n) {
+    pthread_mutex_lock(&c->mutex);
+    prefault_stop(c->prefault);
+    c->prefault = NULL;
+    while (c->n_slots - c->n_retired < n) give_slot(c, c->retired[--c->n_retired]);
+    retire_free(c, c->n_slots - c->n_retired - n);
+    while (c->n_slots - c->n_retired > n) {
+        const int64_t slot = find_victim(c, 0, 0);
+        if (slot < 0) break;
+        if (!evict(c, slot)) continue;
+        add(&c->evictions);
+        retire(c, slot);
+    }
+    /* Only now: as long as everything was there, nobody kept account of anything but the last use. */
+    if (c->policy == MER_CACHE_NEXT_USE && !c->next_use && n < c->n_experts)
+        c->next_use = next_use_new(c->n_layers, c->n_experts / c->n_layers);
+    const int64_t left = c->n_slots - c->n_retired;
+    pthread_mutex_unlock(&c->mutex);
+    return left;
+}
+
 int mer_cache_all_protected(mer_cache *c) {
     pthread_mutex_lock(&c->mutex);
     int all = !c->n_free;
     for (int64_t slot = 0; all && slot < c->n_slots; slot++) {
+        if (c->owner[slot] == RETIRED) continue;
         const uint64_t w = atomic_load_explicit(&c->words[c->owner[slot]], memory_order_relaxed);
         all = (w & (PROTECTED | STATE_MASK)) == (PROTECTED | STATE(MER_STATE_RESIDENT));
     }

@@ -70,6 +70,18 @@ int mer_io_add_buffer(mer_io *io, void *address, size_t length) {
     return rc;
 }
 
+void mer_io_drop_buffers(mer_io *io) {
+    pthread_mutex_lock(&io->lock);
+    for (unsigned slot = 0; io->uring && !io->closing && slot < io->buffer_slots_used; slot++) {
+        struct iovec none = {NULL, 0};
+        __u64 tag = 0;
+        io_uring_register_buffers_update_tag(&io->ring, slot, &none, &tag, 1);
+    }
+    io->n_buffers = io->buffer_slots_used = 0;
+    io->stats.registered_bytes = 0;
+    pthread_mutex_unlock(&io->lock);
+}
+
 /* The slot of the registered piece that holds all of [dest, dest + n), or -1. */
 static int fixed_slot(const mer_io *io, const char *dest, size_t n) {
     for (unsigned i = 0; i < io->n_buffers; i++) {
