@@ -159,7 +159,7 @@ async def test_pinned_experts_and_room_beside_them_stay(model):
         small = await engine.set_ram(engine.budget.floor)
         assert small.slots == 6 + small.least_slots
         assert (await engine.generate(PROMPTS[0], GREEDY)).token_ids
-        engine.unpin(0)
+        engine.pin(0, on=False)
         assert (await engine.set_ram(small.floor)).slots == small.least_slots
 
 

@@ -52,7 +52,7 @@ _T = TypeVar("_T")
 # Characters or ids of a prompt that would keep the event loop waiting for milliseconds.
 _LONG: Final = 2000
 # How often, and after how many seconds, slots are asked for again that somebody reads into.
-_RESIZES: Final = 50
+_RESIZES: Final = 10
 _RESIZE_PAUSE: Final = 0.02
 
 
@@ -228,8 +228,8 @@ class Engine:
     async def set_ram(self, ram: str | int) -> Budget:
         """Keep to another `ram` ('4GiB'): the expert cache shrinks, or takes more, between two steps.
 
-        Answers stay the same, and what is running goes on. Returns how memory is divided then; the cache may
-        have more slots than fit, where experts are pinned. Raises ConfigError for what is no size, BudgetError
+        Answers stay the same, and what is running goes on. Returns how memory is divided then; the cache
+        may have more slots than fit, where experts are pinned. Raises ConfigError for what is no size, BudgetError
         for less than the model needs without its cache, EngineClosedError.
         """
         size = parse_size(ram)
