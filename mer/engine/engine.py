@@ -229,8 +229,8 @@ class Engine:
         """Keep to another `ram` ('4GiB'): the expert cache shrinks, or takes more, between two steps.
 
         Answers stay the same, and what is running goes on. Returns how memory is divided then; the cache
-        may have more slots than fit, where experts are pinned. Raises ConfigError for what is no size, BudgetError
-        for less than the model needs without its cache, EngineClosedError.
+        may have more slots than fit, where experts are pinned. Raises ConfigError for what is no size,
+        BudgetError for less than the model needs without its cache, EngineClosedError.
         """
         size = parse_size(ram)
         budget = await asyncio.wrap_future(self._worker.call(lambda: self._runner.resize(size)))
