@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "verify": "Read every weight of a model and say which are damaged.",
     "inspect": "Show what a model is and what memory it needs.",
     "doctor": "Show what this machine allows and how fast it is.",
+    "completion": "Print what makes a shell complete mer's commands.",
 }
 
 # How Python (a thread) and the dynamic linker (a library) say that the system gave them nothing more.
