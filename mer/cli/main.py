@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "run": "Generate text from a prompt.",
     "chat": "Talk with a model.",
     "serve": "Serve a model over HTTP, by OpenAI's API.",
+    "top": "Show what a server does, on the terminal.",
     "monitor": "Write what a server does, line by line; --json for scripts.",
     "convert": "Write a model in other formats, laid out for streaming.",
     "verify": "Read every weight of a model and say which are damaged.",

@@ -1,0 +1,1 @@
+"""The dashboard of `mer top`: what it shows (panels, heat map), and the program around it."""
