@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from attrs import Attribute, converters, field, frozen
 
@@ -12,6 +12,7 @@ from mer.errors import ConfigError
 
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
+Speculate = Literal["auto", "ngram", "draft", "off"]
 KVChoice = Literal["auto", "f32", "f16", "q8_0"]
 
 
@@ -99,9 +100,12 @@ class EngineConfig:
     queue_depth: int = field(default=64, validator=_at_least(1))
     # Experts that may be on their way before their layer asks for them; 0: none.
     prefetch: int = field(default=8, validator=_at_least(0))
-    # 'auto': next tokens are drafted, of what stood in the text before, and verified several at a time where
-    # that has been quicker. 'off': they come one by one. The answers are the same.
-    speculate: str = field(default="auto", validator=_one_of("auto", "off"))
+    # How next tokens are drafted, to be verified several at a time where that has been quicker. 'ngram': from
+    # what stood in the text before. 'draft': by a draft model. 'auto': by either. 'off': they come one by
+    # one. The answers are the same.
+    speculate: Speculate = field(default="auto", validator=_one_of(*get_args(Speculate)))
+    # A small model with the same tokenizer, all of it in memory, that drafts: a path or a hub's name.
+    draft_model: str | None = field(default=None, converter=converters.optional(str))
     # Whether the experts that are in memory at the end are read back at the next start, in the background.
     warm_start: bool = False
     # A file for the routing of every step, as bench/policy.py replays it; None: none is written.
@@ -113,4 +117,8 @@ class EngineConfig:
         if self.prefix_store is not None and not self.prefix_cache:
             raise ConfigError(
                 "prefix_store keeps what the prefix cache has no room for; leave prefix_cache on"
+            )
+        if self.draft_model is not None and self.speculate in ("ngram", "off"):
+            raise ConfigError(
+                f"speculate {self.speculate}: draft_model is of no use then; leave one of the two out"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
 import attrs
 import click
@@ -14,7 +14,7 @@ from rich.console import Console
 from mer._ext.cache import POLICIES
 from mer._ext.uring import BACKENDS
 from mer.cli.common import size, size_option
-from mer.config import EngineConfig
+from mer.config import EngineConfig, Speculate
 from mer.engine.engine import Engine
 from mer.engine.outputs import Timings, Usage
 from mer.engine.params import SamplingParams
@@ -43,10 +43,14 @@ _ENGINE: Final = (
     ),
     click.option(
         "--speculate",
-        type=click.Choice(["auto", "off"]),
+        type=click.Choice(get_args(Speculate)),
         default="auto",
         show_default=True,
-        help="Draft tokens from the text so far, and verify several at a time where that is quicker.",
+        help="Draft tokens, from the text so far (ngram), by --draft-model (draft) or by either (auto), and "
+        "verify several at a time where that is quicker.",
+    ),
+    click.option(
+        "--draft-model", metavar="MODEL", help="A small model with the same tokenizer, kept in memory whole."
     ),
     click.option(
         "--warm-start",

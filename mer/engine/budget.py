@@ -111,6 +111,11 @@ class Budget:
         return budget
 
     @property
+    def draft_shape(self) -> DraftShape:
+        """What draft engines must be able to hold."""
+        return DraftShape(self.context, self.step_tokens, self.max_running, self.threads)
+
+    @property
     def context(self) -> int:
         """Tokens that the KV cache holds."""
         return self.kv_blocks * BLOCK
@@ -184,9 +189,7 @@ def measure(
         Forward.scratch_bytes(spec, step, rows, threads)
         + (scratch_bytes(tables.layers, tables.reads, spec.top_k, step) if tables.total else 0)
         + tables.total * (tables.n_experts + 64)  # what the cache's policy knows of each expert
-        + 48 * spec.vocab  # sampling copies a row of logits some times
-        + constraint_bytes(spec.vocab)
-        + _MARGIN
+        + _of_process(spec)
     )
     ram = config.ram or default_ram()
     block = KVCache.bytes_per_block(spec, dtype)
@@ -234,6 +237,17 @@ def measure(
     )
 
 
+def beside(budget: Budget, spec: ModelSpec) -> int:
+    """What a model with this budget takes where another one is in memory already."""
+    return budget.total - budget.interpreter - _of_process(spec)
+
+
+def _of_process(spec: ModelSpec) -> int:
+    """Of the buffers, those that there are once, however many models."""
+    # Sampling copies a row of logits some times.
+    return 48 * spec.vocab + constraint_bytes(spec.vocab) + _MARGIN
+
+
 def drafts(spec: ModelSpec, config: EngineConfig) -> bool:
     """Whether next tokens are drafted.
 
@@ -275,6 +289,8 @@ def _too_small(b: Budget) -> str:
     if b.states:
         parts += f", recurrent states {_mib(b.states)}"
     why, advice = "", "raise --ram, or lower --context"
+    if b.drafting:
+        advice += ", or leave out --draft-model, all of which is kept in memory"
     if b.drafting:
         parts += f", drafting {_mib(b.drafting)}"
     if b.experts:

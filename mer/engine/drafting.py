@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 from mer.config import EngineConfig
 from mer.engine.budget import drafts
 from mer.engine.draft import DraftEngine, DraftSource
+from mer.engine.draft_model import ModelSource
 from mer.engine.request import Request
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Sequence
 from mer.engine.speculation import MOST_DRAFTED, Choice, Offer, Speculation
-from mer.errors import MerError
+from mer.errors import ConfigError, MerError
 from mer.model.families import Architecture
+from mer.model.spec import ModelSpec
 from mer.model.tokenizer import Tokenizer
-from mer.weights.checkpoint import Checkpoint
+from mer.weights.hub import locate
 
 _T = TypeVar("_T")
 
@@ -32,10 +34,31 @@ _BEHIND: Final = 4 * MOST_DRAFTED
 
 
 def sources(
-    checkpoint: Checkpoint, architecture: Architecture, tokenizer: Tokenizer | None, config: EngineConfig
+    architecture: Architecture, tokenizer: Tokenizer | None, config: EngineConfig
 ) -> list[DraftSource]:
-    """The draft engines that there are for a model. Each further kind is found here."""
-    return []
+    """The draft engines that there are for a model with this tokenizer.
+
+    Raises ConfigError where one is asked for that can't be, CheckpointError or UnsupportedModelError.
+    """
+    spec = architecture.spec
+    found: list[DraftSource] = []
+    if drafts(spec, config) and config.draft_model is not None:
+        found.append(ModelSource.open(locate(config.draft_model), spec, tokenizer, config))
+    if not found and (config.draft_model is not None or config.speculate == "draft"):
+        raise ConfigError(_why_not(spec, config))
+    return found
+
+
+def _why_not(spec: ModelSpec, config: EngineConfig) -> str:
+    asked = "speculate draft" if config.draft_model is None else "draft_model"
+    if spec.recurrent is not None:
+        return (
+            f"{asked}: layers of {spec.family} keep a state, which can't be set back behind a wrong draft; "
+            "leave it out"
+        )
+    if config.trace is not None:
+        return f"{asked}: nothing is drafted while a routing trace is written; leave one of the two out"
+    return f"{asked}: there is nothing to draft with; name a draft_model (--draft-model)"
 
 
 def load(sources: list[DraftSource], runner: Runner, config: EngineConfig) -> Drafting | None:

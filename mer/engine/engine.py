@@ -145,6 +145,7 @@ class Engine:
             self._scheduler.pool.dropped = store.spill
         self._ids = itertools.count(1)
         self._drafting = drafting
+        self._speculate = config.speculate
         self._worker = Worker(runner, self._scheduler, config.max_waiting, store, drafting)
         self._constraints = Constraints(tokenizer, runner.spec.vocab, ends, budget.threads)
         self._recent = Recent()
@@ -178,7 +179,7 @@ class Engine:
             # Known also for a model that came without a tokenizer.
             found = tokenizer.eos_ids if tokenizer else eos_ids(checkpoint.path, checkpoint.config)
             ends = found or frozenset()
-            sources.extend(drafting.sources(checkpoint, architecture, tokenizer, config))
+            sources.extend(drafting.sources(architecture, tokenizer, config))
             return sources
 
         runner = Runner.open(locate(path), config, prepare)
@@ -437,9 +438,14 @@ class Engine:
             tokenizer=self._tokenizer,
             eos_ids=self._eos_ids,
             limit=limit,
-            drafter=NgramDrafter(tokens) if self._drafting and params.speculative else None,
-            engines=params.speculative,
+            drafter=NgramDrafter(tokens) if self._may_draft(params, "ngram") else None,
+            engines=self._may_draft(params, "draft"),
         )
+
+    def _may_draft(self, params: SamplingParams, how: str) -> bool:
+        """As this request and the engine's settings say."""
+        asked = {self._speculate, params.speculate}
+        return self._drafting is not None and asked <= {"auto", how}
 
     async def _off_loop(self, prompt: Prompt, prepare: Callable[[], _T]) -> _T:
         """What `prepare` makes of a prompt; of a long one on another thread."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from attrs import Attribute, field, frozen
 
+from mer.config import Speculate
 from mer.engine.structure import Structure
 from mer.errors import RequestError
 
@@ -77,6 +78,11 @@ def _check_tokens(_: Any, attribute: Attribute[Any], value: Any) -> None:
 def _check_flag(_: Any, attribute: Attribute[Any], value: Any) -> None:
     if type(value) is not bool:
         _refuse(attribute.name, "true or false", value)
+
+
+def _check_speculative(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if type(value) is not bool and not (isinstance(value, str) and value in get_args(Speculate)):
+        _refuse(attribute.name, f"true, false or one of {', '.join(get_args(Speculate))}", value)
 
 
 def _check_bias(_: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -155,12 +161,22 @@ class SamplingParams:
     """Token id -> -100..100, added to the model's logits before everything else."""
     structure: Structure | None = field(default=None, validator=_check_structure)
     """What the answer must look like; None: anything."""
-    speculative: bool = field(default=True, validator=_check_flag)
-    """Whether the engine may draft tokens of this answer, if it drafts at all; the answer is the same."""
+    speculative: bool | Speculate = field(default=True, validator=_check_speculative)
+    """Whether the engine may draft tokens of this answer, or how: EngineConfig.speculate's words.
+
+    Nothing is drafted that the engine does not draft anyway; the answer is the same.
+    """
     priority: int = field(default=0, validator=_PRIORITY)
     """Lower is served sooner; equal ones are served as they come."""
     timeout: float | None = field(default=None, validator=_check_timeout)
     """Seconds from submission to the answer's end; then RequestTimeoutError. None: no limit."""
+
+    @property
+    def speculate(self) -> Speculate:
+        """`speculative`, as one of the words."""
+        if isinstance(self.speculative, bool):
+            return "auto" if self.speculative else "off"
+        return self.speculative
 
     def __attrs_post_init__(self) -> None:
         if self.max_tokens == 0 and self.prompt_logprobs is None:

@@ -137,6 +137,15 @@ class Tokenizer:
         piece = (lambda id: self._token(id) if id in shown else self._shown(id)) if shown else self._shown
         return Detokenizer(piece, self._vocabulary.decoder, prompt_ids)
 
+    def first_difference(self, other: Tokenizer) -> int | None:
+        """The lowest id that both have and that is not the same token to them; None: there is none."""
+        here, there = self._vocabulary, other._vocabulary
+        for id in range(min(here.size, there.size)):
+            pair = here.token(id), there.token(id)
+            if pair[0] != pair[1] and None not in pair:
+                return id
+        return None
+
     def _token(self, id: int) -> str | None:
         try:
             return self._tokens[id]
