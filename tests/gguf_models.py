@@ -6,8 +6,11 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
+from ling_models import ling_tensors
 
 ARCHITECTURES = {
+    "bailing_moe": gguf.MODEL_ARCH.BAILINGMOE2,
+    "bailing_moe_1": gguf.MODEL_ARCH.BAILINGMOE,
     "llama": gguf.MODEL_ARCH.LLAMA,
     "ministral3": gguf.MODEL_ARCH.MISTRAL3,
     "mistral": gguf.MODEL_ARCH.LLAMA,
@@ -41,7 +44,7 @@ ARCHITECTURES = {
 
 
 # llama.cpp turns neighbours where Hugging Face turns (i, i + dim/2).
-NEIGHBOURS = ("llama", "ministral3", "mistral", "mixtral", "granitemoe", "granitemoeshared")
+NEIGHBOURS = ("bailing_moe_1", "llama", "ministral3", "mistral", "mixtral", "granitemoe", "granitemoeshared")
 
 # Where in a block the F16 scales are, of formats that the gguf package does not quantise to.
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,)}
@@ -164,7 +167,12 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         w.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
     if family == "hunyuan_v1_moe":
         w.add_expert_shared_feed_forward_length(config["intermediate_size"])
-    if family in ("gpt_oss", "minimax_m2", "hunyuan_v1_moe"):
+    if family == "bailing_moe_1":
+        w.add_leading_dense_block_count(0)
+        w.add_expert_shared_count(config["shared_intermediate_size"] // config["intermediate_size"])
+        w.add_expert_weights_norm(True)
+        w.add_expert_weights_scale(1.0)
+    if family in ("gpt_oss", "minimax_m2", "hunyuan_v1_moe", "bailing_moe_1"):
         w.add_expert_feed_forward_length(config["intermediate_size"])
     if family == "ernie4_5_moe":
         w.add_interleave_moe_layer_step(config["moe_layer_interval"])
@@ -268,7 +276,8 @@ def _deepseek_experts(w: GGUFWriter, config: dict) -> None:
 
 def _tensors(model: torch.nn.Module, family: str, config: dict):
     """(Hugging Face's name, values), in the order and form that llama.cpp expects."""
-    for name, tensor in model.state_dict().items():
+    state = ling_tensors(model) if family.startswith("bailing") else model.state_dict()
+    for name, tensor in state.items():
         if family in ("qwen3_next", "qwen3_5_moe_text"):
             if "linear_attn" in name:
                 yield from _delta(name, tensor, family, config)
@@ -288,6 +297,7 @@ def _tensors(model: torch.nn.Module, family: str, config: dict):
             tensor = tensor.squeeze(1) if name.endswith("conv.conv.weight") else tensor
         elif family == "phimoe":
             name = name.replace("mlp.router", "mlp.gate")
+        name = name.replace("mlp.gate.expert_bias", "mlp.gate.expert_bias.bias")
         if family.startswith("granite"):
             name = name.replace("block_sparse_moe.experts", "mlp.experts").replace("router.", "router.layer.")
         if name == "lm_head.weight" and config["tie_word_embeddings"]:

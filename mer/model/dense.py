@@ -126,6 +126,8 @@ def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Sourc
             gate, up = data.reshape(2, info.rows // 2, -1)
             target["gate"] = Matrix(gate, info.format.id, info.cols)
             target["up"] = Matrix(up, info.format.id, info.cols)
+        elif name == "qkv":
+            target.update(_split_qkv(spec.attentions[int(layer)], info, data))
         elif name == "kv_up":
             target.update(_split_kv_up(spec.attentions[int(layer)], info, data))
         else:
@@ -169,6 +171,14 @@ def _part_rows(spec: ModelSpec, name: str, info: TensorInfo, data: NDArray[np.ui
         mixed = np.concatenate([parts.pop(part) for part in ("query", "key", "value")])
         parts = {"mix": mixed, **parts}
     return {part: Matrix(_copy(rows), info.format.id, info.cols) for part, rows in parts.items()}
+
+
+def _split_qkv(a: Attention, info: TensorInfo, data: NDArray[np.uint8]) -> dict[str, Matrix]:
+    """Queries, keys and values one above the other."""
+    assert isinstance(a, AttentionSpec)
+    q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
+    rows = np.split(data.reshape(info.rows, -1), [q, q + kv])
+    return {part: Matrix(each, info.format.id, info.cols) for part, each in zip("qkv", rows, strict=True)}
 
 
 def _split_kv_up(a: Attention, info: TensorInfo, data: NDArray[np.uint8]) -> dict[str, Matrix]:

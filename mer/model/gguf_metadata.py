@@ -21,7 +21,8 @@ class _Computes:
 
     normalise: the weights of the chosen experts are made to add up to 1; None: as the file says. plain: the
     first layers may have no experts. square: q and o are [hidden, hidden]. windows: of which layers.
-    frequencies: rope_freqs.weight is read. clamp: alpha and limit of the experts' SwiGLU.
+    frequencies: rope_freqs.weight is read. clamp: alpha and limit of the experts' SwiGLU. tied: the head may
+    be the embedding.
     """
 
     normalise: bool | None = None
@@ -31,10 +32,12 @@ class _Computes:
     frequencies: bool = False
     clamp: tuple[float, float] | None = None
     multipliers: bool = False
+    tied: bool = True
 
 
 # By model_type. A family that is not here is not written.
 _KNOWN: Final = {
+    "bailing_moe": _Computes(plain=True, square=True, tied=False),
     "llama": _Computes(plain=True, frequencies=True),
     "mistral": _Computes(plain=True, frequencies=True),
     "qwen2": _Computes(plain=True, square=True),
@@ -123,7 +126,7 @@ def _experts(spec: ModelSpec) -> dict[str, Value]:
         "expert_weights_norm": r.normalise,
         "expert_weights_scale": r.scale,
     }
-    if spec.shared_inter:
+    if spec.shared_inter and not _KNOWN[spec.family].plain:
         found["expert_shared_feed_forward_length"] = spec.shared_inter
     if _KNOWN[spec.family].plain:
         found |= {
@@ -198,6 +201,7 @@ def _check(family: GGUFFamily, spec: ModelSpec) -> None:
             spec.rope.scaling is not None and spec.rope.scaling.kind not in ("linear", "yarn", *kinds),
             f"has no rope scaling {spec.rope.scaling and spec.rope.scaling.kind!r}",
         ),
+        (spec.tied_embeddings and not known.tied, "has a head that is not the embedding"),
         (spec.rope.interleaved and not family.neighbours, "turns pairs (i, i + dim/2) of a head"),
     ):
         if wrong:

@@ -21,6 +21,7 @@ _WORD: Final = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _UPPER: Final = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER: Final = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _LLAMA3: Final = [_CONTRACTIONS + "|" + _WORD + r"|\p{N}{1,3}" + _REST]
+_LING: Final = [_CONTRACTIONS + "|" + _WORD + r"|\p{N}" + _REST.replace(r"\s*[\r\n]+|", r"\s*[\r\n]|")]
 _QWEN2: Final = [_CONTRACTIONS + "|" + _WORD + r"|\p{N}" + _REST]
 
 
@@ -77,6 +78,8 @@ CUTS: Final[dict[str, list[str] | None]] = {
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "hunyuan": _QWEN2,
+    "bailingmoe": _LING,
+    "bailingmoe2": _LING,
     "gpt-4o": _cased(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"),
     "minimax-m2": _cased(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"),
     "kimi-k2": [_kimi()],

@@ -8,6 +8,7 @@ from typing import Final
 from attrs import frozen
 
 from mer.model.families import (
+    bailing_moe,
     deepseek_v2,
     deepseek_v3,
     deepseek_v32,
@@ -37,6 +38,7 @@ from mer.weights.experts import MoeLayerSource
 
 # By `model_type` of config.json.
 FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
+    "bailing_moe": bailing_moe.read,
     "deepseek_v2": deepseek_v2.read,
     "deepseek_v3": deepseek_v3.read,
     "deepseek_v32": deepseek_v32.read_deepseek,

@@ -15,13 +15,19 @@ MLP_EXPERTS = ExpertNames(
 )
 
 
-def take_ends(config: Config, tensors: Tensors, *, default_tied: bool = False) -> bool:
+def take_ends(
+    config: Config,
+    tensors: Tensors,
+    *,
+    default_tied: bool = False,
+    embedding: str = "model.embed_tokens.weight",
+) -> bool:
     """Embedding, final norm and head; returns whether the head is the embedding."""
     hidden, vocab = config.integer("hidden_size"), config.integer("vocab_size")
     tied = config.flag("tie_word_embeddings", default_tied)
-    tensors.take("embedding", "model.embed_tokens.weight", vocab, hidden)
+    tensors.take("embedding", embedding, vocab, hidden)
     tensors.take("final_norm", "model.norm.weight", hidden)
-    tensors.take("head", "model.embed_tokens.weight" if tied else "lm_head.weight", vocab, hidden)
+    tensors.take("head", embedding if tied else "lm_head.weight", vocab, hidden)
     return tied
 
 

@@ -92,7 +92,7 @@ class Blocks:
         self.dense_inter = 0 if all(self.moe) else config.integer("intermediate_size")
         self.shared_inter = self.inter * config.integer("n_shared_experts", default=default_shared, minimum=0)
 
-    def take(self, tensors: Tensors, i: int) -> None:
+    def take(self, tensors: Tensors, i: int, *, choice_bias: str = "e_score_correction_bias") -> None:
         """The tensors of layer i's block."""
         block = f"model.layers.{i}.mlp"
         if not self.moe[i]:
@@ -101,7 +101,7 @@ class Blocks:
         n = self.router.n_experts
         tensors.take_linear(f"{i}.router", f"{block}.gate", n, self.hidden)
         if self.router.score == "sigmoid":
-            tensors.take(f"{i}.router_choice_bias", f"{block}.gate.e_score_correction_bias", n)
+            tensors.take(f"{i}.router_choice_bias", f"{block}.gate.{choice_bias}", n)
         tensors.take_experts(i, common.MLP_EXPERTS, n, self.hidden, self.inter)
         if self.shared_inter:
             common.take_feed_forward(tensors, i, f"{block}.shared_experts", self.hidden, self.shared_inter)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from mer.weights.gguf_families import (
+    bailing_moe,
     deepseek,
     dots1,
     ernie4_5_moe,
@@ -31,6 +32,8 @@ from mer.weights.gguf_keys import Keys
 __all__ = ["ARCHITECTURES", "BY_MODEL_TYPE", "GGUFFamily", "family_of"]
 
 _KNOWN: Final = (
+    bailing_moe.FIRST,
+    bailing_moe.SECOND,
     deepseek.V2,
     deepseek.FAMILY,
     deepseek.GLM_LITE,
