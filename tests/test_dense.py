@@ -40,13 +40,18 @@ async def test_no_part_of_an_engine_is_for_experts(model):
 
 
 async def test_settings_for_experts_change_nothing(model, tmp_path, monkeypatch):
-    """But one that asks for a file of what there is not."""
+    """And it is said that they do; but one that asks for a file of what there is not is refused."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     answers = set()
     for settings in {}, {"cache_experts": 3, "prefetch": 0}, {"cache_experts": "50%", "warm_start": True}:
         async with opened(model, **settings) as engine:
             answers.add((await engine.generate(PROMPT, GREEDY)).token_ids)
+            told = engine.facts()["advice"] or ""
+            for name in "cache_experts", "warm_start":
+                assert (f"--{name.replace('_', '-')}" in told) == (name in settings)
     assert len(answers) == 1
+    run = "run", str(model), "1 2 3", "--ids", "-n", "2", "--cache-experts", "25%"
+    assert "--cache-experts did nothing: the model is dense" in mer(*run).stderr
     assert not list(tmp_path.rglob("*.json"))
     with pytest.raises(ConfigError, match="trace: this is a dense model"):
         async with opened(model, trace=tmp_path / "trace.csv"):

@@ -99,6 +99,8 @@ def _announce(settings: ServerSettings, engine: Engine, url: str, grpc_port: int
         "keys": f"{len(settings.api_keys)}" if settings.api_keys else "none asked for",
         "try": _example(settings, engine, url),
     }
+    if advice := engine.facts()["advice"]:
+        lines["advice"] = advice
     grpc = f", gRPC on port {grpc_port}" if grpc_port else ""
     console.print(f"mer {version('mer')} serves {settings.model_name} at {url}{grpc}", soft_wrap=True)
     for name, text in lines.items():

@@ -31,6 +31,7 @@ from mer.engine.outputs import Delta, Result, join
 from mer.engine.params import SamplingParams
 from mer.engine.prefix_store import PrefixStore
 from mer.engine.request import Embedding, Request
+from mer.engine.routed import idle_in_dense
 from mer.engine.runner import Runner, StepStats
 from mer.engine.sampling import Sampler
 from mer.engine.scheduler import Scheduler
@@ -144,6 +145,7 @@ class Engine:
         if store is not None:
             self._scheduler.pool.dropped = store.spill
         self._ids = itertools.count(1)
+        self._idle = idle_in_dense(config)
         self._drafting = drafting
         self._speculate = config.speculate
         self._worker = Worker(runner, self._scheduler, config.max_waiting, store, drafting)
@@ -336,7 +338,7 @@ class Engine:
             "experts": budget.experts,
             "kv_dtype": budget.kv_dtype,
             "prefetch_depth": self._runner.prefetch_depth,
-            "advice": self._runner.experts.advice if self._runner.experts else None,
+            "advice": self._runner.experts.advice if self._runner.experts else self._idle,
         }
 
     def chat_prompt(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:

@@ -27,6 +27,15 @@ _PREFAULT: Final = 1 << 30
 _Biases = list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]
 
 
+def idle_in_dense(config: EngineConfig) -> str | None:
+    """What to tell whoever asked for a part of the experts, where there are none; None where nobody did."""
+    asked = {"--cache-experts": config.cache_experts is not None, "--warm-start": config.warm_start}
+    names = [name for name, given in asked.items() if given]
+    if not names:
+        return None
+    return f"{' and '.join(names)} did nothing: the model is dense, all of it is in memory; leave it out"
+
+
 class RoutedExperts:
     """What a Runner has for a model with experts, and not for a dense one.
 
