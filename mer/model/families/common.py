@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from mer.model.families.config import Config
+from mer.model.families.rope import Rope
 from mer.model.families.tensors import ExpertNames, Tensors
-from mer.model.spec import AttentionSpec, LayerSpec, RouterSpec
+from mer.model.spec import AttentionSpec, LayerSpec, ModelSpec, RopeSpec, RouterSpec
 
 MLP_EXPERTS = ExpertNames(
     gate="mlp.experts.{e}.gate_proj.weight",
@@ -123,4 +124,37 @@ def number_layers(
     return tuple(
         LayerSpec(window, sum(moe[:i]) if is_moe else None, state_index=sum(state[:i]) if state[i] else None)
         for i, (window, is_moe) in enumerate(zip(windows, moe, strict=True))
+    )
+
+
+def experts_everywhere(
+    config: Config,
+    family: str,
+    attention: AttentionSpec,
+    rope: Rope,
+    turned: RopeSpec,
+    router: RouterSpec,
+    inter: int,
+    *,
+    tied: bool,
+    default_eps: float,
+    window: int | None = None,
+    shared_inter: int = 0,
+) -> ModelSpec:
+    """ModelSpec of a model whose layers are all alike, with experts; turned: what a head's elements do."""
+    n_layers = config.integer("num_hidden_layers")
+    return ModelSpec(
+        family=family,
+        vocab=config.integer("vocab_size"),
+        hidden=config.integer("hidden_size"),
+        norm_eps=config.number("rms_norm_eps", default=default_eps),
+        max_positions=rope.max_positions,
+        attention=attention,
+        rope=turned,
+        layers=number_layers(config, [True] * n_layers, [window] * n_layers),
+        router=router,
+        moe_inter=inter,
+        dense_inter=0,
+        shared_inter=shared_inter,
+        tied_embeddings=tied,
     )

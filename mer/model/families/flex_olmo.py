@@ -26,18 +26,14 @@ def read(config: Config, tensors: Tensors) -> ModelSpec:
         common.take_grouped_attention(tensors, i, hidden, attention, qkv_bias=bias, o_bias=bias)
         tensors.take_linear(f"{i}.router", f"{name}.mlp.gate", router.n_experts, hidden)
         tensors.take_experts(i, common.MLP_EXPERTS, router.n_experts, hidden, inter)
-    return ModelSpec(
-        family="flex_olmo",
-        vocab=config.integer("vocab_size"),
-        hidden=hidden,
-        norm_eps=config.number("rms_norm_eps", default=1e-6),
-        max_positions=rope.max_positions,
-        attention=attention,
-        rope=rope.spec(attention.head_dim),
-        layers=common.number_layers(config, [True] * n_layers, [None] * n_layers),
-        router=router,
-        moe_inter=inter,
-        dense_inter=0,
-        shared_inter=0,
-        tied_embeddings=tied,
+    return common.experts_everywhere(
+        config,
+        "flex_olmo",
+        attention,
+        rope,
+        rope.spec(attention.head_dim),
+        router,
+        inter,
+        tied=tied,
+        default_eps=1e-6,
     )

@@ -47,20 +47,20 @@ def read(config: Config, tensors: Tensors) -> ModelSpec:
         tensors.take_experts(i, EXPERTS, router.n_experts, hidden, inter)
         if shared_inter:
             _take_shared(tensors, i, hidden, shared_inter)
-    return ModelSpec(
-        family="granitemoeshared" if shared_inter else "granitemoe",
-        vocab=config.integer("vocab_size"),
-        hidden=hidden,
-        norm_eps=config.number("rms_norm_eps", default=1e-6),
-        max_positions=rope.max_positions,
-        attention=attention,
-        rope=rope.spec(attention.head_dim, interleaved=config.flag("rope_interleave", False)),
-        layers=common.number_layers(config, [True] * n_layers, [None] * n_layers),
-        router=router,
-        moe_inter=inter,
-        dense_inter=0,
+    spec = common.experts_everywhere(
+        config,
+        "granitemoeshared" if shared_inter else "granitemoe",
+        attention,
+        rope,
+        rope.spec(attention.head_dim, interleaved=config.flag("rope_interleave", False)),
+        router,
+        inter,
+        tied=tied,
+        default_eps=1e-6,
         shared_inter=shared_inter,
-        tied_embeddings=tied,
+    )
+    return evolve(
+        spec,
         embedding_scale=config.number("embedding_multiplier", default=1.0),
         residual_scale=config.number("residual_multiplier", default=1.0),
         logit_scale=1 / config.number("logits_scaling", default=1.0),

@@ -60,18 +60,15 @@ def read(config: Config, tensors: Tensors) -> ModelSpec:
         tensors.take_linear(f"{i}.router", f"{block}.gate.wg", router.n_experts, hidden)
         tensors.take_experts(i, common.MLP_EXPERTS, router.n_experts, hidden, expert_inter)
         common.take_feed_forward(tensors, i, f"{block}.shared_mlp", hidden, shared_inter)
-    return ModelSpec(
-        family="hunyuan_v1_moe",
-        vocab=config.integer("vocab_size"),
-        hidden=hidden,
-        norm_eps=config.number("rms_norm_eps", default=1e-5),
-        max_positions=rope.max_positions,
-        attention=attention,
-        rope=rope.spec(attention.head_dim),
-        layers=common.number_layers(config, [True] * n_layers, [None] * n_layers),
-        router=router,
-        moe_inter=expert_inter,
-        dense_inter=0,
+    return common.experts_everywhere(
+        config,
+        "hunyuan_v1_moe",
+        attention,
+        rope,
+        rope.spec(attention.head_dim),
+        router,
+        expert_inter,
+        tied=tied,
+        default_eps=1e-5,
         shared_inter=shared_inter,
-        tied_embeddings=tied,
     )

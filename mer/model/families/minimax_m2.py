@@ -41,18 +41,14 @@ def read(config: Config, tensors: Tensors) -> ModelSpec:
         tensors.take_linear(f"{i}.router", f"{block}.gate", n, hidden)
         tensors.take(f"{i}.router_choice_bias", f"{block}.e_score_correction_bias", n)
         tensors.take_experts(i, EXPERTS, n, hidden, inter)
-    return ModelSpec(
-        family="minimax_m2",
-        vocab=config.integer("vocab_size"),
-        hidden=hidden,
-        norm_eps=config.number("rms_norm_eps", default=1e-6),
-        max_positions=rope.max_positions,
-        attention=attention,
-        rope=rope.spec(attention.head_dim, partial=True),
-        layers=common.number_layers(config, [True] * n_layers, [None] * n_layers),
-        router=router,
-        moe_inter=inter,
-        dense_inter=0,
-        shared_inter=0,
-        tied_embeddings=tied,
+    return common.experts_everywhere(
+        config,
+        "minimax_m2",
+        attention,
+        rope,
+        rope.spec(attention.head_dim, partial=True),
+        router,
+        inter,
+        tied=tied,
+        default_eps=1e-6,
     )

@@ -34,18 +34,15 @@ def read(config: Config, tensors: Tensors) -> ModelSpec:
             gate = f"model.layers.{i}.mlp.gate"
         tensors.take_linear(f"{i}.router", gate, router.n_experts, hidden)
         tensors.take_experts(i, EXPERTS, router.n_experts, hidden, inter)
-    return ModelSpec(
-        family="mixtral",
-        vocab=config.integer("vocab_size"),
-        hidden=hidden,
-        norm_eps=config.number("rms_norm_eps", default=1e-5),
-        max_positions=rope.max_positions,
-        attention=attention,
-        rope=rope.spec(attention.head_dim, interleaved=config.flag("rope_interleave", False)),
-        layers=common.number_layers(config, [True] * n_layers, [window] * n_layers),
-        router=router,
-        moe_inter=inter,
-        dense_inter=0,
-        shared_inter=0,
-        tied_embeddings=tied,
+    return common.experts_everywhere(
+        config,
+        "mixtral",
+        attention,
+        rope,
+        rope.spec(attention.head_dim, interleaved=config.flag("rope_interleave", False)),
+        router,
+        inter,
+        tied=tied,
+        default_eps=1e-5,
+        window=window,
     )
