@@ -2,16 +2,21 @@
 
     python -m bench.make_model qwen3-30b-a3b /tmp/q.gguf --layers 8 --as gguf --experts q4_0
     python -m bench.inplace /tmp/q.gguf
+    python -m bench.inplace --sizes /tmp
 
 The store is made beside the file, with the formats that it has, and removed afterwards; or name one that is
 there. Both are measured in turns, the page cache dropped before (as root). Reads: experts at random, as many
 at a time as a layer chooses, with O_DIRECT; GB/s counts what an expert has, not what is read around it.
 Decode: the cache holds a share of the experts.
+
+`--sizes` says from which size on the three reads of an expert cost nothing: it makes models of experts of
+several sizes in a folder, one after the other, and measures reads alone.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -31,15 +36,23 @@ from rich.table import Table
 
 from bench import engine
 from bench.compare import drop_caches
+from bench.gguf_writer import write_gguf
 from bench.help import help_of
+from bench.make_model import write_store
+from bench.shapes import model_config
+from bench.synthetic import Weights
 from mer.model.families import load
 from mer.streaming.experts import slot_bytes
 from mer.streaming.reader import Reader, aligned_empty
+from mer.weights import formats
 from mer.weights.checkpoint import open_checkpoint
 from mer.weights.extents import ExpertExtents
 
 # Bytes read in one round: some hundred experts.
 READ_BYTES = 1 << 30
+# What --sizes makes: rows of gate in Q4_0, which are 1152 bytes each, and bytes of all experts.
+WIDTHS = (32, 64, 96, 128, 160, 192, 224, 288, 448)
+SIZES_BYTES = 1 << 30
 
 
 @frozen
@@ -117,6 +130,40 @@ def store_of(gguf: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+def sizes(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    """Of each width: bytes of a read, and GB/s of the GGUF file and of the store, a value a round."""
+    found: list[dict[str, Any]] = []
+    experts, dense = formats.Q4_0, formats.Q8_0
+    for width in WIDTHS:
+        config = model_config("qwen3-30b-a3b", moe_intermediate_size=width, vocab_size=1024)
+        config["num_experts"] = 64
+        layer = config["num_experts"] * 3 * width * experts.row_bytes(config["hidden_size"])
+        config["num_hidden_layers"] = max(1, SIZES_BYTES // layer)
+        with tempfile.TemporaryDirectory(prefix="mer-inplace-", dir=folder) as place:
+            paths = {"GGUF": Path(place) / "model.gguf", "store": Path(place) / "store"}
+            write_gguf(config, Weights(config, experts, dense), paths["GGUF"], lambda nbytes: None)
+            write_store(config, Weights(config, experts, dense), paths["store"], lambda nbytes: None)
+            os.sync()
+            models = {name: Model(path) for name, path in paths.items()}
+            rates: dict[str, list[float]] = {name: [] for name in models}
+            for seed in range(rounds):
+                for name, model in models.items():
+                    rates[name].append(model.read_rate(seed))
+            found.append({"read": models["GGUF"].layout.nbytes / 3, "rates": rates})
+    return found
+
+
+def show_sizes(found: list[dict[str, Any]]) -> None:
+    """A row for each size."""
+    table = Table("a read of the GGUF file", "GGUF GB/s", "store GB/s", "store / GGUF, each round")
+    for each in found:
+        ours, theirs = each["rates"]["store"], each["rates"]["GGUF"]
+        ratios = " ".join(f"{a / b:.2f}" for a, b in zip(ours, theirs, strict=True))
+        medians = [f"{statistics.median(values) / 1e9:.2f}" for values in (theirs, ours)]
+        table.add_row(f"{each['read'] / 1024:.0f} KiB", *medians, ratios)
+    Console(width=120).print(table)
+
+
 def run(
     model: Model, seed: int, share: int, prompt: int, decode: int, threads: int | None
 ) -> dict[str, float]:
@@ -137,7 +184,13 @@ def run(
 
 
 @click.command(help=help_of(__doc__))
-@click.argument("gguf", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("gguf", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--sizes",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Measure experts of many sizes, made in this folder, in place of a file.",
+)
 @click.option("--store", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Made already.")
 @click.option("--share", default=25, show_default=True, help="Percent of the experts in the cache.")
 @click.option("--rounds", default=3, show_default=True)
@@ -146,7 +199,8 @@ def run(
 @click.option("--threads", type=int)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    gguf: Path,
+    gguf: Path | None,
+    folder: Path | None,
     store: Path | None,
     share: int,
     rounds: int,
@@ -155,6 +209,15 @@ def main(
     threads: int | None,
     as_json: bool,
 ) -> None:
+    if folder is not None:
+        measured = sizes(folder, rounds)
+        if as_json:
+            click.echo(json.dumps(measured, indent=1))
+        else:
+            show_sizes(measured)
+        return
+    if gguf is None:
+        raise click.UsageError("name a GGUF file, or a folder after --sizes")
     if store is None:
         with store_of(gguf) as made:
             found = compare(gguf, made, share, rounds, prompt, decode, threads)

@@ -229,6 +229,19 @@ def test_what_is_compared_in_place(tmp_path):
     assert not store.exists()
 
 
+def test_reads_of_experts_of_many_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr(inplace, "WIDTHS", (32, 64))
+    monkeypatch.setattr(inplace, "SIZES_BYTES", 1 << 20)
+    done = CliRunner().invoke(inplace.main, ["--sizes", str(tmp_path), "--rounds", "2", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    # 18 bytes are 32 weights of Q4_0; a row has 2048.
+    assert [each["read"] for each in found] == [32 * 2048 // 32 * 18, 64 * 2048 // 32 * 18]
+    assert all(len(rates) == 2 and min(rates) > 0 for each in found for rates in each["rates"].values())
+    assert not list(tmp_path.iterdir())
+    assert CliRunner().invoke(inplace.main, []).exit_code == 2
+
+
 def test_token_ids():
     assert peer.token_ids("3,7,10-12") == [3, 7, 10, 11, 12]
     assert json.dumps(peer.token_ids("0-1")) == "[0, 1]"
