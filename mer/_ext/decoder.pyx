@@ -479,3 +479,6 @@ cdef class Decoder:
                 self.run(head_bias_task, rows.shape[0])
             if self.logit_cap > 0.0:
                 self.run(cap_task, rows.shape[0] * ((self.vocab + CAP_CHUNK - 1) // CAP_CHUNK))
+
+
+include "join.pxi"

@@ -76,7 +76,7 @@ def _parts(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Tens
     """Parts to read; a head that is the embedding is not read twice."""
     parts = {part: checkpoint.tensors[name] for part, name in architecture.dense.items()}
     if architecture.spec.tied_embeddings:
-        del parts["head"]
+        parts.pop("head", None)
     return parts
 
 
@@ -97,6 +97,16 @@ def dense_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
 
 def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Source) -> DenseWeights:
     """Read every dense tensor. Raises DeviceReadError, or CheckpointError for a format without a kernel."""
+    model, layers = load_parts(checkpoint, architecture, source)
+    embedding = model.pop("embedding")
+    model.setdefault("head", embedding)
+    return DenseWeights(model, layers, embedding)
+
+
+def load_parts(
+    checkpoint: Checkpoint, architecture: Architecture, source: Source
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The same of a part of a model: what belongs to no layer, and of each layer, by part."""
     parts = _parts(checkpoint, architecture)
     for info in parts.values():
         if info.format not in formats.FORMATS:
@@ -132,9 +142,7 @@ def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Sourc
             target.update(_split_kv_up(spec.attentions[int(layer)], info, data))
         else:
             target[name] = Matrix(data.reshape(info.rows, -1), info.format.id, info.cols)
-    embedding = model.pop("embedding")
-    model.setdefault("head", embedding)
-    return DenseWeights(model, layers, embedding)
+    return model, layers
 
 
 def _vector(spec: ModelSpec, name: str, values: Vectors) -> dict[str, Vectors]:

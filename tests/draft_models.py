@@ -1,0 +1,123 @@
+"""Draft heads with random weights, and what transformers' modules make of the same weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from mer._ext.uring import Reader
+from mer.model.dense import load_dense
+from mer.model.draft_head import fingerprint
+from mer.model.families import load
+from mer.weights.checkpoint import open_checkpoint
+
+HEADS, KV_HEADS, DIM, INTER, WINDOW = 4, 2, 16, 48, 24
+
+
+def main_weights(path: Path):
+    """(ModelSpec, DenseWeights) of the model at `path`."""
+    checkpoint = open_checkpoint(path)
+    architecture = load(checkpoint)
+    reader = Reader(checkpoint.files)
+    try:
+        return architecture.spec, load_dense(checkpoint, architecture, reader)
+    finally:
+        reader.close()
+
+
+class TorchHead(torch.nn.Module):
+    """A draft head made of transformers' parts."""
+
+    def __init__(self, hidden: int, embedding: torch.Tensor, output: torch.Tensor, layer, norm, rotary) -> None:
+        super().__init__()
+        self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
+        self.eh_proj = torch.nn.Linear(2 * hidden, hidden, bias=False)
+        self.layer, self.rotary = layer, rotary
+        self.embedding, self.output = embedding, output
+
+    def forward(self, tokens: torch.Tensor, states: torch.Tensor, window: int | None):
+        """tokens [T], states [T, hidden] -> what it leaves [T, hidden], logits [T, vocab]."""
+        x = self.eh_proj(torch.cat([self.enorm(self.embedding[tokens]), self.hnorm(states)], -1))[None]
+        n = len(tokens)
+        at = torch.arange(n)
+        seen = at[:, None] >= at
+        if window is not None:
+            seen &= at[:, None] - at < window
+        mask = torch.where(seen, 0.0, -torch.inf)[None, None]
+        places = at[None]
+        out = self.layer(
+            x, attention_mask=mask, position_ids=places, position_embeddings=self.rotary(x, places)
+        )
+        h = self.norm(out[0] if isinstance(out, tuple) else out)[0]
+        return h, h @ self.output.T
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Norms about 1, matrices so that products are about 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+            if "inv_freq" in name:
+                continue
+            noise = torch.randn(value.shape, generator=generator)
+            if "norm" in name:
+                value.copy_(1 + 0.2 * noise)
+            elif value.dim() == 1:
+                value.copy_(0.2 * noise)
+            else:
+                value.copy_(1.6 * noise / value.shape[-1] ** 0.5)
+
+
+def write_head(path: Path, model: Path, *, seed: int = 0, vocabulary: list[int] | None = None, **config: Any):
+    """A head with random weights for `model`; returns its TorchHead."""
+    spec, dense = main_weights(model)
+    hidden = spec.hidden
+    sizes = LlamaConfig(
+        hidden_size=hidden,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=DIM,
+        intermediate_size=INTER,
+        rms_norm_eps=1e-5,
+    )
+    sizes._attn_implementation = "eager"
+    embedding = torch.from_numpy(dense.embedding.data.view(np.float32).copy())
+    output = torch.from_numpy(dense.model["head"].data.view(np.float32).copy())
+    if vocabulary is not None:
+        output = output[vocabulary]
+    head = TorchHead(
+        hidden, embedding, output, LlamaDecoderLayer(sizes, 0),
+        lambda: LlamaRMSNorm(hidden, 1e-5), LlamaRotaryEmbedding(sizes),
+    ).eval()  # fmt: skip
+    randomise(head, seed)
+    tensors = {
+        name.removeprefix("layer."): value.detach().clone().contiguous() for name, value in head.named_parameters()
+    }
+    if vocabulary is not None:
+        tensors["vocabulary"] = torch.tensor(vocabulary, dtype=torch.int32)
+    path.mkdir(parents=True)
+    save_file(tensors, path / "model.safetensors")
+    values = {
+        "format": "mer-draft-head",
+        "version": 1,
+        "model": "a test",
+        "fingerprint": fingerprint(dense),
+        "hidden_size": hidden,
+        "vocab_size": spec.vocab,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": DIM,
+        "intermediate_size": INTER,
+        "sliding_window": WINDOW,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+    }
+    (path / "config.json").write_text(json.dumps(values | config))
+    return head
