@@ -35,7 +35,9 @@ def main_weights(path: Path):
 class TorchHead(torch.nn.Module):
     """A draft head made of transformers' parts."""
 
-    def __init__(self, hidden: int, embedding: torch.Tensor, output: torch.Tensor, layer, norm, rotary) -> None:
+    def __init__(
+        self, hidden: int, embedding: torch.Tensor, output: torch.Tensor, layer, norm, rotary
+    ) -> None:
         super().__init__()
         self.enorm, self.hnorm, self.norm = norm(), norm(), norm()
         self.eh_proj = torch.nn.Linear(2 * hidden, hidden, bias=False)
@@ -98,7 +100,8 @@ def write_head(path: Path, model: Path, *, seed: int = 0, vocabulary: list[int] 
     ).eval()  # fmt: skip
     randomise(head, seed)
     tensors = {
-        name.removeprefix("layer."): value.detach().clone().contiguous() for name, value in head.named_parameters()
+        name.removeprefix("layer."): value.detach().clone().contiguous()
+        for name, value in head.named_parameters()
     }
     if vocabulary is not None:
         tensors["vocabulary"] = torch.tensor(vocabulary, dtype=torch.int32)

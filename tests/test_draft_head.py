@@ -65,9 +65,13 @@ def test_another_models_head_is_refused(tmp_path):
     make(tmp_path / "other", "mixtral", seed=1)
     make(tmp_path / "wide", "mixtral", hidden_size=128)
     write_head(tmp_path / "head", tmp_path / "one")
-    with pytest.raises(CheckpointError, match=r"head: this draft head was trained for another model \(a test\)"):
+    with pytest.raises(
+        CheckpointError, match=r"head: this draft head was trained for another model \(a test\)"
+    ):
         forward(tmp_path / "head", tmp_path / "other")
-    with pytest.raises(CheckpointError, match="hidden_size is 64, the model has 128: this draft head was trained"):
+    with pytest.raises(
+        CheckpointError, match="hidden_size is 64, the model has 128: this draft head was trained"
+    ):
         forward(tmp_path / "head", tmp_path / "wide")
 
 

@@ -22,6 +22,7 @@ COMMANDS: Final = {
     "top": "Show what a server does, on the terminal.",
     "monitor": "Write what a server does, line by line; --json for scripts.",
     "convert": "Write a model in other formats, laid out for streaming.",
+    "draft": "Train a head that drafts tokens for a model.",
     "verify": "Read every weight of a model and say which are damaged.",
     "inspect": "Show what a model is and what memory it needs.",
     "doctor": "Show what this machine allows and how fast it is.",

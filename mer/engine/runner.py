@@ -248,6 +248,11 @@ class Runner:
         """Keys and values."""
         return self._forward.kv
 
+    @property
+    def dense(self) -> DenseWeights:
+        """The weights that are always in memory."""
+        return self._forward.dense
+
     def hidden(self) -> NDArray[np.float32]:
         """f32 [T, hidden]: of each token of the last step, after the final norm; overwritten by the next."""
         return self._forward.hidden()

@@ -60,14 +60,17 @@ class DraftForward:
     def nbytes(
         head: Head, main_row_bytes: int, *, n_blocks: int, max_tokens: int, max_rows: int, n_threads: int
     ) -> int:
-        """Bytes that a DraftForward of this size takes. main_row_bytes: of a row of the main model's output head."""
+        """Bytes that one of this size takes. main_row_bytes: of a row of the main model's output head."""
         rows = 0 if head.vocabulary is None else len(head.vocabulary)
         return (
             dense_bytes(head.checkpoint, head.architecture)
             + rows * main_row_bytes
             + n_blocks * KVCache.bytes_per_block(head.spec, KV_DTYPE)
             + scratch.total_bytes(head.spec, max_tokens, max_rows, n_threads)
-            + sum(int(np.prod(shape)) * np.dtype(d).itemsize for shape, d in _join_shapes(head, max_tokens).values())
+            + sum(
+                int(np.prod(shape)) * np.dtype(d).itemsize
+                for shape, d in _join_shapes(head, max_tokens).values()
+            )
         )
 
     def step(
@@ -81,8 +84,8 @@ class DraftForward:
     ) -> NDArray[np.float32]:
         """f32 [R, vocab]: logits behind those tokens that `rows` says; overwritten by the next step.
 
-        tokens i32 [T], each with the hidden state f32 [T, hidden] at the position before it; the rest is as in
-        mer.model.batch. May raise DeviceReadError where its layer has experts.
+        tokens i32 [T], each with the hidden state f32 [T, hidden] at the position before it; the rest is as
+        in mer.model.batch. May raise DeviceReadError where its layer has experts.
         """
         decoder, n = self._decoder, len(tokens)
         x = self._buffers["x"][:n]
@@ -105,7 +108,7 @@ class DraftForward:
         return self._buffers["logits"][: len(rows)]
 
     def states(self) -> NDArray[np.float32]:
-        """f32 [T, hidden]: what the last step's tokens leave for the next ones; overwritten by the next step."""
+        """f32 [T, hidden]: what the last step's tokens leave for the next ones; overwritten by the next."""
         return self._buffers["h"][: self._decoder.hidden_states()]
 
 

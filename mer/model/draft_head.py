@@ -1,13 +1,13 @@
-"""A draft head: one decoder layer that guesses the token after the next from the main model's hidden state.
+"""A draft head: one decoder layer that guesses the token after next from the main model's hidden state.
 
-What DeepSeek-V3 calls a multi-token-prediction module (arXiv 2412.19437, section 2.2): with h the main model's
-hidden state at position i and t the token at i + 1,
+What DeepSeek-V3 calls a multi-token-prediction module (arXiv 2412.19437, section 2.2): with h the main
+model's hidden state at position i and t the token at i + 1,
 
     x = W [norm_e(embedding(t)); norm_h(h)],  h' = norm(layer(x)),  logits of the token at i + 2 = head(h')
 
-Embedding and output head are the main model's. For the tokens after that, h' takes the place of h (as in EAGLE,
-arXiv 2401.15077). h is taken behind the main model's final norm and h' behind the head's own: that is what
-SGLang hands on (sglang/srt/models/deepseek_nextn.py); vLLM takes h there, too
+Embedding and output head are the main model's. For the tokens after that, h' takes the place of h (as in
+EAGLE, arXiv 2401.15077). h is taken behind the main model's final norm and h' behind the head's own: that
+is what SGLang hands on (sglang/srt/models/deepseek_nextn.py); vLLM takes h there, too
 (vllm/model_executor/models/deepseek_mtp.py, deepseek_v2.py).
 """
 
@@ -36,10 +36,11 @@ VERSION: Final = 1
 
 @frozen(eq=False)
 class Head:
-    """A head on disk. architecture: of its layer, with 'enorm', 'hnorm', 'eh_proj' and 'final_norm' beside it.
+    """A head on disk.
 
-    vocabulary: i32 [n], ascending: the tokens that it can draft; None: all. fingerprint: see `fingerprint`; None
-    where it is part of the main model's checkpoint. model: the main model's name.
+    architecture: of its layer, with 'enorm', 'hnorm', 'eh_proj' and 'final_norm' beside it. vocabulary: i32
+    [n], ascending: the tokens that it can draft; None: all. fingerprint: see `fingerprint`; None where it is
+    part of the main model's checkpoint. model: the main model's name.
     """
 
     checkpoint: Checkpoint
@@ -89,8 +90,8 @@ def open_head(path: Path, main: ModelSpec) -> Head:
     for key, value in (("hidden_size", main.hidden), ("vocab_size", main.vocab)):
         if config.integer(key) != value:
             raise config.wrong(
-                f"{key} is {config.integer(key)}, the model has {value}: this draft head was trained for another"
-                f" model{_named(config)}; train one for this model with mer draft train"
+                f"{key} is {config.integer(key)}, the model has {value}: this draft head was trained for "
+                f"another model{_named(config)}; train one for this model with mer draft train"
             )
     tensors, hidden = Tensors(checkpoint), main.hidden
     heads, dim = config.integer("num_attention_heads"), config.integer("head_dim")

@@ -147,6 +147,11 @@ class Forward:
         return self._buffers["logits"][: len(batch.logit_rows)]
 
     @property
+    def dense(self) -> DenseWeights:
+        """The weights that it computes with."""
+        return self._dense
+
+    @property
     def kv(self) -> KVCache:
         """The blocks it computes on."""
         return self._kv

@@ -1,0 +1,1 @@
+"""Training of draft heads (mer.model.draft_head). Needs torch, the extra mer[train]."""
