@@ -101,11 +101,14 @@ class EngineConfig:
     # Experts that may be on their way before their layer asks for them; 0: none.
     prefetch: int = field(default=8, validator=_at_least(0))
     # How next tokens are drafted, to be verified several at a time where that has been quicker. 'ngram': from
-    # what stood in the text before. 'draft': by a draft model. 'auto': by either. 'off': they come one by
+    # what stood in the text before. 'draft': by a draft model or head. 'auto': by either. 'off': they come one by
     # one. The answers are the same.
     speculate: Speculate = field(default="auto", validator=_one_of(*get_args(Speculate)))
     # A small model with the same tokenizer, all of it in memory, that drafts: a path or a hub's name.
     draft_model: str | None = field(default=None, converter=converters.optional(str))
+    # A draft head that `mer draft train` wrote for this model; None: the one in the model's own directory
+    # (draft/), if there is one.
+    draft_head: Path | None = field(default=None, converter=converters.optional(Path))
     # Whether the experts that are in memory at the end are read back at the next start, in the background.
     warm_start: bool = False
     # A file for the routing of every step, as bench/policy.py replays it; None: none is written.
@@ -118,7 +121,8 @@ class EngineConfig:
             raise ConfigError(
                 "prefix_store keeps what the prefix cache has no room for; leave prefix_cache on"
             )
-        if self.draft_model is not None and self.speculate in ("ngram", "off"):
-            raise ConfigError(
-                f"speculate {self.speculate}: draft_model is of no use then; leave one of the two out"
-            )
+        for name in ("draft_model", "draft_head"):
+            if getattr(self, name) is not None and self.speculate in ("ngram", "off"):
+                raise ConfigError(
+                    f"speculate {self.speculate}: {name} is of no use then; leave one of the two out"
+                )

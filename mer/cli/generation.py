@@ -53,6 +53,11 @@ _ENGINE: Final = (
         "--draft-model", metavar="MODEL", help="A small model with the same tokenizer, kept in memory whole."
     ),
     click.option(
+        "--draft-head",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="What mer draft train wrote for this model; default: draft/ in the model's directory.",
+    ),
+    click.option(
         "--warm-start",
         is_flag=True,
         help="Read back the experts that were in memory at the last end, and remember them at this one.",

@@ -19,10 +19,12 @@ from mer.engine.request import Request
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Sequence
 from mer.engine.speculation import MOST_DRAFTED, Choice, Offer, Speculation
+from mer.engine.tied import find_head
 from mer.errors import ConfigError, MerError
 from mer.model.families import Architecture
 from mer.model.spec import ModelSpec
 from mer.model.tokenizer import Tokenizer
+from mer.weights.checkpoint import Checkpoint
 from mer.weights.hub import locate
 
 _T = TypeVar("_T")
@@ -34,23 +36,29 @@ _BEHIND: Final = 4 * MOST_DRAFTED
 
 
 def sources(
-    architecture: Architecture, tokenizer: Tokenizer | None, config: EngineConfig
+    checkpoint: Checkpoint, architecture: Architecture, tokenizer: Tokenizer | None, config: EngineConfig
 ) -> list[DraftSource]:
-    """The draft engines that there are for a model with this tokenizer.
+    """The draft engines that there are for a model with this tokenizer. A head is the first of them.
 
     Raises ConfigError where one is asked for that can't be, CheckpointError or UnsupportedModelError.
     """
     spec = architecture.spec
     found: list[DraftSource] = []
-    if drafts(spec, config) and config.draft_model is not None:
-        found.append(ModelSource.open(locate(config.draft_model), spec, tokenizer, config))
-    if not found and (config.draft_model is not None or config.speculate == "draft"):
+    if drafts(spec, config) and config.speculate != "ngram":
+        head = find_head(checkpoint, architecture, config)
+        if head is not None:
+            found.append(head)
+        if config.draft_model is not None:
+            found.append(ModelSource.open(locate(config.draft_model), spec, tokenizer, config))
+    asked = config.draft_model is not None or config.draft_head is not None
+    if not found and (asked or config.speculate == "draft"):
         raise ConfigError(_why_not(spec, config))
     return found
 
 
 def _why_not(spec: ModelSpec, config: EngineConfig) -> str:
-    asked = "speculate draft" if config.draft_model is None else "draft_model"
+    asked = "draft_head" if config.draft_head is not None else "speculate draft"
+    asked = "draft_model" if config.draft_model is not None else asked
     if spec.recurrent is not None:
         return (
             f"{asked}: layers of {spec.family} keep a state, which can't be set back behind a wrong draft; "
@@ -58,7 +66,10 @@ def _why_not(spec: ModelSpec, config: EngineConfig) -> str:
         )
     if config.trace is not None:
         return f"{asked}: nothing is drafted while a routing trace is written; leave one of the two out"
-    return f"{asked}: there is nothing to draft with; name a draft_model (--draft-model)"
+    return (
+        f"{asked}: there is nothing to draft with; name a draft_model (--draft-model), or train a head (mer "
+        "draft train)"
+    )
 
 
 def load(sources: list[DraftSource], runner: Runner, config: EngineConfig) -> Drafting | None:

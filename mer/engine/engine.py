@@ -181,7 +181,7 @@ class Engine:
             # Known also for a model that came without a tokenizer.
             found = tokenizer.eos_ids if tokenizer else eos_ids(checkpoint.path, checkpoint.config)
             ends = found or frozenset()
-            sources.extend(drafting.sources(architecture, tokenizer, config))
+            sources.extend(drafting.sources(checkpoint, architecture, tokenizer, config))
             return sources
 
         runner = Runner.open(locate(path), config, prepare)

@@ -70,9 +70,9 @@ def fingerprint(main: DenseWeights) -> str:
         for name in sorted(weights):
             part = weights[name]
             if name in ("attention_norm", "mlp_norm", "final_norm"):
-                digest.update(np.ascontiguousarray(part, np.float32))
+                digest.update(np.asarray(part, np.float32).tobytes())
             elif name == "router":
-                digest.update(formats.by_id(part.format).dequantize(part.data))
+                digest.update(formats.by_id(part.format).dequantize(part.data).tobytes())
     return digest.hexdigest()
 
 
@@ -166,7 +166,7 @@ def _vocabulary(checkpoint: Checkpoint, main: ModelSpec) -> NDArray[np.int32] | 
 
 def output_head(head: Head, main: DenseWeights) -> dict[str, Any]:
     """The main model's output head, its rows of those tokens alone that `head` can draft."""
-    found = {name: main.model[name] for name in ("head", "head_bias") if name in main.model}
+    found: dict[str, Any] = {name: main.model[name] for name in ("head", "head_bias") if name in main.model}
     if head.vocabulary is not None:
         whole: Matrix = found["head"]
         found["head"] = Matrix(np.ascontiguousarray(whole.data[head.vocabulary]), whole.format, whole.cols)

@@ -109,7 +109,7 @@ def fit(
         chosen = rng.choice(len(recorded.tokens), min(batch, len(recorded.tokens)), replace=False)
         loss = _loss(head, main, recorded.tokens[chosen], recorded.states[chosen], passes)
         head.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(head.parameters(), _CLIP)
         for each in optimisers:
             each.step()

@@ -125,4 +125,5 @@ class TorchHead(nn.Module):
         for m in range(1, own + 1):
             column = length + m - 1
             mixed = mixed + weights[..., column : column + 1] * torch.roll(values[m], own - m, 2)
-        return mixed.transpose(1, 2).reshape(n, length, heads * dim)
+        found: Tensor = mixed.transpose(1, 2).reshape(n, length, heads * dim)
+        return found

@@ -1,0 +1,265 @@
+"""The tied draft engine: a draft head (mer.model.draft_head) beside the model whose states it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Final
+
+import numpy as np
+from attrs import define, frozen
+from numpy.typing import NDArray
+
+from mer._ext.kernels import Kernels
+from mer._ext.uring import Reader
+from mer.config import EngineConfig
+from mer.engine.draft import DraftShape
+from mer.engine.runner import Runner
+from mer.engine.scheduler import Chunk, Sequence
+from mer.engine.speculation import MOST_DRAFTED, TIED
+from mer.model.draft_forward import DraftForward
+from mer.model.draft_head import Head, open_head
+from mer.model.families import Architecture
+from mer.model.kv import BLOCK
+from mer.weights.checkpoint import Checkpoint
+
+# States of a sequence that are kept until a draft is wanted: of a prompt the head sees so much.
+_RECENT: Final = 32
+_STEP: Final = 256  # most tokens of one of its steps, unless there are more sequences
+
+
+@frozen
+class TiedSource:
+    """A head that is known, but not loaded. row_bytes: of a row of the main model's output head."""
+
+    head: Head
+    row_bytes: int
+    config: EngineConfig
+
+    def nbytes(self, shape: DraftShape) -> int:
+        """Memory that it will take."""
+        tokens = _step_tokens(shape)
+        of_sequence = _RECENT * self.head.spec.hidden * 4 + _table_columns(shape.context) * 4
+        return shape.max_running * of_sequence + DraftForward.nbytes(
+            self.head,
+            self.row_bytes,
+            n_blocks=shape.max_running * _ring(self.head),
+            max_tokens=tokens,
+            max_rows=shape.max_running,
+            n_threads=shape.threads,
+        )
+
+    def load(self, runner: Runner) -> TiedEngine:
+        """Raises CheckpointError where the head is another model's, DeviceReadError."""
+        shape = runner.budget.draft_shape
+        reader = Reader(self.head.checkpoint.files, backend=self.config.io_backend)
+        try:
+            forward = DraftForward(
+                self.head,
+                runner.dense,
+                reader,
+                None,
+                runner.pool,
+                Kernels(),
+                n_blocks=shape.max_running * _ring(self.head),
+                max_tokens=_step_tokens(shape),
+                max_rows=shape.max_running,
+            )
+        finally:
+            reader.close()
+        return TiedEngine(forward, shape, _ring(self.head))
+
+
+def find_head(checkpoint: Checkpoint, architecture: Architecture, config: EngineConfig) -> TiedSource | None:
+    """The draft head of a model: the one that is asked for, or what lies in its directory.
+
+    Raises CheckpointError or UnsupportedModelError for one that can't be used.
+    """
+    path = config.draft_head
+    if path is None:
+        path = checkpoint.path / "draft"
+        if not (path / "config.json").exists():
+            return None
+    output = checkpoint.tensors[architecture.dense["head"]]
+    head = open_head(path, architecture.spec)
+    return TiedSource(head, output.format.row_bytes(output.cols), config)
+
+
+def _step_tokens(shape: DraftShape) -> int:
+    return max(shape.max_running, min(_STEP, shape.max_running * _RECENT))
+
+
+def _ring(head: Head) -> int:
+    """Blocks of a sequence, which it takes in turn: what a token sees, and what is written meanwhile."""
+    window = head.spec.layers[0].window
+    assert window is not None
+    return -(-(window + _RECENT + MOST_DRAFTED) // BLOCK) + 1
+
+
+def _table_columns(context: int) -> int:
+    return (context + MOST_DRAFTED) // BLOCK + 1
+
+
+@define
+class _Text:
+    """What is known of a sequence. Positions are the sequence's; the head counts them from `origin`.
+
+    Keys and values of origin .. done - 1 are there; of done .. done + count - 1 the states are, in the first
+    rows of its slot.
+    """
+
+    slot: int
+    origin: int = 0
+    done: int = 0
+    count: int = 0
+
+
+class TiedEngine:
+    """Drafts with a head. The state at a position, with the token behind it, gives the one behind that.
+
+    A sequence has its own few blocks, so nothing hangs on which blocks of the main model's it has: text that
+    the prefix cache had is not seen, and no more of a prompt than its end.
+    """
+
+    kind = TIED
+    name = "the draft head"
+
+    def __init__(self, forward: DraftForward, shape: DraftShape, ring: int) -> None:
+        self._forward = forward
+        self._hidden = forward.spec.hidden
+        self._step = _step_tokens(shape)
+        self._texts: dict[Sequence, _Text] = {}  # the one that was seen longest ago is the first
+        self._free = list(range(shape.max_running))
+        self._rows = np.zeros((shape.max_running, _RECENT, self._hidden), np.float32)
+        turns = np.arange(_table_columns(shape.context), dtype=np.int32) % ring
+        self._tables = np.arange(shape.max_running, dtype=np.int32)[:, None] * ring + turns
+
+    def behind(self, sequence: Sequence) -> int | None:
+        """None where no state before its last token is known."""
+        text = self._texts.get(sequence)
+        return self._known(sequence, text) or None if text is not None else None
+
+    def catch_up(self, sequence: Sequence) -> None:
+        """It is never behind by so much."""
+
+    def propose(self, sequences: Collection[Sequence], lengths: list[int]) -> list[list[int]]:
+        """See DraftEngine. Each token is the likeliest one."""
+        found: list[list[int]] = [[] for _ in sequences]
+        ready = [
+            (sequence, text, tokens, length)
+            for sequence, tokens, length in zip(sequences, found, lengths, strict=True)
+            if (text := self._texts.get(sequence)) is not None and self._known(sequence, text) > 0
+        ]
+        if not ready:
+            return found
+        states = self._look([(sequence, text) for sequence, text, *_ in ready], [each[2] for each in ready])
+        going = [i for i, (*_, length) in enumerate(ready) if length > 1]
+        states = states[going]
+        for depth in range(1, max(lengths)):
+            texts = [ready[i][1] for i in going]
+            last = np.array([ready[i][2][-1] for i in going], np.int32)
+            positions = [text.done - text.origin + depth - 1 for text in texts]
+            drafted = self._run(last, states, texts, positions, [1] * len(going))
+            for i, token in zip(going, drafted, strict=True):
+                ready[i][2].append(token)
+            kept = [at for at, i in enumerate(going) if ready[i][3] > depth + 1]
+            if not kept:
+                break
+            states = self._forward.states()[kept]
+            going = [going[at] for at in kept]
+        return found
+
+    def _look(self, known: list[tuple[Sequence, _Text]], drafts: list[list[int]]) -> NDArray[np.float32]:
+        """At all states that are known: the first token of each draft, and f32 [S, hidden] to go on from."""
+        states = np.empty((len(known), self._hidden), np.float32)
+        at = 0
+        while at < len(known):
+            counts: list[int] = []
+            tokens: list[int] = []
+            rows: list[NDArray[np.float32]] = []
+            for sequence, text in known[at:]:
+                count = self._known(sequence, text)
+                if len(tokens) + count > self._step:
+                    break
+                counts.append(count)
+                tokens += sequence.tokens[text.done + 1 : text.done + 1 + count]
+                rows.append(self._rows[text.slot, :count])
+            texts = [text for _, text in known[at : at + len(counts)]]
+            starts = [text.done - text.origin for text in texts]
+            first = self._run(np.array(tokens, np.int32), np.concatenate(rows), texts, starts, counts)
+            states[at : at + len(counts)] = self._forward.states()[np.cumsum(counts) - 1]
+            for text, count, draft, token in zip(
+                texts, counts, drafts[at : at + len(counts)], first, strict=True
+            ):
+                text.done, text.count = text.done + count, 0
+                draft.append(token)
+            at += len(counts)
+        return states
+
+    def _run(
+        self,
+        tokens: NDArray[np.int32],
+        states: NDArray[np.float32],
+        texts: list[_Text],
+        starts: list[int],
+        counts: list[int],
+    ) -> list[int]:
+        """The likeliest token behind the last one of each text, `counts` tokens of which are looked at."""
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        positions = np.concatenate(
+            [np.arange(s, s + n, dtype=np.int32) for s, n in zip(starts, counts, strict=True)]
+        )
+        columns = int(positions.max()) // BLOCK + 1
+        tables = np.ascontiguousarray(self._tables[[text.slot for text in texts], :columns])
+        logits = self._forward.step(tokens, states, positions, offsets, tables, offsets[1:] - 1)
+        best = logits.argmax(-1)
+        if self._forward.vocabulary is not None:
+            best = self._forward.vocabulary[best]
+        return [int(token) for token in best]
+
+    def observe(self, chunks: list[Chunk], hidden: Callable[[], NDArray[np.float32]]) -> None:
+        """Keep the last states of each sequence."""
+        states, at = hidden(), 0
+        for chunk in chunks:
+            here = states[at : at + chunk.width]
+            at += chunk.width
+            if chunk.sequence.wants != "hidden":
+                self._see(chunk.sequence, chunk.sequence.computed, here)
+
+    def _see(self, sequence: Sequence, start: int, states: NDArray[np.float32]) -> None:
+        """Those from position `start` on."""
+        text = self._texts.pop(sequence, None) or _Text(self._slot())
+        self._texts[sequence] = text
+        rows = self._rows[text.slot]
+        if len(states) >= _RECENT:
+            text.origin = text.done = start + len(states) - _RECENT
+            text.count = _RECENT
+            rows[:] = states[-_RECENT:]
+            return
+        if not text.done <= start <= text.done + text.count:
+            text.origin = text.done = start
+        text.count = start - text.done  # what a draft left behind it was wrong
+        over = text.count + len(states) - _RECENT
+        if over > 0:
+            rows[: text.count - over] = rows[over : text.count].copy()
+            text.count -= over
+            text.origin = text.done = text.done + over
+        rows[text.count : text.count + len(states)] = states
+        text.count += len(states)
+
+    def _known(self, sequence: Sequence, text: _Text) -> int:
+        """States that are not looked at yet, at positions with a token behind them."""
+        return min(text.done + text.count, sequence.computed, len(sequence.tokens) - 1) - text.done
+
+    def _slot(self) -> int:
+        if not self._free:
+            self.forget(next(iter(self._texts)))
+        return self._free.pop()
+
+    def forget(self, sequence: Sequence) -> None:
+        """See DraftEngine."""
+        text = self._texts.pop(sequence, None)
+        if text is not None:
+            self._free.append(text.slot)
+
+    def close(self) -> None:
+        """All of it is memory."""

@@ -1,0 +1,118 @@
+"""The tied draft engine: a draft head beside the model whose states it reads."""
+
+from __future__ import annotations
+
+import asyncio
+
+import attrs
+import pytest
+import torch
+from draft_models import WINDOW, write_head
+from engine_models import GREEDY, make, opened, prompt
+from test_speculation import always, essence  # noqa: F401 (a fixture)
+
+from mer.engine.tied import TiedEngine
+from mer.errors import BudgetError, CheckpointError
+
+LONG = attrs.evolve(GREEDY, max_tokens=60)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A mixtral with a head in its directory; and what transformers makes of both."""
+    path = tmp_path_factory.mktemp("tied") / "model"
+    main = make(path, "mixtral")
+    return path, main, write_head(path / "draft", path)
+
+
+@pytest.fixture
+def proposed(monkeypatch):
+    """(text, draft) of each draft."""
+    found = []
+    propose = TiedEngine.propose
+
+    def spy(self, sequences, lengths):
+        drafts = propose(self, sequences, lengths)
+        found.extend((list(s.tokens), d) for s, d in zip(sequences, drafts, strict=True))
+        assert all(len(d) <= n for d, n in zip(drafts, lengths, strict=True))
+        return drafts
+
+    monkeypatch.setattr(TiedEngine, "propose", spy)
+    return found
+
+
+def drafted(main, head, tokens: list[int], count: int, first: int) -> list[int]:
+    """What the head drafts behind a text of which it sees the states from position `first` on."""
+    with torch.no_grad():
+        states = main.model(torch.tensor([tokens])).last_hidden_state[0][first:-1]
+        given, out = torch.tensor(tokens[first + 1 :]), []
+        for _ in range(count):
+            left, logits = head(given, states, WINDOW)
+            out.append(int(logits[-1].argmax()))
+            states, given = torch.cat([states, left[-1:]]), torch.cat([given, torch.tensor(out[-1:])])
+    return out
+
+
+async def ask(engine, prompts, params=LONG):
+    return list(map(essence, await asyncio.gather(*(engine.generate(each, params) for each in prompts))))
+
+
+async def test_drafts_are_torchs_and_change_nothing(model, always, proposed):  # noqa: F811
+    path, main, head = model
+    prompts = [prompt(n) for n in (5, 20, 45)]
+    async with opened(path, speculate="off") as engine:
+        expected = await ask(engine, prompts)
+    for settings in ({}, {"max_running": 2}, {"step_tokens": 16, "prefix_cache": False}):
+        async with opened(path, **settings) as engine:
+            assert await ask(engine, prompts) == expected
+            assert await ask(engine, prompts[2:]) == expected[2:]
+    assert len(proposed) > 100
+    short = [(text, draft) for text, draft in proposed if len(text) < 32 and draft]
+    assert len(short) > 20
+    for text, draft in short[::5]:
+        assert draft == drafted(main, head, text, len(draft), 0)
+
+
+async def test_what_is_long_is_seen_from_its_end(model, always, proposed):  # noqa: F811
+    path, main, head = model
+    given = prompt(100)
+    async with opened(path) as engine:
+        await engine.generate(given, LONG)
+    text, draft = next((text, draft) for text, draft in proposed if draft)
+    assert draft == drafted(main, head, text, len(draft), len(text) - 1 - 32)
+
+
+async def test_a_paused_life(model, always):  # noqa: F811
+    """Preempted, cancelled, more requests than fit: the drafts go on, and the answers are the same."""
+    path, *_ = model
+    prompts = [prompt(n, seed) for seed, n in enumerate((40, 33, 17, 50, 8, 21))]
+    async with opened(path, speculate="off") as engine:
+        expected = await ask(engine, prompts)
+    async with opened(path, context=160, max_running=4) as engine:
+        for _ in range(2):
+            assert await ask(engine, prompts) == expected
+    assert always[-1].drafted > 0
+
+
+async def test_it_is_counted_in_the_budget(model):
+    path, *_ = model
+    async with opened(path, speculate="off") as plain, opened(path) as engine:
+        assert plain.budget.drafting == 0
+        # At least its weights: 2 * 64 * 64 of eh_proj, 2 * 64 * 64 and 2 * 64 * 32 of attention, 3 * 64 * 48.
+        assert engine.budget.drafting > 4 * (4 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 48)
+        assert engine.budget.total <= engine.budget.ram
+    with pytest.raises(BudgetError, match="drafting"):
+        async with opened(path, ram=1 << 20):
+            pass
+
+
+async def test_which_head_is_taken(model, tmp_path):
+    path, *_ = model
+    make(tmp_path / "other", "mixtral", seed=5)
+    for settings in ({"draft_head": path / "draft"},):
+        with pytest.raises(CheckpointError, match=r"trained for another model \(a test\)"):
+            async with opened(tmp_path / "other", **settings):
+                pass
+    with pytest.raises(CheckpointError, match="nowhere"):
+        async with opened(path, draft_head=tmp_path / "nowhere"):
+            pass
