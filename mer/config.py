@@ -101,8 +101,8 @@ class EngineConfig:
     # Experts that may be on their way before their layer asks for them; 0: none.
     prefetch: int = field(default=8, validator=_at_least(0))
     # How next tokens are drafted, to be verified several at a time where that has been quicker. 'ngram': from
-    # what stood in the text before. 'draft': by a draft model or head. 'auto': by either. 'off': they come one by
-    # one. The answers are the same.
+    # what stood in the text before. 'draft': by a draft model or head. 'auto': by either. 'off': they come
+    # one by one. The answers are the same.
     speculate: Speculate = field(default="auto", validator=_one_of(*get_args(Speculate)))
     # A small model with the same tokenizer, all of it in memory, that drafts: a path or a hub's name.
     draft_model: str | None = field(default=None, converter=converters.optional(str))
