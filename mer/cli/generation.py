@@ -46,8 +46,8 @@ _ENGINE: Final = (
         type=click.Choice(get_args(Speculate)),
         default="auto",
         show_default=True,
-        help="Draft tokens, from the text so far (ngram), by a draft model or head (draft) or by either (auto), and "
-        "verify several at a time where that is quicker.",
+        help="Draft tokens, from the text so far (ngram), by a draft model or head (draft) or by either "
+        "(auto), and verify several at a time where that is quicker.",
     ),
     click.option(
         "--draft-model", metavar="MODEL", help="A small model with the same tokenizer, kept in memory whole."
