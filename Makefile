@@ -7,6 +7,8 @@ SOURCES := setup.py pyproject.toml $(wildcard mer/_ext/*.pyx mer/_ext/*.pxd mer/
 # Debian's Python comes in parts; another one (pyenv, a build of one's own) is whole.
 OTHER_PYTHON := $(filter-out /usr/bin/%,$(shell command -v $(PYTHON)))
 DEBIAN := gcc libc6-dev pkg-config liburing-dev $(if $(OTHER_PYTHON),,python3 python3-venv python3-dev)
+# What the tests open the page in; where it is not to be had, they are skipped and say so.
+BROWSER := chromium-headless-shell
 PROMPT ?= The old man looked at the sea and said
 
 .PHONY: help demo test lint build bench clean
@@ -49,6 +51,7 @@ lint: $(VENV)/testable
 	@$(VENV)/bin/lint-imports --no-logo
 
 test: lint
+	@tools/debian-packages.sh $(BROWSER)
 	@echo "==> pytest"
 	@$(PY) -m pytest
 

@@ -19,14 +19,14 @@ class Latency:
     """Percentiles of the last minute in seconds; None where nothing happened. count: of how many."""
 
     count: int
-    p50: float | None
-    p90: float | None
-    p99: float | None
+    p50: float | None = None
+    p90: float | None = None
+    p99: float | None = None
 
     @classmethod
     def of(cls, given: pb.Percentiles) -> Latency:
         if not given.count:
-            return cls(count=0, p50=None, p90=None, p99=None)
+            return cls(count=0)
         return cls(count=given.count, p50=given.p50, p90=given.p90, p99=given.p99)
 
 

@@ -5,7 +5,6 @@ Who is here and how far, how quick it was lately, which experts are in memory.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import deque
@@ -46,17 +45,17 @@ class RequestView:
 
 @frozen(kw_only=True)
 class Percentiles:
-    """Seconds; NaN where `count`, of how many, is 0."""
+    """Seconds; None where `count`, of how many, is 0."""
 
     count: int
-    p50: float
-    p90: float
-    p99: float
+    p50: float | None = None
+    p90: float | None = None
+    p99: float | None = None
 
     @classmethod
     def of(cls, values: Collection[float]) -> Percentiles:
         if not values:
-            return cls(count=0, p50=math.nan, p90=math.nan, p99=math.nan)
+            return cls(count=0)
         p50, p90, p99 = np.percentile(np.fromiter(values, float), (50, 90, 99)).tolist()
         return cls(count=len(values), p50=p50, p90=p90, p99=p99)
 

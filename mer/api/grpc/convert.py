@@ -286,7 +286,7 @@ def _status(given: RequestView) -> pb.RequestStatus:
 
 
 def _percentiles(given: Percentiles) -> pb.Percentiles:
-    return pb.Percentiles(**attrs.asdict(given)) if given.count else pb.Percentiles()
+    return pb.Percentiles(**attrs.asdict(given))
 
 
 def logprobs(

@@ -8,14 +8,14 @@ from hypercorn.typing import ASGIFramework
 from quart import Quart, Response, request
 from werkzeug.exceptions import HTTPException
 
-from mer.api.http import chat, completions, embeddings, info, messages, responses, texts
+from mer.api.http import chat, completions, embeddings, info, live, messages, pages, responses, texts
 from mer.api.http.call import current_call
 from mer.api.http.errors import ApiError, api_error
 from mer.api.http.gate import Gate, error_body
 from mer.api.http.service import Service
 
 # Each has `blueprint(service)`.
-_PARTS: Final = (chat, completions, responses, messages, embeddings, texts, info)
+_PARTS: Final = (chat, completions, responses, messages, embeddings, texts, info, live, pages)
 
 
 def create_app(service: Service) -> ASGIFramework:

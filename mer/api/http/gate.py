@@ -16,6 +16,7 @@ from hypercorn.typing import ASGIFramework, ASGIReceiveCallable, ASGISendCallabl
 from mer.api.http.call import Call
 from mer.api.http.errors import ApiError, api_error, unavailable
 from mer.api.http.hosts import Hosts
+from mer.api.http.pages import PATHS
 from mer.api.http.service import Service
 
 # Asked for by what watches the server, often and without a key.
@@ -96,7 +97,7 @@ class Gate:
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await _respond(send, 204, b"", {})
                 return
-            if path in PROBES:
+            if path in PROBES or (path in PATHS and scope["method"] in ("GET", "HEAD")):
                 await self._app(scope, receive, send)
                 return
             call.caller = service.access.caller(_key(headers), address)

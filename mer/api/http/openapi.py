@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 from attrs import frozen
 
-from mer.api.http import answers, anthropic, responses_types, schemas
+from mer.api.http import answers, anthropic, live, responses_types, schemas
 
 _JSON: Final = "application/json"
 _EVENTS: Final = "text/event-stream"
@@ -70,6 +70,10 @@ _OPERATIONS: Final = [
     _Operation("get", "/health", "The process is alive.", answers.Status, open=True),
     _Operation("get", "/ready", "It can serve: the model is loaded.", answers.Status, open=True),
     _Operation("get", "/metrics", "Counters and histograms, as Prometheus reads them.", str, errors=(503,)),
+    _Operation(
+        "get", "/live", "What the server does now; every second anew, as events, to who accepts those.",
+        live.Live, errors=(503,),
+    ),
     _Operation("get", "/version", "The version of mer.", answers.Version),
 ]  # fmt: skip
 _REASONS: Final = {
