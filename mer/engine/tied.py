@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection
 from typing import Final
 
@@ -151,25 +152,23 @@ class TiedEngine:
         ]
         if not ready:
             return found
-        states = self._look([(sequence, text) for sequence, text, *_ in ready], [each[2] for each in ready])
-        going = [i for i, (*_, length) in enumerate(ready) if length > 1]
-        states = states[going]
-        for depth in range(1, max(lengths)):
-            texts = [ready[i][1] for i in going]
-            last = np.array([ready[i][2][-1] for i in going], np.int32)
-            positions = [text.done - text.origin + depth - 1 for text in texts]
-            drafted = self._run(last, states, texts, positions, [1] * len(going))
-            for i, token in zip(going, drafted, strict=True):
-                ready[i][2].append(token)
-            kept = [at for at, i in enumerate(going) if ready[i][3] > depth + 1]
+        drafted, states = self._look([(sequence, text) for sequence, text, *_ in ready])
+        for depth in range(1, max(lengths) + 1):
+            for (_, _, tokens, _), token in zip(ready, drafted, strict=True):
+                tokens.append(token)
+            kept = [i for i, (*_, length) in enumerate(ready) if length > depth]
             if not kept:
                 break
-            states = self._forward.states()[kept]
-            going = [going[at] for at in kept]
+            states = (states if depth == 1 else self._forward.states())[kept]
+            ready = [ready[i] for i in kept]
+            texts = [text for _, text, *_ in ready]
+            positions = [text.done - text.origin + depth - 1 for text in texts]
+            drafted = self._run([each[2][-1] for each in ready], states, texts, positions, [1] * len(ready))
         return found
 
-    def _look(self, known: list[tuple[Sequence, _Text]], drafts: list[list[int]]) -> NDArray[np.float32]:
+    def _look(self, known: list[tuple[Sequence, _Text]]) -> tuple[list[int], NDArray[np.float32]]:
         """At all states that are known: the first token of each draft, and f32 [S, hidden] to go on from."""
+        found: list[int] = []
         states = np.empty((len(known), self._hidden), np.float32)
         at = 0
         while at < len(known):
@@ -185,36 +184,41 @@ class TiedEngine:
                 rows.append(self._rows[text.slot, :count])
             texts = [text for _, text in known[at : at + len(counts)]]
             starts = [text.done - text.origin for text in texts]
-            first = self._run(np.array(tokens, np.int32), np.concatenate(rows), texts, starts, counts)
+            found += self._run(tokens, np.concatenate(rows), texts, starts, counts)
             states[at : at + len(counts)] = self._forward.states()[np.cumsum(counts) - 1]
-            for text, count, draft, token in zip(
-                texts, counts, drafts[at : at + len(counts)], first, strict=True
-            ):
+            for text, count in zip(texts, counts, strict=True):
                 text.done, text.count = text.done + count, 0
-                draft.append(token)
             at += len(counts)
-        return states
+        return found, states
 
     def _run(
         self,
-        tokens: NDArray[np.int32],
+        tokens: list[int],
         states: NDArray[np.float32],
         texts: list[_Text],
         starts: list[int],
         counts: list[int],
     ) -> list[int]:
-        """The likeliest token behind the last one of each text, `counts` tokens of which are looked at."""
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        positions = np.concatenate(
-            [np.arange(s, s + n, dtype=np.int32) for s, n in zip(starts, counts, strict=True)]
+        """The likeliest token behind the last one of each text.
+
+        counts: tokens of each text that are looked at, starts: the position of the first.
+        """
+        positions = [p for s, n in zip(starts, counts, strict=True) for p in range(s, s + n)]
+        offsets = np.array([0, *itertools.accumulate(counts)], np.int32)
+        columns = max(positions) // BLOCK + 1
+        logits = self._forward.step(
+            np.array(tokens, np.int32),
+            states,
+            np.array(positions, np.int32),
+            offsets,
+            self._tables[[text.slot for text in texts], :columns],
+            offsets[1:] - 1,
         )
-        columns = int(positions.max()) // BLOCK + 1
-        tables = np.ascontiguousarray(self._tables[[text.slot for text in texts], :columns])
-        logits = self._forward.step(tokens, states, positions, offsets, tables, offsets[1:] - 1)
         best = logits.argmax(-1)
         if self._forward.vocabulary is not None:
             best = self._forward.vocabulary[best]
-        return [int(token) for token in best]
+        found: list[int] = best.tolist()
+        return found
 
     def observe(self, chunks: list[Chunk], hidden: Callable[[], NDArray[np.float32]]) -> None:
         """Keep the last states of each sequence."""
