@@ -178,6 +178,8 @@ def _metadata(w: GGUFWriter, family: str, config: dict, predicting: int) -> None
         w.add_interleave_moe_layer_step(config["moe_layer_interval"])
         w.add_leading_dense_block_count(config["moe_layer_start_index"])
         w.add_expert_shared_count(config["moe_num_shared_experts"])
+        shared = config["moe_num_shared_experts"] * config["moe_intermediate_size"]
+        w.add_expert_shared_feed_forward_length(shared)
     if family == "minimax_m2":
         w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if family == "gpt_oss":

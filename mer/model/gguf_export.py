@@ -13,19 +13,19 @@ import numpy as np
 from mer.errors import UnsupportedModelError
 from mer.model.families import Architecture
 from mer.model.gguf_metadata import hyper_parameters
-from mer.model.spec import AttentionSpec, LatentAttentionSpec, RopeSpec
+from mer.model.gguf_recurrent import DELTA_PARTS, conv_form, delta_forms
+from mer.model.spec import AttentionSpec, DeltaSpec, LatentAttentionSpec, ModelSpec
 from mer.weights.convert import Report, left_out
 from mer.weights.encode import Encoder
-from mer.weights.extents import MoeLayerSource
+from mer.weights.extents import Matrix, MoeLayerSource
 from mer.weights.formats import F32, Format
 from mer.weights.gguf_families import BY_MODEL_TYPE, GGUFFamily
 from mer.weights.gguf_writer import Entry, Progress, Value, write_gguf
 from mer.weights.plan import Plan, Substitutions, choose
-from mer.weights.reordered import Columns, Picked, Source, Turned
+from mer.weights.reordered import Columns, Mapped, Picked, Source, Turned
 from mer.weights.rows import dense_rows, expert_rows
 from mer.weights.tensors import Checkpoint
 
-_PARTS: Final = ("gate", "up", "down")
 # general.file_type, by the format of most weights.
 _FILE_TYPES: Final = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k": 12,
@@ -100,7 +100,7 @@ class _Tensors:
                 found += self._dense(part, name, dense)
         for source in self._architecture.experts:
             found += self._stacked(source, experts)
-        if factors := _frequency_factors(self._architecture.spec.rope):
+        if factors := _frequency_factors(self._architecture.spec):
             data = np.array(factors, np.float32)
             found.append(Entry("rope_freqs.weight", data.shape, F32, lambda: iter([data.view(np.uint8)])))
         return found
@@ -109,17 +109,33 @@ class _Tensors:
         info = self._checkpoint.tensor(name)
         rows = dense_rows(self._checkpoint, info)
         kept = name in self._architecture.kept or len(info.shape) < 2
-        for theirs, shape, source in self._forms(part.rpartition(".")[2], name, info.shape, rows):
+        layer, _, kind = part.rpartition(".")
+        state = bool(layer) and self._architecture.spec.layers[int(layer)].state_index is not None
+        for theirs, shape, source in self._forms(kind, name, info.shape, rows, state):
             form = F32 if kept else choose(wanted, source.format, source.cols)
             if not kept:
                 self.notes.note(theirs, source.cols, wanted, form)
             yield Entry(self._gguf(theirs), shape, form, partial(self._encoder.slabs, [source], form))
 
     def _forms(
-        self, kind: str, name: str, shape: tuple[int, ...], rows: Source
+        self, kind: str, name: str, shape: tuple[int, ...], rows: Source, state: bool
     ) -> Iterator[tuple[str, tuple[int, ...], Source]]:
-        """(Hugging Face's name, shape, values): of one tensor, one or two that llama.cpp has in its place."""
+        """(Hugging Face's name, shape, values): of one tensor, one or two that llama.cpp has in its place.
+
+        state: of a layer with a state in the place of attention.
+        """
         spec, a = self._architecture.spec, self._architecture.spec.attention
+        delta = spec.recurrent if isinstance(spec.recurrent, DeltaSpec) else None
+        tile = self._family.tiled and delta is not None and not delta.tiled
+        if spec.zero_centred_norms and kind.endswith("norm") and kind != "state_norm":
+            yield name, shape, Mapped(rows, lambda values: values + np.float32(1.0))
+            return
+        if kind == "conv":
+            yield conv_form(spec, name, shape, rows, tile)
+            return
+        if state and delta is not None and kind in DELTA_PARTS:
+            yield from delta_forms(spec, kind, name, shape, rows, tile)
+            return
         if kind in ("q", "k", "q_bias", "k_bias") and self._family.neighbours and not spec.rope.interleaved:
             yield name, shape, self._turned(name, rows)
         elif kind == "kv_up":
@@ -138,7 +154,7 @@ class _Tensors:
             for half, part in zip(np.arange(rows.rows).reshape(2, -1), ("gate", "up"), strict=True):
                 new = name.replace("input_linear", f"{part}_proj")
                 yield new, (len(half), rows.cols), Picked(rows, rows.rows, half)
-        elif kind == "shared_gate":
+        elif kind == "shared_gate" or (kind == "router_choice_bias" and len(shape) == 2):
             yield name, shape[-1:], rows
         else:
             yield name, shape, rows
@@ -158,27 +174,31 @@ class _Tensors:
         return Picked(rows, a.head_dim, order)
 
     def _stacked(self, layer: MoeLayerSource, wanted: Format | None) -> Iterator[Entry]:
-        """gate, up and down of all experts of a layer."""
-        for i, part in enumerate(_PARTS):
-            matrices = [(extents, extents.matrices[i]) for extents in layer.experts]
-            first = matrices[0][1]
-            name = f"model.layers.{layer.layer}.mlp.experts.{part}_proj"
+        """gate, up and down of all experts of a layer; in some families gate above up in one tensor."""
+        together = (("gate", "up"), ("down",)) if self._family.merged else (("gate",), ("up",), ("down",))
+        for parts in together:
+            first: Matrix = getattr(layer.experts[0], parts[0])
+            name = f"model.layers.{layer.layer}.mlp.experts.{'_'.join(parts)}_proj"
             form = choose(wanted, first.format, first.cols)
             sources: list[Source] = []
-            for e, (extents, matrix) in enumerate(matrices):
-                what = f"{part} of expert {e} of layer {layer.layer}"
-                if wanted is None and matrix.format is not first.format:
-                    raise UnsupportedModelError(
-                        f"{self._checkpoint.path}: {what} is {matrix.format.name}, that of expert 0 "
-                        f"{first.format.name}; in GGUF they are one tensor: name a format"
-                    )
-                sources.append(expert_rows(self._checkpoint, extents, matrix, what))
+            for e, extents in enumerate(layer.experts):
+                for part in parts:
+                    matrix: Matrix = getattr(extents, part)
+                    what = f"{part} of expert {e} of layer {layer.layer}"
+                    if wanted is None and matrix.format is not first.format:
+                        raise UnsupportedModelError(
+                            f"{self._checkpoint.path}: {what} is {matrix.format.name}, {parts[0]} of expert "
+                            f"0 {first.format.name}; in GGUF they are one tensor: name a format"
+                        )
+                    sources.append(expert_rows(self._checkpoint, extents, matrix, what))
             self.notes.note(name, first.cols, wanted, form)
-            shape = (len(sources), first.rows, first.cols)
+            shape = (len(layer.experts), len(parts) * first.rows, first.cols)
             yield Entry(self._gguf(name), shape, form, partial(self._encoder.slabs, sources, form))
 
     def _gguf(self, name: str) -> str:
-        found = self._family.names.gguf(name)
+        # Of the language model of several models.
+        plain = name.replace("model.language_model.", "model.").removeprefix("language_model.")
+        found = self._family.names.gguf(plain)
         if found is None:
             raise UnsupportedModelError(
                 f"{self._checkpoint.path}: tensor {name} has no name in GGUF's {self._family.architecture}"
@@ -186,8 +206,14 @@ class _Tensors:
         return found
 
 
-def _frequency_factors(rope: RopeSpec) -> list[float]:
+def _frequency_factors(spec: ModelSpec) -> list[float]:
     """What rope_freqs.weight divides the frequencies by; empty where there is no need of it."""
+    rope = spec.rope
+    if spec.family == "gemma4_text":  # of its global layers a part of each head turns
+        rope = next(r for r, layer in zip(spec.ropes, spec.layers, strict=True) if layer.window is None)
+        pairs = len(rope.inv_freq)
+        plain = np.float32(rope.theta) ** -(np.arange(pairs, dtype=np.float32) / np.float32(pairs))
+        return [p / f if f else 1e30 for p, f in zip(plain.tolist(), rope.inv_freq, strict=True)]
     if rope.scaling is None or rope.scaling.kind not in ("llama3", "factors"):
         return []
     pairs = len(rope.inv_freq)

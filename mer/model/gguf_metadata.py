@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Final, Literal
 
 from attrs import frozen
 
 from mer.errors import UnsupportedModelError
-from mer.model.spec import AttentionSpec, LatentAttentionSpec, ModelSpec
+from mer.model.gguf_recurrent import interval, recurrent_parameters
+from mer.model.spec import AttentionSpec, DeltaSpec, IndexerSpec, LatentAttentionSpec, ModelSpec
 from mer.weights.gguf_families import GGUFFamily
 from mer.weights.gguf_writer import Value
 
@@ -22,22 +24,33 @@ class _Computes:
     normalise: the weights of the chosen experts are made to add up to 1; None: as the file says. plain: the
     first layers may have no experts. square: q and o are [hidden, hidden]. windows: of which layers.
     frequencies: rope_freqs.weight is read. clamp: alpha and limit of the experts' SwiGLU. tied: the head may
-    be the embedding.
+    be the embedding. scaled: by routed_scaling_factor. heads: of keys. also: what its files always say.
     """
 
     normalise: bool | None = None
     plain: bool = False
     square: bool = False
-    windows: Literal["none", "even layers"] = "none"
+    windows: Literal["none", "even layers", "any"] = "none"
     frequencies: bool = False
     clamp: tuple[float, float] | None = None
     multipliers: bool = False
     tied: bool = True
+    scaled: bool = True
+    heads: Literal["any", "as many of keys"] = "any"
+    also: Mapping[str, Value] = {}
 
 
 # By model_type. A family that is not here is not written.
 _KNOWN: Final = {
     "bailing_moe": _Computes(plain=True, square=True, tied=False),
+    "deepseek_v32": _Computes(plain=True),
+    "dots1": _Computes(plain=True, heads="as many of keys"),
+    "ernie4_5_moe": _Computes(normalise=True, plain=True, also={"interleave_moe_layer_step": 1}),
+    "gemma4_text": _Computes(normalise=True, windows="any"),
+    "glm_moe_dsa": _Computes(plain=True),
+    "lfm2_moe": _Computes(normalise=True, plain=True, scaled=False),
+    "qwen3_5_moe_text": _Computes(normalise=True),
+    "qwen3_next": _Computes(normalise=True),
     "llama": _Computes(plain=True, frequencies=True),
     "mistral": _Computes(plain=True, frequencies=True),
     "qwen2": _Computes(plain=True, square=True),
@@ -74,9 +87,11 @@ def hyper_parameters(family: GGUFFamily, spec: ModelSpec) -> dict[str, Value]:
         "attention.layer_norm_rms_epsilon": spec.norm_eps,
         "rope.dimension_count": 2 * len(spec.rope.inv_freq),
         "rope.freq_base": spec.rope.theta,
-        **_attention(spec.attention),
+        **_attention(spec.attentions[0]),
         **_experts(spec),
         **_scaling(family, spec),
+        **recurrent_parameters(spec),
+        **_KNOWN[spec.family].also,
     }
     if _KNOWN[spec.family].multipliers:
         found |= {
@@ -85,6 +100,13 @@ def hyper_parameters(family: GGUFFamily, spec: ModelSpec) -> dict[str, Value]:
             "residual_scale": spec.residual_scale,
             "logit_scale": 1 / spec.logit_scale,
         }
+    if spec.family == "ernie4_5_moe":
+        found["expert_shared_feed_forward_length"] = spec.shared_inter
+    if spec.family == "qwen3_5_moe_text":
+        pairs = len(spec.rope.inv_freq)  # a third each of three positions, which of a text are the same
+        found["rope.dimension_sections"] = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0]
+    if spec.family == "gemma4_text":
+        found |= _gemma4(spec)
     windows = [layer.window for layer in spec.layers if layer.window]
     if windows:
         found["attention.sliding_window"] = windows[0]
@@ -111,7 +133,44 @@ def _attention(a: AttentionSpec | LatentAttentionSpec) -> dict[str, Value]:
         "attention.key_length_mla": a.nope_dim + a.rope_dim,
         "attention.value_length_mla": a.value_dim,
         **ranks,
+        **_indexer(a.indexer),
     }
+
+
+def _indexer(indexer: IndexerSpec | None) -> dict[str, Value]:
+    if indexer is None:
+        return {}
+    return {
+        "attention.indexer.head_count": indexer.n_heads,
+        "attention.indexer.key_length": indexer.head_dim,
+        "attention.indexer.top_k": indexer.top_k,
+    }
+
+
+def _gemma4(spec: ModelSpec) -> dict[str, Value]:
+    """Of the layers with a window, and of the global ones."""
+    local = [layer.window is not None for layer in spec.layers]
+    attention = [a for a in spec.attentions if isinstance(a, AttentionSpec)]
+    heads = dict(zip(local, attention, strict=True))
+    ropes = dict(zip(local, spec.ropes, strict=True))
+    found: dict[str, Value] = {
+        "feed_forward_length": spec.dense_inter or spec.shared_inter,
+        "attention.head_count_kv": [a.n_kv_heads for a in attention],
+        "attention.sliding_window_pattern": local,
+        "attention.shared_kv_layers": 0,
+        "embedding_length_per_layer_input": 0,
+    }
+    for is_local, end in (False, ""), (True, "_swa"):
+        if is_local in heads:
+            found |= dict.fromkeys(
+                (f"{key}{end}" for key in ("attention.key_length", "attention.value_length")),
+                heads[is_local].head_dim,
+            )
+            found[f"rope.dimension_count{end}"] = heads[is_local].head_dim
+            found[f"rope.freq_base{end}"] = ropes[is_local].theta
+    if spec.logit_cap is not None:
+        found["final_logit_softcapping"] = spec.logit_cap
+    return found
 
 
 def _experts(spec: ModelSpec) -> dict[str, Value]:
@@ -187,7 +246,10 @@ def _check(family: GGUFFamily, spec: ModelSpec) -> None:
         (plain and not known.plain, "has experts in every layer"),
         (known.square and width != spec.hidden, f"has heads that are {spec.hidden} wide together"),
         (known.windows == "none" and windows, "has no attention windows"),
-        (known.windows != "none" and (not even or len(windows) != 1), "has a window in every other layer"),
+        (
+            known.windows == "even layers" and (not even or len(windows) != 1),
+            "has a window in every other layer",
+        ),
         (
             known.clamp != (spec.clamp and (spec.clamp.alpha, spec.clamp.limit)),
             "has other constants in the experts' SwiGLU",
@@ -200,6 +262,26 @@ def _check(family: GGUFFamily, spec: ModelSpec) -> None:
         (
             spec.rope.scaling is not None and spec.rope.scaling.kind not in ("linear", "yarn", *kinds),
             f"has no rope scaling {spec.rope.scaling and spec.rope.scaling.kind!r}",
+        ),
+        (r is not None and not known.scaled and r.scale != 1, "does not scale the experts' sum"),
+        (
+            known.heads == "as many of keys" and isinstance(a, AttentionSpec) and a.n_heads != a.n_kv_heads,
+            "has as many heads of keys as of queries",
+        ),
+        (
+            isinstance(spec.recurrent, DeltaSpec) and not interval(spec),
+            "has attention in every so many layers",
+        ),
+        (
+            any(
+                isinstance(x, LatentAttentionSpec) and x.indexer and not x.indexer.own
+                for x in spec.attentions
+            ),
+            "has an indexer in every layer",
+        ),
+        (
+            spec.family == "gemma4_text" and any(rope.scaling for rope in spec.ropes),
+            "has no rope scaling",
         ),
         (spec.tied_embeddings and not known.tied, "has a head that is not the embedding"),
         (spec.rope.interleaved and not family.neighbours, "turns pairs (i, i + dim/2) of a head"),

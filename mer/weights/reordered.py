@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -121,3 +122,15 @@ class Columns(_Computed):
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         return np.ascontiguousarray(self.base.read(start, stop)[:, self._order])
+
+
+class Mapped(_Computed):
+    """`function` of each value of `base`."""
+
+    def __init__(self, base: Source, function: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> None:
+        super().__init__(base)
+        self._function = function
+        self.rows, self.cols = base.rows, base.cols
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        return self._function(self.base.read(start, stop))

@@ -79,7 +79,7 @@ def read(outer: Config, tensors: Tensors) -> ModelSpec:
             tensors.take_experts(i, _EXPERTS, n, hidden, moe_inter)
     cap = config.get("final_logit_softcapping")
     return ModelSpec(
-        family="gemma4",
+        family="gemma4_text",
         vocab=config.integer("vocab_size"),
         hidden=hidden,
         norm_eps=config.number("rms_norm_eps", default=1e-6),

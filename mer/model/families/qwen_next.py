@@ -18,7 +18,7 @@ def read_qwen3_next(config: Config, tensors: Tensors) -> ModelSpec:
 
 def read_qwen3_5(config: Config, tensors: Tensors) -> ModelSpec:
     """ModelSpec of a Qwen3.5-MoE's language model, for text: M-RoPE's three positions are the same then."""
-    return _read("qwen3_5_moe", config.inner("text_config"), tensors.inside("language_model"))
+    return _read("qwen3_5_moe_text", config.inner("text_config"), tensors.inside("language_model"))
 
 
 def _delta(config: Config) -> DeltaSpec:

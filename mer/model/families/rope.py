@@ -166,7 +166,7 @@ class Rope:
         powers = (self.theta**exponents).astype(np.float32)
         frequencies = np.zeros(dim // 2, np.float32)
         frequencies[:turning] = np.float32(1.0) / powers / np.float32(self._number("factor", 1.0))
-        return RopeSpec(tuple(frequencies.tolist()), 1.0, interleaved)
+        return RopeSpec(tuple(frequencies.tolist()), 1.0, interleaved, self.theta)
 
     def _llama3(self, frequencies: Array) -> Array:
         factor = self._number("factor")

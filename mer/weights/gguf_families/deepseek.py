@@ -91,6 +91,5 @@ V32 = GGUFFamily(
     config=_config_indexed,
     names=Names(_NAMES | _INDEXER),
     neighbours=True,
-    written=False,
 )
 GLM_DSA = evolve(V32, architecture="glm-dsa", model_type="glm_moe_dsa")

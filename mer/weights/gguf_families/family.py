@@ -19,7 +19,8 @@ class GGUFFamily:
     those that `gguf_config` finds. names: of its tensors. neighbours: elements (2i, 2i + 1) of a head turn
     together in llama.cpp, not (i, i + dim / 2): config.json's rope_interleave. is_of: whether a file of the
     architecture is of this family, where several families share one. written: whether names are all that
-    differs, so that such a file can also be written.
+    differs, so that such a file can also be written. tiled: value heads of the delta rule stand as one of
+    each key head, then the next of each. merged: gate and up of a layer's experts are written as one tensor.
     """
 
     architecture: str
@@ -29,3 +30,5 @@ class GGUFFamily:
     neighbours: bool = False
     is_of: Callable[[Keys], bool] = lambda keys: True
     written: bool = True
+    tiled: bool = False
+    merged: bool = False

@@ -65,5 +65,5 @@ FAMILY = GGUFFamily(
             "ffn_down_exps.weight": "experts.down_proj",
         }
     ),
-    written=False,
+    merged=True,
 )

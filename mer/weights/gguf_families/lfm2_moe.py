@@ -54,5 +54,4 @@ FAMILY = GGUFFamily(
         # The norm before the head, under a name that would be one behind the embedding.
         whole={"token_embd_norm.weight": "model.embedding_norm.weight"},
     ),
-    written=False,
 )

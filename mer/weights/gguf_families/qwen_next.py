@@ -61,7 +61,6 @@ QWEN3_NEXT = GGUFFamily(
             "ssm_in.weight": f"{_DELTA}.in_proj_qkvz.weight",
         }
     ),
-    written=False,
 )
 QWEN3_5 = GGUFFamily(
     architecture="qwen35moe",
@@ -74,5 +73,5 @@ QWEN3_5 = GGUFFamily(
             "ssm_beta.weight": f"{_DELTA}.in_proj_b.weight",
         }
     ),
-    written=False,
+    tiled=True,
 )
