@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
+import grpc
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -11,6 +15,11 @@ from engine_models import prompt, write_text_model
 from grpc_client import FOREVER, generate, served, slowed
 from screens import screen_text
 
+from mer.api.access import Access
+from mer.api.grpc.gate import Gate
+from mer.api.grpc.operating import Operating
+from mer.api.http import logs
+from mer.api.http.logs import TAIL
 from mer.cli.dashboard.app import Dashboard
 from mer.cli.dashboard.heat import heat_map
 from mer.cli.dashboard.panels import bar, requests, spark, stacked
@@ -27,7 +36,7 @@ def model(tmp_path_factory):
 
 async def shown(pilot, condition, what) -> list[str]:
     """The screen once `condition` holds for it."""
-    for _ in range(3000):
+    for _ in range(1000):
         await pilot.pause(0.02)
         lines = screen_text(pilot.app)
         if condition(lines):
@@ -71,22 +80,106 @@ async def test_a_server_on_the_screen(model, size):
                 maps = [line[42:].split() for line in lines[:head] if line[42:44] in ("0 ", "1 ")]
                 assert [len(cells) for _, cells in maps] == [18, 18]
                 assert 0 < sum(cell != "·" for _, cells in maps for cell in cells) <= 12
-                assert lines[-1].startswith("q quit")
+                assert lines[-1].startswith("q quit  p pause")
                 assert all(len(line) <= size[0] for line in lines)
                 first.cancel()
                 second.cancel()
                 await shown(pilot, lambda lines: "0 running, 0 waiting" in lines[0], "nobody")
                 await server.stop(0)
-                lines = await shown(pilot, lambda lines: "trying again" in lines[-1], "it is gone")
+                lines = await shown(pilot, lambda lines: "trying again" in " ".join(lines[-3:]), "it is gone")
                 assert "0 running" in lines[0], "what was seen last stays"
                 await pilot.press("q")
             assert app.return_value is None
 
 
+@asynccontextmanager
+async def operated(engine) -> AsyncIterator[Remote]:
+    """The admin API of this engine."""
+    server = grpc.aio.server()
+    handlers = Operating(lambda name: engine, Gate(Access({}))).handlers()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("mer.v1.Admin", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield Remote(f"127.0.0.1:{port}", key="MER_ADMIN_KEY")
+    finally:
+        await server.stop(None)
+
+
+def logged(text: str, **fields: object) -> None:
+    record = logging.LogRecord("mer", logging.INFO, "", 0, text, None, None)
+    if fields:
+        record.fields = {
+            "client": "::1",
+            "method": "gRPC",
+            "path": "x",
+            "status": "OK",
+            "seconds": 1,
+        } | fields
+    TAIL.handle(record)
+
+
+async def test_keys(model):
+    TAIL.setFormatter(logs._Text())
+    logged("a line from before")
+    async with served(model, {}, cache_experts=4) as (_, engine, server), operated(engine) as admin:
+        app = Dashboard(Remote(f"127.0.0.1:{server.port}"), 0.1, admin)
+        async with app.run_test(size=(80, 24)) as pilot:
+            await shown(pilot, lambda lines: any("a line from before" in line for line in lines), "the log")
+            logged("request", caller="me", prompt="SECRET", prompt_tokens=5)
+            lines = await shown(
+                pilot, lambda lines: any("prompt_tokens=5" in line for line in lines), "a further line"
+            )
+            assert not any("SECRET" in line for line in lines)
+            assert all(len(line) <= 80 for line in lines)
+
+            await pilot.press("p")
+            await shown(pilot, lambda lines: "PAUSED" in lines[0], "it is paused")
+            assert engine.view().paused
+            await pilot.press("p")
+            await shown(pilot, lambda lines: "PAUSED" not in lines[0], "it goes on")
+
+            await pilot.press("i", *"1/2", "enter")
+            await shown(pilot, lambda lines: any("◆◆◆" in line for line in lines), "a pin")
+            assert engine.view().experts.pinned == (8,)
+            await pilot.press("i", *"9", "enter")
+            await shown(pilot, lambda lines: "has 2 layers with experts" in " ".join(lines[-3:]), "a refusal")
+            await pilot.press("i", *"-1", "enter")
+            await shown(pilot, lambda lines: "0 experts are pinned" in " ".join(lines[-3:]), "none")
+            assert engine.view().experts.pinned == ()
+            await pilot.press("i", *"x", "enter")
+            await shown(pilot, lambda lines: "write LAYER" in " ".join(lines[-3:]), "advice")
+            await pilot.press("i", "q", "escape")
+            await shown(pilot, lambda lines: "pin LAYER" not in "".join(lines), "it is left")
+            await pilot.press("escape")
+        assert app.return_value is None
+
+
+async def test_keys_without_an_admin_api(model):
+    async with served(model, {}) as (_, engine, server):
+        app = Dashboard(Remote(f"127.0.0.1:{server.port}"), 0.1)
+        async with app.run_test(size=(80, 24)) as pilot:
+            await shown(pilot, lambda lines: "tiny" in lines[0], "the server")
+            await pilot.press("p")
+            await shown(pilot, lambda lines: "--admin" in " ".join(lines[-3:]), "advice")
+            assert not engine.view().paused
+
+
+def test_the_tail_of_the_log_is_bounded():
+    tail = logs.Tail()
+    tail.setFormatter(logs._Text())
+    for n in range(1200):
+        tail.handle(logging.LogRecord("mer", logging.INFO, "", 0, f"line {n}\nand more", None, None))
+    found = tail.since(0)
+    assert len(found) == 500
+    assert found[-1] == (2400, "and more")
+    assert [number for number, _ in tail.since(2397)] == [2398, 2399, 2400]
+
+
 async def test_nobody_there():
     app = Dashboard(Remote("127.0.0.1:1"), 0.1)
     async with app.run_test() as pilot:
-        for _ in range(3000):
+        for _ in range(1000):
             await pilot.pause(0.02)
             if isinstance(app.return_value, RemoteError):
                 break

@@ -15,12 +15,13 @@ from attrs import frozen
 from mer.errors import ConfigError, MerError
 
 KEY: Final = "MER_API_KEY"
+ADMIN_KEY: Final = "MER_ADMIN_KEY"
 
 Metadata = tuple[tuple[str, str], ...]
 
 _FILE: Final = click.Path(path_type=Path)
 _MEANING: Final = {
-    grpc.StatusCode.UNAUTHENTICATED: f"put the server's API key into {KEY}",
+    grpc.StatusCode.UNAUTHENTICATED: "put the server's key into {}",
     grpc.StatusCode.UNIMPLEMENTED: "the server is older than this command",
 }
 
@@ -31,17 +32,18 @@ class RemoteError(MerError):
 
 @frozen
 class Remote:
-    """A server. address: HOST:PORT, with https:// before it for TLS."""
+    """A server. address: HOST:PORT, with https:// before it for TLS. key: the variable that has its key."""
 
     address: str
     tls_ca: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    key: str = KEY
 
     @property
     def metadata(self) -> Metadata:
         """With every call."""
-        key = os.environ.get(KEY)
+        key = os.environ.get(self.key)
         return (("authorization", f"Bearer {key}"),) if key else ()
 
     @asynccontextmanager
@@ -72,7 +74,7 @@ class Remote:
                 "(https:// before it where it has a certificate)"
             )
         advice = _MEANING.get(error.code())
-        return f"{told}; {advice}" if advice else told
+        return f"{told}; {advice.format(self.key)}" if advice else told
 
 
 def remote_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import attrs
 import click
 
-from mer.cli.remote import Remote, remote_options
+from mer.cli.remote import ADMIN_KEY, Remote, remote_options
 
 
 @click.command()
@@ -20,15 +21,18 @@ from mer.cli.remote import Remote, remote_options
     metavar="SECONDS",
     help="From one picture to the next.",
 )
-def top(interval: float, **where: Any) -> None:
+@click.option("--admin", metavar="ADDRESS", help="Its admin API (gRPC): to pause, pin, reload, see the log.")
+def top(interval: float, admin: str | None, **where: Any) -> None:
     """Show what the server at ADDRESS (HOST:PORT of its gRPC API) does.
 
-    An API key is taken from MER_API_KEY.
+    Keys are taken from MER_API_KEY, and of the admin API from MER_ADMIN_KEY.
     """
     if not sys.stdout.isatty():
         raise click.UsageError("this needs a terminal; `mer monitor` writes lines")
     from mer.cli.dashboard.app import Dashboard
 
-    error = Dashboard(Remote(**where), interval).run()
+    remote = Remote(**where)
+    operator = attrs.evolve(remote, address=admin, key=ADMIN_KEY) if admin else None
+    error = Dashboard(remote, interval, operator).run()
     if error is not None:
         raise error

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import sys
 import time
+from collections import deque
+from contextlib import nullcontext
 from typing import Any, Final
 
 from mer.api.settings import LogFormat
 
+_KEPT: Final = 500  # lines
 # What stands at the beginning of a request's line; the rest follows as name=value.
 _FIRST: Final = ("client", "method", "path", "status", "seconds")
 
@@ -17,15 +21,46 @@ _FIRST: Final = ("client", "method", "path", "status", "seconds")
 def configure(format: LogFormat) -> None:
     """Have the loggers 'mer', 'mer.*' and 'asyncio' write in this format."""
     handler = logging.StreamHandler(sys.stderr)
+    TAIL.setFormatter(_Text())
     handler.setFormatter(_Json() if format == "json" else _Text())
     # asyncio warns of each client that went away while something was written to it.
     for name, level in (("mer", logging.INFO), ("asyncio", logging.ERROR)):
         logger = logging.getLogger(name)
-        logger.handlers = [handler]
+        logger.handlers = [handler, TAIL]
         logger.propagate = False
         logger.setLevel(level)
     # Hypercorn says by itself where it listens, and that in its own way.
     logging.getLogger("mer.http.connections").setLevel(logging.WARNING)
+
+
+class Tail(logging.Handler):
+    """Keeps the latest lines, without what was asked. lines: (number, line), numbers from 1 on."""
+
+    # What --log-prompts adds.
+    _private: Final = frozenset(("prompt", "messages"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: deque[tuple[int, str]] = deque(maxlen=_KEPT)
+        self._count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = getattr(record, "fields", None)
+        if fields is not None and not self._private.isdisjoint(fields):
+            record = copy.copy(record)
+            kept = {name: value for name, value in fields.items() if name not in self._private}
+            record.fields = kept
+        for line in self.format(record).splitlines():
+            self._count += 1
+            self.lines.append((self._count, line))
+
+    def since(self, number: int) -> list[tuple[int, str]]:
+        """Those behind the one of this number."""
+        with self.lock or nullcontext():
+            return [each for each in self.lines if each[0] > number]
+
+
+TAIL: Final = Tail()
 
 
 class _Json(logging.Formatter):
