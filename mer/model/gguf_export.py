@@ -213,7 +213,7 @@ def _frequency_factors(spec: ModelSpec) -> list[float]:
         rope = next(r for r, layer in zip(spec.ropes, spec.layers, strict=True) if layer.window is None)
         pairs = len(rope.inv_freq)
         plain = np.float32(rope.theta) ** -(np.arange(pairs, dtype=np.float32) / np.float32(pairs))
-        return [p / f if f else 1e30 for p, f in zip(plain.tolist(), rope.inv_freq, strict=True)]
+        return [p / f if f > 1e-20 * p else 1e30 for p, f in zip(plain.tolist(), rope.inv_freq, strict=True)]
     if rope.scaling is None or rope.scaling.kind not in ("llama3", "factors"):
         return []
     pairs = len(rope.inv_freq)

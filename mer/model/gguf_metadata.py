@@ -280,7 +280,8 @@ def _check(family: GGUFFamily, spec: ModelSpec) -> None:
             "has an indexer in every layer",
         ),
         (
-            spec.family == "gemma4_text" and any(rope.scaling for rope in spec.ropes),
+            spec.family == "gemma4_text"
+            and any(rope.scaling is not None and rope.scaling.kind != "factors" for rope in spec.ropes),
             "has no rope scaling",
         ),
         (spec.tied_embeddings and not known.tied, "has a head that is not the embedding"),

@@ -43,9 +43,10 @@ def digest(path):
     return sha256(path.read_bytes()).hexdigest()
 
 
-def test_whatever_the_source_is(tmp_path):
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma4_text", "qwen3_5_moe_text"])
+def test_whatever_the_source_is(family, tmp_path):
     """A directory, the store and the GGUF file made of it, and again the same, are the same tensors."""
-    make(tmp_path / "hf", "deepseek_v3")
+    make(tmp_path / "hf", family)
     write(tmp_path / "hf", tmp_path / "a.gguf")
     write(tmp_path / "hf", tmp_path / "b.gguf")
     assert digest(tmp_path / "a.gguf") == digest(tmp_path / "b.gguf")
@@ -123,6 +124,14 @@ def test_a_cut_without_a_name(tmp_path):
         ("mixtral", {"sliding_window": 16}, "has no attention windows"),
         ("deepseek_v2", {}, "chooses groups by the sum of their two best experts"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "has other constants"),
+        ("dots1", {}, "has as many heads of keys as of queries"),
+        ("glm_moe_dsa", {"indexer_types": ["full", "shared", "full"]}, "has an indexer in every layer"),
+        ("lfm2_moe", {"routed_scaling_factor": 1.3}, "does not scale the experts' sum"),
+        (
+            "qwen3_next",
+            {"layer_types": ["full_attention", "linear_attention", "full_attention"]},
+            "has attention in every so many layers",
+        ),
     ],
 )
 def test_what_llama_cpp_does_otherwise_is_refused(family, changes, message, tmp_path):
