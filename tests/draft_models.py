@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from oracle.make_checkpoints import edit_config, make
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -124,3 +125,28 @@ def write_head(path: Path, model: Path, *, seed: int = 0, vocabulary: list[int] 
     }
     (path / "config.json").write_text(json.dumps(values | config))
     return head
+
+
+def write_predicting(path: Path, family: str, **changes: Any):
+    """A model with a layer for multi-token prediction; returns transformers' without it, and its head."""
+    layers = 3
+    model = make(path, family, num_hidden_layers=layers, **changes)
+    edit_config(path, num_hidden_layers=layers - 1, num_nextn_predict_layers=1)
+    tensors = load_file(path / "model.safetensors")
+    config, (layer,) = model.config, model.model.layers[layers - 1 :]
+    model.model.layers = model.model.layers[: layers - 1]
+    norm = type(model.model.norm)
+    head = TorchHead(
+        config.hidden_size, model.model.embed_tokens.weight, model.lm_head.weight, layer,
+        lambda: norm(config.hidden_size, config.rms_norm_eps), model.model.rotary_emb,
+    ).eval()  # fmt: skip
+    own = {"enorm": head.enorm, "hnorm": head.hnorm, "eh_proj": head.eh_proj, "shared_head.norm": head.norm}
+    for seed, (name, part) in enumerate(own.items()):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            noise = torch.randn(part.weight.shape, generator=generator)
+            matrix = part.weight.dim() == 2
+            part.weight.copy_(1.6 * noise / noise.shape[-1] ** 0.5 if matrix else 1 + 0.2 * noise)
+        tensors[f"model.layers.{layers - 1}.{name}.weight"] = part.weight.detach().clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return model, head

@@ -7,10 +7,12 @@ import asyncio
 import attrs
 import pytest
 import torch
-from draft_models import WINDOW, write_head
+from click.testing import CliRunner
+from draft_models import WINDOW, write_head, write_predicting
 from engine_models import GREEDY, make, opened, prompt
 from test_speculation import always, essence  # noqa: F401 (a fixture)
 
+from mer.cli.convert import convert
 from mer.engine.tied import TiedEngine
 from mer.errors import BudgetError, CheckpointError
 
@@ -41,13 +43,13 @@ def proposed(monkeypatch):
     return found
 
 
-def drafted(main, head, tokens: list[int], count: int, first: int) -> list[int]:
+def drafted(main, head, tokens: list[int], count: int, first: int, window=WINDOW) -> list[int]:
     """What the head drafts behind a text of which it sees the states from position `first` on."""
     with torch.no_grad():
         states = main.model(torch.tensor([tokens])).last_hidden_state[0][first:-1]
         given, out = torch.tensor(tokens[first + 1 :]), []
         for _ in range(count):
-            left, logits = head(given, states, WINDOW)
+            left, logits = head(given, states, window)
             out.append(int(logits[-1].argmax()))
             states, given = torch.cat([states, left[-1:]]), torch.cat([given, torch.tensor(out[-1:])])
     return out
@@ -116,3 +118,32 @@ async def test_which_head_is_taken(model, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         async with opened(path, draft_head=tmp_path / "nowhere"):
             pass
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("deepseek_v3", {}),
+        ("deepseek_v3", {"q_lora_rank": None}),
+        ("glm4_moe", {}),
+    ],
+)
+async def test_a_models_own_head(family, changes, tmp_path, always, proposed):  # noqa: F811
+    """Layers for multi-token prediction: from the checkpoint, and from a store made of it."""
+    main, head = write_predicting(tmp_path / "model", family, **changes)
+    prompts = [prompt(n) for n in (5, 20)]
+    async with opened(tmp_path / "model", speculate="off") as engine:
+        expected = await ask(engine, prompts)
+    result = CliRunner().invoke(
+        convert, [str(tmp_path / "model"), str(tmp_path / "store"), "--format", "f32"], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    for path in (tmp_path / "model", tmp_path / "store"):
+        proposed.clear()
+        async with opened(path) as engine:
+            assert await ask(engine, prompts) == expected
+            assert engine.budget.drafting > 0
+        short = [(text, draft) for text, draft in proposed if len(text) < 32 and draft]
+        assert len(short) > 10
+        for text, draft in short[::4]:
+            assert draft == drafted(main, head, text, len(draft), 0, None)

@@ -161,7 +161,8 @@ def _convert(
     restart: bool,
     progress: conversion.Progress,
 ) -> conversion.Report:
-    plan = Plan(architecture.experts, tuple(architecture.dense.values()), architecture.kept)
+    whole = families.with_head(checkpoint, architecture)
+    plan = Plan(whole.experts, tuple(whole.dense.values()), whole.kept)
     return conversion.convert(
         checkpoint,
         dst,

@@ -10,7 +10,9 @@ import numpy as np
 from attrs import define, frozen
 from numpy.typing import NDArray
 
+from mer._ext.cache import ExpertCache
 from mer._ext.kernels import Kernels
+from mer._ext.moe import ExpertStreamer, scratch_bytes
 from mer._ext.uring import Reader
 from mer.config import EngineConfig
 from mer.engine.draft import DraftShape
@@ -19,70 +21,106 @@ from mer.engine.scheduler import Chunk, Sequence
 from mer.engine.speculation import MOST_DRAFTED, TIED
 from mer.model.draft_forward import DraftForward
 from mer.model.draft_head import Head, open_head
-from mer.model.families import Architecture
+from mer.model.families import Architecture, load_head
 from mer.model.kv import BLOCK
+from mer.streaming.experts import ExpertTables, expert_tables
 from mer.weights.checkpoint import Checkpoint
 
 # States of a sequence that are kept until a draft is wanted: of a prompt the head sees so much.
 _RECENT: Final = 32
+_TOKENS_OF_EXPERTS: Final = 4  # so many tokens' experts are kept, where the head's layer has experts
 _STEP: Final = 256  # most tokens of one of its steps, unless there are more sequences
 
 
 @frozen
 class TiedSource:
-    """A head that is known, but not loaded. row_bytes: of a row of the main model's output head."""
+    """A head that is known, but not loaded. row_bytes: of a row of the main model's output head.
+
+    tables: where its layer has experts. They have a small cache of their own: what drafts want must not push
+    out what the model wants.
+    """
 
     head: Head
     row_bytes: int
     config: EngineConfig
+    tables: ExpertTables | None = None
 
     def nbytes(self, shape: DraftShape) -> int:
         """Memory that it will take."""
         tokens = _step_tokens(shape)
+        experts = 0
+        if self.tables is not None:
+            t, top_k = self.tables, self.head.spec.top_k
+            experts = self._slots * t.slot_bytes + scratch_bytes(t.layers, t.reads, top_k, tokens)
+            experts += t.total * (t.n_experts + 64)  # what the cache's policy knows
         of_sequence = _RECENT * self.head.spec.hidden * 4 + _table_columns(shape.context) * 4
-        return shape.max_running * of_sequence + DraftForward.nbytes(
-            self.head,
-            self.row_bytes,
-            n_blocks=shape.max_running * _ring(self.head),
-            max_tokens=tokens,
-            max_rows=shape.max_running,
-            n_threads=shape.threads,
+        return (
+            experts
+            + shape.max_running * of_sequence
+            + DraftForward.nbytes(
+                self.head,
+                self.row_bytes,
+                n_blocks=shape.max_running * _ring(self.head),
+                max_tokens=tokens,
+                max_rows=shape.max_running,
+                n_threads=shape.threads,
+            )
         )
 
     def load(self, runner: Runner) -> TiedEngine:
         """Raises CheckpointError where the head is another model's, DeviceReadError."""
-        shape = runner.budget.draft_shape
-        reader = Reader(self.head.checkpoint.files, backend=self.config.io_backend)
+        shape, kernels = runner.budget.draft_shape, Kernels()
+        config, streamer = self.config, None
+        reader = Reader(self.head.checkpoint.files, backend=config.io_backend, queue_depth=config.queue_depth)
         try:
+            if self.tables is not None:
+                t = self.tables
+                cache = ExpertCache(
+                    t.total, self._slots, t.slot_bytes, policy=config.cache_policy, n_layers=1
+                )
+                streamer = ExpertStreamer(
+                    cache, reader, kernels, runner.pool, t.layers, t.reads, t.matrices,
+                    self.head.spec.top_k, _step_tokens(shape),
+                )  # fmt: skip
             forward = DraftForward(
                 self.head,
                 runner.dense,
                 reader,
-                None,
+                streamer,
                 runner.pool,
-                Kernels(),
+                kernels,
                 n_blocks=shape.max_running * _ring(self.head),
                 max_tokens=_step_tokens(shape),
                 max_rows=shape.max_running,
             )
-        finally:
+        except BaseException:
             reader.close()
-        return TiedEngine(forward, shape, _ring(self.head))
+            raise
+        return TiedEngine(forward, shape, _ring(self.head), reader)
+
+    @property
+    def _slots(self) -> int:
+        """Of the experts' cache."""
+        assert self.tables is not None
+        return min(self.tables.total, _TOKENS_OF_EXPERTS * self.head.spec.top_k)
 
 
 def find_head(checkpoint: Checkpoint, architecture: Architecture, config: EngineConfig) -> TiedSource | None:
-    """The draft head of a model: the one that is asked for, or what lies in its directory.
+    """The draft head of a model: the one that is asked for, or what lies in its directory, or its own.
 
     Raises CheckpointError or UnsupportedModelError for one that can't be used.
     """
-    path = config.draft_head
-    if path is None:
-        path = checkpoint.path / "draft"
-        if not (path / "config.json").exists():
-            return None
     output = checkpoint.tensors[architecture.dense["head"]]
-    head = open_head(path, architecture.spec)
-    return TiedSource(head, output.format.row_bytes(output.cols), config)
+    row_bytes = output.format.row_bytes(output.cols)
+    beside = checkpoint.path / "draft"
+    path = config.draft_head or (beside if (beside / "config.json").exists() else None)
+    if path is not None:
+        return TiedSource(open_head(path, architecture.spec), row_bytes, config)
+    own = load_head(checkpoint, architecture)
+    if own is None:
+        return None
+    tables = expert_tables(own.experts, checkpoint.path)
+    return TiedSource(Head(checkpoint, own), row_bytes, config, tables if own.experts else None)
 
 
 def _step_tokens(shape: DraftShape) -> int:
@@ -124,8 +162,9 @@ class TiedEngine:
     kind = TIED
     name = "the draft head"
 
-    def __init__(self, forward: DraftForward, shape: DraftShape, ring: int) -> None:
+    def __init__(self, forward: DraftForward, shape: DraftShape, ring: int, reader: Reader) -> None:
         self._forward = forward
+        self._reader = reader
         self._hidden = forward.spec.hidden
         self._step = _step_tokens(shape)
         self._texts: dict[Sequence, _Text] = {}  # the one that was seen longest ago is the first
@@ -266,4 +305,5 @@ class TiedEngine:
             self._free.append(text.slot)
 
     def close(self) -> None:
-        """All of it is memory."""
+        """See DraftEngine."""
+        self._reader.close()

@@ -33,18 +33,17 @@ class DraftForward:
         n_blocks: int,
         max_tokens: int,
         max_rows: int,
-        moe_layer: int = 0,
     ) -> None:
         """Read its weights from `source`, which reads the files of its checkpoint.
 
-        n_blocks: of its keys and values. moe: where its layer has experts, what multiplies them, as MoE layer
-        `moe_layer`. Raises CheckpointError if the head is of another model, DeviceReadError.
+        n_blocks: of its keys and values. moe: where its layer has experts, what multiplies them. Raises
+        CheckpointError if the head is of another model, DeviceReadError.
         """
         head.check(main)
         spec = head.spec
         self.spec = spec
         self.vocabulary = head.vocabulary
-        self._main, self._moe, self._moe_layer = main, moe, moe_layer
+        self._main, self._moe = main, moe
         weights, (layer,) = load_parts(head.checkpoint, head.architecture, source)
         self._kv = KVCache(spec, n_blocks, KV_DTYPE)
         self._buffers = scratch.allocate(spec, max_tokens, max_rows, pool.n_threads)
@@ -102,7 +101,7 @@ class DraftForward:
             decoder.route(0)
             buffers = self._buffers
             ids, weights = buffers["expert_ids"][:n], buffers["expert_weights"][:n]
-            self._moe.forward(self._moe_layer, buffers["h"][:n], ids, weights, buffers["y"][:n])
+            self._moe.forward(0, buffers["h"][:n], ids, weights, buffers["y"][:n])
             decoder.finish(0)
         decoder.logits(rows)
         return self._buffers["logits"][: len(rows)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from mer.model.families import (
     bailing_moe,
@@ -32,7 +32,7 @@ from mer.model.families import (
 )
 from mer.model.families.config import Config
 from mer.model.families.tensors import Tensors
-from mer.model.spec import ModelSpec
+from mer.model.spec import LayerSpec, ModelSpec
 from mer.weights.checkpoint import Checkpoint
 from mer.weights.experts import MoeLayerSource
 
@@ -74,6 +74,11 @@ FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
     "solar_open": glm4_moe.read_solar_open,
 }
 
+
+# Those whose layers for multi-token prediction stand behind the others, as DeepSeek-V3 has them.
+_PREDICTING: Final = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
+# Positions that such a layer sees here. It was trained to see all, but each would take memory.
+_PREDICTION_WINDOW: Final = 512
 
 # What these have that no other family has.
 _NOT_YET: Final = {
@@ -133,6 +138,46 @@ def _refuse_layers_without_tensors(config: Config, n_tensors: int) -> None:
         raise config.wrong(
             f"num_hidden_layers is {n_layers:,}, but there are {n_tensors} tensors; fetch the files again"
         )
+
+
+def load_head(checkpoint: Checkpoint, main: Architecture) -> Architecture | None:
+    """The model's own draft head (mer.model.draft_head), where the checkpoint has one that mer can compute.
+
+    It is the first of its layers for multi-token prediction, understood as a model of one layer, with
+    'enorm', 'hnorm', 'eh_proj' and 'final_norm' beside it. Raises CheckpointError where a
+    part is missing.
+    """
+    config, at = Config(checkpoint.path, checkpoint.config), main.spec.n_layers
+    kind, name = config.get("model_type"), f"model.layers.{at}"
+    if checkpoint.kind == "gguf" or kind not in _PREDICTING:
+        return None
+    if f"{name}.eh_proj.weight" not in checkpoint.tensors:
+        return None
+    tensors, hidden = Tensors(checkpoint), main.spec.hidden
+    # Like the last layer of a model that has one more.
+    longer = config.but(num_hidden_layers=at + 1, mlp_layer_types=None)
+    spec = FAMILIES[kind](longer, tensors)
+    tensors.take("enorm", f"{name}.enorm.weight", hidden)
+    tensors.take("hnorm", f"{name}.hnorm.weight", hidden)
+    tensors.take("eh_proj", f"{name}.eh_proj.weight", hidden, 2 * hidden)
+    tensors.take("final_norm", f"{name}.shared_head.norm.weight", hidden)
+    dense = {part: tensors.dense[part] for part in ("enorm", "hnorm", "eh_proj", "final_norm")}
+    for part, tensor in tensors.dense.items():
+        layer, _, rest = part.partition(".")
+        if rest and layer == str(at):
+            dense[f"0.{rest}"] = tensor
+    # Behind plain first layers this one always has experts.
+    spec = evolve(spec, layers=(LayerSpec(_PREDICTION_WINDOW, 0),), dense_inter=0)
+    return Architecture(spec, dense, tensors.experts[-1:])
+
+
+def with_head(checkpoint: Checkpoint, main: Architecture) -> Architecture:
+    """The model and its own draft head, if it has one: what a conversion takes along."""
+    head = load_head(checkpoint, main)
+    if head is None:
+        return main
+    dense = main.dense | {f"draft.{part}": name for part, name in head.dense.items()}
+    return Architecture(main.spec, dense, [*main.experts, *head.experts])
 
 
 def _refuse_less_than_there_is(config: Config, tensors: Tensors, spec: ModelSpec) -> None:
