@@ -3,6 +3,7 @@
 import { ask, events } from "./server.js";
 
 const AGAIN = 3000;  // milliseconds until a server that is gone is asked again
+const TALLEST = 20;  // pixels of a layer in the map
 const $ = id => document.getElementById(id);
 
 export async function follow(first) {
@@ -80,9 +81,11 @@ function size(bytes) {
 // A cell per expert: on disk, or from cold to as hot as the hottest; a pinned one in a colour of its own.
 function draw({ layers, experts, heat, pinned }, resident) {
   const canvas = $("map");
-  const cell = Math.max(Math.floor(288 / experts), 1);
-  canvas.width = experts * cell;
-  canvas.height = layers * Math.max(cell, 3);
+  // A dot of the canvas is one of the screen, so that no line between cells is lost.
+  const dots = window.devicePixelRatio || 1;
+  canvas.width = Math.max(Math.round(canvas.clientWidth * dots), experts);
+  const tall = Math.round(dots * Math.min(Math.max(canvas.width / dots / experts, 3), TALLEST));
+  canvas.height = layers * tall;
   const colours = getComputedStyle(document.documentElement);
   const colour = name => colours.getPropertyValue(name).trim();
   const [absent, cold, hot, kept] = ["--absent", "--cold", "--hot", "--pinned"].map(colour);
@@ -90,9 +93,11 @@ function draw({ layers, experts, heat, pinned }, resident) {
   const hottest = bytes.reduce((most, each) => Math.max(most, each), 1);
   const fixed = new Set(pinned);
   const context = canvas.getContext("2d");
-  const gap = cell > 3 ? 1 : 0, tall = canvas.height / layers;
+  const edge = column => Math.round(column * canvas.width / experts);
+  const gap = tall > 4 * dots ? Math.round(dots) : 0;
   bytes.forEach((warmth, i) => {
-    const place = [(i % experts) * cell, Math.floor(i / experts) * tall, cell - gap, tall - (gap || tall > 3 ? 1 : 0)];
+    const column = i % experts, row = Math.floor(i / experts);
+    const left = edge(column), place = [left, row * tall, edge(column + 1) - left - gap, tall - gap];
     context.globalAlpha = 1;
     context.fillStyle = fixed.has(i) ? kept : warmth ? cold : absent;
     context.fillRect(...place);
