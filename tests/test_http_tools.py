@@ -175,6 +175,21 @@ def test_a_schema_that_cannot_be_enforced_is_named(client):
     assert caught.value.param == "tools"
 
 
+def test_strict_where_the_format_is_not_known(tmp_path):
+    """Refused, for it could not be obeyed; without it the tools are shown, and calls come as content."""
+    model = write_text_model(tmp_path / "small", chat=True)
+    (model / "chat_template.jinja").write_text("{{ tools | tojson }}{{ messages[0].content }}")
+    with serving(model, "--context", 512) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        function = {"name": "f", "strict": True}
+        for more in {}, {"response_format": {"type": "json_object"}}:
+            with pytest.raises(openai.BadRequestError, match="'strict' can't be obeyed") as caught:
+                ask(client, tools=[{"type": "function", "function": function}], **more)
+            assert caught.value.param == "tools"
+        loose = {"type": "function", "function": function | {"strict": False}}
+        assert ask(client, tools=[loose], max_tokens=1).choices
+
+
 def test_a_template_without_tools_is_said_to_have_none(tmp_path):
     model = write_text_model(tmp_path / "small", chat=True)
     with serving(model, "--context", 512) as server:
@@ -237,6 +252,13 @@ def test_reasoning_that_the_prompt_opened(tmp_path):
         # Of a structured answer the structure is what follows the thoughts; here they never end.
         form = {"type": "json_object"}
         assert ask(client, tools=[], max_tokens=8, response_format=form).choices[0].message.content == ""
+        # The same for a prompt that a client rendered, by how it ends.
+        for prompt, begins in {"So <think>\n": False, "So <think> yes </think>": True, "So": True}.items():
+            raw = client.completions.create(
+                model="small", prompt=prompt, max_tokens=40, seed=1,
+                extra_body={"guided_choice": ["yes", "no"], "ignore_eos": True},
+            )  # fmt: skip
+            assert (raw.choices[0].text in ("yes", "no")) is begins
 
 
 def test_structures_of_a_model_that_may_think_first(tmp_path):

@@ -359,6 +359,46 @@ def test_a_forced_call_is_what_the_template_writes(name: str) -> None:
     assert accepts(one, text, bytes_) == (len(given["tool_calls"]) == 1)
 
 
+MEANT = {"city": "Zürich", "days": 3}
+FORGETFUL = {"qwen_coder", "minimax", "deepseek_v32", "deepseek_v4"}
+
+
+def test_a_strict_tool_of_a_format_that_is_not_known_is_refused() -> None:
+    strict = {"function": {**WEATHER["function"], "strict": True}}
+    format = OutputFormat.of("{{ tools | tojson }}{{ messages[0].content }}")
+    with pytest.raises(RequestError, match="'strict' can't be obeyed") as caught:
+        format.strict_calls([strict], lambda text: None)
+    assert caught.value.param == "tools"
+    format.check_strict(TOOLS)
+
+
+def test_tags_around_the_answer_are_none_of_it() -> None:
+    """As Hunyuan writes it, however the text is cut; a structure may stand between them."""
+    template = tool_templates.HUNYUAN + "{# <answer> </answer> #}"
+    thought = "<think>\nSo <answer>\n</think>\n"
+    call = '<tool_calls>[{"name": "note", "arguments": {"kind": "</answer>"}}]</tool_calls>'
+    for text, content, calls in [
+        ("<answer>\nIt rains. a < b\n</answer>", "It rains. a < b", []),
+        ("It rains.", "It rains.", []),
+        ("<answer>\nLook: " + call + "\n</answer>", "Look:", [("note", {"kind": "</answer>"})]),
+    ]:
+        for tools in (TOOLS, None) if not calls else (TOOLS,):
+            whole = parse(template, thought + text, tools=tools)
+            assert said(whole) == ("So <answer>", content, calls)
+            for cut in range(1, len(thought + text)):
+                assert parse(template, thought + text, [cut], tools=tools) == whole
+    grammar = OutputFormat.of(template).structured(lambda lark: lark.text("yes"), lambda text: None)
+    for text, right in {
+        "yes": 1,
+        "<answer>\nyes\n</answer>": 1,
+        "<answer>\nno\n</answer>": 0,
+        "<answer>": 0,
+    }.items():
+        assert accepts(grammar, thought.strip() + "\n" + text, llguidance.LLTokenizer("byte")) == bool(
+            right
+        ), text
+
+
 @pytest.mark.parametrize("name", tool_templates.ALL)
 def test_what_is_said_before_a_strict_call_is_free(name: str) -> None:
     """The family's own answer, prose and all; arguments of a strict tool are of its schema, others free."""
@@ -379,7 +419,7 @@ def test_what_is_said_before_a_strict_call_is_free(name: str) -> None:
             text += "<|call|>"
         return prompt, text
 
-    prompt, good = written({"city": "Zürich", "days": 3})
+    prompt, good = written(MEANT)
     grammar = format.strict_calls([strict, NOTE], lambda text: None, prompt=prompt)
     assert grammar is not None
 
@@ -401,6 +441,14 @@ def test_what_is_said_before_a_strict_call_is_free(name: str) -> None:
     for free in {"kind": "x y"}, {"other": [1, {"a": None}]}, {}:
         text = written(free, "note")[1]
         assert takes(text), (text, grammar)
+    if name in FORGETFUL:  # models may forget the outer tag, and the parser reads that, too
+        tags = OutputFormat.of(tool_templates.ALL[name]).calls
+        bare = thought + "So: " + good[good.index(tags.head) : good.index(tags.call_end)] + tags.call_end
+        for text in bare, bare + "\n" + tags.end:
+            assert takes(text), (text, grammar)
+            assert said(parse(tool_templates.ALL[name], text, prompt=prompt))[2] == [("weather", MEANT)]
+            assert not takes(text.replace("days", "weeks"))
+            assert not takes(text.replace("weather", "whether"))
 
 
 @pytest.mark.parametrize("name", sorted(set(tool_templates.ALL) - {"harmony"}))  # it may think for ever

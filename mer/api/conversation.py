@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -9,7 +10,9 @@ from typing import Any, Final, Literal
 
 from attrs import evolve, field, frozen
 
+from mer.api import large_json
 from mer.api.generation import merged, off_loop, seeded
+from mer.api.large_json import PIECE, TooLargeError
 from mer.api.roles import folded
 from mer.engine.constraint import expression
 from mer.engine.engine import Engine
@@ -146,14 +149,14 @@ def _grammar(
     What somebody asked for begins behind the reasoning, or where the model begins to call a strict tool.
     """
     structure = request.params.structure
+    format.check_strict(tools)
     if tools and request.tool_choice == "required":
         several = request.several and request.tool_name is None
         return Structure.grammar(format.forced_call(tools, special, prompt=tail, several=several))
     if structure is None:
         if not any(tool["function"].get("strict") for tool in tools):
             return None
-        source = format.strict_calls(tools, special, prompt=tail, several=request.several)
-        return None if source is None else Structure.grammar(source)
+        return Structure.grammar(format.strict_calls(tools, special, prompt=tail, several=request.several))
     if structure.behind or (not tools and format.plain(tail)):
         return structure
 
@@ -161,6 +164,20 @@ def _grammar(
         return expression(structure, lark)
 
     return Structure.grammar(format.structured(body, special, tools, prompt=tail, several=request.several))
+
+
+def behind_thoughts(engine: Engine, prompt: list[int], params: SamplingParams) -> SamplingParams:
+    """Of a raw prompt that opened the model's reasoning: a structure is for what stands behind that."""
+    structure, tokenizer = params.structure, engine.tokenizer
+    if structure is None or structure.behind or tokenizer is None or tokenizer.chat_template is None:
+        return params
+    format = OutputFormat.of(tokenizer.chat_template.source)
+    if not format.begins(tokenizer.decode(prompt[-_TAIL:], skip_special=False)):
+        return params
+    assert format.thinking is not None
+    end = format.thinking[1]
+    shown = (*params.show_special, end)
+    return evolve(params, structure=structure.after(end), show_special=shown)
 
 
 async def chat(engine: Engine, request: ChatRequest, *, idle: float) -> AsyncGenerator[list[Event], None]:
@@ -213,7 +230,10 @@ async def template_tokens(
     engine: Engine, messages: list[dict[str, Any]], variables: Mapping[str, Any]
 ) -> list[int]:
     """What the chat template makes of messages and variables, in tokens. Raises RequestError."""
-    size = sum(len(str(value)) for each in (variables, *messages) for value in each.values())
+    values = [value for each in (variables, *messages) for value in each.values()]
+    if any(isinstance(value, list | dict) and value for value in values):  # calls, tools: written as JSON
+        return await asyncio.to_thread(lambda: _template_tokens(engine, messages, variables))
+    size = sum(len(value) for value in values if isinstance(value, str))
     return await off_loop(size, lambda: _template_tokens(engine, messages, variables))
 
 
@@ -285,10 +305,25 @@ def _template_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
     arguments = function["arguments"]
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{where} is no JSON: {error}", where) from None
+        arguments = json_object(arguments, where)
     if not isinstance(arguments, dict):
         raise RequestError(f"{where} must be a JSON object", where)
     return {**function, "arguments": arguments}
+
+
+def json_schema(text: str, where: str) -> dict[str, Any] | str:
+    """A schema that came as a text, read here if it is long. Raises RequestError."""
+    return json_object(text, where) if len(text) > PIECE else text
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """What a text of a request says; {} for an empty one. Raises RequestError for what is no JSON object."""
+    try:
+        value = large_json.decode(text.encode()) if len(text) > PIECE else json.loads(text or "{}")
+    except TooLargeError as error:
+        raise RequestError(f"{where}: {error}", where) from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where} is no JSON: {error or 'nested too deeply'}", where) from None
+    if not isinstance(value, dict):
+        raise RequestError(f"{where} must be a JSON object", where)
+    return value

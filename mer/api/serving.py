@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -72,6 +73,8 @@ async def _open(model: Path, config: EngineConfig) -> Engine:
     engine = await Engine.open(model, config)
     # What is there now stays; for the collector to look through it takes 20 ms of the event loop each time.
     gc.freeze()
+    # So long does a thread that computes in Python (a template, a long body) keep the event loop waiting.
+    sys.setswitchinterval(0.001)
     return engine
 
 

@@ -16,7 +16,7 @@ from attrs import frozen
 from mer.errors import RequestError
 from mer.model.pieces import Content, Piece, Reasoning, ToolArguments, ToolCall
 from mer.model.tool_formats import Harmony, Llama, ToolFormat, find
-from mer.model.tool_formats.base import ANYTHING, random_id
+from mer.model.tool_formats.base import ANYTHING, one_call, random_id
 from mer.model.tool_formats.lark import Lark
 from mer.model.tool_formats.source import Schemas, Source, Steps
 
@@ -27,6 +27,7 @@ _THINKING: Final = (
     ("[THINK]", "[/THINK]"),
     ("<|channel>", "<channel|>"),
 )
+_ANSWER: Final = ("<answer>", "</answer>")
 _CHANNEL: Final = "thought\n"  # the name of Gemma-4's, behind the tag
 _TOOLS: Final = re.compile(r"\btools\b")
 SPACE: Final = r"/\n{0,2}/"  # between the end of the reasoning and the answer
@@ -42,19 +43,22 @@ class OutputFormat:
     """What a model's answers look like.
 
     calls: the format of calls of tools; None when it is not known. thinking: the tags around reasoning; None
-    when there are none. takes_tools: the chat template shows tools to the model.
+    when there are none. takes_tools: the chat template shows tools to the model. answer: tags around what is
+    not reasoning (Hunyuan); none or two.
     """
 
     calls: ToolFormat | None = None
     thinking: _Thinking | None = None
     takes_tools: bool = False
+    answer: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, template: str) -> OutputFormat:
         """By the source of a chat template."""
         calls = find(template)
         thinking = None if isinstance(calls, Harmony) else _find_thinking(template)
-        return cls(calls, thinking, bool(_TOOLS.search(template)))
+        answer = _ANSWER if thinking and all(tag in template for tag in _ANSWER) else ()
+        return cls(calls, thinking, bool(_TOOLS.search(template)), answer)
 
     def parser(
         self,
@@ -100,18 +104,26 @@ class OutputFormat:
         *,
         prompt: str = "",
         several: bool = False,
-    ) -> str | None:
+    ) -> str:
         """A Lark grammar of answers that say anything, but where a call that is begun is one of these tools,
-        with arguments of its schema if it is strict. None for a format that is not known.
+        with arguments of its schema if it is strict. Raises RequestError ("tools") as `check_strict`.
         """
-        if self.calls is None:
-            return None
+        self.check_strict(tools)
+        assert self.calls is not None
         lark = Lark(special)
-        held = [tool if _strict(tool) else _free(tool) for tool in tools]
-        one = self._one_call(lark, self.calls, held)
-        answer = self.calls.mixed(lark, self.calls.calls(lark, one, several))
+        held = [tool if is_strict(tool) else _free(tool) for tool in tools]
+        answer = self.calls.mixed(lark, _schemas(held), several)
         thought = "" if isinstance(self.calls, Harmony) else self._thought(lark, prompt)
         return lark.grammar(f"{thought} {answer}")
+
+    def check_strict(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        """Raises RequestError ("tools") where one of them is strict and the format of calls is not known."""
+        if self.calls is None and any(map(is_strict, tools)):
+            raise RequestError(
+                "tools: how this model writes calls of tools is not known (its chat template shows none of "
+                "the known formats), so that 'strict' can't be obeyed; leave it out",
+                "tools",
+            )
 
     def structured(
         self,
@@ -128,6 +140,9 @@ class OutputFormat:
         """
         lark = Lark(special)
         expression = body(lark)
+        if self.answer:
+            begin, end = map(lark.tag, self.answer)
+            expression = f"({begin} {SPACE})? {expression} ({SPACE} {end})?"
         if isinstance(self.calls, Harmony):
             expression = self.calls.final(lark, expression)
         if tools and isinstance(self.calls, Llama):
@@ -143,7 +158,7 @@ class OutputFormat:
     def shown(self, tools: bool) -> tuple[str, ...]:
         """Tags that the parser must see even where they are special tokens: `SamplingParams.show_special`."""
         calls = self.calls if tools or isinstance(self.calls, Harmony) else None
-        return (*(calls.markers if calls else ()), *(self.thinking or ()))
+        return (*(calls.markers if calls else ()), *(self.thinking or ()), *self.answer)
 
     def plain(self, prompt: str = "") -> bool:
         """Whether an answer is content from its first character on, so that a structure needs no frame."""
@@ -152,15 +167,10 @@ class OutputFormat:
     def _calls(
         self, lark: Lark, format: ToolFormat, tools: Sequence[Mapping[str, Any]], several: bool
     ) -> str:
-        calls = format.calls(lark, self._one_call(lark, format, tools), several)
+        calls = format.calls(lark, one_call(lark, format, _schemas(tools)), several)
         return f"{lark.tag(format.opener)} {calls}" if format.opener else calls
 
-    @staticmethod
-    def _one_call(lark: Lark, format: ToolFormat, tools: Sequence[Mapping[str, Any]]) -> str:
-        each = [format.call(lark, name, schema) for name, schema in _schemas(tools).items()]
-        return lark.rule(" | ".join(lark.rule(call) for call in each))
-
-    def _begins(self, prompt: str) -> bool:
+    def begins(self, prompt: str) -> bool:
         """The prompt opened the reasoning."""
         return self.thinking is not None and prompt.rstrip().endswith(self.thinking[0])
 
@@ -174,7 +184,7 @@ class OutputFormat:
             return ""
         begin, end = self.thinking
         rest = f"{lark.before(end)} {SPACE}"
-        return rest if self._begins(prompt) else f"({lark.tag(begin)} {rest})?"
+        return rest if self.begins(prompt) else f"({lark.tag(begin)} {rest})?"
 
 
 class OutputParser:
@@ -190,7 +200,7 @@ class OutputParser:
         """As `OutputFormat.parser`."""
         calls = format.calls
         self._source = Source(_schemas(tools or ()), new_id or (calls.new_id if calls else random_id))
-        self._steps = _read(self._source, format, format._begins(prompt), bool(tools))
+        self._steps = _read(self._source, format, format.begins(prompt), bool(tools))
 
     def push(self, text: str) -> list[Piece]:
         """What is certain once this text is there."""
@@ -211,7 +221,7 @@ def _schemas(tools: Iterable[Mapping[str, Any]]) -> Schemas:
     return {each["name"]: each.get("parameters") or {} for each in functions}
 
 
-def _strict(tool: Mapping[str, Any]) -> bool:
+def is_strict(tool: Mapping[str, Any]) -> bool:
     return tool.get("function", tool).get("strict") is True
 
 
@@ -236,8 +246,11 @@ def _read(source: Source, format: OutputFormat, thinks: bool, tools: bool) -> St
             if not (yield from source.until((end,), source.reasoning)):
                 return
             yield from source.space()
+    source.frame = format.answer
     if format.calls is not None and tools:
         yield from format.calls.read(source)
+    elif source.frame:
+        yield from source.until((), source.content)
     while source.text or (yield from source.more()):
         source.content(source.take(len(source.text)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal, TypeVar
@@ -11,7 +10,7 @@ import attrs
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from mer.api.conversation import ChatRequest, Event, template_messages
+from mer.api.conversation import ChatRequest, Event, json_object, json_schema, template_messages
 from mer.engine.observer import Snapshot
 from mer.engine.outputs import Delta, Timings, TokenLogprob, Usage
 from mer.engine.params import SamplingParams
@@ -113,7 +112,7 @@ def _structure(given: pb.Structure) -> Structure:
         case "json_object" if given.json_object:
             return Structure.json_object()
         case "json_schema":
-            return Structure.json_schema(given.json_schema)
+            return Structure.json_schema(json_schema(given.json_schema, "structure"))
         case "regex":
             return Structure.regex(given.regex)
         case "grammar":
@@ -123,13 +122,23 @@ def _structure(given: pb.Structure) -> Structure:
     raise RequestError("structure: say which kind (json_object must be true)", "structure")
 
 
+def json_size(request: pb.GenerateRequest | pb.ChatRequest | pb.TokenizeRequest) -> int:
+    """Characters of JSON in a request, which take their time to be read."""
+    size = 0 if isinstance(request, pb.TokenizeRequest) else len(request.params.structure.json_schema)
+    if isinstance(request, pb.GenerateRequest):
+        return size
+    calls = sum(len(call.arguments) for message in request.messages for call in message.tool_calls)
+    tools = sum(len(tool.parameters) for tool in request.tools)
+    return size + len(request.template_variables) + calls + tools
+
+
 def conversation(request: pb.ChatRequest | pb.TokenizeRequest, params: SamplingParams) -> ChatRequest:
     """Raises RequestError."""
     made = ChatRequest(
         messages=template_messages([_message(each, i) for i, each in enumerate(request.messages)]),
         params=params,
         tools=[_tool(each, i) for i, each in enumerate(request.tools)] or None,
-        variables=_json_object(request.template_variables, "template_variables"),
+        variables=json_object(request.template_variables, "template_variables"),
     )
     if isinstance(request, pb.TokenizeRequest):
         return made
@@ -169,24 +178,10 @@ def _tool(given: pb.Tool, index: int) -> dict[str, Any]:
     if given.description:
         function["description"] = given.description
     if given.parameters:
-        function["parameters"] = _json_object(given.parameters, f"{where}.parameters")
+        function["parameters"] = json_object(given.parameters, f"{where}.parameters")
     if given.strict:
         function["strict"] = True
     return {"type": "function", "function": function}
-
-
-def _json_object(text: str, where: str) -> dict[str, Any]:
-    if not text:
-        return {}
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise RequestError(f"{where} is no JSON: {error}", where) from None
-    except RecursionError:
-        raise RequestError(f"{where} is nested too deeply", where) from None
-    if not isinstance(value, dict):
-        raise RequestError(f"{where} must be a JSON object", where)
-    return value
 
 
 def generated(delta: Delta, seed: int, tokenizer: Tokenizer | None) -> pb.GenerateResponse:

@@ -113,7 +113,8 @@ class Inference:
     ) -> None:
         """Write the answer to a prompt. Raises RequestError and what `Engine.stream` raises."""
         call.path = convert.path_of(request)
-        params = convert.sampling(request.params, remaining)
+        size = convert.json_size(request)
+        params = await generation.off_loop(size, lambda: convert.sampling(request.params, remaining))
         prompt = await self._prompt(request)
         if self._settings.log_prompts:
             call.log["prompt"] = request.text or list(request.token_ids.ids)
@@ -135,8 +136,9 @@ class Inference:
     ) -> None:
         """Write the answer in a conversation. Raises RequestError and what `Engine.stream` raises."""
         call.path = convert.path_of(request)
-        params = convert.sampling(request.params, remaining)
-        conversation = convert.conversation(request, params)
+        size = convert.json_size(request)
+        params = await generation.off_loop(size, lambda: convert.sampling(request.params, remaining))
+        conversation = await generation.off_loop(size, lambda: convert.conversation(request, params))
         if self._settings.log_prompts:
             call.log["messages"] = conversation.messages
         seed, tokenizer = params.seed or 0, self._engine.tokenizer
@@ -155,7 +157,9 @@ class Inference:
         if request.messages:
             if request.text:
                 raise RequestError("text and messages: give one of them", "text")
-            conversation = convert.conversation(request, SamplingParams())
+            conversation = await generation.off_loop(
+                convert.json_size(request), lambda: convert.conversation(request, SamplingParams())
+            )
             return pb.TokenizeResponse(token_ids=await conversations.chat_tokens(self._engine, conversation))
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
         ids = await generation.text_tokens(self._engine, request.text, "text", special=special)

@@ -10,6 +10,7 @@ from attrs import frozen
 from msgspec import UNSET
 from quart import Blueprint, Response
 
+from mer.api.conversation import behind_thoughts
 from mer.api.generation import MAX_ANSWERS, Job, merged, seeded, texts_tokens
 from mer.api.http import sse
 from mer.api.http.answers import (
@@ -99,7 +100,7 @@ async def _work(engine: Engine, body: CompletionRequest) -> _Work:
     jobs: list[Job] = []
     echoes: list[str] = []
     for prompt, tokens in zip(given, await texts_tokens(engine, given), strict=True):
-        jobs += [(tokens, each) for each in seeded(params, n)]
+        jobs += [(tokens, each) for each in seeded(behind_thoughts(engine, tokens, params), n)]
         if not body.echo:
             echoes.append("")
         elif isinstance(prompt, str):

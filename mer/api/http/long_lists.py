@@ -11,34 +11,34 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from mer.api.http.errors import ApiError, invalid
-from mer.api.http.schemas import MAX_TEXTS, TokenId, decode, refusal
+from mer.api.http.large_bodies import decode_body
+from mer.api.http.schemas import MAX_TEXTS, TokenId, refusal
+from mer.api.large_json import PIECE
 
 _T = TypeVar("_T")
-# Bytes that are decoded within a millisecond or so.
-PIECE: Final = 1 << 16
 _ID_TEXT: Final = b"0123456789, \t\r\n[]"
 _BETWEEN: Final = b", \t\r\n"
 _STAND_IN: Final = [2**31 - 1, 0, 2**31 - 1]  # in the place of the list
 
 
 def decode_large(body: bytes, kind: type[_T], name: str, most: int) -> _T:
-    """As `decode`, where the value of `name` may be a long list of ids, or of lists of ids.
+    """As `decode_body`, where the value of `name` may be a long list of ids, or of lists of ids.
 
     Raises ApiError; for a list of more than `most` ids before they are decoded.
     """
     found = _find(body, name)
     if found is None:
-        return decode(body, kind)
+        return decode_body(body, kind)
     start, end = found
-    made = decode(body[:start] + msgspec.json.encode(_STAND_IN) + body[end:], kind)
+    made = decode_body(body[:start] + msgspec.json.encode(_STAND_IN) + body[end:], kind)
     if getattr(made, name) != _STAND_IN:  # it was a key of something else
-        return decode(body, kind)
+        return decode_body(body, kind)
     setattr(made, name, _ids(body[start:end], name, most))
     return made
 
 
 def _find(body: bytes, name: str) -> tuple[int, int] | None:
-    """Where the list stands; None where `name` is something else, or short, or broken: `decode` sees to that.
+    """Where the list stands; None where `name` is something else, or short, or broken: for `decode_body`.
 
     In a text of the body quotes would have a backslash before them, so what is found is a key.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from mer.api.http.answers import ContentLogprob
@@ -267,16 +266,12 @@ class ResponseEvent(Struct):
     sequence_number: int
 
 
-def with_types(data: bytes) -> bytes:
+def with_types(body: Any) -> Any:
     """The body of a request in which every item of `input` says its type: messages may leave it out."""
-    try:
-        body = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return data
     items = body.get("input") if isinstance(body, dict) else None
     if not isinstance(items, list):
-        return data
-    body["input"] = [
+        return body
+    typed = [
         {"type": "message", **item} if isinstance(item, dict) and "role" in item else item for item in items
     ]
-    return msgspec.json.encode(body)
+    return {**body, "input": typed}

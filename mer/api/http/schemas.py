@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from mer.api.conversation import json_schema
 from mer.api.generation import MAX_ANSWERS
 from mer.api.http.errors import ApiError, invalid
 from mer.engine.params import MAX_LOGPROBS, SamplingParams
@@ -138,6 +139,8 @@ def _structure(body: Generating, formatted: Structure | None) -> Structure | Non
         value = getattr(body, name := f"guided_{kind}")
         if value is not None:
             try:
+                if name == "guided_json" and isinstance(value, str):
+                    value = json_schema(value, "structure")
                 found[name] = make(value)
             except RequestError as error:
                 raise invalid(str(error).replace("structure: ", f"{name}: "), name) from None
@@ -323,11 +326,8 @@ def decode(body: bytes, kind: type[_T]) -> _T:
     """The JSON text `body` as a `kind`. Raises ApiError, naming the parameter."""
     try:
         return _decode(body, kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        why = str(error).partition(" - at ")[0]
-        raise ApiError(400, f"the request's body is not valid JSON: {why}", code="invalid_json") from None
-    except RecursionError:
-        raise ApiError(400, "the request's body is nested too deeply", code="invalid_json") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise malformed(error) from None
 
 
 def _decode(body: bytes, kind: type[_T]) -> _T:
@@ -340,6 +340,24 @@ def _decode(body: bytes, kind: type[_T]) -> _T:
             if len(asked) < len(given):
                 return _decode(msgspec.json.encode(asked), kind)
         raise refusal(str(error)) from None
+
+
+def converted(given: Any, kind: type[_T]) -> _T:
+    """As `decode`, of what a JSON text says. Raises ApiError, naming the parameter."""
+    if isinstance(given, dict):
+        given = {name: value for name, value in given.items() if not _asks_nothing(name, value)}
+    try:
+        return msgspec.convert(given, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise refusal(str(error)) from None
+
+
+def malformed(error: Exception) -> ApiError:
+    """For what is no JSON, or too deep."""
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the request's body is nested too deeply", code="invalid_json")
+    why = str(error).partition(" - at ")[0]
+    return ApiError(400, f"the request's body is not valid JSON: {why}", code="invalid_json")
 
 
 def _asks_nothing(name: str, value: Any) -> bool:

@@ -12,8 +12,9 @@ from quart import Response, request
 
 from mer.api.access import Access
 from mer.api.http.errors import ApiError, unavailable
-from mer.api.http.long_lists import PIECE, decode_large
-from mer.api.http.schemas import decode
+from mer.api.http.large_bodies import decode_body
+from mer.api.http.long_lists import decode_large
+from mer.api.large_json import PIECE
 from mer.api.metrics import Metrics
 from mer.api.settings import ServerSettings
 from mer.engine.engine import Engine
@@ -101,15 +102,16 @@ class Service:
 
 async def body_as(
     kind: type[_T],
-    amend: Callable[[bytes], bytes] = bytes,
+    amend: Callable[[Any], Any] | None = None,
     *,
     ids: tuple[str, int] | None = None,
     most: int | None = None,
 ) -> _T:
-    """The body of the request that is being handled, after `amend`; a large one is read on a thread.
+    """The body of the request that is being handled; a large one is read on a thread, a piece at a time.
 
-    ids: the name of a list of token ids that may be long, and the most that make sense. most: messages that
-    make sense, each of which is some tokens. Raises ApiError.
+    amend: what is done to the JSON before it is read as a `kind`. ids: the name of a list of token ids that
+    may be long, and the most that make sense. most: messages that make sense, each of which is some tokens.
+    Raises ApiError.
     """
     given = request.mimetype
     if given != "application/json":
@@ -126,7 +128,7 @@ async def body_as(
         raise ApiError(408, "the body did not arrive in time", type="timeout_error", code="timeout") from None
     assert isinstance(data, bytes)
     if len(data) <= PIECE:
-        return decode(amend(data), kind)
+        return decode_body(data, kind, amend)
     if most is not None and (count := data.count(b'"role"')) > most:
         raise ApiError(
             400,
@@ -135,7 +137,7 @@ async def body_as(
             code="context_length_exceeded",
         )
     if ids is None:
-        return await asyncio.to_thread(lambda: decode(amend(data), kind))
+        return await asyncio.to_thread(lambda: decode_body(data, kind, amend))
     return await asyncio.to_thread(lambda: decode_large(data, kind, *ids))
 
 

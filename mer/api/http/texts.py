@@ -11,7 +11,7 @@ from mer.api.generation import off_loop, text_tokens
 from mer.api.http.answers import DetokenizedText, Tokens
 from mer.api.http.errors import api_error, invalid
 from mer.api.http.schemas import DetokenizeRequest, TokenizeRequest
-from mer.api.http.service import Service, body_as, json_response
+from mer.api.http.service import Service, body_as, json_response, translated
 from mer.errors import RequestError
 
 
@@ -29,8 +29,8 @@ def blueprint(service: Service) -> Blueprint:
         if body.messages is None:
             tokens = await text_tokens(engine, body.prompt or "", special=body.add_special_tokens)
         else:
-            messages = template_messages(msgspec.to_builtins(body.messages))
-            tools = msgspec.to_builtins(body.tools) if body.tools else None
+            messages = await translated(lambda: template_messages(msgspec.to_builtins(body.messages)))
+            tools = await translated(lambda: msgspec.to_builtins(body.tools) if body.tools else None)
             variables = {**(body.chat_template_kwargs or {}), "tools": tools}
             variables["add_generation_prompt"] = body.add_generation_prompt
             tokens = await template_tokens(engine, messages, variables)

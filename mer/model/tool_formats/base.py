@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 from mer.model.tool_formats.lark import Lark
-from mer.model.tool_formats.source import Source, Steps
+from mer.model.tool_formats.source import Schemas, Source, Steps
 
 
 class ToolFormat(Protocol):
@@ -32,8 +32,8 @@ class ToolFormat(Protocol):
     def calls(self, lark: Lark, one: str, several: bool) -> str:
         """Grammar of the calls of an answer, behind the opener. one: that of each."""
 
-    def mixed(self, lark: Lark, calls: str) -> str:
-        """Grammar of an answer that may say anything, but whose calls, once begun, are `calls`."""
+    def mixed(self, lark: Lark, schemas: Schemas, several: bool) -> str:
+        """Grammar of an answer that may say anything, but whose calls, once begun, are of these tools."""
 
     def new_id(self) -> str:
         """An id for a call; templates of some families ask for a form of their own."""
@@ -42,8 +42,15 @@ class ToolFormat(Protocol):
 class Opened:
     """What the formats have in common whose calls begin with a tag."""
 
-    def mixed(self: ToolFormat, lark: Lark, calls: str) -> str:
+    def mixed(self: ToolFormat, lark: Lark, schemas: Schemas, several: bool) -> str:
+        calls = self.calls(lark, one_call(lark, self, schemas), several)
         return f"({lark.before(self.opener)} {calls} | {lark.without(self.opener)})"
+
+
+def one_call(lark: Lark, format: ToolFormat, schemas: Schemas) -> str:
+    """Grammar of one call of any of these tools."""
+    each = [format.call(lark, name, schema) for name, schema in schemas.items()]
+    return lark.rule(" | ".join(lark.rule(call) for call in each))
 
 
 def random_id() -> str:

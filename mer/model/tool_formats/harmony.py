@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Final
 
 from attrs import frozen
 
-from mer.model.tool_formats.base import object_schema, random_id
+from mer.model.tool_formats.base import object_schema, one_call, random_id
 from mer.model.tool_formats.lark import Lark
-from mer.model.tool_formats.source import Source, Steps
+from mer.model.tool_formats.source import Schemas, Source, Steps
 
 _TO: Final = re.compile(r"\bto=([^\s<]+)")
 _CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w+)")
@@ -77,7 +77,8 @@ class Harmony:
         body = lark.before("<|end|>")
         return f"({channel} {lark.text('analysis')} {message} {body} {start} {lark.text('assistant')})?"
 
-    def mixed(self, lark: Lark, calls: str) -> str:
+    def mixed(self, lark: Lark, schemas: Schemas, several: bool) -> str:
+        calls = one_call(lark, self, schemas)
         start, channel, message, *_ = map(lark.tag, self.markers)
         kind = f"({lark.text('analysis')} | {lark.text('commentary')})"
         before = f"{channel} {kind} {message} {lark.before('<|end|>')} {start} {lark.text('assistant')}"

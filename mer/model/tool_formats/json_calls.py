@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Final
 
 from attrs import frozen
 
-from mer.model.tool_formats.base import Opened, object_schema, random_id
+from mer.model.tool_formats.base import Opened, object_schema, one_call, random_id
 from mer.model.tool_formats.lark import Lark, pattern
-from mer.model.tool_formats.source import Brackets, Source, Steps
+from mer.model.tool_formats.source import Brackets, Schemas, Source, Steps
 
 _HEAD: Final = re.compile(
     r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)', re.DOTALL
@@ -269,7 +269,8 @@ class Llama:
     def calls(self, lark: Lark, one: str, several: bool) -> str:
         return f"{one} ({lark.text('; ')} {one})*" if several else one
 
-    def mixed(self, lark: Lark, calls: str) -> str:
+    def mixed(self, lark: Lark, schemas: Schemas, several: bool) -> str:
+        calls = self.calls(lark, one_call(lark, self, schemas), several)
         (marker,) = self.markers
         begins = r'\s*\{\s*"name"'
         text = lark.terminal(f"/(?s:.*)/ & ~/({begins}|{pattern(marker)})(?s:.*)/")

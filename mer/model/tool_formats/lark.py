@@ -37,17 +37,19 @@ class Lark:
         """A JSON value of this schema."""
         return self.rule("%json " + json.dumps({**_SPACING, **schema}, ensure_ascii=False))
 
-    def before(self, tag: str) -> str:
-        """Any text up to and with the first `tag`."""
+    def before(self, tag: str, *others: str) -> str:
+        """Any text up to and with the first `tag`; with none of the others before it."""
+        text = self.without(*others)
         if self._special(tag) is not None:
-            return f"/(?s:.*)/ {self.tag(tag)}"
-        return self.rule("/(?s:.*)/", f"[suffix={json.dumps(tag, ensure_ascii=False)}]")
+            return f"{text} {self.tag(tag)}"
+        return self.rule(text, f"[suffix={json.dumps(tag, ensure_ascii=False)}]")
 
-    def without(self, tag: str) -> str:
-        """Any text without `tag` in it."""
-        if self._special(tag) is not None:
+    def without(self, *tags: str) -> str:
+        """Any text without these tags in it."""
+        found = "|".join(pattern(tag) for tag in tags if self._special(tag) is None)
+        if not found:
             return "/(?s:.*)/"
-        return self.terminal(f"/(?s:.*)/ & ~/(?s:.*){pattern(tag)}(?s:.*)/")
+        return self.terminal(f"/(?s:.*)/ & ~/(?s:.*)({found})(?s:.*)/")
 
     def terminal(self, body: str) -> str:
         """The name of a new terminal: what the lexer takes for one word, however large the choice is."""

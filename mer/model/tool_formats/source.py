@@ -26,6 +26,7 @@ class Source:
         self.schemas = schemas
         self.calls = 0
         self.argued = False  # the last call has arguments
+        self.frame: tuple[str, ...] = ()  # tags that stand around content and are none of it
         self._new_id = new_id
         self._ended = False
         self._pieces: list[Piece] = []
@@ -113,9 +114,16 @@ class Source:
 
         trim: white space right before a tag is left out. It and the tag are marked.
         """
+        frame = self.frame if deliver == self.content else ()
+        wanted = (*tags, *frame)
         while True:
-            if found := self._first(tags):
+            if found := self._first(wanted):
                 at, tag = found
+                if tag in frame:
+                    deliver(self.take(at).rstrip())
+                    self.take(len(tag))
+                    yield from self.space()
+                    continue
                 if trim:
                     bare = len(self.text[:at].rstrip())
                     deliver(self.take(bare))
@@ -125,8 +133,8 @@ class Source:
                     deliver(self.take(at))
                 self.take(len(tag))
                 return tag
-            sure = len(self.text) - self._beginning(tags)
-            if trim:
+            sure = len(self.text) - self._beginning(wanted)
+            if trim or frame:
                 sure = len(self.text[:sure].rstrip())
             deliver(self.take(sure))
             if not (yield from self.more()):

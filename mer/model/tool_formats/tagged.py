@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from attrs import evolve, field, frozen
 
-from mer.model.tool_formats.base import Opened, random_id
+from mer.model.tool_formats.base import Opened, one_call, random_id
 from mer.model.tool_formats.lark import Lark
-from mer.model.tool_formats.source import Source, Steps
+from mer.model.tool_formats.source import Schemas, Source, Steps
 
 _NAME: Final = re.compile(r"[^\s<>{}\"]+")
 _PYTHON: Final = {"True": "true", "False": "false", "None": "null"}  # templates write them so
@@ -125,6 +125,9 @@ class Tagged(Opened):
             source.arguments(_typed(text, types))
 
     def call(self, lark: Lark, name: str, schema: Mapping[str, Any]) -> str:
+        return f"{self._text(lark, self.head)} {self._headless(lark, name, schema)}"
+
+    def _headless(self, lark: Lark, name: str, schema: Mapping[str, Any]) -> str:
         newline = lark.text("\n")
         properties, required = schema.get("properties", {}), schema.get("required", [])
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
@@ -141,8 +144,8 @@ class Tagged(Opened):
             parts.append(part if key in required else f"{part}?")
         if schema.get("additionalProperties"):
             parts.append(f"{self._any_argument(lark)}*")
-        head = f"{self._text(lark, self.head)} {lark.text(name)} {self._text(lark, self.head_end)}"
         if self.head:
+            head = f"{lark.text(name)} {lark.tag(self.head_end)}"
             return f"{head} {newline} {' '.join(parts)} {lark.tag(self.call_end)}"
         return f"{lark.text(name)} {newline} {' '.join(parts)} {lark.tag(self.call_end)}"
 
@@ -168,6 +171,21 @@ class Tagged(Opened):
 
     def _text(self, lark: Lark, tag: str) -> str:
         return lark.tag(tag) if tag else ""
+
+    def mixed(self, lark: Lark, schemas: Schemas, several: bool) -> str:
+        """The outer tag may be forgotten, as `read` takes it: then a call begins with the head."""
+        if not self.head:
+            return Opened.mixed(self, lark, schemas, several)
+        newline, end = lark.text("\n"), lark.tag(self.end)
+        one = one_call(lark, self, schemas)
+        named = [lark.rule(self._headless(lark, name, schema)) for name, schema in schemas.items()]
+        bare = f"({' | '.join(named)}) ({newline}? {end})?"
+        if several:
+            bare += f" ({newline}? ({lark.tag(self.begin)} {newline})? {one} ({newline}? {end})?)*"
+        outer = f"{lark.before(self.begin, self.head)} {self.calls(lark, one, several)}"
+        return (
+            f"({outer} | {lark.before(self.head, self.begin)} {bare} | {lark.without(self.begin, self.head)})"
+        )
 
     def calls(self, lark: Lark, one: str, several: bool) -> str:
         begin, newline = lark.tag(self.begin), lark.text("\n")
