@@ -52,7 +52,7 @@ def having(lines: list[str], beginning: str) -> str:
 @pytest.mark.parametrize("size", [(80, 24), (132, 50)])
 async def test_a_server_on_the_screen(model, size):
     async with served(model, {}, cache_experts=4, max_running=1) as (stub, _, server):
-        with slowed(0.02):
+        with slowed(0.05):
             first = stub.Generate(generate(prompt(7), FOREVER))
             await first.read()
             second = stub.Generate(generate(prompt(30), FOREVER))
