@@ -273,6 +273,10 @@ def _check(family: GGUFFamily, spec: ModelSpec) -> None:
             "has attention in every so many layers",
         ),
         (
+            isinstance(spec.recurrent, DeltaSpec) and spec.recurrent.key_dim != spec.recurrent.value_dim,
+            "has heads of values that are as wide as those of keys",
+        ),
+        (
             any(
                 isinstance(x, LatentAttentionSpec) and x.indexer and not x.indexer.own
                 for x in spec.attentions
