@@ -225,6 +225,11 @@ def always(monkeypatch):
             super().__init__(n_engines)
             made.append(self)
 
+        affordable = True
+
+        def ready(self, sequences):
+            return True
+
         def choose(self, offers, room):
             return [
                 Choice(MOST_DRAFTED, None) if each.lookup else Choice(MOST_DRAFTED * any(each.engines), 0)

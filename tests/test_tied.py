@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import attrs
 import pytest
@@ -147,3 +148,25 @@ async def test_a_models_own_head(family, changes, tmp_path, always, proposed):  
         assert len(short) > 10
         for text, draft in short[::4]:
             assert draft == drafted(main, head, text, len(draft), 0, None)
+
+
+async def test_states_that_were_not_kept(model, always, proposed, monkeypatch):  # noqa: F811
+    """Now and then there is no time: drafts begin anew behind that, by what is known then."""
+    path, main, head = model
+    prompts = [prompt(n) for n in (9, 30)]
+    async with opened(path, speculate="off") as engine:
+        expected = await ask(engine, prompts)
+    observe, calls = TiedEngine.observe, itertools.count()
+
+    def sometimes(self, chunks, hidden):
+        observe(self, chunks, hidden if next(calls) % 3 else None)
+
+    monkeypatch.setattr(TiedEngine, "observe", sometimes)
+    async with opened(path) as engine:
+        assert await ask(engine, prompts) == expected
+    found = [(text, draft) for text, draft in proposed if draft]
+    assert len(found) > 20
+    for text, draft in found[::5]:
+        assert any(
+            draft == drafted(main, head, text, len(draft), first) for first in reversed(range(len(text) - 1))
+        )

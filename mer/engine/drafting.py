@@ -91,6 +91,8 @@ class Drafting:
 
     def prepare(self, requests: list[Request], room: int) -> list[list[int]]:
         """Of each, what the next step had better verify, of `room` tokens in all."""
+        if not self.speculation.ready(len(requests)):
+            return [[] for _ in requests]
         drafts = [request.propose(MOST_DRAFTED) for request in requests]
         behind = [[self._behind(engine, request) for engine in self._engines] for request in requests]
         offers = [
@@ -133,7 +135,8 @@ class Drafting:
         """A step has computed these; see DraftEngine.observe."""
         for engine in self._working():
             began = time.perf_counter()
-            self._guarded(engine, partial(engine.observe, chunks, hidden))
+            given = hidden if self.speculation.affordable else None
+            self._guarded(engine, partial(engine.observe, chunks, given))
             self.speculation.spend(time.perf_counter() - began)
 
     def judge(self, request: Request, drafted: int, right: int) -> None:

@@ -152,6 +152,15 @@ class Speculation:
         for each in (record, self._all):
             each.note(kind, drafted, accepted)
 
+    @property
+    def affordable(self) -> bool:
+        """Whether there is time to spend on drafts."""
+        return self._balance >= 0.0
+
+    def ready(self, sequences: int) -> bool:
+        """Whether the next step, of so many sequences, may verify drafts: else there is no need to look."""
+        return sequences in self._costs and self._since_plain < _REFRESH and self.affordable
+
     def choose(self, offers: list[Offer], room: int) -> list[Choice]:
         """What to verify of each sequence in the next step: 0 to MOST_DRAFTED tokens, `room` in all.
 
@@ -159,7 +168,7 @@ class Speculation:
         token.
         """
         n = len(offers)
-        if n not in self._costs or self._since_plain >= _REFRESH or self._balance < 0.0:
+        if not self.ready(n):
             return [Choice(0, None)] * n
         rate, take, wanted, engine = self._best(offers, None, room)
         for each in range(len(self._prices)):

@@ -259,8 +259,14 @@ class TiedEngine:
         found: list[int] = best.tolist()
         return found
 
-    def observe(self, chunks: list[Chunk], hidden: Callable[[], NDArray[np.float32]]) -> None:
-        """Keep the last states of each sequence."""
+    def observe(self, chunks: list[Chunk], hidden: Callable[[], NDArray[np.float32]] | None) -> None:
+        """Keep the last states of each sequence. Behind those that were not kept it begins anew."""
+        if hidden is None:
+            for chunk in chunks:  # what a draft left behind is wrong, or will be missed
+                text = self._texts.get(chunk.sequence)
+                if text is not None:
+                    text.count = max(0, min(text.count, chunk.sequence.computed - text.done))
+            return
         states, at = hidden(), 0
         for chunk in chunks:
             here = states[at : at + chunk.width]
