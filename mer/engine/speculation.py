@@ -141,6 +141,7 @@ class Speculation:
         self._balance = 0.0
         self._saved = 0.0
         self._begun = False
+        self._affordable, self._enough = True, 0.0
         self._since_plain = 0
 
     def chance(self, record: Record, kind: int) -> float:
@@ -154,12 +155,16 @@ class Speculation:
 
     @property
     def affordable(self) -> bool:
-        """Whether there is time to spend on drafts."""
-        return self._balance >= 0.0
+        """Whether there is time to spend on what engines need before they can draft.
+
+        Once it was used up not before there is enough for a draft, too: else that alone would use it up.
+        """
+        self._affordable = self._balance >= (0.0 if self._affordable else self._enough)
+        return self._affordable
 
     def ready(self, sequences: int) -> bool:
         """Whether the next step, of so many sequences, may verify drafts: else there is no need to look."""
-        return sequences in self._costs and self._since_plain < _REFRESH and self.affordable
+        return sequences in self._costs and self._since_plain < _REFRESH and self._balance >= 0.0
 
     def choose(self, offers: list[Offer], room: int) -> list[Choice]:
         """What to verify of each sequence in the next step: 0 to MOST_DRAFTED tokens, `room` in all.
@@ -265,6 +270,7 @@ class Speculation:
             self._since_plain = 0
             self._gain(_LOSS * seconds)
         self._balance = min(self._balance, _TRIES * plain)
+        self._enough = plain
 
     def _gain(self, seconds: float) -> None:
         self._saved += seconds
