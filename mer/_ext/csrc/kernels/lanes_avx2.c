@@ -19,18 +19,24 @@
 typedef __m256i vec;
 typedef __m256 vecf;
 
-/* A short group of rows repeats its last one. */
+/* Eight rows as two runs of four, `step` bytes apart: few registers address them all. Where run i starts: a short
+ * group's second run overlaps the first, which gives the same bytes twice; with one or two rows a run is one row. */
 typedef struct {
-    const char *at[ROWS];
+    const char *run[2];
+    size_t step;
 } rows;
 
+INLINE long group_rows(long left) { return left >= ROWS ? ROWS : left == 3 ? 2 : left; }
+
+INLINE long run_start(long n, int i) { return i ? (n < 4 ? n - 1 : n - 4) : 0; }
+
 INLINE rows open_rows(const char *w, size_t bytes, long n) {
-    rows row;
-    for (long i = 0; i < ROWS; i++) row.at[i] = w + (size_t)(i < n ? i : n - 1) * bytes;
+    rows row = {.step = n < 4 ? 0 : bytes};
+    for (int i = 0; i < 2; i++) row.run[i] = w + (size_t)run_start(n, i) * bytes;
     return row;
 }
 
-INLINE const char *first_row(const rows *row) { return row->at[0]; }
+INLINE const char *row_at(const rows *row, int i) { return row->run[i / 4] + (size_t)(i % 4) * row->step; }
 
 INLINE void store_rows(float *y, vecf v, long n) {
     if (n >= ROWS) {
@@ -39,16 +45,20 @@ INLINE void store_rows(float *y, vecf v, long n) {
     }
     float lanes[ROWS];
     _mm256_storeu_ps(lanes, v);
-    memcpy(y, lanes, (size_t)n * sizeof *y);
+    for (int i = 0; i < 2; i++) memcpy(y + run_start(n, i), lanes + 4 * i, (n < 4 ? 1 : 4) * sizeof *y);
 }
 
-/* 16 bytes of each row: lane r of out[k] holds bytes 4 k to 4 k + 3 of row r. */
-INLINE void load_lanes(const rows *row, size_t at, vec out[4]) {
+/* 16 bytes of rows p and p + 4 beside each other in out[p]. */
+INLINE void load_beside(const rows *row, size_t at, vec out[4]) {
     for (int p = 0; p < 4; p++) {
-        const __m128i low = _mm_loadu_si128((const __m128i *)(row->at[p] + at));
-        const __m128i high = _mm_loadu_si128((const __m128i *)(row->at[p + 4] + at));
+        const __m128i low = _mm_loadu_si128((const __m128i *)(row_at(row, p) + at));
+        const __m128i high = _mm_loadu_si128((const __m128i *)(row_at(row, p + 4) + at));
         out[p] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
     }
+}
+
+/* Lane r of out[k] then holds bytes 4 k to 4 k + 3 of row r. */
+INLINE void turn(vec out[4]) {
     const vec t0 = _mm256_unpacklo_epi32(out[0], out[1]), t1 = _mm256_unpacklo_epi32(out[2], out[3]);
     const vec t2 = _mm256_unpackhi_epi32(out[0], out[1]), t3 = _mm256_unpackhi_epi32(out[2], out[3]);
     out[0] = _mm256_unpacklo_epi64(t0, t1);
@@ -61,6 +71,17 @@ INLINE void load_lanes(const rows *row, size_t at, vec out[4]) {
 INLINE vecf halves_to_floats(vec x) {
     const vec packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08);
     return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));
+}
+
+/* The F16 at `at` and 18 bytes on, of each row. Reads 32 bytes. */
+INLINE void two_scales(const rows *row, size_t at, vecf *first, vecf *second) {
+    vec r[ROWS];
+    for (int i = 0; i < ROWS; i++) r[i] = _mm256_loadu_si256((const vec *)(row_at(row, i) + at));
+    const vec r03 = _mm256_unpacklo_epi32(_mm256_unpacklo_epi16(r[0], r[1]), _mm256_unpacklo_epi16(r[2], r[3]));
+    const vec r47 = _mm256_unpacklo_epi32(_mm256_unpacklo_epi16(r[4], r[5]), _mm256_unpacklo_epi16(r[6], r[7]));
+    const vec both = _mm256_blend_epi32(_mm256_unpacklo_epi64(r03, r47), _mm256_unpackhi_epi64(r03, r47), 0xf0);
+    *first = _mm256_cvtph_ps(_mm256_castsi256_si128(both));
+    *second = _mm256_cvtph_ps(_mm256_extracti128_si256(both, 1));
 }
 
 INLINE vec table16(const int8_t *table) {
@@ -93,6 +114,46 @@ INLINE vec dot(const vec *w, const int8_t *q, const int n, const int most) {
         sum = k == 0 ? fours : _mm256_add_epi32(sum, fours);
     }
     return sum;
+}
+
+/* Within each half: sums of a's 64-bit parts, then of b's. Here and below shuffles and an addition, not
+ * the horizontal add, which many CPUs take two cycles over. */
+#define FOLD_64(ADD, a, b) ADD(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b))
+
+INLINE vec pick_32(vec a, vec b, const int odd) {
+    const __m256 x = _mm256_castsi256_ps(a), y = _mm256_castsi256_ps(b);
+    return _mm256_castps_si256(odd ? _mm256_shuffle_ps(x, y, 0xdd) : _mm256_shuffle_ps(x, y, 0x88));
+}
+
+/* Within each half: sums of a's neighbouring 32-bit parts, then of b's. */
+#define FOLD_32(ADD, a, b) ADD(pick_32(a, b, 0), pick_32(a, b, 1))
+
+/* Products of 32 columns of rows beside each other: sums of neighbours, of rows p and p + 4 in of[p]. They have 16 bits
+ * as long as `most` says that they may. */
+typedef struct {
+    vec of[4];
+} sums;
+
+INLINE vec widened(vec x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
+
+/* Adds the products of 16 columns. */
+INLINE void multiply(sums *s, const vec w[4], const int8_t *q, const int most) {
+    const vec x = table16(q);
+    for (int p = 0; p < 4; p++) {
+        const vec two = most ? _mm256_maddubs_epi16(w[p], x)
+                             : _mm256_maddubs_epi16(_mm256_abs_epi8(w[p]), _mm256_sign_epi8(x, w[p]));
+        s->of[p] = most >= 2 ? _mm256_add_epi16(s->of[p], two) : _mm256_add_epi32(s->of[p], widened(two));
+    }
+}
+
+INLINE vec fold(const sums *s, const int most) {
+    const vec *const of = s->of;
+    if (most < 2)
+        return FOLD_32(_mm256_add_epi32, FOLD_64(_mm256_add_epi32, of[0], of[1]),
+                       FOLD_64(_mm256_add_epi32, of[2], of[3]));
+    const vec a = FOLD_64(_mm256_add_epi16, of[0], of[1]), b = FOLD_64(_mm256_add_epi16, of[2], of[3]);
+    if (most < 8) return FOLD_32(_mm256_add_epi32, widened(a), widened(b)); /* 4 at the least */
+    return widened(FOLD_32(_mm256_add_epi16, a, b));
 }
 
 #include "lanes.h"

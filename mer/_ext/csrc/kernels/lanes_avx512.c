@@ -20,9 +20,24 @@ typedef __m512i vec;
 typedef __m512 vecf;
 typedef rows16 rows;
 
-INLINE const char *first_row(const rows *row) { return row->run[0]; }
+INLINE long group_rows(long left) { return left < ROWS ? left : ROWS; }
 
 INLINE vecf halves_to_floats(vec x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
+
+/* The F16 of eight rows from row i on, at `at` in the lower half and 18 bytes on in the upper one; 32 bytes are read. */
+INLINE __m256i two_halves(const rows *row, const int i, size_t at) {
+    __m256i r[8];
+    for (int k = 0; k < 8; k++) r[k] = _mm256_loadu_si256((const __m256i *)(row_at(row, i + k) + at));
+    const __m256i r03 = _mm256_unpacklo_epi32(_mm256_unpacklo_epi16(r[0], r[1]), _mm256_unpacklo_epi16(r[2], r[3]));
+    const __m256i r47 = _mm256_unpacklo_epi32(_mm256_unpacklo_epi16(r[4], r[5]), _mm256_unpacklo_epi16(r[6], r[7]));
+    return _mm256_blend_epi32(_mm256_unpacklo_epi64(r03, r47), _mm256_unpackhi_epi64(r03, r47), 0xf0);
+}
+
+INLINE void two_scales(const rows *row, size_t at, vecf *first, vecf *second) {
+    const __m256i low = two_halves(row, 0, at), high = two_halves(row, 8, at);
+    *first = _mm512_cvtph_ps(_mm256_permute2x128_si256(low, high, 0x20));
+    *second = _mm512_cvtph_ps(_mm256_permute2x128_si256(low, high, 0x31));
+}
 
 INLINE vec table16(const int8_t *table) { return _mm512_broadcast_i32x4(load128((const char *)table)); }
 
@@ -42,6 +57,23 @@ INLINE vec dot(const vec *w, const int8_t *q, const int n, const int most) {
         sum[k % 2] = _mm512_dpbusd_epi32(sum[k % 2], w[k], _mm512_set1_epi32(four));
     }
     return _mm512_add_epi32(sum[0], sum[1]);
+}
+
+/* Products of 32 columns of rows beside each other: sums of neighbours. */
+typedef struct {
+    vec of[4];
+} sums;
+
+/* Adds the products of 16 columns. */
+INLINE void multiply(sums *s, const vec w[4], const int8_t *q, const int most) {
+    (void)most;
+    for (int p = 0; p < 4; p++) s->of[p] = _mm512_dpbusd_epi32(s->of[p], w[p], table16(q));
+}
+
+INLINE vec fold(sums *s, const int most) {
+    (void)most;
+    turn(s->of);
+    return _mm512_add_epi32(_mm512_add_epi32(s->of[0], s->of[1]), _mm512_add_epi32(s->of[2], s->of[3]));
 }
 
 #include "lanes.h"

@@ -29,7 +29,7 @@ INLINE __m512i load_rows(const rows16 *row, int q, size_t at) {
 }
 
 /* Within each quarter: lane i of w[k] becomes lane k of w[i]. */
-INLINE void transpose(__m512i w[4]) {
+INLINE void turn(__m512i w[4]) {
     const __m512i t0 = _mm512_unpacklo_epi32(w[0], w[1]), t1 = _mm512_unpacklo_epi32(w[2], w[3]);
     const __m512i t2 = _mm512_unpackhi_epi32(w[0], w[1]), t3 = _mm512_unpackhi_epi32(w[2], w[3]);
     w[0] = _mm512_unpacklo_epi64(t0, t1);
@@ -38,10 +38,14 @@ INLINE void transpose(__m512i w[4]) {
     w[3] = _mm512_unpackhi_epi64(t2, t3);
 }
 
+INLINE void load_beside(const rows16 *row, size_t at, __m512i out[4]) {
+    for (int p = 0; p < 4; p++) out[p] = load_rows(row, p, at);
+}
+
 /* 16 bytes of each row: lane r of out[k] holds bytes 4 k to 4 k + 3 of row r. */
 INLINE void load_lanes(const rows16 *row, size_t at, __m512i out[4]) {
     for (int p = 0; p < 4; p++) out[p] = load_rows(row, p, at);
-    transpose(out);
+    turn(out);
 }
 
 /* The F16 at the same offset of eight rows from row i on. */
