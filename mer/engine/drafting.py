@@ -33,6 +33,9 @@ _log = logging.getLogger("mer")
 
 # An engine that is behind by more tokens than a few steps bring catches up before it drafts.
 _BEHIND: Final = 4 * MOST_DRAFTED
+# Steps that want nothing of what engines offer until they are left alone, and for how many.
+_PATIENCE: Final = 4
+_SLEEP: Final = 128
 
 
 def sources(
@@ -88,18 +91,27 @@ class Drafting:
         self.speculation = speculation
         self._engines = list(engines)
         self._failed: set[DraftEngine] = set()
+        self._idle = 0  # steps in a row for which engines offered drafts, and nothing was wanted
+        self._asleep = 0  # steps until they are asked again
 
     def prepare(self, requests: list[Request], room: int) -> list[list[int]]:
         """Of each, what the next step had better verify, of `room` tokens in all."""
         if not self.speculation.ready(len(requests)):
             return [[] for _ in requests]
         drafts = [request.propose(MOST_DRAFTED) for request in requests]
-        behind = [[self._behind(engine, request) for engine in self._engines] for request in requests]
+        self._asleep = max(self._asleep - 1, 0)
+        behind = [
+            [None if self._asleep else self._behind(engine, request) for engine in self._engines]
+            for request in requests
+        ]
+        if not any(drafts) and all(tokens is None for late in behind for tokens in late):
+            return [[] for _ in requests]
         offers = [
             Offer(0.0 if draft is None else self._chance(request, draft.kind), self._chances(request, late))
             for request, draft, late in zip(requests, drafts, behind, strict=True)
         ]
         choices = self.speculation.choose(offers, room)
+        self._doze(offers, choices)
         found = [
             draft.tokens[: choice.length] if draft is not None else []
             for draft, choice in zip(drafts, choices, strict=True)
@@ -109,6 +121,15 @@ class Drafting:
         for at in range(len(self._engines)):
             self._ask(at, requests, behind, choices, found)
         return found
+
+    def _doze(self, offers: list[Offer], choices: list[Choice]) -> None:
+        """To ask engines takes time, too: where what they offer does not pay they are left alone a while."""
+        if any(choice.length for choice in choices):
+            self._idle = 0
+        elif any(any(offer.engines) for offer in offers):
+            self._idle += 1
+            if self._idle == _PATIENCE:
+                self._idle, self._asleep = 0, _SLEEP
 
     def _ask(
         self,
@@ -135,7 +156,7 @@ class Drafting:
         """A step has computed these; see DraftEngine.observe."""
         for engine in self._working():
             began = time.perf_counter()
-            given = hidden if self.speculation.affordable else None
+            given = hidden if self.speculation.affordable and self._asleep <= 1 else None
             self._guarded(engine, partial(engine.observe, chunks, given))
             self.speculation.spend(time.perf_counter() - began)
 
