@@ -4,8 +4,8 @@
 
 Both are started anew each time and timed from outside until the first token is known: `mer run STORE` to its
 first byte of output, bench/peer.py (llama.cpp by mmap, without and with repacking its weights) to its end
-after the prompt. Cold: the page cache was dropped before (as root). Warm: the files were read through before,
-which mer's reads with O_DIRECT do not use. Rounds alternate.
+after the prompt. Cold: the page cache was dropped before (as root). Warm: the files were read through before.
+Rounds alternate.
 """
 
 from __future__ import annotations

@@ -26,10 +26,14 @@ static const char *path;
 static int64_t file_bytes;
 
 static mer_io *open_io(int uring, int direct, int depth, int threads) {
-    int fd = open(path, O_RDONLY | (direct ? O_DIRECT : 0));
-    if (fd < 0) return NULL;
+    int fds[2] = {open(path, O_RDONLY | (direct ? O_DIRECT : 0)), open(path, O_RDONLY)};
     mer_io *io = NULL;
-    if (mer_io_open(&io, &fd, 1, uring, direct, depth, threads) < 0) close(fd);
+    if (fds[0] < 0 || mer_io_open(&io, fds, 1, uring, direct, depth, threads) < 0) {
+        if (fds[0] >= 0) close(fds[0]);
+        close(fds[1]);
+    } else if (!direct) {
+        close(fds[1]);
+    }
     return io;
 }
 

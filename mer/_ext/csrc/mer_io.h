@@ -21,6 +21,7 @@ enum { MER_IO_DEMAND = 0, MER_IO_PREFETCH = 1, MER_IO_PRIORITIES = 2 };
 typedef struct mer_read_op {
     int file;       /* index into the paths of the reader */
     int priority;   /* MER_IO_DEMAND or MER_IO_PREFETCH */
+    int uncached;   /* 1: ask the device even for what the page cache holds */
     int64_t offset; /* in the file */
     int64_t length; /* bytes to ask for: dest has room for them */
     int64_t needed; /* bytes that must arrive, 0 for all. Less than length where the aligned
@@ -32,6 +33,7 @@ typedef struct mer_read_op {
     int64_t progress; /* bytes that arrived so far */
     int64_t asked;    /* bytes of the request under way */
     int64_t limit;    /* bytes it may deliver, by an injected fault */
+    int fd;           /* index of the descriptor that it goes through */
     int injected;     /* result of an injected fault, 0 for none */
     int retries;      /* consecutive ones without progress */
     int64_t started;  /* nanoseconds of CLOCK_MONOTONIC, when the device was first asked */
@@ -54,11 +56,12 @@ typedef struct mer_range {
 
 typedef struct mer_io_stats {
     int64_t ops, prefetch_ops, bytes, short_reads, retries, errors, fixed_ops, batches;
-    int64_t registered_bytes;
+    int64_t registered_bytes, cached_ops;
 } mer_io_stats;
 
-/* fds[n] are open already, and become the reader's own if this succeeds (*out set, 0 returned);
- * -errno otherwise. uring: io_uring, else `threads` threads. direct: the fds are O_DIRECT. */
+/* fds are open already, and become the reader's own if this succeeds (*out set, 0 returned); -errno otherwise.
+ * uring: io_uring, else `threads` threads. direct: fds[n] are O_DIRECT, and n more follow, of the same files
+ * without it: through those is read what the page cache holds. */
 int mer_io_open(mer_io **out, const int *fds, int n, int uring, int direct, int depth, int threads);
 /* Cancels what is queued, waits for what is in flight, frees the ring, threads and fds; the eventfd stays open
  * until mer_io_free(), because an event loop may still hold it. */

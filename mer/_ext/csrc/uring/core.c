@@ -22,11 +22,12 @@ int mer_io_open(mer_io **out, const int *fds, int n, int uring, int direct, int 
     mer_io *io = calloc(1, sizeof *io);
     if (!io) return -ENOMEM;
     io->event_fd = -1;
-    io->fds = malloc(sizeof(int) * (size_t)(n > 0 ? n : 1));
+    io->n_fds = direct ? 2 * n : n;
+    io->fds = malloc(sizeof(int) * (size_t)(n > 0 ? io->n_fds : 1));
     int rc = io->fds ? 0 : -ENOMEM;
     if (rc == 0 && (io->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) < 0) rc = -errno;
     if (rc == 0) {
-        memcpy(io->fds, fds, sizeof(int) * (size_t)n);
+        memcpy(io->fds, fds, sizeof(int) * (size_t)io->n_fds);
         io->n_files = n;
         io->depth = depth;
         io->direct = direct;
@@ -61,6 +62,7 @@ mer_read_op *mer_io_take(mer_io *io) {
 int mer_io_prepare(mer_io *io, mer_read_op *op) {
     if (!op->started) op->started = now_ns();
     op->injected = 0;
+    op->fd = op->file;
     op->limit = INT64_MAX;
     op->asked = op->length - op->progress;
     if (op->asked > MER_IO_MAX_REQUEST) op->asked = MER_IO_MAX_REQUEST;
@@ -74,6 +76,11 @@ int mer_io_prepare(mer_io *io, mer_read_op *op) {
             return 1;
         }
         if (op->limit > f->limit) op->limit = f->limit;
+    }
+    int64_t at = op->offset + op->progress, left = op->needed - op->progress;
+    if (io->direct && !op->uncached && mer_io_in_page_cache(io->fds[io->n_files + op->file], at, left)) {
+        op->fd = io->n_files + op->file;
+        io->stats.cached_ops++;
     }
     return 0;
 }
@@ -272,7 +279,7 @@ void mer_io_close(mer_io *io) {
         mer_ring_close(io);
     else
         mer_threads_close(io);
-    for (int i = 0; i < io->n_files; i++) close(io->fds[i]);
+    for (int i = 0; i < io->n_fds; i++) close(io->fds[i]);
     io->closed = 1;
     pthread_cond_broadcast(&io->changed);
     pthread_mutex_unlock(&io->lock);

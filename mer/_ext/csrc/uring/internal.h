@@ -40,8 +40,8 @@ struct mer_io {
     uint64_t observed; /* completions that mer_io_wait() has told of */
     int depth, in_flight, waiters;
     int direct, closing, closed;
-    int *fds;
-    int n_files;
+    int *fds;           /* [n_files], and with O_DIRECT as many again without it */
+    int n_files, n_fds;
     int event_fd, listeners;
     int n_faults;
     mer_fault faults[MER_IO_MAX_FAULTS];
@@ -60,9 +60,12 @@ struct mer_io {
     int n_threads, stop;
 };
 
+/* page_cache.c */
+int mer_io_in_page_cache(int fd, int64_t offset, int64_t length); /* 1 where all of it is, as far as can be known */
+
 /* core.c; the lock is held in all of these */
 mer_read_op *mer_io_take(mer_io *io);                  /* the next pending op, demand first; or NULL */
-int mer_io_prepare(mer_io *io, mer_read_op *op);       /* sets op->asked, op->injected; 1 if there is a fault */
+int mer_io_prepare(mer_io *io, mer_read_op *op);       /* sets op->asked, fd, injected; 1 if there is a fault */
 int mer_io_advance(mer_io *io, mer_read_op *op, int64_t res); /* 1: issue it again, 0: it is finished and not ours */
 void mer_io_finish(mer_io *io, mer_read_op *op, int result);
 

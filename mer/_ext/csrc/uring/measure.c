@@ -34,6 +34,7 @@ int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long
     for (long i = 0; i < depth; i++) {
         ops[i].file = file;
         ops[i].length = block;
+        ops[i].uncached = 1;
         ops[i].offset = (int64_t)(xorshift(&random) % (uint64_t)blocks) * block;
         ops[i].dest = memory + i * block;
     }

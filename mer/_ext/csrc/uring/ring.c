@@ -21,7 +21,7 @@ int mer_ring_open(mer_io *io) {
     }
     io_uring_cq_eventfd_toggle(&io->ring, false);
     /* Both registrations only save time: a kernel or a limit that refuses them stops nothing. */
-    io->files_registered = io->n_files > 0 && io_uring_register_files(&io->ring, io->fds, (unsigned)io->n_files) == 0;
+    io->files_registered = io->n_files > 0 && io_uring_register_files(&io->ring, io->fds, (unsigned)io->n_fds) == 0;
     io->buffer_table = io_uring_register_buffers_sparse(&io->ring, MER_IO_BUFFER_SLOTS) == 0;
     return 0;
 }
@@ -94,8 +94,9 @@ static int fixed_slot(const mer_io *io, const char *dest, size_t n) {
     return -1;
 }
 
-/* Of a read into memory that may never have been touched: the kernel finds and clears its pages, a thread of its own
- * does that, not the one that submits and may have something to compute. A smaller read is not worth a thread. */
+/* Of a read into memory that may never have been touched the kernel finds and clears the pages, of one from the page
+ * cache it copies them: a thread of its own does that, not the one that submits and may have something to compute.
+ * A smaller read is not worth a thread. */
 #define LARGE (256 << 10)
 
 static void prepare(mer_io *io, mer_read_op *op) {
@@ -105,7 +106,7 @@ static void prepare(mer_io *io, mer_read_op *op) {
         io_uring_prep_nop(sqe); /* an injected fault comes back the way a real one does */
     } else {
         op->injected = 1;
-        int fd = io->files_registered ? op->file : io->fds[op->file];
+        int fd = io->files_registered ? op->fd : io->fds[op->fd];
         char *dest = (char *)op->dest + op->progress;
         __u64 at = (__u64)(op->offset + op->progress);
         int slot = fixed_slot(io, dest, (size_t)op->asked);
@@ -116,7 +117,7 @@ static void prepare(mer_io *io, mer_read_op *op) {
             io_uring_prep_read(sqe, fd, dest, (unsigned)op->asked, at);
         }
         unsigned flags = io->files_registered ? IOSQE_FIXED_FILE : 0;
-        if (slot < 0 && op->asked >= LARGE && !op->retries) flags |= IOSQE_ASYNC;
+        if ((slot < 0 || op->fd != op->file) && op->asked >= LARGE && !op->retries) flags |= IOSQE_ASYNC;
         io_uring_sqe_set_flags(sqe, flags);
     }
     io_uring_sqe_set_data(sqe, op);

@@ -14,7 +14,7 @@ static void serve(mer_io *io, mer_read_op *op) {
             continue;
         }
         struct iovec piece = {(char *)op->dest + op->progress, (size_t)op->asked};
-        int fd = io->fds[op->file];
+        int fd = io->fds[op->fd];
         off_t at = op->offset + op->progress;
         pthread_mutex_unlock(&io->lock);
         res = preadv(fd, &piece, 1, at);
