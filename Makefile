@@ -11,12 +11,13 @@ DEBIAN := gcc libc6-dev pkg-config liburing-dev $(if $(OTHER_PYTHON),,python3 py
 BROWSER := chromium-headless-shell
 PROMPT ?= The old man looked at the sea and said
 
-.PHONY: help demo test lint build bench clean
+.PHONY: help demo test lint build bench site clean
 
 help:
 	@echo "make demo   install what is missing, build, and write text with the bundled model, streamed from disk"
 	@echo "make test   the same for the tests: lint, types, layers, pytest"
 	@echo "make bench  how fast the kernels are, and the reader beside fio (installed if missing)"
+	@echo "make site   the documentation as a site, in build/site"
 	@echo "make clean  remove the virtual environment and everything built"
 
 $(VENV)/made: Makefile
@@ -59,6 +60,10 @@ bench: $(VENV)/built
 	@tools/debian-packages.sh fio
 	@$(PY) -m bench.kernels
 	@$(PY) -m bench.io
+
+site: $(VENV)/testable
+	@$(PY) tools/site.py build/site
+	@echo "==> build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build mer.egg-info mer/_ext/*.so

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import mer
 from mer.demo import model_path
 
 ROOT = Path(__file__).parent.parent
@@ -99,3 +100,20 @@ def test_links_lead_somewhere():
     for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text()):
             assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def test_the_site(tmp_path):
+    """Built without a warning: every link leads somewhere, every docstring can be set."""
+    made = run([sys.executable, "tools/site.py", str(tmp_path / "site")], cwd=ROOT)
+    assert (made.returncode, made.stderr) == (0, "")
+    index = (tmp_path / "site/index.html").read_text()
+    assert "Mixture-of-Experts" in index
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (tmp_path / "site" / f"{page.stem}.html").is_file()
+        assert f'href="{page.stem}.html"' in index, f"tools/site.py: NAV lacks {page.stem}"
+    reference = (tmp_path / "site/reference/python.html").read_text()
+    errors = ("MerError", "QueueFullError", "RequestTimeoutError")
+    for name in mer.__all__:
+        place = f"mer.errors.{name}" if name in errors else f"mer.{name}"
+        assert f'id="{place}"' in reference, f"docs/reference/python.md lacks {name}"
+    assert "https://fonts" not in index
