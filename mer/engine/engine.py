@@ -108,12 +108,14 @@ class _Opening:
 
 
 class Engine:
-    """A model that answers any number of requests at once::
+    """A model that answers any number of requests at once.
 
-    async with Engine.open("path/to/model", ram="8GiB") as engine:
-        result = await engine.generate("Once upon a time", SamplingParams(max_tokens=50))
-        async for delta in engine.stream("Once upon a time"):
-            print(delta.text, end="")
+    For example::
+
+        async with Engine.open("path/to/model", ram="8GiB") as engine:
+            result = await engine.generate("Once upon a time", SamplingParams(max_tokens=50))
+            async for delta in engine.stream("Once upon a time"):
+                print(delta.text, end="")
     """
 
     def __init__(
