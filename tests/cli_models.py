@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from click.testing import CliRunner
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
+
+from mer.cli.main import cli
 
 MER = str(Path(sys.executable).with_name("mer"))
 
@@ -24,6 +27,16 @@ def mer(*arguments, **options):
     """Run the program to its end; its output as text."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment()} | options
     return subprocess.run([MER, *map(str, arguments)], text=True, check=False, **options)
+
+
+def called(*arguments) -> str:
+    """What `mer` prints, called in this process: to start it takes longer than a small model does.
+
+    For what succeeds; an error is raised.
+    """
+    result = CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def mixtral_config(**changes):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from cli_models import called
 from harness import Runner
 from make_checkpoints import CLASSES, FAMILY, SPARSE, edit_config, make
 from safetensors.torch import load_file, save_file
@@ -144,7 +145,7 @@ def difference(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
 def compare(tmp_path: Path, family: str, *options: str) -> np.ndarray:
     """Convert tmp_path/src with the command line -> difference of each token's logits."""
     source = load_file(tmp_path / "src/model.safetensors")
-    mer("convert", tmp_path / "src", tmp_path / "dst", *options)
+    called("convert", tmp_path / "src", tmp_path / "dst", *options)
     tensors = read_store(tmp_path / "dst", source)
     assert set(tensors) == set(source)
     expected = oracle(family, tmp_path / "src", tensors, tmp_path / "again")
@@ -308,7 +309,7 @@ def test_fp8_logits(fp8, tmp_path):
 def test_number_of_parameters(family, tmp_path):
     """As transformers counts them; the choice bias of a router is a buffer there."""
     model = make(tmp_path / "src", family)
-    facts = json.loads(mer("inspect", tmp_path / "src", "--json"))
+    facts = json.loads(called("inspect", tmp_path / "src", "--json"))
     biases = ("correction_bias", "expert_bias", "layer_scalar")
     buffers = sum(each.numel() for name, each in model.named_buffers() if name.endswith(biases))
     assert facts["parameters"] == model.num_parameters() + buffers

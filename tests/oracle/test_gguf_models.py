@@ -4,10 +4,11 @@ import gguf
 import numpy as np
 import pytest
 from cli_models import mer
+from family_cases import LONGROPE
 from gguf_models import write_gguf
 from harness import Runner
 from make_checkpoints import FAMILY, make
-from test_families import LONGROPE, error, oracle
+from test_families import error, oracle
 from test_gguf_tokenizer import bpe_settings
 from tokenizer_models import byte_level
 

@@ -14,7 +14,7 @@ import json
 import gguf
 import numpy as np
 import pytest
-from cli_models import mer
+from cli_models import called
 from gguf_models import write_gguf
 from harness import Runner
 from llama_cpp import LlamaCpp
@@ -219,8 +219,7 @@ def test_read_with_gate_and_up_in_one(family, tmp_path):
 def export(path, *options):
     target = path.parent / f"exported{''.join(options)}.gguf"
     if not target.exists():
-        done = mer("convert", str(path), str(target), "--to", "gguf", *options)
-        assert done.returncode == 0, done.stderr
+        called("convert", path, target, "--to", "gguf", *options)
     return target
 
 
