@@ -3,8 +3,14 @@
 import os
 import signal
 
+import hypothesis
+
 # The oracle's models are tiny: threads of torch would only wait for each other, and for the processor.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("mer", deadline=None)
+hypothesis.settings.load_profile("mer")
 
 # A shell has told what it runs in the background to ignore it, and so would the children of these tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
