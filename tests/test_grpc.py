@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import get_args
 
 import grpc
 import numpy as np
@@ -16,6 +17,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from http_server import serving
 
 from mer import Engine, SamplingParams
+from mer.api.grpc import convert
+from mer.config import Speculate
 from mer.v1 import inference_pb2 as pb
 
 PROMPTS = ["The old man", "the sea", "Hello", "é漢字", "a" * 100]
@@ -60,6 +63,17 @@ async def test_answers_are_those_of_the_library(model, stub):
         assert final.usage.completion_tokens == result.usage.completion_tokens
         assert final.seed == 7
     assert answers[3][0].logprobs[0].raw  # bytes, where the text of a token is half a character
+
+
+def test_how_to_draft_is_said_by_a_word_or_by_yes_and_no():
+    def asked(**given):
+        return convert.sampling(pb.SamplingParams(**given), None).speculate
+
+    assert asked() == asked(speculative=True) == "auto"
+    assert asked(speculative=False) == "off"
+    assert asked(speculative=False, speculate=pb.SPECULATE_NGRAM) == "ngram"
+    names = [value.name for value in pb.Speculate.DESCRIPTOR.values[1:]]
+    assert [asked(speculate=name) for name in names] == list(get_args(Speculate))
 
 
 async def test_token_ids_are_a_prompt(model, stub):

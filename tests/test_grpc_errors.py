@@ -59,6 +59,7 @@ WRONG = [
     (generate("x", Params(frequency_penalty=3)), "params.frequency_penalty"),
     (generate("x", Params(logit_bias={1: 101})), "params.logit_bias"),
     (generate("x", Params(timeout=0)), "params.timeout"),
+    (generate("x", Params(speculate=9)), "params.speculate"),
     (generate("x", Params(structure=Structure())), "params.structure"),
     (generate("x", Params(structure=Structure(json_object=False))), "params.structure"),
     (generate("x", Params(structure=Structure(json_schema="{"))), "params.structure"),

@@ -163,7 +163,7 @@ def test_what_a_request_may_ask(expected, client, http):
     changes = {
         "temperature": 0.8, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "seed": 3, "presence_penalty": 0.5,
         "frequency_penalty": 0.3, "repetition_penalty": 1.1, "logit_bias": {70: 5.0, 71: -100}, "stop": ["q"],
-        "stop_token_ids": [9], "max_tokens": 40, "priority": 2, "timeout": 60.0, "speculative": False,
+        "stop_token_ids": [9], "max_tokens": 40, "priority": 2, "timeout": 60.0, "speculative": "off",
     }  # fmt: skip
     result = expected(**changes)
     body = {"messages": ASK, "user": "someone", "max_completion_tokens": 40, **changes, **MORE}

@@ -383,7 +383,7 @@ OTHERS = {
     "stop": ["", ("a", ""), (1,), 1, None, b"a", (b"a",), [["a"]], True],
     "stop_token_ids": [(-1,), (1.0,), (True,), ("1",), "12", 5, None],
     "ignore_eos": [1, 0, "true", None],
-    "speculative": [1, 0, "true", None],
+    "speculative": [1, 0, "true", "", ["off"], None],
 }
 BAD = [
     *((name, value) for name, values in REALS.items() for value in (*values, *WRONG)),

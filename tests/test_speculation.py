@@ -6,16 +6,20 @@ import asyncio
 import random
 
 import attrs
+import numpy as np
 import pytest
+import torch
 from engine_models import make, opened, prompt, runnable, write_text_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from test_scheduler import sequence, step
 
 from mer import SamplingParams
 from mer.engine import drafting
 from mer.engine import engine as engines
 from mer.engine.draft import Draft, NgramDrafter
+from mer.engine.routed import extra_experts
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Scheduler
 from mer.engine.speculation import MOST_DRAFTED, Choice, Costs, Offer, Record, Speculation
@@ -318,6 +322,47 @@ async def test_an_expert_that_only_a_draft_wants_is_nobodys_failure(tmp_path, mo
     async with opened(tmp_path) as engine:
         assert await ask(engine, [prompt(9)], GREEDY) == expected
     assert failed
+
+
+# --- the experts of drafts
+
+
+@given(st.data())
+def test_experts_that_only_drafts_want(data):
+    chunks = data.draw(st.lists(st.tuples(st.integers(1, 2), st.integers(0, 3)), min_size=1, max_size=4))
+    total = sum(map(sum, chunks))
+    routes = data.draw(arrays(np.int32, (2, total + 1, 2), elements=st.integers(0, 5)))
+    found, in_all = extra_experts(routes, 6, chunks)
+    plain, drafted, at = set(), [], 0
+    for count, draft in chunks:
+        cut = at + count
+        plain |= {(layer, e) for layer in (0, 1) for e in routes[layer, at:cut].flat}
+        drafted.append({(layer, e) for layer in (0, 1) for e in routes[layer, cut : cut + draft].flat})
+        at = cut + draft
+    assert found == [len(each - plain) for each in drafted]
+    assert in_all == len(set.union(*drafted) - plain)
+
+
+async def test_further_experts_are_counted(tmp_path, monkeypatch, always):
+    """By transformers' routers: two steps, each of one token and eight right ones behind it."""
+    model = make(tmp_path, "mixtral", num_local_experts=16)
+    given, params = prompt(9), attrs.evolve(GREEDY, max_tokens=19)
+    async with opened(tmp_path, speculate="off") as engine:
+        answer = (await engine.generate(given, params)).token_ids
+    with torch.no_grad():
+        ids = torch.tensor([given + list(answer)])
+        routers = model(ids, output_router_logits=True).router_logits
+    chosen = [logits.reshape(-1, 16).topk(2).indices.tolist() for logits in routers]
+
+    def wanted(rows):
+        return {(layer, expert) for layer, of in enumerate(chosen) for row in rows for expert in of[row]}
+
+    expected = sum(len(wanted(range(p + 1, p + 9)) - wanted([p])) for p in (9, 18))
+    tell(monkeypatch, {tuple(given): answer}, wrong=1000)
+    async with opened(tmp_path) as engine:
+        timings = (await engine.generate(given, params)).timings
+        assert timings.drafted == timings.accepted == 16
+        assert timings.draft_experts == engine.snapshot().draft_experts == expected > 0
 
 
 async def test_nothing_is_drafted_where_a_state_would_have_to_be_set_back(tmp_path, always):

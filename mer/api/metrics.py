@@ -118,6 +118,9 @@ class Metrics(Collector):
         )
         yield _counter("mer_draft_tokens", "Tokens of drafts that were verified.", now.drafted)
         yield _counter("mer_draft_tokens_accepted", "Those that were right.", now.accepted)
+        yield _counter(
+            "mer_draft_experts", "Experts that steps wanted for drafted tokens alone.", now.draft_experts
+        )
 
 
 def _memory(now: Snapshot) -> Iterable[Metric]:

@@ -165,6 +165,7 @@ def describe(engine: Engine, usage: Usage, timings: Timings) -> dict[str, Any]:
             "decode_tokens_per_s": _rate(usage.completion_tokens - 1, timings.decode_s),
             "drafted": timings.drafted,
             "accepted": timings.accepted,
+            "draft_experts": timings.draft_experts,
         },
         "engine": {**engine.facts(), "ram": engine.budget.ram, "peak_bytes": peak_bytes()},
         **_profile(engine.profile),
@@ -222,6 +223,8 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
         }
     if timings.drafted:
         lines["drafts"] = f"{timings.accepted} of {timings.drafted} drafted tokens were right"
+        if budget.experts:
+            lines["drafts"] += f", {timings.draft_experts / timings.drafted:.1f} further experts for each"
     if engine.profile is not None:
         lines["profile"] = _decode_steps(engine.profile)
     if facts["advice"]:

@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mer.config import EngineConfig
 from mer.engine.budget import drafts
 from mer.engine.draft import DraftEngine, DraftSource
@@ -89,6 +86,7 @@ class Drafting:
     def __init__(self, engines: Iterable[DraftEngine], speculation: Speculation) -> None:
         """speculation: made for so many engines."""
         self.speculation = speculation
+        self.experts = 0  # that drafted tokens alone wanted
         self._engines = list(engines)
         self._failed: set[DraftEngine] = set()
         self._idle = 0  # steps in a row for which engines offered drafts, and nothing was wanted
@@ -152,11 +150,17 @@ class Drafting:
             found[i] = tokens
             requests[i].draft_kind = self._engines[at].kind
 
-    def observe(self, chunks: list[Chunk], hidden: Callable[[], NDArray[np.float32]]) -> None:
-        """A step has computed these; see DraftEngine.observe."""
+    def observe(self, chunks: list[Chunk], runner: Runner) -> None:
+        """A step of it has computed these; see DraftEngine.observe."""
+        if any(chunk.draft for chunk in chunks):
+            extra, in_all = runner.draft_experts(chunks)
+            self.experts += in_all
+            for chunk, count in zip(chunks, extra, strict=True):
+                if isinstance(chunk.sequence, Request):
+                    chunk.sequence.draft_experts += count
         for engine in self._working():
             began = time.perf_counter()
-            given = hidden if self.speculation.affordable and self._asleep <= 1 else None
+            given = runner.hidden if self.speculation.affordable and self._asleep <= 1 else None
             self._guarded(engine, partial(engine.observe, chunks, given))
             self.speculation.spend(time.perf_counter() - began)
 

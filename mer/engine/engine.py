@@ -270,6 +270,7 @@ class Engine:
             preemptions=scheduler.preemptions,
             drafted=self._drafting.speculation.drafted if self._drafting else 0,
             accepted=self._drafting.speculation.accepted if self._drafting else 0,
+            draft_experts=self._drafting.experts if self._drafting else 0,
             cache_slots=budget.slots,
             experts=budget.experts,
             resident=cache["resident"],

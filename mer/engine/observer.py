@@ -39,6 +39,7 @@ class Snapshot:
     preemptions: int  # total
     drafted: int  # total: tokens of drafts that were verified
     accepted: int  # total: those that were right
+    draft_experts: int  # total: experts that steps wanted for drafted tokens alone
     cache_slots: int  # of the expert cache
     experts: int  # of all layers
     resident: int  # experts in memory now

@@ -47,7 +47,8 @@ class Timings:
     """Seconds, bytes and counts of one request.
 
     Steps are shared by the requests of a batch, so the reads and waits of a step count for each of them.
-    drafted: tokens of drafts that were verified; accepted: those that were right, and so came for nothing.
+    drafted: tokens of drafts that were verified; accepted: those that were right, and so came for nothing;
+    draft_experts: experts, of all layers, that drafted tokens wanted and none of the others in their step.
     """
 
     queue_s: float  # until its first step began
@@ -56,6 +57,7 @@ class Timings:
     steps: StepStats
     drafted: int = 0
     accepted: int = 0
+    draft_experts: int = 0
 
     @property
     def io_wait_s(self) -> float:

@@ -76,7 +76,8 @@ class Request(Job):
 
     drafter: prompt lookup, None: not for this one. engines: whether draft engines may draft for it. drafts:
     what became of what was drafted. drafted, accepted: tokens of drafts that were verified, and those that
-    were right. draft_kind: of the last draft.
+    were right. draft_experts: that drafted tokens wanted, and no others of their steps. draft_kind: of the
+    last draft.
     """
 
     params: SamplingParams
@@ -90,6 +91,7 @@ class Request(Job):
     drafts: Record = Factory(Record)
     drafted: int = 0
     accepted: int = 0
+    draft_experts: int = 0
     draft_kind: int = 0
     _detokenizer: Detokenizer | None = field(init=False)
     _stops: StopStrings = field(init=False)
@@ -204,4 +206,5 @@ class Request(Job):
             steps=self.steps,
             drafted=self.drafted,
             accepted=self.accepted,
+            draft_experts=self.draft_experts,
         )

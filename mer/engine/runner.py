@@ -18,7 +18,7 @@ from mer.config import EngineConfig
 from mer.engine import budget as budgets
 from mer.engine.budget import Budget
 from mer.engine.draft import DraftSource
-from mer.engine.routed import RoutedExperts
+from mer.engine.routed import RoutedExperts, extra_experts
 from mer.engine.scheduler import Chunk
 from mer.errors import ConfigError
 from mer.model.batch import Batch
@@ -133,6 +133,8 @@ class Runner:
                 spec, dense, experts.streamer if experts else None, kv, states, pool, kernels,
                 max_tokens=budget.step_tokens, max_rows=budget.rows,
             )  # fmt: skip
+            if spec.router and budgets.drafts(spec, config):
+                forward.routes = np.zeros((spec.n_moe_layers, budget.rows, spec.top_k), np.int32)
             if config.trace is not None:
                 if spec.router is None:
                     raise ConfigError("trace: this is a dense model, no token chooses experts; leave it out")
@@ -242,6 +244,15 @@ class Runner:
             self._step_s += (time.monotonic_ns() - started) / 1e9
             if self.profile is not None:
                 self.profile.step(started, len(tokens), len(chunks))
+
+    def draft_experts(self, chunks: list[Chunk]) -> tuple[list[int], int]:
+        """Of the step that computed these: experts that drafted tokens alone wanted, by chunk and in all."""
+        routes = self._forward.routes
+        if routes is None:
+            return [0] * len(chunks), 0
+        return extra_experts(
+            routes, self.spec.n_experts, [(chunk.count, len(chunk.draft)) for chunk in chunks]
+        )
 
     @property
     def kv(self) -> KVCache:

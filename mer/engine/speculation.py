@@ -87,11 +87,13 @@ class Record:
 
     tried: list[float] = field(factory=lambda: [0.0] * len(_FIRST))
     right: list[float] = field(factory=lambda: [0.0] * len(_FIRST))
+    belief: list[float] = field(factory=lambda: [_BELIEF] * len(_FIRST))  # left of it
 
     def chance(self, kind: int, first: float | None = None) -> float:
         """That the next drafted token is the one that comes, when all before it were. first: as guessed."""
         guess = _FIRST[kind] if first is None else first
-        return (self.right[kind] + _BELIEF * guess) / (self.tried[kind] + _BELIEF)
+        belief = self.belief[kind]
+        return (self.right[kind] + belief * guess) / (self.tried[kind] + belief)
 
     def note(self, kind: int, drafted: int, accepted: int) -> None:
         """Those behind the first wrong one say nothing."""
@@ -99,6 +101,7 @@ class Record:
         keep = _MEMORY**tried
         self.tried[kind] = self.tried[kind] * keep + tried
         self.right[kind] = self.right[kind] * keep + accepted
+        self.belief[kind] *= keep
 
 
 @frozen

@@ -256,7 +256,7 @@ class Worker:
         prompt = sum(chunk.count for chunk in chunks) - decoding
         self._pace.observe(decoding, prompt, stats.step_s)
         if self._drafting is not None:
-            self._drafting.observe(chunks, self._runner.hidden)
+            self._drafting.observe(chunks, self._runner)
         self._scheduler.commit(chunks)
         self._tell("step", sum(chunk.width for chunk in chunks), len(chunks), stats)
         drawing = time.monotonic_ns()

@@ -88,6 +88,8 @@ class Forward:
         ] + [False]
         self._views: dict[str, NDArray[Any]] = {}
         self.trace: TraceWriter | None = None
+        # i32 [MoE layers, most tokens, top_k]: the choices of the last step, if it had no more tokens.
+        self.routes: NDArray[np.int32] | None = None
         # Whether each layer is told what the next one will probably want.
         self.look_ahead = False
 
@@ -139,6 +141,8 @@ class Forward:
             if self.look_ahead and self._pairs[index] and self._moe.wants_guesses(len(h)):
                 decoder.predict(index + 1)
                 ahead = view["ahead_ids"]
+            if self.routes is not None and len(ids) <= self.routes.shape[1]:
+                self.routes[layer.moe_index, : len(ids)] = ids
             if self.trace is not None:
                 self.trace.record(layer.moe_index, batch.positions, batch.query_offsets, ids, weights)
             self._moe.forward(layer.moe_index, h, ids, weights, y, ahead)

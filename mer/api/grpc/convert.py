@@ -34,6 +34,12 @@ _REASONS: Final = {
     "length": pb.FINISH_REASON_LENGTH,
     "tool_calls": pb.FINISH_REASON_TOOL_CALLS,
 }
+_SPECULATE: Final[dict[int, str]] = {
+    pb.SPECULATE_AUTO: "auto",
+    pb.SPECULATE_NGRAM: "ngram",
+    pb.SPECULATE_DRAFT: "draft",
+    pb.SPECULATE_OFF: "off",
+}
 _CHOICES: Final[dict[int, Literal["auto", "none", "required"]]] = {
     pb.ToolChoice.MODE_UNSPECIFIED: "auto",
     pb.ToolChoice.MODE_AUTO: "auto",
@@ -94,6 +100,8 @@ def sampling(given: pb.SamplingParams, remaining: float | None) -> SamplingParam
         if field.name == "structure":
             made = _structure(value)
             fields["structure"] = made.after(value.after) if value.HasField("after") else made
+        elif field.name == "speculate":
+            fields["speculative"] = _speculate(value)
         elif field.name == "logit_bias":
             fields["logit_bias"] = dict(value)
         else:
@@ -105,6 +113,12 @@ def sampling(given: pb.SamplingParams, remaining: float | None) -> SamplingParam
     if remaining <= 0:
         raise RequestTimeoutError("the call's deadline has passed")
     return attrs.evolve(params, timeout=remaining)
+
+
+def _speculate(given: int) -> str:
+    if given not in _SPECULATE:
+        raise RequestError(f"speculate: there is no value {given}", "params.speculate")
+    return _SPECULATE[given]
 
 
 def _structure(given: pb.Structure) -> Structure:
@@ -240,6 +254,7 @@ def _timings(timings: Timings) -> pb.Timings:
         hit_rate=timings.hit_rate,
         drafted=timings.drafted,
         accepted=timings.accepted,
+        draft_experts=timings.draft_experts,
     )
 
 

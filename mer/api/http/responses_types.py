@@ -16,6 +16,7 @@ from mer.api.http.schemas import (
     Probability,
     TextFormat,
 )
+from mer.config import Speculate
 from mer.engine.outputs import Usage
 from mer.engine.params import MAX_LOGPROBS
 
@@ -150,7 +151,7 @@ class ResponsesRequest(Body, kw_only=True):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    speculative: bool | None = None
+    speculative: bool | Speculate | None = None
     priority: Int64 | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
     chat_template_kwargs: JsonObject | None = None

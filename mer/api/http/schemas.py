@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 from mer.api.conversation import json_schema
 from mer.api.generation import MAX_ANSWERS
 from mer.api.http.errors import ApiError, invalid
+from mer.config import Speculate
 from mer.engine.params import MAX_LOGPROBS, SamplingParams
 from mer.engine.structure import Structure
 from mer.errors import RequestError
@@ -95,7 +96,7 @@ class Generating(Body):
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     logit_bias: Biases | None = None
     user: str | None = None
-    speculative: bool | None = None
+    speculative: bool | Speculate | None = None
     priority: Int64 | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
     guided_json: JsonObject | str | None = None
