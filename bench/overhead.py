@@ -26,6 +26,7 @@ from bench.help import help_of
 from bench.serve import numbers
 from mer import Delta, Engine, SamplingParams, Timings, Usage
 from mer.api.grpc.server import serve_grpc
+from mer.api.http.app import create_app
 from mer.api.http.server import HttpServer
 from mer.api.http.service import Service
 from mer.api.settings import ServerSettings
@@ -119,8 +120,8 @@ async def measure(streams: list[int], tokens: int, rounds: int, pace: float) -> 
         engine = await stack.enter_async_context(Engine.open(model_path(), context=64))
         engine.stream = ticker.stream  # type: ignore[method-assign]
         service = Service(settings)
-        http = await stack.enter_async_context(HttpServer(service))
-        service.engine = engine
+        http = await stack.enter_async_context(HttpServer(create_app(service), service.settings))
+        service.models.adopt(engine)
         grpc = await serve_grpc(engine, settings)
         stack.push_async_callback(grpc.stop, 0)
         ports = {"in process": 0, "HTTP": http.port, "gRPC": grpc.port}

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 from mer import Engine
+from mer.api.http.app import create_app
 from mer.api.http.server import HttpServer
 from mer.api.http.service import Service
 from mer.api.settings import ServerSettings
@@ -87,7 +88,7 @@ async def asking(engine: Engine, **settings: Any) -> AsyncIterator[httpx.AsyncCl
     """A client of the same server in this process and its event loop, so that a test sees what it holds."""
     service = Service(ServerSettings(**{"model_name": "small", "port": 0} | settings), engine)
     async with (
-        HttpServer(service) as server,
+        HttpServer(create_app(service), service.settings) as server,
         httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client,
     ):
         yield client

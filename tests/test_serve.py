@@ -20,6 +20,7 @@ import trustme
 from engine_models import write_text_model
 from http_server import PATIENCE, SERVE, serving
 
+from mer.api.http.app import create_app
 from mer.api.http.server import HttpServer
 from mer.api.http.service import Service
 from mer.api.settings import ServerSettings, read_keys
@@ -232,8 +233,10 @@ async def test_settings_that_can_not_be(tmp_path):
             ({"host": "203.0.113.1"}, "--host 203.0.113.1"),
             ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),
         ):
+            told = ServerSettings(**{"model_name": "small", "port": 0} | settings)
+            app = create_app(Service(told))
             with pytest.raises(ConfigError, match=re.escape(message)):
-                HttpServer(Service(ServerSettings(**{"model_name": "small", "port": 0} | settings)))
+                HttpServer(app, told)
     for name, message in (("none", "No such file"), ("empty", "no key is in there"), ("odd", "line 1")):
         with pytest.raises(ConfigError, match=message):
             read_keys(tmp_path / name, None)

@@ -59,12 +59,16 @@ class Access:
         max_concurrent: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._keys = [(_digest(key), name) for key, name in keys.items()]
+        self.replace(keys)
         self._rate = rate_limit
         self._max_concurrent = max_concurrent
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
         self.refused: dict[str, int] = dict.fromkeys(REASONS, 0)
+
+    def replace(self, keys: Mapping[str, str]) -> None:
+        """These keys count from now on."""
+        self._keys = [(_digest(key), name) for key, name in keys.items()]
 
     def caller(self, key: str | None, address: str) -> str:
         """The name of the caller: that of its key, or its address where no keys are asked for.

@@ -37,11 +37,7 @@ class Metrics(Collector):
 
     def __init__(self, engine: Engine, model_name: str, refused: Mapping[str, int] | None = None) -> None:
         """refused: what a server around the engine turned away, by reason; it may go on counting."""
-        self._engine = engine
-        self._info = {"version": version("mer"), "model": model_name}
-        self._info |= {
-            name: str(engine.facts()[name]) for name in ("io_backend", "isa", "threads", "kv_dtype")
-        }
+        self._model_name = model_name
         self._refused = dict.fromkeys(REASONS, 0) if refused is None else refused
         self._ended: dict[EndReason, int] = dict.fromkeys(_REASONS, 0)
         self._prompt_tokens = self._completion_tokens = 0
@@ -52,6 +48,15 @@ class Metrics(Collector):
         self._step_tokens = _Histogram(_TOKENS)
         self._registry = CollectorRegistry()
         self._registry.register(self)
+        self.follow(engine)
+
+    def follow(self, engine: Engine) -> None:
+        """Another engine from now on; what was counted here goes on, the engine's own totals begin again."""
+        self._engine = engine
+        self._info = {"version": version("mer"), "model": self._model_name}
+        self._info |= {
+            name: str(engine.facts()[name]) for name in ("io_backend", "isa", "threads", "kv_dtype")
+        }
         engine.observe(self)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from mer.api.http.server import HttpServer
+from mer.api.admin import Admin, watch_files
+from mer.api.http.admin import create_admin
+from mer.api.http.app import create_app
+from mer.api.http.server import HttpServer, Place
 from mer.api.http.service import Service
+from mer.api.models import Models, start
 from mer.api.settings import ServerSettings
-from mer.config import EngineConfig
 from mer.engine.engine import Engine
 
 if TYPE_CHECKING:
@@ -27,8 +28,15 @@ _log = logging.getLogger("mer.server")
 Announce = Callable[[Engine, str, int | None], None]
 
 
-async def serve(model: Path, config: EngineConfig, settings: ServerSettings, announce: Announce) -> None:
+async def serve(
+    models: Models,
+    settings: ServerSettings,
+    announce: Announce,
+    keys: Callable[[], Mapping[str, str]] | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT; then end what is running within `drain_timeout`.
+
+    SIGHUP reloads the models that are loaded, and the API keys, which `keys` reads.
 
     A second signal ends it at once, a third one whatever is under way. Both APIs tell their health
     while the model is being loaded. Raises what Engine.open raises, and ConfigError for an address or a
@@ -47,14 +55,29 @@ async def serve(model: Path, config: EngineConfig, settings: ServerSettings, ann
 
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, signalled)
-    service = Service(settings)
+    service = Service(settings, models=models)
+    admin = Admin(models, service.access, keys)
+    reloads: set[asyncio.Task[None]] = set()
+
+    def hang_up() -> None:
+        if engine is not None and not reloads:  # one is enough, also of several signals
+            reloads.add(task := start(admin.reload_all(), "SIGHUP"))
+            task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
     try:
-        async with HttpServer(service) as server, _grpc(service) as grpc:
-            engine = await _unless(stop, _open(model, config))
+        async with (
+            HttpServer(create_app(service), settings) as server,
+            _grpc(service) as grpc,
+            _admin(admin, settings),
+        ):
+            engine = await _unless(stop, models.open_first())
             if engine is None:
                 return
+            # So long does a thread that computes in Python (a template, a long body) keep the event loop waiting.
+            sys.setswitchinterval(0.001)
+            watching = [start(watch_files(models), "watching files")]
             try:
-                service.engine = engine
                 if grpc is not None:
                     await grpc.ready(engine)
                 announce(engine, server.url, grpc.port if grpc else None)
@@ -63,19 +86,12 @@ async def serve(model: Path, config: EngineConfig, settings: ServerSettings, ann
                 await _drain(service, grpc, now)
             finally:
                 closing.set()
-                await engine.close(drain=False)
+                for task in [*watching, *reloads]:
+                    task.cancel()
+                await models.close(drain=False)
     finally:
-        for name in (signal.SIGTERM, signal.SIGINT):
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(name)
-
-
-async def _open(model: Path, config: EngineConfig) -> Engine:
-    engine = await Engine.open(model, config)
-    # What is there now stays; for the collector to look through it takes 20 ms of the event loop each time.
-    gc.freeze()
-    # So long does a thread that computes in Python (a template, a long body) keep the event loop waiting.
-    sys.setswitchinterval(0.001)
-    return engine
 
 
 async def _unless(stop: asyncio.Event, opening: Coroutine[None, None, Engine]) -> Engine | None:
@@ -93,6 +109,25 @@ async def _unless(stop: asyncio.Event, opening: Coroutine[None, None, Engine]) -
 
 
 @asynccontextmanager
+async def _admin(admin: Admin, settings: ServerSettings) -> AsyncIterator[None]:
+    """The operator's ports, where they are wanted."""
+    async with AsyncExitStack() as stack:
+        if settings.admin_port is not None:
+            place = Place(settings.admin_host, settings.admin_port, "admin-")
+            server = await stack.enter_async_context(
+                HttpServer(create_admin(admin, settings), settings, place)
+            )
+            _log.info("admin endpoints at %s for %d keys", server.url, len(settings.admin_keys))
+        if settings.admin_grpc_port is not None:
+            from mer.api.grpc.admin import serve_admin
+
+            grpc, port = await serve_admin(admin, settings)
+            stack.push_async_callback(grpc.stop, None)
+            _log.info("admin service on port %d", port)
+        yield
+
+
+@asynccontextmanager
 async def _grpc(service: Service) -> AsyncIterator[GrpcServer | None]:
     """The gRPC server, where one is wanted; stopped behind."""
     if service.settings.grpc_port is None:
@@ -100,7 +135,7 @@ async def _grpc(service: Service) -> AsyncIterator[GrpcServer | None]:
         return
     from mer.api.grpc.server import serve_grpc
 
-    server = await serve_grpc(None, service.settings, service.access)
+    server = await serve_grpc(None, service.settings, service.access, service.models)
     try:
         yield server
     finally:

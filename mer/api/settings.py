@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +40,13 @@ class ServerSettings:
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     """Clients must show a certificate that one of these signed."""
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = None
+    """Of reload, ram and models over HTTP; 0: any free one. None: there is none."""
+    admin_grpc_port: int | None = None
+    """The same over gRPC."""
+    admin_keys: Mapping[str, str] = field(factory=dict, repr=False)
+    """As api_keys, which do not count there. Empty: whoever reaches the port, on this machine alone."""
     drain_timeout: float = 30.0
     """How long requests may go on after SIGTERM."""
     keep_alive: float = 10.0
@@ -51,9 +59,23 @@ class ServerSettings:
             raise ConfigError("--tls-cert and --tls-key belong together: give both or none")
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ConfigError("--tls-client-ca needs --tls-cert and --tls-key")
+        if not self.admin_keys and not is_loopback(self.admin_host):
+            raise ConfigError(
+                f"--admin-host {self.admin_host}: others than this machine reach it; give --admin-key-file"
+            )
 
 
-def read_keys(file: Path | None, given: str | None) -> dict[str, str]:
+def is_loopback(host: str) -> bool:
+    """Whether this name or address always means the machine itself."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_keys(file: Path | None, given: str | None, option: str = "--api-key-file") -> dict[str, str]:
     """Keys and their names, of a file (a line each: KEY or NAME KEY) and of a text with commas.
 
     Raises ConfigError for a file that can't be read or says nothing.
@@ -68,15 +90,15 @@ def read_keys(file: Path | None, given: str | None) -> dict[str, str]:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise ConfigError(f"--api-key-file {file}: can't be read: {why}") from None
+        raise ConfigError(f"{option} {file}: can't be read: {why}") from None
     before = len(found)
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words or line.lstrip().startswith("#"):
             continue
         if len(words) > 2:
-            raise ConfigError(f"--api-key-file {file}, line {number}: write KEY or NAME KEY")
+            raise ConfigError(f"{option} {file}, line {number}: write KEY or NAME KEY")
         found[words[-1]] = words[0] if len(words) == 2 else f"key {len(found) + 1}"
     if len(found) == before:
-        raise ConfigError(f"--api-key-file {file}: no key is in there; write one a line")
+        raise ConfigError(f"{option} {file}: no key is in there; write one a line")
     return found

@@ -13,7 +13,9 @@ from typing import Any, Final
 import attrs
 import click
 
+from mer.api.admin import model_of
 from mer.api.http import logs
+from mer.api.models import LOAD_TIMEOUT, Model, Models
 from mer.api.serving import serve as run_server
 from mer.api.settings import ServerSettings, read_keys
 from mer.cli.common import messages, model_argument, size, size_option
@@ -29,6 +31,7 @@ _KEYS: Final = "MER_API_KEYS"
 
 @click.command()
 @click.argument("model", callback=model_argument)
+@click.argument("more", nargs=-1, metavar="[NAME=MODEL]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one.")
 @click.option(
@@ -40,6 +43,24 @@ _KEYS: Final = "MER_API_KEYS"
     "--api-key-file",
     type=_PATH,
     help=f"Keys of which a client must send one, a line each: KEY or NAME KEY. Also: {_KEYS}, with commas.",
+)
+@click.option(
+    "--admin-port",
+    type=click.IntRange(0, 65535),
+    help="Of /admin/reload, /admin/ram and /admin/models (`mer reload`, `mer set`); default: none.",
+)
+@click.option("--admin-grpc-port", type=click.IntRange(0, 65535), help="The same over gRPC; default: none.")
+@click.option(
+    "--admin-host", default="127.0.0.1", show_default=True, help="Where operators reach it; others need keys."
+)
+@click.option("--admin-key-file", type=_PATH, help="Keys of operators, as in --api-key-file.")
+@click.option(
+    "--load-timeout",
+    type=click.FloatRange(0),
+    default=LOAD_TIMEOUT,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a request waits for a model that it asks for first.",
 )
 @click.option(
     "--rate-limit", type=click.IntRange(1), metavar="N", help="Requests a minute of a key, or of an address."
@@ -74,21 +95,41 @@ _KEYS: Final = "MER_API_KEYS"
 )
 @click.option("--log-prompts", is_flag=True, help="Write what is asked into the log.")
 @engine_options
-def serve(model: Path, api_key_file: Path | None, no_grpc: bool, **options: Any) -> None:
-    """Serve MODEL over HTTP, by OpenAI's API, and over gRPC."""
-    keys = read_keys(api_key_file, os.environ.get(_KEYS))
-    name = "demo" if model == model_path() else name_of(model) or model.resolve().name
+def serve(
+    model: Path,
+    more: tuple[str, ...],
+    api_key_file: Path | None,
+    admin_key_file: Path | None,
+    load_timeout: float,
+    no_grpc: bool,
+    **options: Any,
+) -> None:
+    """Serve MODEL over HTTP, by OpenAI's API, and over gRPC.
+
+    Further models are loaded when a request names them, and share the memory.
+    """
+    admin_keys = read_keys(admin_key_file, None, "--admin-key-file") if admin_key_file else {}
+    name = _name(model)
     known = {field.name for field in attrs.fields(ServerSettings)}
     chosen = {name: value for name, value in options.items() if name in known and value is not None}
     if no_grpc:
         chosen["grpc_port"] = None
     # What was not given keeps the engine's own default.
     engine = {name: value for name, value in options.items() if name not in known and value is not None}
-    settings = ServerSettings(**{"model_name": name, "api_keys": keys} | chosen)
+
+    def keys() -> dict[str, str]:
+        return read_keys(api_key_file, os.environ.get(_KEYS))
+
+    settings = ServerSettings(**{"model_name": name, "api_keys": keys(), "admin_keys": admin_keys} | chosen)
     logs.configure(settings.log_format)
-    asyncio.run(
-        run_server(model, EngineConfig(**engine), settings, lambda *found: _announce(settings, *found))
-    )
+    config = EngineConfig(**engine)
+    served = [Model(settings.model_name, model, config), *(model_of(each, config, _name) for each in more)]
+    models = Models(served, load_timeout=load_timeout)
+    asyncio.run(run_server(models, settings, lambda *found: _announce(settings, *found), keys))
+
+
+def _name(model: Path) -> str:
+    return "demo" if model == model_path() else name_of(model) or model.resolve().name
 
 
 def _announce(settings: ServerSettings, engine: Engine, url: str, grpc_port: int | None) -> None:

@@ -83,7 +83,7 @@ class Budget:
     @property
     def fits(self) -> bool:
         """Whether `ram` is enough to run."""
-        return self.slots >= self.least_slots and self.total <= _usable(self.ram)
+        return self.slots >= self.least_slots and self.total <= usable(self.ram)
 
     @property
     def least(self) -> int:
@@ -92,21 +92,21 @@ class Budget:
         For one request at a time, where recurrent states take memory.
         """
         fixed = self.fixed - self.states + self.states // self.max_running
-        return _with_page_tables(fixed + self.slot * self.least_slots + _DRIFT)
+        return with_page_tables(fixed + self.slot * self.least_slots + _DRIFT)
 
     @property
     def floor(self) -> int:
         """The smallest `ram` that the cache of a running engine can shrink to."""
-        return _with_page_tables(self.fixed + self.slot * self.least_slots)
+        return with_page_tables(self.fixed + self.slot * self.least_slots)
 
     def resized(self, ram: int, most: int) -> Budget:
         """With another `ram` and a cache, of at most `most` slots, that goes by it. Raises BudgetError."""
-        room = (_usable(ram) - self.fixed) // self.slot if self.slot else 0
+        room = (usable(ram) - self.fixed) // self.slot if self.slot else 0
         budget = evolve(self, ram=ram, slots=max(0, min(most, room)))
         if not budget.fits:
             raise BudgetError(
-                f"ram {_mib(ram)} is too little for the model that is running: everything but its expert "
-                f"cache, and the {self.least_slots} experts of one layer of a token, take {_mib(self.floor)}"
+                f"ram {mib(ram)} is too little for the model that is running: everything but its expert "
+                f"cache, and the {self.least_slots} experts of one layer of a token, take {mib(self.floor)}"
             )
         return budget
 
@@ -121,11 +121,12 @@ class Budget:
         return self.kv_blocks * BLOCK
 
 
-def _with_page_tables(size: int) -> int:
+def with_page_tables(size: int) -> int:
+    """The least `ram` of which `usable` leaves `size`."""
     return size + -(-size // (_PAGE_TABLES - 1))
 
 
-def _usable(ram: int) -> int:
+def usable(ram: int) -> int:
     """What page tables leave of it."""
     return ram - ram // _PAGE_TABLES
 
@@ -148,20 +149,22 @@ def plan(
     tables: ExpertTables,
     config: EngineConfig,
     drafting: Iterable[DraftSource] = (),
+    process: int | None = None,
 ) -> Budget:
     """Divide `config.ram`. Raises BudgetError, with the least that works and what takes it, if too small.
 
     Also ConfigError for a context or a number of cached experts that makes no sense for this model.
+    process: bytes that it holds without any engine; None: what it holds now.
     """
-    budget = measure(checkpoint, architecture, tables, config, drafting)
+    budget = measure(checkpoint, architecture, tables, config, drafting, process)
     if not budget.fits:
         raise BudgetError(_too_small(budget))
     wanted = _wanted_slots(config, budget.experts)
     if wanted is not None and budget.slots < wanted:
         raise BudgetError(
             f"cache_experts {_as_written(config.cache_experts)}: {wanted} experts take "
-            f"{_mib(wanted * budget.slot)}, but ram {_mib(budget.ram)} has room for {budget.slots} "
-            f"({_mib(budget.cache)}); ask for fewer, or raise --ram"
+            f"{mib(wanted * budget.slot)}, but ram {mib(budget.ram)} has room for {budget.slots} "
+            f"({mib(budget.cache)}); ask for fewer, or raise --ram"
         )
     return budget
 
@@ -172,6 +175,7 @@ def measure(
     tables: ExpertTables,
     config: EngineConfig,
     drafting: Iterable[DraftSource] = (),
+    process: int | None = None,
 ) -> Budget:
     """The same division, which does not fit where `config.ram` is too small."""
     spec = architecture.spec
@@ -199,8 +203,9 @@ def measure(
     shape = DraftShape(blocks_for(limit) * BLOCK, step, config.max_running, threads)
     draft = sum(source.nbytes(shape) for source in drafting)
     least_slots = min(spec.top_k, tables.total)
-    interpreter, dense = resident_bytes(), dense_bytes(checkpoint, architecture)
-    left = _usable(ram) - (interpreter + dense + kv + buffers + draft)
+    interpreter = resident_bytes() if process is None else process
+    dense = dense_bytes(checkpoint, architecture)
+    left = usable(ram) - (interpreter + dense + kv + buffers + draft)
     running, image = config.max_running, IMAGES * StateCache.bytes_per_image(spec)
     if image:
         room = min(_STATES * left, left - least_slots * tables.slot_bytes)
@@ -277,28 +282,29 @@ def _as_written(share: int | float | None) -> str:
     return f"{100 * share:g}%" if isinstance(share, float) else str(share)
 
 
-def _mib(size: int) -> str:
+def mib(size: int) -> str:
+    """Bytes for people, rounded up."""
     return f"{-(-size // (1 << 20)):,} MiB"
 
 
 def _too_small(b: Budget) -> str:
     parts = (
-        f"dense weights {_mib(b.dense)}, KV cache of {b.context} tokens {_mib(b.kv)}, buffers "
-        f"{_mib(b.buffers)}, the program itself {_mib(b.interpreter)}"
+        f"dense weights {mib(b.dense)}, KV cache of {b.context} tokens {mib(b.kv)}, buffers "
+        f"{mib(b.buffers)}, the program itself {mib(b.interpreter)}"
     )
     if b.states:
-        parts += f", recurrent states {_mib(b.states)}"
+        parts += f", recurrent states {mib(b.states)}"
     why, advice = "", "raise --ram, or lower --context"
     if b.drafting:
         advice += ", or leave out --draft-model, all of which is kept in memory"
     if b.drafting:
-        parts += f", drafting {_mib(b.drafting)}"
+        parts += f", drafting {mib(b.drafting)}"
     if b.experts:
-        parts += f", {b.least_slots} experts {_mib(b.slot * b.least_slots)}"
+        parts += f", {b.least_slots} experts {mib(b.slot * b.least_slots)}"
     else:
         why = "It is a dense model: every token needs all weights, there is nothing to stream from disk; "
         advice += ", or take weights of fewer bits (mer convert --dense q4_k)"
     return (
-        f"ram {_mib(b.ram)} is too little for this model: it needs at least {_mib(b.least)} "
+        f"ram {mib(b.ram)} is too little for this model: it needs at least {mib(b.least)} "
         f"({parts}). {why}{advice}"
     )

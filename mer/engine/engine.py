@@ -78,8 +78,9 @@ def _open_store(runner: Runner, config: EngineConfig) -> PrefixStore | None:
 class _Opening:
     """What `Engine.open` returns: `async with` opens and closes the engine, `await` just opens it."""
 
-    def __init__(self, path: str | PathLike[str], config: EngineConfig) -> None:
+    def __init__(self, path: str | PathLike[str], config: EngineConfig, process: int | None = None) -> None:
         self._path = path
+        self._process = process
         self._config = config
         self._engine: Engine | None = None
 
@@ -88,7 +89,7 @@ class _Opening:
 
     async def _open(self) -> Engine:
         # Shielded: an open that is cancelled midway would leave files and memory behind.
-        task = asyncio.ensure_future(asyncio.to_thread(Engine._load, self._path, self._config))
+        task = asyncio.ensure_future(asyncio.to_thread(Engine._load, self._path, self._config, self._process))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -172,7 +173,15 @@ class Engine:
         return _Opening(path, config)
 
     @classmethod
-    def _load(cls, path: str | PathLike[str], config: EngineConfig) -> Self:
+    def beside(cls, path: str | PathLike[str], config: EngineConfig, process: int) -> _Opening:
+        """As `open`, in a process that holds `process` bytes without any engine, and has others.
+
+        `config.ram` is this engine's share and those bytes; see mer.engine.sharing.
+        """
+        return _Opening(path, config, process)
+
+    @classmethod
+    def _load(cls, path: str | PathLike[str], config: EngineConfig, process: int | None = None) -> Self:
         tokenizer: Tokenizer | None = None
         ends: frozenset[int] = frozenset()
         sources: list[DraftSource] = []
@@ -186,7 +195,7 @@ class Engine:
             sources.extend(drafting.sources(checkpoint, architecture, tokenizer, config))
             return sources
 
-        runner = Runner.open(locate(path), config, prepare)
+        runner = Runner.open(locate(path), config, prepare, process)
         with ExitStack() as undo:
             undo.callback(runner.close)
             draft_engines = drafting.load(sources, runner, config)

@@ -87,11 +87,13 @@ class Runner:
         path: Path,
         config: EngineConfig,
         prepare: Callable[[Checkpoint, Architecture], Iterable[DraftSource]] = lambda *_: (),
+        process: int | None = None,
     ) -> Runner:
         """Open the model at `path` and load its dense weights.
 
         `prepare` is called before memory is divided: what it loads is counted, and so is what it returns,
-        which is loaded later. Raises CheckpointError, UnsupportedModelError, BudgetError, ConfigError or
+        which is loaded later. process: bytes of the process without any engine, where there are others; None:
+        what it holds now. Raises CheckpointError, UnsupportedModelError, BudgetError, ConfigError or
         DeviceReadError.
         """
         checkpoint = open_checkpoint(path)
@@ -99,7 +101,7 @@ class Runner:
         architecture = load(checkpoint)
         tables = expert_tables(architecture.experts, path)
         sources = prepare(checkpoint, architecture)
-        budget = budgets.plan(checkpoint, architecture, tables, config, sources)
+        budget = budgets.plan(checkpoint, architecture, tables, config, sources, process)
         return cls.load(checkpoint, architecture, tables, budget, config)
 
     @classmethod

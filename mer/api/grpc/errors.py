@@ -14,7 +14,10 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, Ret
 from google.rpc.status_pb2 import Status
 
 from mer.api.access import AuthenticationError, RateLimitError
+from mer.api.models import LoadingError, ReloadError, UnknownModelError
 from mer.errors import (
+    BudgetError,
+    ConfigError,
     DeviceReadError,
     EngineClosedError,
     MerError,
@@ -26,10 +29,6 @@ from mer.v1 import inference_pb2 as pb
 
 # Clients take some 8 KiB of trailing metadata, in which the message stands twice, once percent-encoded.
 _MOST_BYTES: Final = 1000
-
-
-class LoadingError(MerError):
-    """There is no model yet."""
 
 
 class RequestCancelledError(MerError):
@@ -44,6 +43,10 @@ _KINDS: Final[tuple[tuple[type[BaseException], grpc.StatusCode, str], ...]] = (
     (RequestTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, "TIMEOUT"),
     (EngineClosedError, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     (LoadingError, grpc.StatusCode.UNAVAILABLE, "LOADING"),
+    (UnknownModelError, grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND"),
+    (ReloadError, grpc.StatusCode.FAILED_PRECONDITION, "RELOAD_REFUSED"),
+    (BudgetError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    (ConfigError, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     (RequestCancelledError, grpc.StatusCode.CANCELLED, "CANCELLED"),
     (DeviceReadError, grpc.StatusCode.INTERNAL, "READ_ERROR"),
     (BaseException, grpc.StatusCode.INTERNAL, "INTERNAL_ERROR"),
@@ -53,6 +56,7 @@ _KINDS: Final[tuple[tuple[type[BaseException], grpc.StatusCode, str], ...]] = (
 _REFUSALS: Final = {
     "INVALID_REQUEST": "invalid",
     "ID_IN_USE": "invalid",
+    "MODEL_NOT_FOUND": "invalid",
     "API_KEY_INVALID": "auth",
     "RATE_LIMIT_EXCEEDED": "rate_limit",
     "QUEUE_FULL": "queue_full",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import grpc
@@ -14,7 +15,9 @@ from grpc_reflection.v1alpha import reflection
 from mer.api.access import Access
 from mer.api.grpc.gate import Gate
 from mer.api.grpc.service import SERVICE, Inference
+from mer.api.models import Model, Models
 from mer.api.settings import ServerSettings
+from mer.config import EngineConfig
 from mer.engine.engine import Engine
 from mer.errors import ConfigError
 
@@ -26,18 +29,23 @@ _CLIENT_PING: Final = 5.0
 
 
 async def serve_grpc(
-    engine: Engine | None, settings: ServerSettings, access: Access | None = None
+    engine: Engine | None,
+    settings: ServerSettings,
+    access: Access | None = None,
+    models: Models | None = None,
 ) -> GrpcServer:
     """A server on settings.host and settings.grpc_port (0: any free one) that listens already.
 
     engine: None while the model is being loaded, see `GrpcServer.ready`. access: keys and limits, where
-    another face shares them. Raises ConfigError for an address or certificates that can't be used.
+    another face shares them; so are models. Raises ConfigError for an address or certificates that
+    can't be used.
     """
     access = access or Access(
         settings.api_keys, rate_limit=settings.rate_limit, max_concurrent=settings.max_concurrent
     )
     gate = Gate(access)
-    inference = Inference(settings, gate)
+    models = models or Models([Model(settings.model_name, Path(), EngineConfig())])
+    inference = Inference(models, settings, gate)
     server = grpc.aio.server(options=_options(settings))
     generic = grpc.method_handlers_generic_handler(SERVICE, inference.handlers())
     server.add_generic_rpc_handlers((generic,))
@@ -46,9 +54,9 @@ async def serve_grpc(
     for name in _NAMES:
         await healths.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    port = _bind(server, settings)
+    port = bind(server, settings)
     await server.start()
-    made = GrpcServer(server, gate, inference, healths, port)
+    made = GrpcServer(server, gate, models, healths, port)
     if engine is not None:
         await made.ready(engine)
     return made
@@ -61,14 +69,14 @@ class GrpcServer:
         self,
         server: grpc.aio.Server,
         gate: Gate,
-        inference: Inference,
+        models: Models,
         healths: health.aio.HealthServicer,
         port: int,
     ) -> None:
         self.port = port
         self._server = server
         self._gate = gate
-        self._inference = inference
+        self._models = models
         self._healths = healths
 
     @property
@@ -78,7 +86,8 @@ class GrpcServer:
 
     async def ready(self, engine: Engine) -> None:
         """The model is there: from now on requests are served."""
-        self._inference.engine = engine
+        if self._models.first.engine is None:
+            self._models.adopt(engine)
         for name in _NAMES:
             await self._healths.set(name, health_pb2.HealthCheckResponse.SERVING)
 
@@ -115,7 +124,13 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
     ]
 
 
-def _bind(server: grpc.aio.Server, settings: ServerSettings) -> int:
+def bind(
+    server: grpc.aio.Server,
+    settings: ServerSettings,
+    host_option: str = "--host",
+    port_option: str = "--grpc-port",
+) -> int:
+    """The port of settings.host that it listens on once it is started. Raises ConfigError."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"{host}:{settings.grpc_port or 0}"
     credentials = _credentials(settings)
@@ -125,8 +140,9 @@ def _bind(server: grpc.aio.Server, settings: ServerSettings) -> int:
         return server.add_secure_port(address, credentials)
     except RuntimeError:
         raise ConfigError(
-            f"--host {settings.host}, --grpc-port {settings.grpc_port}: can't listen there; "
-            "choose another, stop who has it, or leave it out with --no-grpc"
+            f"{host_option} {settings.host}, {port_option} {settings.grpc_port}: can't listen there; "
+            "choose another, stop who has it, or leave it out"
+            + (" with --no-grpc" if port_option == "--grpc-port" else "")
         ) from None
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from importlib.metadata import version
 from typing import Any, Final, TypeVar
 
@@ -15,9 +16,9 @@ from google.protobuf.message import Message
 from mer.api import conversation as conversations
 from mer.api import generation
 from mer.api.grpc import convert
-from mer.api.grpc.errors import LoadingError
 from mer.api.grpc.gate import Call, Context, Gate
 from mer.api.grpc.session import serve_session
+from mer.api.models import LoadingError, Models
 from mer.api.settings import ServerSettings
 from mer.engine.engine import Engine
 from mer.engine.outputs import PromptLogprobs
@@ -35,18 +36,19 @@ _PROMPT_PIECE: Final = 512
 # Seconds between two answers of a Watch, and how many may watch.
 _WATCH_S: Final = (0.1, 60.0)
 _MOST_WATCHERS: Final = 64
+_in_use: ContextVar[Engine | None] = ContextVar("engine", default=None)
 # Silence is no event here: HTTP/2 has pings of its own.
 _NEVER: Final = 1e9
 
 
 class Inference:
-    """What the calls do. engine: None while the model is being loaded.
+    """What the calls do, each with the engine of the model that its request names.
 
     `generate` and `chat` write to who passes the pieces on: a call, or a session.
     """
 
-    def __init__(self, settings: ServerSettings, gate: Gate) -> None:
-        self.engine: Engine | None = None
+    def __init__(self, models: Models, settings: ServerSettings, gate: Gate) -> None:
+        self._models = models
         self._settings = settings
         self._gate = gate
         self._begun = time.monotonic()
@@ -54,9 +56,21 @@ class Inference:
 
     @property
     def _engine(self) -> Engine:
-        if self.engine is None:
+        """Of the call, or of the session's request, that this task serves; else the first model's."""
+        engine = _in_use.get() or self._models.first.engine
+        if engine is None:
             raise LoadingError("the model is being loaded")
-        return self.engine
+        return engine
+
+    @asynccontextmanager
+    async def using(self, request: Message) -> AsyncIterator[None]:
+        """While a request is served: its model's engine stays open. Raises as Models.use."""
+        async with self._models.use(self._models.find(getattr(request, "model", ""))) as engine:
+            before = _in_use.set(engine)
+            try:
+                yield
+            finally:
+                _in_use.reset(before)
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """By the name of the call."""
@@ -86,7 +100,8 @@ class Inference:
                 with self._gate.admitted(call) if counted else nullcontext():
                     request = convert.parsed(kind, data)
                     call.path = convert.path_of(request)
-                    return (await method(request)).SerializeToString()
+                    async with self.using(request):
+                        return (await method(request)).SerializeToString()
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
@@ -100,7 +115,8 @@ class Inference:
             async with self._gate.call(context, name) as call:
                 with self._gate.admitted(call):
                     request = convert.parsed(kind, data)
-                    await method(call, request, context.time_remaining(), write)
+                    async with self.using(request):
+                        await method(call, request, context.time_remaining(), write)
 
         return grpc.unary_stream_rpc_method_handler(handle)
 
@@ -193,7 +209,7 @@ class Inference:
         engine = self._engine
         spec, tokenizer = engine.spec, engine.tokenizer
         return pb.GetModelResponse(
-            name=self._settings.model_name,
+            name=self._models.find(request.model).name,
             server_version=version("mer"),
             has_tokenizer=tokenizer is not None,
             has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,

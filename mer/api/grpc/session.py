@@ -146,9 +146,11 @@ class _Session:
             await self.out.put(pb.SessionResponse(id=id, chat=piece))
 
         if message.HasField("generate"):
-            await self._inference.generate(call, message.generate, remaining, generated)
+            async with self._inference.using(message.generate):
+                await self._inference.generate(call, message.generate, remaining, generated)
         else:
-            await self._inference.chat(call, message.chat, remaining, chatted)
+            async with self._inference.using(message.chat):
+                await self._inference.chat(call, message.chat, remaining, chatted)
 
     async def _over(self, id: str, failure: Failure) -> None:
         self._in_use.pop(id, None)

@@ -184,12 +184,16 @@ class Embeddings(Struct, tag_field="object", tag="list"):
 
 
 class Model(Struct, tag_field="object", tag="model"):
-    """max_model_len: tokens of prompt and answer together."""
+    """max_model_len: tokens of prompt and answer together; 0 while it is not loaded.
+
+    state: unloaded (loaded by the first request that names it), loading, ready, reloading or failed.
+    """
 
     id: str
     created: int
     max_model_len: int
     owned_by: str = "mer"
+    state: str = "ready"
 
 
 class Models(Struct, tag_field="object", tag="list"):

@@ -60,8 +60,7 @@ def blueprint(service: Service) -> Blueprint:
     @made.post("/v1/chat/completions")
     async def chat_completions() -> Response:
         body = await body_as(ChatCompletionRequest, most=service.context)
-        model = service.check_model(body.model)
-        engine, call = service.engine, current_call()
+        (model, engine), call = await service.use(body.model), current_call()
         try:
             variables = template_variables(engine, body.chat_template_kwargs, body.reasoning_effort)
             request = await translated(lambda: to_request(body, variables))

@@ -43,8 +43,7 @@ def blueprint(service: Service) -> Blueprint:
     @made.post("/v1/completions")
     async def completions() -> Response:
         body = await body_as(CompletionRequest, ids=("prompt", service.context))
-        model = service.check_model(body.model)
-        engine, call = service.engine, current_call()
+        (model, engine), call = await service.use(body.model), current_call()
         if service.settings.log_prompts:
             call.log["prompt"] = body.prompt
         try:

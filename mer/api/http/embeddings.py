@@ -30,7 +30,7 @@ def blueprint(service: Service) -> Blueprint:
     @made.post("/v1/embeddings")
     async def embeddings() -> Response:
         body = await body_as(EmbeddingsRequest, ids=("input", service.context))
-        model, engine = service.check_model(body.model), service.engine
+        model, engine = await service.use(body.model)
         if service.settings.log_prompts:
             current_call().log["input"] = body.input
         try:

@@ -9,6 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from mer.api.access import AuthenticationError, RateLimitError
+from mer.api.models import LoadingError
 from mer.errors import (
     DeviceReadError,
     EngineClosedError,
@@ -101,6 +102,8 @@ def api_error(error: BaseException, names: Mapping[str, str] | None = None) -> A
         return ApiError(
             408, str(error), type="timeout_error", code="timeout", headers={"X-Should-Retry": "false"}
         )
+    if isinstance(error, LoadingError):
+        return unavailable(str(error), 2, "loading")
     if isinstance(error, EngineClosedError):
         return unavailable(str(error), 1, "shutting_down")
     code = "read_error" if isinstance(error, DeviceReadError) else "internal_error"

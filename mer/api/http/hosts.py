@@ -7,11 +7,10 @@ origin as a server there ("DNS rebinding"). It can't change what the browser sen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from mer.api.http.errors import ApiError
-from mer.api.settings import ServerSettings
+from mer.api.settings import ServerSettings, is_loopback
 
 
 class Hosts:
@@ -36,16 +35,6 @@ class Hosts:
 
     def _known(self, name: str) -> bool:
         return name in self._names or is_loopback(name)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether this name or address always means the machine itself."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bare(name: str) -> str:

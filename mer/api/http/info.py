@@ -8,10 +8,12 @@ from importlib.metadata import version
 
 from quart import Blueprint, Response, request
 
+from mer.api import models
 from mer.api.http.answers import Model, Models, Status, Version
 from mer.api.http.anthropic import AnthropicModel, AnthropicModels
+from mer.api.http.errors import unavailable
 from mer.api.http.openapi import document
-from mer.api.http.service import Service, json_response
+from mer.api.http.service import Service, context_of, json_response
 
 
 def blueprint(service: Service) -> Blueprint:
@@ -19,25 +21,34 @@ def blueprint(service: Service) -> Blueprint:
     made = Blueprint("info", __name__)
     described = document()
 
-    def model() -> Model:
-        return Model(service.settings.model_name, service.started, service.context)
+    def described_model(each: models.Model) -> Model:
+        context = context_of(each.engine) if each.engine else 0
+        return Model(each.name, service.started, context, state=each.state)
 
-    def for_anthropic() -> AnthropicModel | None:
+    def for_anthropic(each: models.Model) -> AnthropicModel:
+        since = datetime.fromtimestamp(service.started, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return AnthropicModel(each.name, each.name, since, context_of(each.engine) if each.engine else 0)
+
+    def anthropic() -> bool:
         """Where a client of Anthropic's API asks: both have the path."""
-        if "anthropic-version" not in request.headers:
-            return None
-        name, since = service.settings.model_name, datetime.fromtimestamp(service.started, UTC)
-        return AnthropicModel(name, name, since.strftime("%Y-%m-%dT%H:%M:%SZ"), service.context)
+        return "anthropic-version" in request.headers
 
     @made.get("/v1/models")
-    async def models() -> Response:
-        found = for_anthropic()
-        return json_response(AnthropicModels([found], found.id, found.id) if found else Models([model()]))
+    async def all_models() -> Response:
+        found = list(service.models.all.values())
+        if not service.models.ram:
+            raise unavailable("the model is being loaded", 2, "loading")
+        if anthropic():
+            listed = [for_anthropic(each) for each in found]
+            return json_response(AnthropicModels(listed, listed[0].id, listed[-1].id))
+        return json_response(Models([described_model(each) for each in found]))
 
     @made.get("/v1/models/<path:name>")
     async def one_model(name: str) -> Response:
-        service.check_model(name)
-        return json_response(for_anthropic() or model())
+        found = service.find(name)
+        if not service.models.ram:
+            raise unavailable("the model is being loaded", 2, "loading")
+        return json_response(for_anthropic(found) if anthropic() else described_model(found))
 
     @made.get("/health")
     async def health() -> Response:

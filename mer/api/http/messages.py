@@ -81,8 +81,7 @@ def blueprint(service: Service) -> Blueprint:
     @made.post(_PATH)
     async def messages() -> Response:
         body = await body_as(MessagesRequest, most=service.context)
-        model = service.check_model(body.model)
-        engine, call = service.engine, current_call()
+        (model, engine), call = await service.use(body.model), current_call()
         try:
             request = await translated(lambda: to_request(body, sampling(body)))
             if service.settings.log_prompts:
@@ -102,9 +101,9 @@ def blueprint(service: Service) -> Blueprint:
     @made.post(f"{_PATH}/count_tokens")
     async def count_tokens() -> Response:
         body = await body_as(CountTokensRequest, most=service.context)
-        service.check_model(body.model)
+        _, engine = await service.use(body.model)
         try:
-            return json_response(TokenCount(await _count(service.engine, body)))
+            return json_response(TokenCount(await _count(engine, body)))
         except RequestError as error:
             raise api_error(error, _NAMES) from None
 

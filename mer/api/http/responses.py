@@ -64,8 +64,7 @@ def blueprint(service: Service) -> Blueprint:
     @made.post("/v1/responses")
     async def responses() -> Response:
         body = await body_as(ResponsesRequest, with_types, most=service.context)
-        model = service.check_model(body.model)
-        engine, call = service.engine, current_call()
+        (model, engine), call = await service.use(body.model), current_call()
         try:
             effort = body.reasoning.effort if body.reasoning else None
             variables = template_variables(engine, body.chat_template_kwargs, effort)

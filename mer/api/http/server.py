@@ -7,14 +7,15 @@ import logging
 import socket
 from typing import Final, Self
 
+from attrs import frozen
 from hypercorn.asyncio import run as hypercorn_run
 from hypercorn.asyncio import serve
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
 from hypercorn.events import Event, Updated
+from hypercorn.typing import ASGIFramework
 
-from mer.api.http.app import create_app
-from mer.api.http.service import Service
+from mer.api.settings import ServerSettings
 from mer.errors import ConfigError
 
 # What is sent already may still be on its way to a client who reads slowly.
@@ -41,16 +42,27 @@ class _Connection(TCPServer):
 setattr(hypercorn_run, "TCPServer", _Connection)  # noqa: B010 (mypy: it is not exported)
 
 
+@frozen
+class Place:
+    """prefix: of the options that say so."""
+
+    host: str
+    port: int
+    prefix: str = ""
+
+
 class HttpServer:
-    """`async with HttpServer(service) as server`: listens; leaving it closes all connections.
+    """`async with HttpServer(app, settings) as server`: listens; leaving it closes all connections.
 
     Raises ConfigError for an address or a certificate that can't be used.
     """
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, app: ASGIFramework, settings: ServerSettings, place: Place | None = None) -> None:
+        """place: where it listens; None: where the settings say."""
+        self._app = app
+        self._place = place = place or Place(settings.host, settings.port)
+        self._scheme = "https" if settings.tls_cert else "http"
         self._stop = asyncio.Event()
-        settings = service.settings
         self._config = config = Config()
         config.errorlog = logging.getLogger("mer.http.connections")
         config.graceful_timeout = _GRACE
@@ -69,19 +81,17 @@ class HttpServer:
             raise ConfigError(
                 f"--tls-cert {settings.tls_cert}, --tls-key {settings.tls_key}: can't be used: {error}"
             ) from None
-        listening = _listen(settings.host, settings.port)
+        listening = _listen(place)
         self.port: int = listening.getsockname()[1]
         config.bind = [f"fd://{listening.detach()}"]
 
     @property
     def url(self) -> str:
-        settings = self._service.settings
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        return f"{'https' if settings.tls_cert else 'http'}://{host}:{self.port}"
+        host = f"[{self._place.host}]" if ":" in self._place.host else self._place.host
+        return f"{self._scheme}://{host}:{self.port}"
 
     async def __aenter__(self) -> Self:
-        app = create_app(self._service)
-        self._task = asyncio.create_task(serve(app, self._config, shutdown_trigger=self._stop.wait))
+        self._task = asyncio.create_task(serve(self._app, self._config, shutdown_trigger=self._stop.wait))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -89,7 +99,8 @@ class HttpServer:
         await self._task
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(place: Place) -> socket.socket:
+    host, port = place.host, place.port
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         made = socket.socket(family, socket.SOCK_STREAM)
@@ -102,7 +113,7 @@ def _listen(host: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         raise ConfigError(
-            f"--host {host}, --port {port}: can't listen there: {error.strerror or error}; "
-            "choose another, or stop who has it"
+            f"--{place.prefix}host {host}, --{place.prefix}port {port}: can't listen there: "
+            f"{error.strerror or error}; choose another, or stop who has it"
         ) from None
     return made

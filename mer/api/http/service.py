@@ -5,31 +5,41 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 from quart import Response, request
 
 from mer.api.access import Access
+from mer.api.http.call import current_call
 from mer.api.http.errors import ApiError, unavailable
 from mer.api.http.large_bodies import decode_body
 from mer.api.http.long_lists import decode_large
 from mer.api.large_json import PIECE
 from mer.api.metrics import Metrics
+from mer.api.models import Model, Models, UnknownModelError
 from mer.api.settings import ServerSettings
+from mer.config import EngineConfig
 from mer.engine.engine import Engine
 
 _T = TypeVar("_T")
 
 # Seconds for a body to arrive.
 _BODY_TIMEOUT: Final = 60.0
+# Tokens that a model may take which is not loaded yet.
+_SOME: Final = 1 << 20
 
 
 class Service:
     """One server. draining: it ends what is running and takes nothing new."""
 
-    def __init__(self, settings: ServerSettings, engine: Engine | None = None) -> None:
+    def __init__(
+        self, settings: ServerSettings, engine: Engine | None = None, models: Models | None = None
+    ) -> None:
+        """engine: the only model's, where no `models` are given; also set later."""
         self.settings = settings
+        self.models = models or Models([Model(settings.model_name, Path(), EngineConfig())])
         self.access = Access(
             settings.api_keys, rate_limit=settings.rate_limit, max_concurrent=settings.max_concurrent
         )
@@ -38,43 +48,41 @@ class Service:
         self.running = 0
         self.idle = asyncio.Event()
         self.idle.set()
-        self._engine: Engine | None = None
         self._metrics: Metrics | None = None
+        self.models.changed.append(self._follow)
         if engine is not None:
-            self.engine = engine
+            self.models.adopt(engine)
 
-    @property
-    def engine(self) -> Engine:
-        """Raises ApiError (503) while the model is being loaded."""
-        if self._engine is None:
-            raise unavailable("the model is being loaded", 2, "loading")
-        return self._engine
-
-    @engine.setter
-    def engine(self, engine: Engine) -> None:
-        self._engine = engine
-        self._metrics = Metrics(engine, self.settings.model_name, self.access.refused)
+    def _follow(self, engine: Engine) -> None:
+        if self._metrics is None:
+            self._metrics = Metrics(engine, self.settings.model_name, self.access.refused)
+        else:
+            self._metrics.follow(engine)
 
     @property
     def metrics(self) -> Metrics:
-        """What the engine did since it is served here. Raises ApiError (503) while it is being loaded."""
+        """What the first model's engine did. Raises ApiError (503) while it is being loaded."""
         if self._metrics is None:
             raise unavailable("the model is being loaded", 2, "loading")
         return self._metrics
 
     @property
     def status(self) -> Literal["ready", "loading", "draining", "failed"]:
-        if self._engine is not None and self._engine.failure:
+        first = self.models.first
+        if first.state == "failed" or (first.engine is not None and first.engine.failure):
             return "failed"
         if self.draining:
             return "draining"
-        return "loading" if self._engine is None else "ready"
+        return "ready" if self.models.ram else "loading"
 
     @property
     def context(self) -> int:
-        """Most tokens of a prompt and its answer together."""
-        engine = self.engine
-        return min(engine.spec.max_positions, engine.budget.context)
+        """Most tokens of a prompt and its answer together, of the model that takes most."""
+        found = [context_of(each.engine) for each in self.models.all.values() if each.engine is not None]
+        if not self.models.ram:
+            raise unavailable("the model is being loaded", 2, "loading")
+        # Of a model that is not loaded it is not known.
+        return max(found) if len(found) == len(self.models.all) else max(_SOME, *found, 0)
 
     def begin(self) -> None:
         """A request is being served."""
@@ -87,17 +95,25 @@ class Service:
         if not self.running:
             self.idle.set()
 
-    def check_model(self, name: str | None) -> str:
-        """The name of the model here; a request may leave it out. Raises ApiError (404) for another."""
-        served = self.settings.model_name
-        if name is not None and name != served:
-            raise ApiError(
-                404,
-                f"the model {name!r} is not served here; this server has {served!r}",
-                param="model",
-                code="model_not_found",
-            )
-        return served
+    def find(self, name: str | None) -> Model:
+        """A request may leave the name out. Raises ApiError (404) for one that is not served here."""
+        try:
+            return self.models.find(name)
+        except UnknownModelError as error:
+            raise ApiError(404, str(error), param="model", code="model_not_found") from None
+
+    async def use(self, name: str | None) -> tuple[str, Engine]:
+        """A model's name and engine, which stays open until the request that is being handled is over.
+
+        Waits for a model that is loaded when it is asked for. Raises ApiError, and why it can't be loaded.
+        """
+        model = self.find(name)
+        return model.name, await current_call().cleanup.enter_async_context(self.models.use(model))
+
+
+def context_of(engine: Engine) -> int:
+    """Most tokens of a prompt and its answer together."""
+    return min(engine.spec.max_positions, engine.budget.context)
 
 
 async def body_as(

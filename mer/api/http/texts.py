@@ -11,7 +11,7 @@ from mer.api.generation import off_loop, text_tokens
 from mer.api.http.answers import DetokenizedText, Tokens
 from mer.api.http.errors import api_error, invalid
 from mer.api.http.schemas import DetokenizeRequest, TokenizeRequest
-from mer.api.http.service import Service, body_as, json_response, translated
+from mer.api.http.service import Service, body_as, context_of, json_response, translated
 from mer.errors import RequestError
 
 
@@ -22,8 +22,7 @@ def blueprint(service: Service) -> Blueprint:
     @made.post("/tokenize")
     async def tokenize() -> Response:
         body = await body_as(TokenizeRequest, most=service.context)
-        service.check_model(body.model)
-        engine = service.engine
+        _, engine = await service.use(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("give a prompt or messages, and not both", "prompt")
         if body.messages is None:
@@ -38,13 +37,13 @@ def blueprint(service: Service) -> Blueprint:
         if body.return_token_strs and engine.tokenizer is not None:
             text = engine.tokenizer.token_text
             strings = await off_loop(len(tokens), lambda: [text(token) for token in tokens])
-        return json_response(Tokens(len(tokens), service.context, tokens, strings))
+        return json_response(Tokens(len(tokens), context_of(engine), tokens, strings))
 
     @made.post("/detokenize")
     async def detokenize() -> Response:
         body = await body_as(DetokenizeRequest, ids=("tokens", service.settings.max_body))
-        service.check_model(body.model)
-        tokenizer = service.engine.tokenizer
+        _, engine = await service.use(body.model)
+        tokenizer = engine.tokenizer
         if tokenizer is None:
             raise invalid("this model came without a tokenizer", "tokens")
         try:

@@ -1,0 +1,432 @@
+"""The models of a server: loaded when asked for, exchanged while they serve, one memory budget over all.
+
+Everything here happens on the event loop; what takes time is done on threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import attrs
+from attrs import define, field, frozen
+
+from mer.config import EngineConfig
+from mer.engine.budget import Budget
+from mer.engine.engine import Engine
+from mer.engine.sharing import shares, survey
+from mer.errors import BudgetError, CheckpointError, ConfigError, MerError
+from mer.weights.checkpoint import open_checkpoint
+from mer.weights.hub import locate
+from mer.weights.verify import verify
+
+_log = logging.getLogger("mer.server")
+
+State = Literal["unloaded", "loading", "ready", "reloading", "failed"]
+
+# A model stays loaded beside others while each cache has room for so much of its experts.
+_COMFORT: Final = 0.1
+# Bytes of expert weights that are compared with their checksums before a model takes over, spread over all.
+_SAMPLE: Final = 1 << 30
+# Seconds that a request waits for its model.
+LOAD_TIMEOUT: Final = 120.0
+
+
+class LoadingError(MerError):
+    """The model is not there yet; asking again later helps."""
+
+
+class UnknownModelError(MerError):
+    """No model of that name is served here."""
+
+
+class ReloadError(MerError):
+    """The new model can't be served; the old one goes on."""
+
+
+@define(eq=False)
+class _Loaded:
+    """An engine, and who uses it; it is closed when nobody does. mark: of its files as they were opened."""
+
+    engine: Engine
+    mark: Mapping[Path, tuple[int, ...]]
+    users: int = 0
+    idle: asyncio.Event = field(factory=asyncio.Event)
+
+    def begin(self) -> None:
+        self.users += 1
+        self.idle.clear()
+
+    def end(self) -> None:
+        self.users -= 1
+        if not self.users:
+            self.idle.set()
+
+    async def until_idle(self) -> None:
+        if self.users:
+            await self.idle.wait()
+
+
+@define(eq=False)
+class Model:
+    """One of the models. Only `Models` changes it."""
+
+    name: str
+    path: Path
+    config: EngineConfig
+    state: State = "unloaded"
+    generation: int = 0
+    error: str = ""
+    files_changed: bool = False
+    used: float = 0.0  # when it was asked for last
+    created: int = field(factory=lambda: int(time.time()))
+    _loaded: _Loaded | None = None
+    _task: asyncio.Task[None] | None = None
+
+    @property
+    def engine(self) -> Engine | None:
+        return self._loaded.engine if self._loaded else None
+
+    @property
+    def running(self) -> int:
+        """Requests that use it."""
+        return self._loaded.users if self._loaded else 0
+
+
+@frozen
+class ModelState:
+    """What an operator is told of a model; the fields of mer.v1.ModelState."""
+
+    name: str
+    path: str
+    state: State
+    generation: int
+    running: int
+    cache_slots: int
+    experts: int
+    ram_bytes: int
+    files_changed: bool
+    error: str
+
+    @classmethod
+    def of(cls, model: Model) -> ModelState:
+        budget = model.engine.budget if model.engine else None
+        return cls(
+            name=model.name,
+            path=str(model.path),
+            state=model.state,
+            generation=model.generation,
+            running=model.running,
+            cache_slots=budget.slots if budget else 0,
+            experts=budget.experts if budget else 0,
+            ram_bytes=budget.total - budget.interpreter if budget else 0,
+            files_changed=model.files_changed,
+            error=model.error,
+        )
+
+
+class Models:
+    """At least one. The first is loaded by `open_first` or given to `adopt`, others when a request asks.
+
+    changed: called with the first model's engine whenever that is another one.
+    """
+
+    def __init__(self, models: Sequence[Model], *, load_timeout: float = LOAD_TIMEOUT) -> None:
+        self.all = {model.name: model for model in models}
+        if len(self.all) < len(models):
+            raise ConfigError("two models have the same name; give each a name of its own: NAME=MODEL")
+        self.first = models[0]
+        self.changed: list[Callable[[Engine], object]] = []
+        self.ram = 0  # bytes of the process; 0 before the first model is there
+        self._timeout = load_timeout
+        self._process = 0
+        self._changing = asyncio.Lock()  # loading, unloading, sharing: one at a time
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    def find(self, name: str | None) -> Model:
+        """No name: the first. Raises UnknownModelError."""
+        if not name:
+            return self.first
+        if name not in self.all:
+            known = ", ".join(map(repr, self.all))
+            raise UnknownModelError(f"the model {name!r} is not served here; this server has {known}")
+        return self.all[name]
+
+    @asynccontextmanager
+    async def use(self, model: Model) -> AsyncIterator[Engine]:
+        """Its engine, which stays open meanwhile. Raises LoadingError, or why it can't be loaded."""
+        model.used = time.monotonic()
+        if model._loaded is None:
+            if not self.ram:
+                raise LoadingError("the model is being loaded")
+            try:
+                async with asyncio.timeout(self._timeout):
+                    while model._loaded is None:
+                        await self._load(model)
+            except TimeoutError:
+                raise LoadingError(f"the model {model.name!r} is still being loaded") from None
+        loaded = model._loaded
+        loaded.begin()
+        try:
+            yield loaded.engine
+        finally:
+            loaded.end()
+
+    def adopt(self, engine: Engine, mark: Mapping[Path, tuple[int, ...]] | None = None) -> None:
+        """The first model is there."""
+        self.ram, self._process = engine.budget.ram, engine.budget.interpreter
+        self._take_over(self.first, _Loaded(engine, mark or {}))
+
+    async def open_first(self) -> Engine:
+        """Raises what Engine.open raises."""
+        model = self.first
+        model.state = "loading"
+        mark = await asyncio.to_thread(_mark, model.path)
+        engine = await Engine.open(model.path, model.config)
+        # What is there now stays; for the collector to look through it takes 20 ms of the event loop.
+        gc.freeze()
+        self.adopt(engine, mark)
+        return engine
+
+    async def reload(
+        self,
+        model: Model,
+        path: Path | None = None,
+        config: EngineConfig | None = None,
+        *,
+        verify_all: bool = False,
+    ) -> None:
+        """Serve it anew, from `path` and with `config` where they are given.
+
+        Requests that run end on the old weights; those that come meanwhile, too. Waits for weights that are
+        leaving since the last time. Raises ReloadError, after which the old one serves on as before.
+        """
+        path, config = path or model.path, config or model.config
+        for name in ("prefix_store", "trace", "profile"):
+            if getattr(config, name) is not None and model._loaded is not None:
+                raise ReloadError(
+                    f"a model with {name} has that to itself and can't be reloaded; restart mer"
+                )
+        while self._leaving:
+            await asyncio.wait(self._leaving)
+        async with self._changing:
+            before, model.state = model.state, "reloading"
+            try:
+                await asyncio.to_thread(_verify, path, None if verify_all else _SAMPLE)
+                loaded = await self._bring(model, path, config, but=model)
+            except Exception as error:
+                model.state, model.error = before, str(error)
+                await self._share()
+                raise ReloadError(f"{error}" if isinstance(error, MerError) else repr(error)) from error
+            old, model.path, model.config = model._loaded, path, config
+            self._take_over(model, loaded)
+        if old is not None:
+            self._leave(old)
+
+    async def set_ram(self, ram: int) -> None:
+        """Keep to so many bytes of the process. Raises BudgetError."""
+        async with self._changing:
+            before, self.ram = self.ram, ram
+            try:
+                await self._share()
+            except BudgetError:
+                self.ram = before
+                await self._share()
+                raise
+
+    def states(self) -> list[ModelState]:
+        """Of all models."""
+        return [ModelState.of(model) for model in self.all.values()]
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """Of the models that are loaded."""
+        return [loaded.engine.budget for loaded in self._loaded()]
+
+    async def check_files(self) -> None:
+        """Compare files with what they were when they were opened.
+
+        Those that others have replaced are read on: the engine holds the old ones open. A model whose files
+        were written over in place is given up, for what is read of them may be half of each.
+        """
+        for model in self.all.values():
+            loaded = model._loaded
+            if loaded is None or model.files_changed or not loaded.mark:
+                continue
+            now = await asyncio.to_thread(_look, loaded.mark)
+            if now == loaded.mark or loaded is not model._loaded:
+                continue
+            model.files_changed = True
+            broken = [
+                file for file, was in loaded.mark.items() if now[file][:2] == was[:2] and now[file] != was
+            ]
+            if not broken:
+                _log.warning("model %s: its files were replaced; `mer reload` takes the new ones", model.name)
+                continue
+            model.error = f"{broken[0]} was written over while it was served; put it right, then `mer reload`"
+            _log.error("model %s: %s", model.name, model.error)
+            model.state, model._loaded = "failed", None
+            await loaded.engine.close(drain=False)
+
+    async def close(self, *, drain: bool) -> None:
+        """All engines."""
+        for task in [model._task for model in self.all.values() if model._task] + list(self._leaving):
+            task.cancel()
+            with suppress(asyncio.CancelledError, MerError):
+                await task
+        for loaded in self._loaded():
+            await loaded.engine.close(drain=drain)
+
+    def _loaded(self) -> list[_Loaded]:
+        return [model._loaded for model in self.all.values() if model._loaded]
+
+    async def _load(self, model: Model) -> None:
+        """Waits for it; a waiter that leaves ends nothing."""
+        if model.state == "failed" and model.files_changed:
+            raise LoadingError(model.error)
+        if model._task is None:
+            model._task = asyncio.create_task(self._load_now(model))
+        await asyncio.shield(model._task)
+
+    async def _load_now(self, model: Model) -> None:
+        try:
+            async with self._changing:
+                if model._loaded is not None:
+                    return
+                model.state = "loading"
+                try:
+                    self._take_over(model, await self._bring(model, model.path, model.config))
+                except Exception as error:
+                    model.state, model.error = "failed", str(error)
+                    await self._share()
+                    raise
+        finally:
+            model._task = None
+
+    async def _bring(
+        self, model: Model, path: Path, config: EngineConfig, but: Model | None = None
+    ) -> _Loaded:
+        """A new engine beside those that are there, whose caches shrink first; `but` may not be unloaded."""
+        mark = await asyncio.to_thread(_mark, path)
+        wanted = await asyncio.to_thread(survey, path, attrs.evolve(config, ram=self.ram), self._process)
+        comfort = _COMFORT
+        while True:
+            try:
+                parts = shares(self.ram, [wanted, *self.budgets], comfort)
+                break
+            except BudgetError:
+                if await self._unload_one(but):
+                    continue
+                if not comfort:
+                    raise
+                comfort = 0.0
+        for loaded, part in zip(self._loaded(), parts[1:], strict=True):
+            await loaded.engine.set_ram(part)
+        engine = await Engine.beside(path, attrs.evolve(config, ram=parts[0]), self._process)
+        if await asyncio.to_thread(_look, mark) != mark:
+            await engine.close(drain=False)
+            raise CheckpointError(f"{path}: its files changed while they were opened; try again")
+        return _Loaded(engine, mark)
+
+    async def _unload_one(self, but: Model | None) -> bool:
+        """The model that was asked for least recently. Whether there was one."""
+        there = [model for model in self.all.values() if model._loaded and model is not but]
+        if not there:
+            return False
+        model = min(there, key=lambda each: each.used)
+        loaded, model._loaded, model.state = model._loaded, None, "unloaded"
+        assert loaded is not None
+        _log.info("model %s: unloaded, its memory is needed", model.name)
+        await loaded.until_idle()
+        await self._end(loaded)
+        return True
+
+    def _take_over(self, model: Model, loaded: _Loaded) -> None:
+        model._loaded, model.state, model.error, model.files_changed = loaded, "ready", "", False
+        model.generation += 1
+        if model is self.first:
+            for tell in self.changed:
+                tell(loaded.engine)
+
+    def _leave(self, old: _Loaded) -> None:
+        async def leave() -> None:
+            await old.until_idle()
+            async with self._changing:
+                await self._end(old)
+                await self._share()
+
+        task = asyncio.create_task(leave())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _end(self, loaded: _Loaded) -> None:
+        await loaded.engine.close()
+        loaded.engine = None  # type: ignore[assignment]
+        await asyncio.to_thread(_tidy)
+
+    async def _share(self) -> None:
+        """Its part of the memory to each model that is loaded, as much as there is."""
+        there = self._loaded()
+        if not there or not self.ram:
+            return
+        parts = [self.ram] if len(there) == 1 else shares(self.ram, self.budgets)
+        now = [loaded.engine.budget.ram for loaded in there]
+        # Those that shrink first.
+        for loaded, part, _ in sorted(
+            zip(there, parts, now, strict=True), key=lambda each: each[1] - each[2]
+        ):
+            await loaded.engine.set_ram(part)
+
+
+def start(work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
+    """A task of its own, whose errors are logged."""
+
+    async def run() -> None:
+        try:
+            await work
+        except MerError as error:
+            _log.error("%s: %s", what, error)
+        except Exception:
+            _log.exception("%s", what)
+
+    return asyncio.create_task(run())
+
+
+def _mark(path: Path) -> dict[Path, tuple[int, ...]]:
+    return _look(dict.fromkeys(open_checkpoint(locate(path)).files, ()))
+
+
+def _look(files: Mapping[Path, object]) -> dict[Path, tuple[int, ...]]:
+    """(device, inode, size, time of the last change in ns) of each; empty for one that is not there."""
+    found: dict[Path, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            stat = file.stat()
+            found[file] = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        except OSError:
+            found[file] = ()
+    return found
+
+
+def _verify(path: Path, sample: int | None) -> None:
+    """Raises CheckpointError, or what opening it raises."""
+    damaged = verify(open_checkpoint(locate(path)), most=sample)
+    if damaged:
+        more = f", and {len(damaged) - 1} tensors more" if len(damaged) > 1 else ""
+        raise CheckpointError(f"{damaged[0].file}: {damaged[0].tensor}: {damaged[0].what}{more}")
+
+
+def _tidy() -> None:
+    """Memory of an engine that is gone goes back to the system."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    with suppress(AttributeError, OSError):  # of glibc alone
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,56 @@
+"""Several engines in one process, one memory budget: who gets which part of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from mer.config import EngineConfig
+from mer.engine import budget as budgets
+from mer.engine import drafting
+from mer.engine.budget import Budget
+from mer.errors import BudgetError
+from mer.model.families import load
+from mer.streaming.experts import expert_tables
+from mer.weights.checkpoint import open_checkpoint, require_streamable
+from mer.weights.hub import locate
+
+
+def survey(path: str | os.PathLike[str], config: EngineConfig, process: int) -> Budget:
+    """What an engine would take: its headers are read, no weights. It need not fit.
+
+    process: bytes of the process without any engine. Raises what Engine.open raises, but for BudgetError.
+    """
+    found = locate(path)
+    checkpoint = open_checkpoint(found)
+    require_streamable(checkpoint)
+    architecture = load(checkpoint)
+    tables = expert_tables(architecture.experts, found)
+    sources = drafting.sources(checkpoint, architecture, None, config)
+    return budgets.measure(checkpoint, architecture, tables, config, sources, process)
+
+
+def shares(ram: int, engines: Sequence[Budget], comfort: float = 0.0) -> list[int]:
+    """The `ram` of each engine, so that all of them together keep to `ram` bytes of the process.
+
+    What is fixed each of them gets; what is left for caches is divided by what the engines could use. Raises
+    BudgetError where that leaves one without the least it needs, or without `comfort`, a share of its
+    experts.
+    """
+    process = max(each.interpreter for each in engines)
+    own = [each.fixed - each.interpreter for each in engines]
+    least = [each.slot * max(each.least_slots, int(comfort * each.experts)) for each in engines]
+    room = budgets.usable(ram) - process - sum(own) - sum(least)
+    if room < 0:
+        needed = budgets.with_page_tables(process + sum(own) + sum(least))
+        raise BudgetError(
+            f"ram {budgets.mib(ram)} is too little for {len(engines)} models at a time: they need "
+            f"{budgets.mib(needed)} with the smallest caches that do"
+        )
+    wants = [each.slot * each.experts - some for each, some in zip(engines, least, strict=True)]
+    # With room for all of them the division does not matter; a cache never takes more than it can use.
+    part = min(1.0, room / max(1, sum(wants)))
+    return [
+        budgets.with_page_tables(each.interpreter + fixed + some + int(part * want))
+        for each, fixed, some, want in zip(engines, own, least, wants, strict=True)
+    ]

@@ -1,0 +1,113 @@
+"""Models are exchanged and loaded while they serve: no request fails, memory and descriptors stay."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+
+import httpx
+import pytest
+from http_server import PATIENCE, serving
+
+from mer import SamplingParams
+from mer.api.models import Model, Models, ReloadError
+from mer.config import EngineConfig
+from mer.demo import model_path
+from mer.engine.budget import resident_bytes
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+CONFIG = EngineConfig(context=256)
+
+
+def damaged(path):
+    """A copy of the bundled model with one byte of its experts wrong."""
+    shutil.copytree(model_path(), path)
+    file = path / "experts-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    return path
+
+
+async def ask(models, name=None):
+    async with models.use(models.find(name)) as engine:
+        return (await engine.generate("Once upon a time", GREEDY)).token_ids
+
+
+async def test_twenty_reloads_under_load_one_of_them_refused(tmp_path):
+    models = Models([Model("demo", model_path(), CONFIG)])
+    await models.open_first()
+    expected, done = await ask(models), 0
+
+    async def client():
+        nonlocal done
+        while True:
+            assert await ask(models) == expected
+            done += 1
+
+    clients = [asyncio.create_task(client()) for _ in range(3)]
+    held = []
+    for number in range(20):
+        if number == 10:
+            with pytest.raises(ReloadError, match="its checksum is"):
+                await models.reload(models.first, damaged(tmp_path / "bad"))
+        else:
+            before = done
+            await models.reload(models.first)
+            while done < before + 3:
+                assert not any(each.done() for each in clients)
+                await asyncio.sleep(0.005)
+        held.append((resident_bytes(), len(os.listdir("/proc/self/fd"))))
+    assert not any(each.done() for each in clients)
+    for each in clients:
+        each.cancel()
+    await asyncio.gather(*clients, return_exceptions=True)
+    await models.close(drain=True)
+    assert models.first.generation == 20
+    assert models.first.path == model_path()
+    assert max(rss for rss, _ in held[5:]) < min(rss for rss, _ in held[5:]) + (64 << 20)
+    assert len({fds for _, fds in held[5:]}) <= 2  # one more while the old one is leaving
+
+
+async def test_a_further_model_is_loaded_when_it_is_asked_for(tmp_path):
+    models = Models([Model("demo", model_path(), CONFIG), Model("two", model_path(), CONFIG)])
+    await models.open_first()
+    assert [each.state for each in models.states()] == ["ready", "unloaded"]
+    answers = await asyncio.gather(ask(models), ask(models, "two"), ask(models, "two"))
+    assert answers[0] == answers[1] == answers[2]
+    assert [(each.state, each.generation) for each in models.states()] == [("ready", 1), ("ready", 1)]
+    await models.close(drain=True)
+
+
+async def test_files_that_are_written_over_in_place_end_the_model_until_it_is_reloaded(tmp_path):
+    path = tmp_path / "copy"
+    shutil.copytree(model_path(), path)
+    models = Models([Model("demo", path, CONFIG)])
+    await models.open_first()
+    os.utime(path / "experts-00001.safetensors", ns=(1, 1))
+    await models.check_files()
+    assert models.first.state == "failed"
+    assert "written over" in models.first.error
+    await models.reload(models.first)
+    assert (models.first.state, models.first.error) == ("ready", "")
+    assert await ask(models)
+    await models.close(drain=True)
+
+
+def test_over_the_admin_port(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("operator secret\n")
+    with serving("demo", "--context", 256, "--admin-port", 0, "--admin-key-file", keys) as server:
+        url = re.search(r"admin endpoints at (\S+)", "".join(server.lines))[1]
+        client = httpx.Client(base_url=url, timeout=PATIENCE, headers={"X-Api-Key": "secret"})
+        assert httpx.get(f"{url}/admin/models").status_code == 401
+        assert httpx.get(f"{server.url}/admin/models").status_code == 404
+        assert client.post("/admin/reload", json={}).json()["model"]["generation"] == 2
+        refused = client.post("/admin/reload", json={"path": str(damaged(tmp_path / "bad"))})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "reload_refused")
+        assert client.post("/admin/ram", json={"ram": "1KiB"}).status_code == 400
+        assert client.post("/admin/ram", json={"ram": "2GiB"}).json()["ram_bytes"] == 2 << 30
+        asked = httpx.post(f"{server.url}/v1/completions", json={"prompt": "Once"}, timeout=PATIENCE)
+        assert asked.status_code == 200
