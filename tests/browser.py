@@ -13,6 +13,7 @@ from engine_models import opened
 from playwright.async_api import Page, async_playwright
 
 from mer import Engine
+from mer.api.http.app import create_app
 from mer.api.http.server import HttpServer
 from mer.api.http.service import Service
 from mer.api.settings import ServerSettings
@@ -49,5 +50,8 @@ async def shown(
         service = Service(
             ServerSettings(**{"model_name": "small", "port": 0} | (settings or {})), opened_engine
         )
-        async with HttpServer(service) as server, browser_page(server.url, **options) as page:
+        async with (
+            HttpServer(create_app(service), service.settings) as server,
+            browser_page(server.url, **options) as page,
+        ):
             yield page, opened_engine, server.url

@@ -74,7 +74,7 @@ async def serve(
             engine = await _unless(stop, models.open_first())
             if engine is None:
                 return
-            # So long does a thread that computes in Python (a template, a long body) keep the event loop waiting.
+            # So long does a thread that computes in Python (a template, a body) keep the loop waiting.
             sys.setswitchinterval(0.001)
             watching = [start(watch_files(models), "watching files")]
             try:

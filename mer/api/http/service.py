@@ -60,6 +60,14 @@ class Service:
             self._metrics.follow(engine)
 
     @property
+    def engine(self) -> Engine:
+        """The first model's. Raises ApiError (503) while it is being loaded."""
+        engine = self.models.first.engine
+        if engine is None:
+            raise unavailable("the model is being loaded", 2, "loading")
+        return engine
+
+    @property
     def metrics(self) -> Metrics:
         """What the first model's engine did. Raises ApiError (503) while it is being loaded."""
         if self._metrics is None:
