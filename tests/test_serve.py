@@ -220,12 +220,12 @@ def test_tls_with_certificates_of_both_sides(model, tmp_path):
             get(server.url, ca)
 
 
-async def listen(settings):
+def listen_at(settings):
     told = ServerSettings(**{"model_name": "small", "port": 0} | settings)
     HttpServer(create_app(Service(told)), told)
 
 
-def test_settings_that_can_not_be(tmp_path):
+async def test_settings_that_can_not_be(tmp_path):
     """Each is refused before the model is loaded, and names the option."""
     (tmp_path / "empty").write_text("# nothing\n")
     (tmp_path / "odd").write_text("a b c\n")
@@ -239,7 +239,7 @@ def test_settings_that_can_not_be(tmp_path):
             ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),
         ):
             with pytest.raises(ConfigError, match=re.escape(message)):
-                listen(settings)
+                listen_at(settings)
     for name, message in (("none", "No such file"), ("empty", "no key is in there"), ("odd", "line 1")):
         with pytest.raises(ConfigError, match=message):
             read_keys(tmp_path / name, None)
