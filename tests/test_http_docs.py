@@ -65,7 +65,7 @@ def test_parameters():
 
 
 def test_options():
-    shared = {param.name for param in run.params} | {"model"}
+    shared = {param.name for param in run.params} | {"model", "more"}
     known = {param.opts[-1] for param in serve.params if param.name not in shared}
     told = {name for name in names(section("Running a server"), 1) if name.startswith("--")}
     assert told == known

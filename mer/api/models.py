@@ -356,6 +356,8 @@ class Models:
                 tell(loaded.engine)
 
     def _leave(self, old: _Loaded) -> None:
+        old.engine.resume()  # whom a pause holds up would keep it here
+
         async def leave() -> None:
             await old.until_idle()
             async with self._changing:
