@@ -18,8 +18,8 @@ from mer.demo import model_path
 ROOT = Path(__file__).parent.parent
 MER = [sys.executable, "-c", "from mer.cli.main import main; main()"]
 README = (ROOT / "README.md").read_text()
-# `mer serve` does not end by itself: test_http_docs and test_serve run it. `mer pull` needs a hub and `mer top`
-# a terminal: test_pull, test_top.
+# `mer serve` does not end by itself: test_http_docs and test_serve run it.
+# `mer pull` needs a hub and `mer top` a terminal: test_pull, test_top.
 COMMANDS = re.findall(r"^    (mer (?!serve|pull|top).+?)(?:  +#.*)?$", README, re.MULTILINE)
 PROGRAMS = [
     (name, program)
