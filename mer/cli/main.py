@@ -28,6 +28,7 @@ COMMANDS: Final = {
     "verify": "Read every weight of a model and say which are damaged.",
     "inspect": "Show what a model is and what memory it needs.",
     "doctor": "Show what this machine allows and how fast it is.",
+    "bundle": "Write a support file about this machine and a server.",
     "completion": "Print what makes a shell complete mer's commands.",
 }
 
