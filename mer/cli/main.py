@@ -21,7 +21,7 @@ COMMANDS: Final = {
     "serve": "Serve a model over HTTP, by OpenAI's API.",
     "top": "Show what a server does, on the terminal.",
     "monitor": "Write what a server does, line by line; --json for scripts.",
-    "reload": "Have a running server serve its model anew, from other files or with other settings.",
+    "reload": "Have a running server serve its model anew.",
     "set": "Change a running server: the memory it keeps to.",
     "convert": "Write a model in other formats, laid out for streaming.",
     "draft": "Train a head that drafts tokens for a model.",
