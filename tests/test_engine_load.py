@@ -120,7 +120,12 @@ async def test_reads_that_fail_under_load(made, expected):
         assert await _answer(engine, PROMPTS[0]) == expected[0]
         break_expert(engine, expert)
         for round in range(4):
+            # Nothing may end, and so make room, before all have come.
+            come = threading.Event()
+            engine._worker._send(come.wait)
             tasks = [asyncio.create_task(_answer(engine, ids)) for ids in PROMPTS * 3]
+            await asyncio.sleep(0)
+            come.set()
             await asyncio.sleep(0.01 * round)
             gone = {3, 17, 20} if round % 2 else set()
             for n in gone:
