@@ -219,8 +219,9 @@ class Models:
         async with self._changing:
             before, model.state = model.state, "reloading"
             try:
+                mark = await asyncio.to_thread(_mark, path)  # of the files that are verified
                 await asyncio.to_thread(_verify, path, None if verify_all else _SAMPLE)
-                loaded = await self._bring(model, path, config, but=model)
+                loaded = await self._bring(path, config, mark, but=model)
             except Exception as error:
                 model.state, model.error = before, str(error)
                 await self._share()
@@ -302,7 +303,8 @@ class Models:
                     return
                 model.state = "loading"
                 try:
-                    self._take_over(model, await self._bring(model, model.path, model.config))
+                    mark = await asyncio.to_thread(_mark, model.path)
+                    self._take_over(model, await self._bring(model.path, model.config, mark))
                 except Exception as error:
                     model.state, model.error = "failed", str(error)
                     await self._share()
@@ -311,10 +313,12 @@ class Models:
             model._task = None
 
     async def _bring(
-        self, model: Model, path: Path, config: EngineConfig, but: Model | None = None
+        self, path: Path, config: EngineConfig, mark: Mapping[Path, tuple[int, ...]], but: Model | None = None
     ) -> _Loaded:
-        """A new engine beside those that are there, whose caches shrink first; `but` may not be unloaded."""
-        mark = await asyncio.to_thread(_mark, path)
+        """A new engine beside those that are there, whose caches shrink first; `but` may not be unloaded.
+
+        mark: of its files; when it is another one in the end, the engine does not count.
+        """
         wanted = await asyncio.to_thread(survey, path, attrs.evolve(config, ram=self.ram), self._process)
         comfort = _COMFORT
         while True:

@@ -57,14 +57,16 @@ async def serve(
         loop.add_signal_handler(name, signalled)
     service = Service(settings, models=models)
     admin = Admin(models, service.access, keys)
-    reloads: set[asyncio.Task[None]] = set()
+    hung_up = asyncio.Event()
 
-    def hang_up() -> None:
-        if engine is not None and not reloads:  # one is enough, also of several signals
-            reloads.add(task := start(admin.reload_all(), "SIGHUP"))
-            task.add_done_callback(reloads.discard)
+    async def obey() -> None:
+        """One reload does for all signals that came before it began; a later one is not lost."""
+        while True:
+            await hung_up.wait()
+            hung_up.clear()
+            await admin.reload_all()
 
-    loop.add_signal_handler(signal.SIGHUP, hang_up)
+    loop.add_signal_handler(signal.SIGHUP, hung_up.set)
     try:
         async with (
             HttpServer(create_app(service), settings) as server,
@@ -76,7 +78,7 @@ async def serve(
                 return
             # So long does a thread that computes in Python (a template, a body) keep the loop waiting.
             sys.setswitchinterval(0.001)
-            watching = [start(watch_files(models), "watching files")]
+            watching = [start(watch_files(models), "watching files"), start(obey(), "SIGHUP")]
             try:
                 if grpc is not None:
                     await grpc.ready(engine)
@@ -86,7 +88,7 @@ async def serve(
                 await _drain(service, grpc, now)
             finally:
                 closing.set()
-                for task in [*watching, *reloads]:
+                for task in watching:
                     task.cancel()
                 await models.close(drain=False)
     finally:
