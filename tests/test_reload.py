@@ -12,6 +12,7 @@ import pytest
 from http_server import PATIENCE, serving
 
 from mer import SamplingParams
+from mer.api import models as api_models
 from mer.api.models import Model, Models, ReloadError
 from mer.config import EngineConfig
 from mer.demo import model_path
@@ -93,6 +94,25 @@ async def test_files_that_are_written_over_in_place_end_the_model_until_it_is_re
     await models.reload(models.first)
     assert (models.first.state, models.first.error) == ("ready", "")
     assert await ask(models)
+    await models.close(drain=True)
+
+
+async def test_files_that_are_replaced_after_they_were_verified_are_refused(tmp_path, monkeypatch):
+    path, name = tmp_path / "copy", "experts-00001.safetensors"
+    shutil.copytree(model_path(), path)
+    bad = damaged(tmp_path / "bad") / name
+    models = Models([Model("demo", path, CONFIG)])
+    await models.open_first()
+    expected, verify = await ask(models), api_models._verify
+
+    def then_replaced(*given):
+        verify(*given)
+        os.replace(bad, path / name)
+
+    monkeypatch.setattr(api_models, "_verify", then_replaced)
+    with pytest.raises(ReloadError, match="its files changed while they were opened"):
+        await models.reload(models.first)
+    assert await ask(models) == expected
     await models.close(drain=True)
 
 
