@@ -28,6 +28,11 @@ _FORGOTTEN: Final = 100  # steps until a price is tried anew: what was dear in a
 _SLOPE: Final = 0.6  # one more token, in steps of one token, as long as nothing else is known
 _WORTH: Final = 1.03  # a step with drafts must look this much better than one without
 _REFRESH: Final = 32  # steps until one without drafts is measured again
+# An engine that was left alone for so many steps is tried anew with so many short drafts, as a few unlucky
+# ones may have silenced it. Each time it is left alone for twice as long, up to a bound.
+_PAUSE: Final = 64
+_LONGEST_PAUSE: Final = 4096
+_PROBES: Final = 8
 # What may be lost: so many plain steps at first, and this part of the time that they take.
 _TRIES: Final = 4.0
 _LOSS: Final = 0.01
@@ -139,6 +144,9 @@ class Speculation:
         # Of each engine, the seconds of one more drafted token by the number of sequences.
         self._prices = [Costs() for _ in range(engines)]
         self._proposed = [False] * engines
+        self._silent = [0] * engines  # steps since its last draft
+        self._pause = [_PAUSE] * engines
+        self._probes = [0] * engines  # short drafts that are left to try it with
         self._all = Record()
         # What may be lost: at once, and in all.
         self._balance = 0.0
@@ -178,6 +186,9 @@ class Speculation:
         n = len(offers)
         if not self.ready(n):
             return [Choice(0, None)] * n
+        for each in range(len(self._prices)):
+            if room >= n and any(offer.engines[each] for offer in offers) and self._due(each):
+                return [Choice(1, each) if offer.engines[each] else Choice(0, None) for offer in offers]
         rate, take, wanted, engine = self._best(offers, None, room)
         for each in range(len(self._prices)):
             if any(offer.engines[each] > offer.lookup for offer in offers):
@@ -191,6 +202,14 @@ class Speculation:
             Choice(length, engine if engine is not None and offer.engines[engine] > offer.lookup else None)
             for length, offer in zip(lengths, offers, strict=True)
         ]
+
+    def _due(self, engine: int) -> bool:
+        """Whether it is to be tried anew."""
+        if self._silent[engine] >= self._pause[engine]:
+            self._silent[engine] = 0
+            self._pause[engine] = min(2 * self._pause[engine], _LONGEST_PAUSE)
+            self._probes[engine] = _PROBES
+        return self._probes[engine] > 0
 
     def _best(
         self, offers: list[Offer], engine: int | None, room: int
@@ -239,6 +258,8 @@ class Speculation:
         if self._proposed[engine]:  # the first time its weights may not be in memory yet
             self._prices[engine].observe(sequences, seconds / depth)
         self._proposed[engine] = True
+        self._silent[engine] = 0
+        self._probes[engine] = max(self._probes[engine] - 1, 0)
         self.spend(seconds)
 
     def spend(self, seconds: float) -> None:
@@ -264,6 +285,7 @@ class Speculation:
         self._costs.observe(sequences + drafted, seconds)
         for prices in self._prices:
             prices.age()
+        self._silent = [steps + 1 for steps in self._silent]
         if drafted:
             self.drafted += drafted
             self.accepted += accepted

@@ -1,0 +1,99 @@
+"""Speculation with draft engines, simulated: what drafts cost, and that nobody is silenced for ever."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mer.engine.speculation import DRAFT_MODEL, MOST_DRAFTED, TIED, Offer, Record, Speculation
+
+KINDS = (TIED, DRAFT_MODEL)
+
+
+def live(
+    slope: float,
+    lookup: float,
+    engines: list[tuple[float, float]],
+    *,
+    steps: int,
+    sequences: int,
+    seed: int,
+    unlucky: int = 0,
+) -> tuple[float, float, Speculation, list[int]]:
+    """(Seconds that it took, that plain steps would have taken, it, tokens drafted by each engine).
+
+    slope: of one more token in a step, in plain steps of one. lookup: chance of its drafted tokens to be
+    right. engines: of each such a chance, and the seconds of a drafted token. unlucky: drafts that are wrong
+    at the start, whatever their chance.
+    """
+    speculation, draws = Speculation(len(engines)), random.Random(seed)
+    records = [Record() for _ in range(sequences)]
+    drafted = [0] * len(engines)
+    took = plain = 0.0
+    for _ in range(steps):
+        offers = [
+            Offer(
+                speculation.chance(record, 0) if lookup >= 0 else 0.0,
+                tuple(speculation.chance(record, kind) for kind in KINDS[: len(engines)]),
+            )
+            for record in records
+        ]
+        choices = speculation.choose(offers, 24)
+        for at, (_, price) in enumerate(engines):
+            asked = [choice.length for choice in choices if choice.engine == at and choice.length]
+            if asked:
+                seconds = max(asked) * price * draws.uniform(0.9, 1.1)
+                speculation.proposed(at, len(asked), max(asked), seconds)
+                took += seconds
+                drafted[at] += sum(asked)
+        right = 0
+        for record, choice in zip(records, choices, strict=True):
+            chance = lookup if choice.engine is None else engines[choice.engine][0]
+            accepted = next((i for i in range(choice.length) if draws.random() >= chance), choice.length)
+            if choice.length and unlucky:
+                unlucky, accepted = unlucky - 1, 0
+            if choice.length:
+                kind = 0 if choice.engine is None else KINDS[choice.engine]
+                speculation.note(record, kind, choice.length, accepted)
+            right += accepted
+        more = sum(choice.length for choice in choices)
+        seconds = (1 + slope * (sequences + more - 1)) * draws.uniform(0.9, 1.1)
+        speculation.observe(sequences, more, right, seconds)
+        took += seconds
+        plain += (1 + slope * (sequences - 1)) * (1 + right / sequences)
+    return took, plain, speculation, drafted
+
+
+chances = st.floats(0, 1)
+drafters = st.lists(st.tuples(chances, st.floats(0.001, 3)), min_size=1, max_size=2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.01, 2), st.just(-1.0) | chances, drafters, st.integers(1, 4), st.integers(0, 100))
+@example(0.01, 0.0, [(0.0, 3.0), (0.0, 3.0)], 1, 0)
+@example(0.01, -1.0, [(0.0, 0.001), (0.0, 0.001)], 1, 0)
+@example(0.3, 0.5, [(0.5, 0.3), (0.6, 0.3)], 2, 1)
+def test_draft_engines_never_cost_much(slope, lookup, engines, sequences, seed):
+    took, plain, *_ = live(slope, lookup, engines, steps=2000, sequences=sequences, seed=seed)
+    # One part in fifty, and what the first tries take: of verifying, and of each engine.
+    tries = 12 * (1 + slope * (sequences + MOST_DRAFTED)) + 2 * MOST_DRAFTED * sum(p for _, p in engines)
+    assert took < 1.02 * plain + tries
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_good_head_is_used(seed):
+    took, plain, speculation, _ = live(0.1, -1.0, [(0.9, 0.05)], steps=1500, sequences=1, seed=seed)
+    assert plain / took > 1.7
+    assert speculation.accepted > 2000
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_few_unlucky_drafts_do_not_silence_a_head_for_ever(seed):
+    took, plain, speculation, _ = live(
+        0.25, -1.0, [(0.9, 0.15)], steps=4000, sequences=1, seed=seed, unlucky=5
+    )
+    assert speculation.accepted > 2000
+    assert plain / took > 1.2
