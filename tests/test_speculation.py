@@ -111,10 +111,12 @@ def live(
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.floats(0, 1), st.floats(0.01, 2), st.integers(1, 4), st.integers(0, 100))
+@given(st.floats(0, 1), st.floats(0.01, 1.2), st.integers(1, 4), st.integers(0, 100))
 @example(0.0, 0.01, 1, 0)
-@example(0.0, 2.0, 1, 0)
+@example(0.0, 1.2, 1, 0)
+@example(1.0, 1.2, 1, 0)
 def test_it_never_costs_much(chance, slope, sequences, seed):
+    """Verifying a token takes as long as computing it by itself, at most: more is taken for an accident."""
     took, plain, _ = live(
         lambda tokens: 1 + slope * (tokens - 1), chance, sequences=sequences, seed=seed, steps=2000
     )
