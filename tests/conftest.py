@@ -8,8 +8,8 @@ import hypothesis
 # The oracle's models are tiny: threads of torch would only wait for each other, and for the processor.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# How long an example takes says how busy the machine is. By hand new examples are looked for; whether a change
-# may land does not hang on what is drawn.
+# How long an example takes says how busy the machine is. By hand new examples are looked for; whether a
+# change may land does not hang on what is drawn.
 hypothesis.settings.register_profile("mer", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("mer")
 
