@@ -128,8 +128,6 @@ class RoutedExperts:
             self.streamer.add_biases(biases)
         if spec.activation == "gelu":
             self.streamer.gelu()
-        if spec.activation == "gelu":
-            self.streamer.gelu()
         if spec.clamp is not None:
             self.streamer.clamp(spec.clamp.alpha, spec.clamp.limit)
         if config.warm_start:
