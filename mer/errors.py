@@ -31,6 +31,14 @@ class DeviceReadError(MerError):
     """A read of weights that failed while running: the requests that needed it fail, no others."""
 
 
+class GpuError(MerError):
+    """A graphics device that is not there, can't be used, or was lost."""
+
+
+class GpuMemoryError(GpuError):
+    """The graphics device has not as much memory left."""
+
+
 class EngineClosedError(MerError):
     """The engine was closed before it could answer."""
 
