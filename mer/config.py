@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -22,6 +23,17 @@ def parse_size(text: str | int) -> int:
     if match is None or float(match[1]) <= 0:
         raise ConfigError(f"{text!r} is not a size; write 8GiB, 512MiB or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def cache_dir() -> Path:
+    """Where programs keep what they can make again (XDG). Raises OSError where the user has no home."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(named):
+        return Path(named) / "mer"
+    try:
+        return Path.home() / ".cache" / "mer"
+    except RuntimeError:
+        raise OSError("there is no home directory; set XDG_CACHE_HOME") from None
 
 
 def _share(given: Any) -> int | float | None:
@@ -64,6 +76,19 @@ def _size(value: str | int | None) -> int | None:
     return None if value is None else parse_size(value)
 
 
+def _vram(value: str | int | None) -> int | None:
+    if value is not None and re.fullmatch(r"\s*0+(\.0+)?\s*([kmgt]?i?b?)\s*", str(value), re.IGNORECASE):
+        raise ConfigError(f"vram {value}: for no GPU at all, set device to cpu and leave vram out")
+    return _size(value)
+
+
+def _device(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not isinstance(value, str) or re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", value) is None:
+        raise ConfigError(
+            f"{attribute.name} {value!r} is unknown; choose auto, cpu, cuda, or cuda:N, the N-th GPU from 0"
+        )
+
+
 @frozen(kw_only=True)
 class EngineConfig:
     """How an engine uses the machine. Nothing here changes what a model answers, but for `kv_dtype`.
@@ -73,6 +98,11 @@ class EngineConfig:
 
     # Bytes that the whole process may hold (or '8GiB'); None: what is free, less a margin.
     ram: int | None = field(default=None, converter=_size)
+    # What computes beside the CPU. auto: a GPU where there is all that it needs. cuda, cuda:1: that GPU, or
+    # an error that says what is missing.
+    device: str = field(default="auto", validator=_device)
+    # Bytes of the GPU's memory that may be used (or '6GiB'); None: what is free there, less a margin.
+    vram: int | None = field(default=None, converter=_vram)
     # Tokens that the KV cache holds, of all requests together; None: the model's context, at most 4096.
     context: int | None = field(default=None, validator=_at_least(16))
     # Compute threads; None: the CPUs that affinity and control groups leave.
@@ -117,6 +147,10 @@ class EngineConfig:
     profile: Path | None = field(default=None, converter=converters.optional(Path))
 
     def __attrs_post_init__(self) -> None:
+        if self.vram is not None and self.device == "cpu":
+            raise ConfigError(
+                "vram is a GPU's memory, which device cpu leaves alone; leave one of the two out"
+            )
         if self.prefix_store is not None and not self.prefix_cache:
             raise ConfigError(
                 "prefix_store keeps what the prefix cache has no room for; leave prefix_cache on"

@@ -27,6 +27,14 @@ _ENGINE: Final = (
     click.option(
         "--ram", callback=size_option, help="Memory of the whole process (8GiB); default: what is free."
     ),
+    click.option(
+        "--device",
+        metavar="auto|cpu|cuda[:N]",
+        default="auto",
+        show_default=True,
+        help="What computes beside the CPU; auto: an NVIDIA GPU where there is one that can.",
+    ),
+    click.option("--vram", help="Memory of the GPU to use (6GiB); default: what is free, less a margin."),
     click.option("--context", type=int, help="Tokens of KV cache; default: the model's, at most 4096."),
     click.option(
         "--cache-experts", metavar="N|P%", help="Experts kept in memory; default: what --ram holds."

@@ -9,7 +9,6 @@ import math
 import os
 import threading
 import time
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -18,23 +17,13 @@ from numpy.typing import NDArray
 from mer._ext.cache import ExpertCache
 from mer._ext.sweep import Sweep
 from mer._ext.uring import Reader
+from mer.config import cache_dir
 from mer.streaming.experts import ExpertTables
 from mer.weights.checkpoint import Checkpoint
 
 _log = logging.getLogger("mer")
 
 _VERSION: Final = 1
-
-
-def cache_dir() -> Path:
-    """Where programs keep what they can make again (XDG). Raises OSError where the user has no home."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(named):
-        return Path(named) / "mer"
-    try:
-        return Path.home() / ".cache" / "mer"
-    except RuntimeError:
-        raise OSError("there is no home directory; set XDG_CACHE_HOME") from None
 
 
 class WarmStart:
