@@ -18,7 +18,7 @@ class MemoryGroup:
         self._old = (ROOT / "memory" / "memory.limit_in_bytes").exists()
         self.path = (ROOT / "memory" if self._old else ROOT) / f"mer-test-{uuid.uuid4().hex[:8]}"
         self.path.mkdir()
-        (self.path / ("memory.limit_in_bytes" if self._old else "memory.max")).write_text(str(limit))
+        self.limit(limit)
         swap = self.path / ("memory.memsw.limit_in_bytes" if self._old else "memory.swap.max")
         if swap.exists():
             swap.write_text(str(limit) if self._old else "0")
@@ -33,6 +33,16 @@ class MemoryGroup:
                 return
             except OSError:
                 time.sleep(0.1)
+
+    def limit(self, size: int) -> None:
+        """Another one, in bytes; it may not be raised where there is a limit for swap as well."""
+        (self.path / ("memory.limit_in_bytes" if self._old else "memory.max")).write_text(str(size))
+
+    @property
+    def used(self) -> int:
+        """Bytes that are charged to the group now."""
+        name = "memory.usage_in_bytes" if self._old else "memory.current"
+        return int((self.path / name).read_text())
 
     @property
     def peak(self) -> int:

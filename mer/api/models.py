@@ -21,7 +21,7 @@ from attrs import define, field, frozen
 from mer.config import EngineConfig
 from mer.engine.budget import Budget
 from mer.engine.engine import Engine
-from mer.engine.sharing import shares, survey
+from mer.engine.sharing import needed, shares, survey
 from mer.errors import BudgetError, CheckpointError, ConfigError, MerError
 from mer.weights.checkpoint import open_checkpoint
 from mer.weights.hub import locate
@@ -144,10 +144,12 @@ class Models:
             raise ConfigError("two models have the same name; give each a name of its own: NAME=MODEL")
         self.first = models[0]
         self.changed: list[Callable[[Engine], object]] = []
-        self.ram = 0  # bytes of the process; 0 before the first model is there
+        self.ram = 0  # bytes of the process that are kept to; 0 before the first model is there
+        self.asked = 0  # what an operator wants; `ram` is less while memory is short
         self._timeout = load_timeout
         self._process = 0
         self._changing = asyncio.Lock()  # loading, unloading, sharing: one at a time
+        self._reloading = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
 
     def find(self, name: str | None) -> Model:
@@ -181,7 +183,8 @@ class Models:
 
     def adopt(self, engine: Engine, mark: Mapping[Path, tuple[int, ...]] | None = None) -> None:
         """The first model is there."""
-        self.ram, self._process = engine.budget.ram, engine.budget.interpreter
+        self.ram = self.asked = engine.budget.ram
+        self._process = engine.budget.interpreter
         self._take_over(self.first, _Loaded(engine, mark or {}))
 
     async def open_first(self) -> Engine:
@@ -214,25 +217,40 @@ class Models:
                 raise ReloadError(
                     f"a model with {name} has that to itself and can't be reloaded; restart mer"
                 )
-        while self._leaving:
-            await asyncio.wait(self._leaving)
-        async with self._changing:
+        async with self._reloading:
+            while self._leaving:
+                await asyncio.wait(self._leaving)
             before, model.state = model.state, "reloading"
             try:
                 mark = await asyncio.to_thread(_mark, path)  # of the files that are verified
                 await asyncio.to_thread(_verify, path, None if verify_all else _SAMPLE)
-                loaded = await self._bring(path, config, mark, but=model)
+                async with self._changing:
+                    try:
+                        loaded = await self._bring(path, config, mark, but=model)
+                    except Exception:
+                        await self._share()
+                        raise
+                    old, model.path, model.config = model._loaded, path, config
+                    self._take_over(model, loaded)
             except Exception as error:
-                model.state, model.error = before, str(error)
-                await self._share()
+                if model.state == "reloading":  # and not unloaded or given up meanwhile
+                    model.state = before
+                model.error = str(error)
                 raise ReloadError(f"{error}" if isinstance(error, MerError) else repr(error)) from error
-            old, model.path, model.config = model._loaded, path, config
-            self._take_over(model, loaded)
-        if old is not None:
-            self._leave(old)
+            if old is not None:
+                self._leave(old)
 
     async def set_ram(self, ram: int) -> None:
         """Keep to so many bytes of the process. Raises BudgetError."""
+        before, self.asked = self.asked, ram
+        try:
+            await self.keep_to(ram)
+        except BudgetError:
+            self.asked = before
+            raise
+
+    async def keep_to(self, ram: int) -> None:
+        """The same for a while: what was asked for remains known. Raises BudgetError."""
         async with self._changing:
             before, self.ram = self.ram, ram
             try:
@@ -241,6 +259,18 @@ class Models:
                 self.ram = before
                 await self._share()
                 raise
+
+    @property
+    def floor(self) -> int:
+        """The least `ram` that the models which are loaded can do with."""
+        return needed(self.budgets, [each.least_slots for each in self.budgets])
+
+    def filled(self) -> tuple[int, int]:
+        """The `ram` that what is in their caches needs, and the bytes that they may take beyond."""
+        budgets = self.budgets
+        resident = [loaded.engine.snapshot().resident for loaded in self._loaded()]
+        more = [each.slot * max(0, each.slots - there) for each, there in zip(budgets, resident, strict=True)]
+        return needed(budgets, resident), sum(more)
 
     def states(self) -> list[ModelState]:
         """Of all models."""

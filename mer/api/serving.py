@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from mer.api.admin import Admin, watch_files
+from mer.api.breathing import breathe
 from mer.api.http.admin import create_admin
 from mer.api.http.app import create_app
 from mer.api.http.server import HttpServer, Place
@@ -18,6 +19,7 @@ from mer.api.http.service import Service
 from mer.api.models import Models, start
 from mer.api.settings import ServerSettings
 from mer.engine.engine import Engine
+from mer.streaming.pressure import Gauge
 
 if TYPE_CHECKING:
     from mer.api.grpc.server import GrpcServer
@@ -79,6 +81,8 @@ async def serve(
             # So long does a thread that computes in Python (a template, a body) keep the loop waiting.
             sys.setswitchinterval(0.001)
             watching = [start(watch_files(models), "watching files"), start(obey(), "SIGHUP")]
+            if not settings.fixed_ram:
+                watching.append(start(breathe(models, Gauge()), "watching memory"))
             try:
                 if grpc is not None:
                     await grpc.ready(engine)

@@ -91,6 +91,11 @@ _KEYS: Final = "MER_API_KEYS"
     help="How long requests may go on after SIGTERM; a second one ends them at once.",
 )
 @click.option(
+    "--fixed-ram",
+    is_flag=True,
+    help="Keep to --ram also while others need the memory; default: expert caches shrink and grow again.",
+)
+@click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
 )
 @click.option("--log-prompts", is_flag=True, help="Write what is asked into the log.")

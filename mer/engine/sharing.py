@@ -30,6 +30,12 @@ def survey(path: str | os.PathLike[str], config: EngineConfig, process: int) -> 
     return budgets.measure(checkpoint, architecture, tables, config, sources, process)
 
 
+def needed(engines: Sequence[Budget], slots: Sequence[int]) -> int:
+    """The smallest `ram` with which all of them can have caches of so many slots each."""
+    taken = sum(each.fixed - each.interpreter + each.slot * n for each, n in zip(engines, slots, strict=True))
+    return budgets.with_page_tables(max((each.interpreter for each in engines), default=0) + taken)
+
+
 def shares(ram: int, engines: Sequence[Budget], comfort: float = 0.0) -> list[int]:
     """The `ram` of each engine, so that all of them together keep to `ram` bytes of the process.
 
@@ -39,18 +45,18 @@ def shares(ram: int, engines: Sequence[Budget], comfort: float = 0.0) -> list[in
     """
     process = max(each.interpreter for each in engines)
     own = [each.fixed - each.interpreter for each in engines]
-    least = [each.slot * max(each.least_slots, int(comfort * each.experts)) for each in engines]
-    room = budgets.usable(ram) - process - sum(own) - sum(least)
+    some = [each.slot * max(each.least_slots, int(comfort * each.experts)) for each in engines]
+    room = budgets.usable(ram) - process - sum(own) - sum(some)
     if room < 0:
-        needed = budgets.with_page_tables(process + sum(own) + sum(least))
+        needed = budgets.with_page_tables(process + sum(own) + sum(some))
         raise BudgetError(
             f"ram {budgets.mib(ram)} is too little for {len(engines)} models at a time: they need "
             f"{budgets.mib(needed)} with the smallest caches that do"
         )
-    wants = [each.slot * each.experts - some for each, some in zip(engines, least, strict=True)]
+    wants = [each.slot * each.experts - its for each, its in zip(engines, some, strict=True)]
     # With room for all of them the division does not matter; a cache never takes more than it can use.
     part = min(1.0, room / max(1, sum(wants)))
     return [
-        budgets.with_page_tables(each.interpreter + fixed + some + int(part * want))
-        for each, fixed, some, want in zip(engines, own, least, wants, strict=True)
+        budgets.with_page_tables(each.interpreter + fixed + its + int(part * want))
+        for each, fixed, its, want in zip(engines, own, some, wants, strict=True)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from attrs import frozen
@@ -54,30 +55,34 @@ def describe(root: Path = Path("/")) -> Machine:
     )
 
 
-def memory(root: Path = Path("/")) -> Memory:
-    """Memory of the machine, and what this process's control groups (version 1 or 2) leave of it."""
+def memory(root: Path = Path("/"), *, active: bool = False) -> Memory:
+    """Memory of the machine, and what this process's control groups (version 1 or 2) leave of it.
+
+    Page cache that was not used lately counts as available; `active`: all of a group's page cache.
+    """
     total, available = (_kilobytes(root, key) for key in ("MemTotal", "MemAvailable"))
     tightest, tightest_from = None, None
     for directory, version in _groups(root):
-        limit_file, used_file, cache_key = _FILES[version]
+        limit_file, used_file, *cache_keys = _FILES[version]
         limit = _number(directory / limit_file)
         soft = _number(directory / _SOFT)
         if soft is not None and (limit is None or soft < limit):
             limit, limit_file = soft, _SOFT
         if limit is None or limit >= min(total or _NO_LIMIT, _NO_LIMIT):
             continue
-        used = (_number(directory / used_file) or 0) - _reclaimable(directory / "memory.stat", cache_key)
+        cached = _reclaimable(directory / "memory.stat", cache_keys[: 1 + active])
+        used = (_number(directory / used_file) or 0) - cached
         available = min(available, max(limit - used, 0))
         if tightest is None or limit < tightest:
             tightest, tightest_from = limit, str(directory / limit_file)
     return Memory(total=total, available=available, limit=tightest, limit_from=tightest_from)
 
 
-# Limit, usage, and the part of the usage that is page cache which the kernel gives back.
+# Limit, usage, and the parts of the usage that are page cache: not used lately, and used.
 _SOFT = "memory.high"  # of version 2: beyond it processes are slowed down
 _FILES = {
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file"),
+    2: ("memory.max", "memory.current", "inactive_file", "active_file"),
 }
 
 
@@ -99,12 +104,9 @@ def _groups(root: Path) -> list[tuple[Path, int]]:
     return found
 
 
-def _reclaimable(stat: Path, key: str) -> int:
-    for line in (_read(stat) or "").splitlines():
-        name, _, value = line.partition(" ")
-        if name == key and value.isdigit():
-            return int(value)
-    return 0
+def _reclaimable(stat: Path, keys: Sequence[str]) -> int:
+    pairs = (line.partition(" ") for line in (_read(stat) or "").splitlines())
+    return sum(int(value) for name, _, value in pairs if name in keys and value.isdigit())
 
 
 def _kilobytes(root: Path, key: str) -> int:

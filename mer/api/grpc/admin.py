@@ -64,12 +64,12 @@ class AdminService:
 
     async def set_ram(self, request: pb.SetRamRequest) -> pb.SetRamResponse:
         """Raises ConfigError, BudgetError."""
-        size = await self._admin.set_ram(request.ram)
-        return pb.SetRamResponse(ram_bytes=size, resident_bytes=resident_bytes(), models=self._states())
+        await self._admin.set_ram(request.ram)
+        return pb.SetRamResponse(models=self._states(), **self._memory())
 
     async def list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
         """All of them."""
-        return pb.ListModelsResponse(models=self._states())
+        return pb.ListModelsResponse(models=self._states(), **self._memory())
 
     def _engine(self, name: str) -> Engine:
         """Raises UnknownModelError, LoadingError."""
@@ -77,6 +77,14 @@ class AdminService:
         if model.engine is None:
             raise LoadingError(f"the model {model.name!r} is not loaded")
         return model.engine
+
+    def _memory(self) -> dict[str, int]:
+        models = self._admin.models
+        return {
+            "ram_bytes": models.ram,
+            "asked_ram_bytes": models.asked,
+            "resident_bytes": resident_bytes(),
+        }
 
     def _states(self) -> list[pb.ModelState]:
         return [_state(each) for each in self._admin.models.states()]

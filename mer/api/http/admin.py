@@ -50,6 +50,7 @@ class States(Struct):
     """See mer.v1.SetRamResponse."""
 
     ram_bytes: int
+    asked_ram_bytes: int
     resident_bytes: int
     models: list[ModelState]
 
@@ -64,7 +65,7 @@ def create_admin(admin: Admin, settings: ServerSettings) -> ASGIFramework:
     hosts = Hosts(ServerSettings(model_name="", host=settings.admin_host))
 
     def states() -> States:
-        return States(admin.models.ram, resident_bytes(), admin.models.states())
+        return States(admin.models.ram, admin.models.asked, resident_bytes(), admin.models.states())
 
     @app.before_request
     async def check() -> None:
