@@ -2,11 +2,13 @@
  * padded with zeros; then the lanes are added pairwise. A thread is a lane, 16 threads a row. */
 #include "mer_gpu.cuh"
 
-#define LANES 16
+namespace float_rows {
+
+constexpr int LANES = 16;
 
 static_assert(MER_GPU_THREADS == MER_GPU_ROWS * LANES, "a thread for each lane");
 
-struct fmt_f32 {
+struct f32 {
     static constexpr int BYTES = 4;
     INLINE float load(const uint8_t *p, bool aligned) {
         if (aligned) return *(const float *)p;
@@ -18,19 +20,19 @@ INLINE uint16_t load_u16(const uint8_t *p, bool aligned) {
     return aligned ? *(const uint16_t *)p : (uint16_t)(p[0] | p[1] << 8);
 }
 
-struct fmt_f16 {
+struct f16 {
     static constexpr int BYTES = 2;
     INLINE float load(const uint8_t *p, bool aligned) { return f16_to_f32(load_u16(p, aligned)); }
 };
 
-struct fmt_bf16 {
+struct bf16 {
     static constexpr int BYTES = 2;
     INLINE float load(const uint8_t *p, bool aligned) { return bf16_to_f32(load_u16(p, aligned)); }
 };
 
 template <class F, int TOKENS>
-INLINE void tokens_product(const mer_gpu_product &product, const uint8_t *acts, long act_stride, int rows, int cols,
-                           long y_stride, int t0) {
+INLINE void tokens(const mer_gpu_product &product, const uint8_t *acts, long act_stride, int rows, int cols,
+                   long y_stride, int t0) {
     const int row = blockIdx.x * MER_GPU_ROWS + threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const bool live = row < rows, aligned = product.weights % F::BYTES == 0;
     const uint8_t *const w = (const uint8_t *)product.weights + (long)(live ? row : 0) * cols * F::BYTES;
@@ -62,18 +64,22 @@ INLINE void tokens_product(const mer_gpu_product &product, const uint8_t *acts, 
     }
 }
 
-#define ROWS(FMT)                                                                                              \
+} // namespace float_rows
+
+#define FLOAT_ROWS(FMT)                                                                                        \
     MER_KERNEL(mer_rows_##FMT, const mer_gpu_product *products, int n_products, const uint8_t *acts,           \
                long act_stride, int rows, int cols, long y_stride) {                                           \
-        if ((int)blockIdx.y >= n_products) return;                                                                  \
+        if ((int)blockIdx.y >= n_products) return;                                                             \
         const mer_gpu_product product = products[blockIdx.y];                                                  \
         if (product.count == 1)                                                                                \
-            tokens_product<fmt_##FMT, 1>(product, acts, act_stride, rows, cols, y_stride, 0);                  \
+            float_rows::tokens<float_rows::FMT, 1>(product, acts, act_stride, rows, cols, y_stride, 0);        \
         else                                                                                                   \
             for (int t = 0; t < product.count; t += 4)                                                         \
-                tokens_product<fmt_##FMT, 4>(product, acts, act_stride, rows, cols, y_stride, t);              \
+                float_rows::tokens<float_rows::FMT, 4>(product, acts, act_stride, rows, cols, y_stride, t);    \
     }
 
-ROWS(f32)
-ROWS(f16)
-ROWS(bf16)
+FLOAT_ROWS(f32)
+FLOAT_ROWS(f16)
+FLOAT_ROWS(bf16)
+
+#undef FLOAT_ROWS

@@ -5,10 +5,12 @@
  * by few threads: for blocks of 256 within each first, then, and for blocks of 32 at once, along the row. */
 #include "formats.cuh"
 
-#define TOKENS 4 /* at a time */
-#define SPAN 64  /* blocks of 32 columns at a time */
-#define TOGETHER 2 /* rows of a thread */
-#define SUMS (TOKENS * MER_GPU_ROWS)
+namespace block_rows {
+
+constexpr int TOKENS = 4;   /* at a time */
+constexpr int SPAN = 64;    /* blocks of 32 columns at a time */
+constexpr int TOGETHER = 2; /* rows of a thread */
+constexpr int SUMS = TOKENS * MER_GPU_ROWS;
 
 static_assert(SUMS <= MER_GPU_THREADS, "a thread for each sum");
 static_assert(MER_GPU_ROWS % TOGETHER == 0, "whole groups of rows");
@@ -30,8 +32,8 @@ template <int N> INLINE int dot(const uint32_t *w, const uint32_t *q) {
     return n;
 }
 
-template <class F> INLINE void rows_product(const mer_gpu_product *products, const uint8_t *acts, long act_stride,
-                                            int rows, int cols, long y_stride) {
+template <class F> INLINE void product(const mer_gpu_product *products, const uint8_t *acts, long act_stride, int rows,
+                                       int cols, long y_stride) {
     constexpr int SUBS = F::COLS / 32, UNITS = SPAN / SUBS;
     constexpr int SLOT = (UNITS * F::BYTES + 15 + 4 + 15) / 16 * 16; /* of a row: any alignment, a word behind */
     constexpr bool K = SUBS > 1;
@@ -39,16 +41,16 @@ template <class F> INLINE void rows_product(const mer_gpu_product *products, con
     __shared__ float term[SUMS][SPAN + 1], least[F::MINIMA ? SUMS : 1][SPAN + 1];
     __shared__ float unit_term[K ? SUMS : 1][UNITS + 1], unit_least[K && F::MINIMA ? SUMS : 1][UNITS + 1];
 
-    const mer_gpu_product product = products[blockIdx.y];
+    const mer_gpu_product task = products[blockIdx.y];
     const int row0 = blockIdx.x * MER_GPU_ROWS;
     const int n_rows = rows - row0 < MER_GPU_ROWS ? rows - row0 : MER_GPU_ROWS;
     const int thread = threadIdx.x, blocks = cols / 32;
     const long row_bytes = (long)(cols / F::COLS) * F::BYTES;
-    const uint64_t first_row = product.weights + row0 * row_bytes;
+    const uint64_t first_row = task.weights + row0 * row_bytes;
     const bytes p = {(const uint32_t *)stage};
 
-    for (int t0 = 0; t0 < product.count; t0 += TOKENS) {
-        const int n_tok = product.count - t0 < TOKENS ? product.count - t0 : TOKENS;
+    for (int t0 = 0; t0 < task.count; t0 += TOKENS) {
+        const int n_tok = task.count - t0 < TOKENS ? task.count - t0 : TOKENS;
         float acc = 0;
         for (int b0 = 0; b0 < blocks; b0 += SPAN) {
             const int n = blocks - b0 < SPAN ? blocks - b0 : SPAN, n_units = n / SUBS;
@@ -80,7 +82,7 @@ template <class F> INLINE void rows_product(const mer_gpu_product *products, con
                     }
                 }
                 for (int t = 0; t < n_tok; t++) {
-                    const act_q8 a = act_view(acts + act_row(product, t0 + t) * act_stride, cols);
+                    const act_q8 a = act_view(acts + act_row(task, t0 + t) * act_stride, cols);
                     const act_words q = load_act(a.q + (b0 + b) * 32);
                     const float ad = a.d[b0 + b];
                     const float dsum = F::MINIMA && F::GROUP == 32 ? a.dsum[b0 + b] : 0;
@@ -134,27 +136,31 @@ template <class F> INLINE void rows_product(const mer_gpu_product *products, con
             }
         }
         const int r = thread % MER_GPU_ROWS, t = thread / MER_GPU_ROWS;
-        if (t < n_tok && r < n_rows) store_y(product, (t0 + t) * y_stride + row0 + r, row0 + r, acc);
+        if (t < n_tok && r < n_rows) store_y(task, (t0 + t) * y_stride + row0 + r, row0 + r, acc);
     }
 }
 
-#define ROWS(FMT)                                                                                              \
+} // namespace block_rows
+
+#define BLOCK_ROWS(FMT)                                                                                        \
     MER_KERNEL(mer_rows_##FMT, const mer_gpu_product *products, int n_products, const uint8_t *acts,           \
                long act_stride, int rows, int cols, long y_stride) {                                           \
-        if ((int)blockIdx.y < n_products)                                                                           \
-            rows_product<fmt_##FMT>(products, acts, act_stride, rows, cols, y_stride);                         \
+        if ((int)blockIdx.y < n_products)                                                                      \
+            block_rows::product<fmt_##FMT>(products, acts, act_stride, rows, cols, y_stride);                  \
     }
 
-ROWS(q4_0)
-ROWS(q4_1)
-ROWS(q5_0)
-ROWS(q5_1)
-ROWS(q8_0)
-ROWS(q2_k)
-ROWS(q3_k)
-ROWS(q4_k)
-ROWS(q5_k)
-ROWS(q6_k)
-ROWS(iq4_nl)
-ROWS(iq4_xs)
-ROWS(mxfp4)
+BLOCK_ROWS(q4_0)
+BLOCK_ROWS(q4_1)
+BLOCK_ROWS(q5_0)
+BLOCK_ROWS(q5_1)
+BLOCK_ROWS(q8_0)
+BLOCK_ROWS(q2_k)
+BLOCK_ROWS(q3_k)
+BLOCK_ROWS(q4_k)
+BLOCK_ROWS(q5_k)
+BLOCK_ROWS(q6_k)
+BLOCK_ROWS(iq4_nl)
+BLOCK_ROWS(iq4_xs)
+BLOCK_ROWS(mxfp4)
+
+#undef BLOCK_ROWS
