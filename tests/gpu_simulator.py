@@ -1,7 +1,7 @@
-"""A CUDA driver without a GPU: a library of the driver API's symbols that runs the kernels' own sources on the CPU.
+"""A CUDA driver without a GPU: a library of the driver API's symbols that runs the kernels on the CPU.
 
-`library()` builds it from tests/gpu/ and mer/gpu/kernels/ (once for each state of the sources, in the temporary
-folder) and gives its path, for `Device(driver=...)`. `Simulator` orders its faults.
+`library()` builds it from tests/gpu/ and mer/gpu/kernels/ (once for each state of the sources, in the folder
+for temporary files) and gives its path, for `Device(driver=...)`. `Simulator` orders its faults.
 """
 
 from __future__ import annotations
