@@ -151,6 +151,7 @@ class Models:
         self._changing = asyncio.Lock()  # loading, unloading, sharing: one at a time
         self._reloading = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
+        self._again: asyncio.Task[None] | None = None
 
     def find(self, name: str | None) -> Model:
         """No name: the first. Raises UnknownModelError."""
@@ -305,10 +306,24 @@ class Models:
             _log.error("model %s: %s", model.name, model.error)
             model.state, model._loaded = "failed", None
             await loaded.engine.close(drain=False)
+            if all(now[file][2:3] == loaded.mark[file][2:3] for file in broken):
+                self._again = asyncio.create_task(self._touched(model))
+
+    async def _touched(self, model: Model) -> None:
+        """Its files may hold what they held: serve it again if every byte has a checksum, which is right."""
+        error = model.error
+        try:
+            if await asyncio.to_thread(_all_have_checksums, model.path):
+                await self.reload(model, verify_all=True)
+                _log.info("model %s: its files hold what they held; it is served again", model.name)
+        except MerError as why:
+            model.error = f"{error} ({why})"
+            _log.error("model %s: %s", model.name, model.error)
 
     async def close(self, *, drain: bool) -> None:
         """All engines."""
-        for task in [model._task for model in self.all.values() if model._task] + list(self._leaving):
+        loading = [model._task for model in self.all.values()]
+        for task in filter(None, [self._again, *loading, *self._leaving]):
             task.cancel()
             with suppress(asyncio.CancelledError, MerError):
                 await task
@@ -449,6 +464,13 @@ def _look(files: Mapping[Path, object]) -> dict[Path, tuple[int, ...]]:
         except OSError:
             found[file] = ()
     return found
+
+
+def _all_have_checksums(path: Path) -> bool:
+    """Raises what opening it raises."""
+    checkpoint = open_checkpoint(locate(path))
+    experts = checkpoint.experts.values()
+    return checkpoint.tensors.keys() <= checkpoint.checksums.keys() and all(each.checksum for each in experts)
 
 
 def _verify(path: Path, sample: int | None) -> None:

@@ -32,6 +32,7 @@ from mer.streaming.experts import ExpertTables, expert_tables
 from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
 from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
+from mer.weights.unchanged import Unchanged
 
 
 @frozen
@@ -78,8 +79,10 @@ class Runner:
     isa: str
     pool: Pool
     _forward: Forward = field(alias="forward")
+    _unchanged: Unchanged = field(alias="unchanged")
     profile: Profile | None = None
     _step_s: float = field(default=0.0, init=False)
+    _reads: int = field(default=0, init=False)  # that were there at the last look at the files
 
     @classmethod
     def open(
@@ -122,10 +125,16 @@ class Runner:
         kernels, pool = Kernels(), pool or Pool(budget.threads)
         spec = architecture.spec
         spec = spec.reaching(min(spec.max_positions, budget.context))
-        reader = Reader(checkpoint.files, backend=config.io_backend, queue_depth=config.queue_depth)
+        unchanged = Unchanged(checkpoint.files)
+        try:
+            reader = Reader(checkpoint.files, backend=config.io_backend, queue_depth=config.queue_depth)
+        except BaseException:
+            unchanged.close()
+            raise
         try:
             experts = RoutedExperts(spec, tables, budget, config) if spec.router else None
             dense = load_dense(checkpoint, architecture, reader)
+            unchanged.check()
             kv = KVCache(spec, budget.kv_blocks, budget.kv_dtype)
             states = StateCache(spec, budget.state_images)
             _spread(numa_nodes(), dense, [*kv.layers, *states.layers], experts)
@@ -154,8 +163,9 @@ class Runner:
                 experts.begin()
         except BaseException:
             reader.close()
+            unchanged.close()
             raise
-        return cls(checkpoint, spec, budget, reader, experts, kernels.isa, pool, forward, profile)
+        return cls(checkpoint, spec, budget, reader, experts, kernels.isa, pool, forward, unchanged, profile)
 
     def resize(self, ram: int) -> Budget:
         """Have the expert cache shrink or grow so that the process keeps to `ram` bytes; between steps.
@@ -175,6 +185,7 @@ class Runner:
         if self.experts is not None:
             self.experts.end(used=self._step_s > 0)
         self.reader.close()
+        self._unchanged.close()
         if self._forward.trace is not None:
             self._forward.trace.close()
         if self.profile is not None:
@@ -209,7 +220,8 @@ class Runner:
         """Compute the chunks: f32 [R, vocab], the logits after the last `rows` tokens of each, in order.
 
         Overwritten by the next step. Raises DeviceReadError or CheckpointError when an expert can't be read;
-        the chunks can then be computed again.
+        the chunks can then be computed again. Also CheckpointError once files were written over in place: what
+        was read meanwhile may be half of each.
         """
         started = time.monotonic_ns()
         if self.experts is not None:
@@ -239,7 +251,12 @@ class Runner:
             states=np.array(states, np.int32) if states else None,
         )
         try:
-            return self._forward.step(batch)
+            logits = self._forward.step(batch)
+            reads = self.reader.stats()["ops"]
+            if reads != self._reads:
+                self._unchanged.check()
+                self._reads = reads
+            return logits
         finally:
             if self.experts is not None:
                 self.experts.end_step()
