@@ -220,8 +220,8 @@ class Runner:
         """Compute the chunks: f32 [R, vocab], the logits after the last `rows` tokens of each, in order.
 
         Overwritten by the next step. Raises DeviceReadError or CheckpointError when an expert can't be read;
-        the chunks can then be computed again. Also CheckpointError once files were written over in place: what
-        was read meanwhile may be half of each.
+        the chunks can then be computed again. Also CheckpointError once files were written over in place, for
+        what was read meanwhile may be half of each.
         """
         started = time.monotonic_ns()
         if self.experts is not None:
