@@ -50,11 +50,14 @@ class Result:
 
 
 def random_weights(name: str, mebibytes: int, cols: int) -> NDArray[np.uint8]:
-    """Encoded rows [rows, row_bytes] of about that size; almost any bits will do."""
+    """Encoded rows [rows, row_bytes] of about that size; almost any bits will do where scales are apart."""
     _, block, block_bytes = FORMATS[name]
     row_bytes = cols // block * block_bytes
     rows = mebibytes * MIB // row_bytes // 64 * 64  # ggml repacks groups of rows
-    piece = np.random.default_rng(0).integers(0, 60, 4 * MIB, np.uint8)  # small numbers: no NaN, no infinity
+    rng = np.random.default_rng(0)
+    piece = rng.integers(0, 60, 4 * MIB, np.uint8)  # small numbers: no NaN, no infinity
+    if block == 1:  # a number by itself must not be subnormal: each product would be, and slow
+        piece = formats.by_name(name).quantize(rng.standard_normal(4 * MIB // block_bytes)).reshape(-1)
     weights = np.resize(piece, rows * row_bytes)
     if name == "mxfp4":
         weights[::block_bytes] = 120  # scales: with small ones products would be subnormal, and slow

@@ -97,6 +97,14 @@ def test_bytes_of_avx512_but_for_bf16(amx: SoftAmx, fmt: int) -> None:
         assert np.all(np.abs(y - exact) <= magnitude * 2.0**-23 * (4 + np.sqrt(cols)))
 
 
+@pytest.mark.skipif("amx" not in isas(), reason="this CPU has no AMX")
+@FORMATS
+def test_the_hardwares_tiles_have_the_bytes_of_those_in_c(amx: SoftAmx, fmt: int) -> None:
+    for rows, cols, n_tok in shapes(fmt):
+        w, x = make(fmt, rows, cols, n_tok)
+        assert Kernels("amx").matmul_py(fmt, w, x).tobytes() == amx.matmul_py(fmt, w, x).tobytes()
+
+
 @pytest.mark.parametrize("fmt", [*INTEGER, BF16])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
