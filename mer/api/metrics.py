@@ -55,7 +55,7 @@ class Metrics(Collector):
         self._engine = engine
         self._info = {"version": version("mer"), "model": self._model_name}
         self._info |= {
-            name: str(engine.facts()[name]) for name in ("io_backend", "isa", "threads", "kv_dtype")
+            name: str(engine.facts()[name]) for name in ("io_backend", "isa", "device", "threads", "kv_dtype")
         }
         engine.observe(self)
 
@@ -98,6 +98,7 @@ class Metrics(Collector):
         yield from self._requests(now)
         yield from _memory(now)
         yield from _experts(now)
+        yield from _gpu(now)
         yield from _time(now)
 
     def _requests(self, now: Snapshot) -> Iterable[Metric]:
@@ -148,12 +149,21 @@ def _memory(now: Snapshot) -> Iterable[Metric]:
 def _experts(now: Snapshot) -> Iterable[Metric]:
     cache = "mer_expert_cache_"
     yield GaugeMetricFamily("mer_experts", "Experts of the model, of all layers.", now.experts)
-    yield _gauges(cache + "slots", "Experts that the cache has room for.", "tier", {"ram": now.cache_slots})
-    yield _gauges(cache + "resident", "Experts in the cache now.", "tier", {"ram": now.resident})
+    slots, resident, hits, evictions = (
+        {"ram": now.cache_slots},
+        {"ram": now.resident},
+        {"ram": now.steps.hits},
+        {"ram": now.evictions},
+    )
+    if (vram := now.vram) is not None:
+        slots["vram"], resident["vram"] = vram.slots, vram.resident
+        hits["vram"], evictions["vram"] = now.steps.vram_hits, vram.evictions
+    yield _gauges(cache + "slots", "Experts that the cache has room for.", "tier", slots)
+    yield _gauges(cache + "resident", "Experts in the cache now.", "tier", resident)
     yield _gauges(cache + "pinned", "Experts that a step is using now.", "tier", {"ram": now.pinned})
-    yield _counters(cache + "hits", "Experts found in the cache.", "tier", {"ram": now.steps.hits})
+    yield _counters(cache + "hits", "Experts found in the cache.", "tier", hits)
     yield _counters(cache + "misses", "Experts that had to be read.", "tier", {"ram": now.steps.misses})
-    yield _counters(cache + "evictions", "Experts that made room.", "tier", {"ram": now.evictions})
+    yield _counters(cache + "evictions", "Experts that made room.", "tier", evictions)
     yield _counter("mer_prefetch_issued", "Experts read ahead of their layer.", now.steps.prefetched)
     yield _counter("mer_prefetch_useful", "Those that were wanted then.", now.steps.prefetch_used)
     yield _counter("mer_prefetch_bytes", "Bytes of experts read ahead.", now.steps.prefetch_bytes)
@@ -168,12 +178,22 @@ def _experts(now: Snapshot) -> Iterable[Metric]:
     yield _counter("mer_read_errors", "Reads from disk that failed.", now.read_errors)
 
 
+def _gpu(now: Snapshot) -> Iterable[Metric]:
+    steps, vram = now.steps, now.vram
+    nbytes, lost = (vram.nbytes, vram.lost is not None) if vram else (0, False)
+    yield GaugeMetricFamily("mer_vram_bytes", "What experts and their buffers take of the GPU.", nbytes)
+    yield GaugeMetricFamily("mer_vram_lost", "Whether the GPU was given up for an error.", int(lost))
+    yield _counter("mer_vram_promotions", "Experts copied to the GPU.", steps.vram_promotions)
+    yield _counter("mer_bus_bytes", "Bytes of those copies.", steps.bus_bytes)
+
+
 def _time(now: Snapshot) -> Iterable[Metric]:
     yield _counter("mer_step_seconds", "Time in steps.", now.steps.step_s)
     yield _counter(
         "mer_io_wait_seconds", "Of it with nothing to compute before reads came.", now.steps.io_wait_s
     )
     yield _counter("mer_expert_compute_seconds", "Of it computing experts.", now.steps.expert_s)
+    yield _counter("mer_gpu_wait_seconds", "Of it with the GPU alone at work.", now.steps.gpu_wait_s)
 
 
 class _Histogram:

@@ -18,7 +18,7 @@ from mer.config import EngineConfig, Speculate
 from mer.engine.engine import Engine
 from mer.engine.outputs import Timings, Usage
 from mer.engine.params import SamplingParams
-from mer.engine.runner import StepStats
+from mer.engine.runner import StepStats, Vram
 from mer.streaming.profile import ProfileSummary
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -222,6 +222,8 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
             "memory": memory,
             "uses": f"{facts['io_backend']} reads, {facts['isa']} kernels, {facts['threads']} threads",
         }
+        if (vram := engine.snapshot().vram) is not None:
+            lines["gpu"] = _gpu(vram, steps)
     else:
         lines = {
             "speed": spoken,
@@ -249,6 +251,17 @@ def _read_ahead(steps: StepStats, facts: Mapping[str, Any]) -> str:
         f", {steps.prefetched} read ahead ({steps.prefetch_used / steps.prefetched:.0%} used, "
         f"{size(vain)} in vain; {steps.guesses_right / max(steps.guesses, 1):.0%} of guesses right, "
         f"now {facts['prefetch_depth']} deep)"
+    )
+
+
+def _gpu(vram: Vram, steps: StepStats) -> str:
+    if vram.lost is not None:
+        return f"{vram.device} was given up ({vram.lost}); all went on without it"
+    wanted = steps.vram_hits + steps.hits + steps.misses
+    return (
+        f"{vram.device}, {size(vram.nbytes)} with {vram.resident} of {vram.slots} experts; it computed "
+        f"{steps.vram_hits / max(wanted, 1):.1%} of experts, {size(steps.bus_bytes)} went over the bus for "
+        f"{steps.vram_promotions} experts, waiting for it {steps.gpu_wait_s:.2f} s"
     )
 
 

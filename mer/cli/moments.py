@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import attrs
@@ -57,6 +57,19 @@ class Shares:
 
 
 @frozen(kw_only=True)
+class VramLine:
+    """Experts in a GPU's memory. computed_share: of all experts, those that it computed; lost: see Vram."""
+
+    device: str
+    slots: int
+    nbytes: int
+    resident: int
+    computed_share: float | None
+    bus_bytes_per_s: float
+    lost: str | None
+
+
+@frozen(kw_only=True)
 class Moment:
     """Rates are of the last interval, rates of hits None where nothing was looked up. Sizes in bytes."""
 
@@ -89,6 +102,7 @@ class Moment:
     queue_depth: float
     read_errors: int
     time_share: Shares
+    vram: VramLine | None
 
     @classmethod
     def between(cls, before: pb.WatchResponse, after: pb.WatchResponse) -> Moment:
@@ -97,8 +111,18 @@ class Moment:
         old, now = before.stats, after.stats
         steps = {
             name: getattr(now.steps, name) - getattr(old.steps, name)
-            for name in ("step_s", "io_wait_s", "expert_s", "bytes_read", "hits", "misses")
+            for name in (
+                "step_s",
+                "io_wait_s",
+                "expert_s",
+                "bytes_read",
+                "hits",
+                "misses",
+                "vram_hits",
+                "bus_bytes",
+            )
         }
+        found = steps["hits"] + steps["vram_hits"]
         # A step counts when it is over: some of its time may lie before the interval.
         whole = max(seconds, steps["step_s"])
         return cls(
@@ -127,7 +151,7 @@ class Moment:
             cache_slots=now.cache_slots,
             experts_resident=now.resident,
             experts_pinned=len(after.experts.pinned),
-            expert_hit_rate=_share(steps["hits"], steps["hits"] + steps["misses"]),
+            expert_hit_rate=_share(found, found + steps["misses"]),
             evictions_per_s=(now.evictions - old.evictions) / seconds,
             read_bytes_per_s=steps["bytes_read"] / seconds,
             reads_per_s=(after.device.reads - before.device.reads) / seconds,
@@ -139,6 +163,7 @@ class Moment:
                 other=max(steps["step_s"] - steps["expert_s"] - steps["io_wait_s"], 0.0) / whole,
                 idle=max(whole - steps["step_s"], 0.0) / whole,
             ),
+            vram=_vram(now.vram, steps, seconds) if now.HasField("vram") else None,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -166,6 +191,18 @@ def _line(given: pb.RequestStatus) -> RequestLine:
         each.name: getattr(given, each.name) for each in attrs.fields(RequestLine) if each.name != "state"
     }
     return RequestLine(state=state, **fields)
+
+
+def _vram(given: pb.Vram, steps: Mapping[str, float], seconds: float) -> VramLine:
+    return VramLine(
+        device=given.device,
+        slots=given.slots,
+        nbytes=given.nbytes,
+        resident=given.resident,
+        computed_share=_share(steps["vram_hits"], steps["vram_hits"] + steps["hits"] + steps["misses"]),
+        bus_bytes_per_s=steps["bus_bytes"] / seconds,
+        lost=given.lost if given.HasField("lost") else None,
+    )
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -290,6 +290,7 @@ class Engine:
             ram_budget_bytes=budget.ram,
             resident_bytes=resident_bytes(),
             steps=self._runner.stats,
+            vram=self._runner.vram,
         )
 
     def view(self) -> View:
@@ -339,19 +340,9 @@ class Engine:
         return self._runner.profile.summary if self._runner.profile else None
 
     def facts(self) -> Mapping[str, Any]:
-        """What this engine uses: back end and why, instruction set, threads, slots; what is faster."""
-        reader, budget = self._runner.reader, self._runner.budget
-        return {
-            "io_backend": reader.backend,
-            "io_backend_why": reader.why,
-            "isa": self._runner.isa,
-            "threads": budget.threads,
-            "cache_slots": budget.slots,
-            "experts": budget.experts,
-            "kv_dtype": budget.kv_dtype,
-            "prefetch_depth": self._runner.prefetch_depth,
-            "advice": self._runner.experts.advice if self._runner.experts else self._idle,
-        }
+        """What this engine uses: back end and why, instruction set, GPU, threads, slots; what is faster."""
+        advice = self._runner.experts.advice if self._runner.experts else self._idle
+        return self._runner.facts() | {"advice": advice}
 
     def chat_prompt(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
         """Token ids of a conversation, by the model's chat template, up to where the answer begins.

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from attrs import frozen
 
 from mer.engine.outputs import Usage
-from mer.engine.runner import StepStats
+from mer.engine.runner import StepStats, Vram
 
 EndReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
@@ -50,6 +50,7 @@ class Snapshot:
     ram_budget_bytes: int
     resident_bytes: int  # of the process
     steps: StepStats  # totals
+    vram: Vram | None  # None: there is no GPU, or no expert is in its memory
 
 
 class Observer(Protocol):

@@ -81,9 +81,10 @@ class Timings:
 
     @property
     def hit_rate(self) -> float:
-        """Share of hits; 1 when no expert was needed."""
-        wanted = self.hits + self.misses
-        return self.hits / wanted if wanted else 1.0
+        """Share of experts that need not be read; 1 when no expert was needed."""
+        found = self.hits + self.steps.vram_hits
+        wanted = found + self.misses
+        return found / wanted if wanted else 1.0
 
 
 @frozen

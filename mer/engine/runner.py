@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from attrs import astuple, define, field, frozen
 from numpy.typing import NDArray
 
 from mer._ext.cpus import numa_nodes
+from mer._ext.device import Device
 from mer._ext.kernels import Kernels, Pool, interleave
 from mer._ext.uring import Reader
 from mer.config import EngineConfig
@@ -45,6 +46,9 @@ class StepStats:
     prefetched: experts read ahead of their layer; prefetch_used: those of them that were wanted before they
     were evicted; prefetch_bytes and prefetch_used_bytes: of all and of those. guesses: what the next layer's
     router was expected to choose, asked a layer early; guesses_right: what of that it chose.
+    vram_hits: experts found in a GPU's memory and computed there, which count neither as hits nor as misses;
+    vram_promotions: experts that were copied there; bus_bytes: of those copies; gpu_wait_s: with nothing to
+    compute here, and the GPU not done. All 0 without one.
     """
 
     step_s: float = 0.0
@@ -59,6 +63,10 @@ class StepStats:
     prefetch_used_bytes: int = 0
     guesses: int = 0
     guesses_right: int = 0
+    vram_hits: int = 0
+    vram_promotions: int = 0
+    bus_bytes: int = 0
+    gpu_wait_s: float = 0.0
 
     def __sub__(self, other: StepStats) -> StepStats:
         return StepStats(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -67,9 +75,28 @@ class StepStats:
         return StepStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
+@frozen(kw_only=True)
+class Vram:
+    """The experts in a GPU's memory at a moment. evictions: total. Sizes in bytes.
+
+    device: its name; slots: how many experts there is room for; nbytes: what that takes, with buffers;
+    lost: why it was given up, after which all goes on without it; None: it works.
+    """
+
+    device: str
+    slots: int
+    nbytes: int
+    resident: int
+    evictions: int
+    lost: str | None
+
+
 @define(eq=False)
 class Runner:
-    """Computes steps of one model. One thread at a time. experts: None in a dense model."""
+    """Computes steps of one model. One thread at a time.
+
+    experts: None in a dense model. device: the GPU that computes, too; None: there is none.
+    """
 
     checkpoint: Checkpoint
     spec: ModelSpec
@@ -81,6 +108,7 @@ class Runner:
     _forward: Forward = field(alias="forward")
     _unchanged: Unchanged = field(alias="unchanged")
     profile: Profile | None = None
+    device: Device | None = None
     _step_s: float = field(default=0.0, init=False)
     _reads: int = field(default=0, init=False)  # that were there at the last look at the files
 
@@ -209,6 +237,40 @@ class Runner:
             prefetch_used_bytes=int(s["prefetch_used_bytes"]),
             guesses=int(s["guesses"]),
             guesses_right=int(s["guesses_right"]),
+            vram_hits=int(s.get("vram_hits", 0)),
+            vram_promotions=int(s.get("vram_promotions", 0)),
+            bus_bytes=int(s.get("bus_bytes", 0)),
+            gpu_wait_s=s.get("gpu_wait_s", 0.0),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """See Engine.facts."""
+        reader, budget = self.reader, self.budget
+        return {
+            "io_backend": reader.backend,
+            "io_backend_why": reader.why,
+            "isa": self.isa,
+            "device": self.device.name if self.device else "cpu",
+            "threads": budget.threads,
+            "cache_slots": budget.slots,
+            "experts": budget.experts,
+            "kv_dtype": budget.kv_dtype,
+            "prefetch_depth": self.prefetch_depth,
+        }
+
+    @property
+    def vram(self) -> Vram | None:
+        """The experts in the GPU's memory; None: no expert ever was there."""
+        found: Mapping[str, Any] = self.experts.streamer.stats() if self.experts else {}
+        if self.device is None or not (found.get("vram_slots") or found.get("lost")):
+            return None
+        return Vram(
+            device=self.device.name,
+            slots=int(found["vram_slots"]),
+            nbytes=int(found["vram_bytes"]),
+            resident=int(found["vram_resident"]),
+            evictions=int(found["vram_evictions"]),
+            lost=found["lost"],
         )
 
     @property

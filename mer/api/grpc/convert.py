@@ -27,7 +27,9 @@ _M = TypeVar("_M", bound=Message)
 _SAMPLING: Final = frozenset(field.name for field in attrs.fields(SamplingParams))
 _STEP_FIELDS: Final = [field.name for field in pb.StepStats.DESCRIPTOR.fields]
 _STATS_FIELDS: Final = [
-    field.name for field in pb.GetStatsResponse.DESCRIPTOR.fields if field.name not in ("steps", "uptime_s")
+    field.name
+    for field in pb.GetStatsResponse.DESCRIPTOR.fields
+    if field.name not in ("steps", "uptime_s", "vram")
 ]
 _REASONS: Final = {
     "stop": pb.FINISH_REASON_STOP,
@@ -266,7 +268,8 @@ def steps(given: StepStats) -> pb.StepStats:
 def stats(snapshot: Snapshot, uptime_s: float) -> pb.GetStatsResponse:
     """The fields that this version of the API has."""
     fields = {name: getattr(snapshot, name) for name in _STATS_FIELDS}
-    return pb.GetStatsResponse(**fields, steps=steps(snapshot.steps), uptime_s=uptime_s)
+    vram = pb.Vram(**attrs.asdict(snapshot.vram)) if snapshot.vram else None
+    return pb.GetStatsResponse(**fields, steps=steps(snapshot.steps), uptime_s=uptime_s, vram=vram)
 
 
 def watched(view: View, name: str, uptime_s: float, *, experts: bool) -> pb.WatchResponse:

@@ -14,6 +14,7 @@ from quart import Blueprint, Response, request
 from mer.api.http import sse
 from mer.api.http.errors import unavailable
 from mer.api.http.service import Service, json_response
+from mer.engine.runner import Vram
 from mer.engine.view import ExpertMap, Percentiles, RequestView
 from mer.errors import QueueFullError
 
@@ -56,6 +57,9 @@ class Live(Struct):
     evictions: int
     ram_budget_bytes: int
     resident_bytes: int
+    vram: Vram | None
+    vram_hits: int
+    bus_bytes: int
     experts: ExpertMap | None
 
 

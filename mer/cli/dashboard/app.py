@@ -35,7 +35,7 @@ class Dashboard(App[RemoteError | None]):
     Static { width: 1fr; text-wrap: nowrap; text-overflow: clip; }
     #title { height: 1; }
     #keys { height: auto; max-height: 3; text-wrap: wrap; }
-    #above { height: 2fr; min-height: 13; padding-top: 1; }
+    #above { height: 2fr; min-height: 14; padding-top: 1; }
     #speed, #heat { height: 100%; }
     #speed { width: 42; padding-right: 1; }
     #requests, #log { height: 1fr; }

@@ -11,7 +11,7 @@ from typing import Final
 from rich.text import Text
 
 from mer.cli.common import percent, rate, seconds, size
-from mer.cli.moments import Latency, Moment
+from mer.cli.moments import Latency, Moment, VramLine
 
 _SPARKS: Final = "▁▂▃▄▅▆▇█"
 _LABEL: Final = 8
@@ -59,6 +59,8 @@ def speed(now: Moment, history: Sequence[float], width: int) -> list[Text]:
         lines.append(_line("experts", *bar(now.experts_resident, now.cache_slots, room, told)))
     else:
         lines.append(_line("experts", "none: a dense model"))
+    if now.vram is not None:
+        lines.append(_line("VRAM", *_vram(now.vram, room)))
     blocks = f"{now.kv_blocks_used}+{now.kv_blocks_cached} of {now.kv_blocks}"
     if now.prefix_hit_rate is not None:
         blocks += f", {percent(now.prefix_hit_rate)} hits"
@@ -66,6 +68,13 @@ def speed(now: Moment, history: Sequence[float], width: int) -> list[Text]:
     memory = f"{size(now.resident_bytes)} of {size(now.ram_budget_bytes)}"
     lines.append(_line("memory", *bar(now.resident_bytes, now.ram_budget_bytes, room, memory)))
     return lines
+
+
+def _vram(vram: VramLine, room: int) -> tuple[tuple[str, str] | str, ...]:
+    if vram.lost is not None:
+        return ((f"given up: {vram.lost}", "red"),)
+    share = "" if vram.computed_share is None else f", {percent(vram.computed_share)} computed"
+    return bar(vram.resident, vram.slots, room, f"{vram.resident} of {vram.slots}{share}")
 
 
 def requests(now: Moment, height: int) -> list[Text]:
