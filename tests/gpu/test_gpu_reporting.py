@@ -108,8 +108,8 @@ async def test_with_a_gpu(model: Path) -> None:
             shown = summary(engine, attrs.evolve(result, timings=timings))
             share = 300 / (300 + steps.hits + steps.misses)
             assert (
-                f"Card 1, 7 MiB with 5 of 7 experts; it computed {share:.1%} of experts, 11 MiB went over the "
-                "bus for 11 experts, waiting for it 0.25 s"
+                f"Card 1, 7 MiB with 5 of 7 experts; it computed {share:.1%} of experts, 11 MiB went over "
+                "the bus for 11 experts, waiting for it 0.25 s"
             ) in " ".join(shown.split())
             said = describe(engine, result.usage, timings)
             assert said["timings"]["vram_hits"] == 300
