@@ -12,7 +12,7 @@ from test_kernels import BLOCK, FORMATS, INTEGER, Bytes, Floats, make
 from mer._ext.device import Device
 from mer._ext.kernels import Kernels, isas
 
-THREADS, ROWS = 128, 8
+THREADS, ROWS, MANY_ROWS, MANY_TOKENS = 128, 8, 64, 32  # as in mer_gpu.cuh
 NAMES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k"}
 NAMES |= {12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl", 23: "iq4_xs", 30: "bf16", 39: "mxfp4"}
 PRODUCT = np.dtype("u8,u8,u8,u8,i4,i4")
@@ -89,20 +89,27 @@ def launch(
     rows: int,
     cols: int,
     y_stride: int,
+    many: bool = False,
 ) -> None:
     table = memory.put(np.array(products, PRODUCT))
     arguments = [np.uint64(table), np.int32(len(products)), np.uint64(acts[0]), np.int64(acts[1])]
     arguments += [np.int32(rows), np.int32(cols), np.int64(y_stride)]
-    device.launch_py(f"mer_rows_{NAMES[fmt]}", (-(-rows // ROWS), len(products), 1), THREADS, arguments)
+    if many:
+        most = max(each[-1] for each in products)
+        grid = (-(-rows // MANY_ROWS), len(products), -(-most // MANY_TOKENS))
+        device.launch_py(f"mer_many_{NAMES[fmt]}", grid, THREADS, arguments)
+    else:
+        device.launch_py(f"mer_rows_{NAMES[fmt]}", (-(-rows // ROWS), len(products), 1), THREADS, arguments)
 
 
-def product(device: Device, fmt: int, w: Bytes, x: Floats, shift: int = 0) -> Floats:
+def product(device: Device, fmt: int, w: Bytes, x: Floats, shift: int = 0, many: bool = False) -> Floats:
     """One matrix with all of x."""
     rows, cols, n_tok = len(w), x.shape[1], len(x)
     with Memory(device) as memory:
         y = memory.room(4 * rows * n_tok)
         matrix = memory.put(w, shift)
-        launch(device, memory, fmt, [(matrix, 0, y, 0, 0, n_tok)], prepared(memory, fmt, x), rows, cols, rows)
+        products = [(matrix, 0, y, 0, 0, n_tok)]
+        launch(device, memory, fmt, products, prepared(memory, fmt, x), rows, cols, rows, many)
         return memory.get(y, (n_tok, rows))
 
 
@@ -120,6 +127,14 @@ def test_products_have_the_bytes_of_the_cpu(device: Device, fmt: int) -> None:
     for n, (rows, cols, n_tok) in enumerate(shapes(fmt)):
         w, x = make(fmt, rows, cols, n_tok)
         assert product(device, fmt, w, x, n).tobytes() == reference(fmt).matmul_py(fmt, w, x).tobytes()
+
+
+@pytest.mark.parametrize("fmt", INTEGER)
+def test_products_of_many_tokens_have_the_bytes_of_the_cpu(device: Device, fmt: int) -> None:
+    b = BLOCK[fmt]
+    for n, (rows, cols, n_tok) in enumerate([(1, b, 1), (67, b, 34), (17, 9 * b, 8), (66, 5 * b, 3)]):
+        w, x = make(fmt, rows, cols, n_tok)
+        assert product(device, fmt, w, x, n, True).tobytes() == reference(fmt).matmul_py(fmt, w, x).tobytes()
 
 
 @FORMATS

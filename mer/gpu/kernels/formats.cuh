@@ -1,8 +1,8 @@
 /* The formats of blocks: how 32 columns of a unit are unpacked; mer/_ext/csrc/kernels/lanes_scalar.c defines them.
  *
- * A unit (a block of 32 columns, or of 256) lies at byte `at` of shared memory, any alignment. weights() gives columns
- * 32 j .. 32 j + 31 as bytes, four to a word, without the format's offset: for that OFFSET times the sum of the
- * activations is taken from the product, an exact integer either way. */
+ * A unit (a block of 32 columns, or of 256) lies at byte `at` of shared memory, any alignment. words() gives, of its
+ * columns 32 j .. 32 j + 31 as bytes, four to a word, words i and 4 + i, without the format's offset: that is taken
+ * from the bytes, or OFFSET times the sum of the activations from the product, exact integers either way. */
 #ifndef MER_FORMATS_CUH
 #define MER_FORMATS_CUH
 
@@ -14,17 +14,16 @@ struct bytes {
     __device__ __forceinline__ uint32_t u8(int at) const { return ((const uint8_t *)words)[at]; }
     __device__ __forceinline__ uint32_t u16(int at) const { return u8(at) | u8(at + 1) << 8; }
     __device__ __forceinline__ float f16(int at) const { return f16_to_f32((uint16_t)u16(at)); }
-    /* N words from any address; the word behind them is read too. */
-    template <int N> __device__ __forceinline__ void load(int at, uint32_t *w) const {
-        const uint32_t *const p = words + (at >> 2), shift = 8 * (at & 3);
-        uint32_t low = p[0];
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const uint32_t high = p[i + 1];
-            w[i] = __funnelshift_r(low, high, shift);
-            low = high;
-        }
+    /* Word i of those that begin at a byte; the one behind it is read too. */
+    __device__ __forceinline__ uint32_t word(int at, int i) const {
+        const uint32_t *const p = words + (at >> 2) + i;
+        return __funnelshift_r(p[0], p[1], 8 * (at & 3));
     }
+};
+
+/* Words i and 4 + i. */
+struct two_words {
+    uint32_t low, high;
 };
 
 /* The scales and minima of 32 columns in a block of 256; for groups of 16 two each. */
@@ -33,13 +32,9 @@ struct scales {
 };
 
 /* 16 bytes: the low halves are the first 16 elements, the high ones the others. */
-INLINE void nibbles(const bytes &p, int at, uint32_t *w) {
-    p.load<4>(at, w);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        w[4 + i] = w[i] >> 4 & 0x0f0f0f0fu;
-        w[i] &= 0x0f0f0f0fu;
-    }
+INLINE two_words nibbles(const bytes &p, int at, int i) {
+    const uint32_t w = p.word(at, i);
+    return {w & 0x0f0f0f0fu, w >> 4 & 0x0f0f0f0fu};
 }
 
 /* Four codes, the nibbles of the low half of `codes`, into the bytes they choose of a table of 16. */
@@ -49,39 +44,30 @@ INLINE uint32_t choose4(uint4 table, uint32_t codes) {
     return __byte_perm(low, high, 0x3210u | (codes & 0x8888u) >> 1);
 }
 
-INLINE void chosen_nibbles(const bytes &p, int at, uint4 table, uint32_t *w) {
-    p.load<4>(at, w);
-#pragma unroll
-    for (int i = 0; i < 4; i++) { /* the nibbles of a word are elements 4 i, 16 + 4 i, 4 i + 1, ... */
-        const uint32_t first = choose4(table, w[i]), second = choose4(table, w[i] >> 16);
-        w[i] = __byte_perm(first, second, 0x6420);
-        w[4 + i] = __byte_perm(first, second, 0x7531);
-    }
+INLINE two_words chosen_nibbles(const bytes &p, int at, int i, uint4 table) {
+    const uint32_t w = p.word(at, i); /* its nibbles are elements 4 i, 16 + 4 i, 4 i + 1, ... */
+    const uint32_t first = choose4(table, w), second = choose4(table, w >> 16);
+    return {__byte_perm(first, second, 0x6420), __byte_perm(first, second, 0x7531)};
 }
 
 INLINE uint4 iq4_table() { return make_uint4(0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u); }
 INLINE uint4 e2m1_table() { return make_uint4(0x03020100u, 0x0c080604u, 0xfdfeff00u, 0xf4f8fafcu); }
 
 /* `mask` of 32 bytes from bit `shift` on. */
-INLINE void take_bits(const bytes &p, int at, int shift, uint32_t mask, uint32_t *w) {
-    p.load<8>(at, w);
-#pragma unroll
-    for (int i = 0; i < 8; i++) w[i] = w[i] >> shift & mask;
+INLINE two_words take_bits(const bytes &p, int at, int i, int shift, uint32_t mask) {
+    return {p.word(at, i) >> shift & mask, p.word(at, 4 + i) >> shift & mask};
 }
 
 /* The same above what w has, from bit `to` on. */
-INLINE void add_bits(const bytes &p, int at, int shift, uint32_t mask, int to, uint32_t *w) {
-    uint32_t more[8];
-    take_bits(p, at, shift, mask, more);
-#pragma unroll
-    for (int i = 0; i < 8; i++) w[i] |= more[i] << to;
+INLINE two_words add_bits(const bytes &p, int at, int i, int shift, uint32_t mask, int to, two_words w) {
+    const two_words more = take_bits(p, at, i, shift, mask);
+    return {w.low | more.low << to, w.high | more.high << to};
 }
 
-INLINE void add_fifth(const bytes &p, int at, uint32_t *w) {
-    uint32_t fifth;
-    p.load<1>(at, &fifth);
-#pragma unroll
-    for (int i = 0; i < 8; i++) w[i] |= ((fifth >> 4 * i & 15u) * 0x02040810u) & 0x10101010u;
+/* 32 bits, one for each element, as its fifth. */
+INLINE two_words add_fifth(const bytes &p, int at, int i, two_words w) {
+    const uint32_t fifth = p.word(at, 0) >> 4 * i; /* a bit of four to each byte: times 2^4 + 2^11 + 2^18 + 2^25 */
+    return {w.low | ((fifth & 15u) * 0x02040810u & 0x10101010u), w.high | ((fifth >> 16 & 15u) * 0x02040810u & 0x10101010u)};
 }
 
 /* Blocks of 32: d, and where MINIMA the minimum m. */
@@ -93,34 +79,34 @@ template <int BYTES_, int OFFSET_, bool MINIMA_> struct block32 {
 };
 
 struct fmt_q4_0 : block32<18, 8, false> {
-    INLINE void weights(const bytes &p, int at, int, uint32_t *w) { nibbles(p, at + 2, w); }
+    INLINE two_words words(const bytes &p, int at, int, int i) { return nibbles(p, at + 2, i); }
 };
 
 struct fmt_q4_1 : block32<20, 0, true> {
-    INLINE void weights(const bytes &p, int at, int, uint32_t *w) { nibbles(p, at + 4, w); }
+    INLINE two_words words(const bytes &p, int at, int, int i) { return nibbles(p, at + 4, i); }
 };
 
 struct fmt_q5_0 : block32<22, 16, false> {
-    INLINE void weights(const bytes &p, int at, int, uint32_t *w) {
-        nibbles(p, at + 6, w);
-        add_fifth(p, at + 2, w);
+    INLINE two_words words(const bytes &p, int at, int, int i) {
+        return add_fifth(p, at + 2, i, nibbles(p, at + 6, i));
     }
 };
 
 struct fmt_q5_1 : block32<24, 0, true> {
-    INLINE void weights(const bytes &p, int at, int, uint32_t *w) {
-        nibbles(p, at + 8, w);
-        add_fifth(p, at + 4, w);
+    INLINE two_words words(const bytes &p, int at, int, int i) {
+        return add_fifth(p, at + 4, i, nibbles(p, at + 8, i));
     }
 };
 
 struct fmt_q8_0 : block32<34, 0, false> {
-    INLINE void weights(const bytes &p, int at, int, uint32_t *w) { p.load<8>(at + 2, w); }
+    INLINE two_words words(const bytes &p, int at, int, int i) {
+        return {p.word(at + 2, i), p.word(at + 2, 4 + i)};
+    }
 };
 
 struct fmt_iq4_nl : block32<18, 0, false> {
-    INLINE void weights(const bytes &p, int at, int, uint32_t *w) {
-        chosen_nibbles(p, at + 2, iq4_table(), w);
+    INLINE two_words words(const bytes &p, int at, int, int i) {
+        return chosen_nibbles(p, at + 2, i, iq4_table());
     }
 };
 
@@ -129,8 +115,8 @@ struct fmt_mxfp4 : block32<17, 0, false> {
         const uint32_t e = p.u8(at);
         return __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
     }
-    INLINE void weights(const bytes &p, int at, int, uint32_t *w) {
-        chosen_nibbles(p, at + 1, e2m1_table(), w);
+    INLINE two_words words(const bytes &p, int at, int, int i) {
+        return chosen_nibbles(p, at + 1, i, e2m1_table());
     }
 };
 
@@ -143,8 +129,8 @@ template <int BYTES_, int GROUP_, int OFFSET_, int D, bool MINIMA_> struct block
 };
 
 struct fmt_q2_k : block256<84, 16, 0, 80, true> {
-    INLINE void weights(const bytes &p, int at, int j, uint32_t *w) {
-        take_bits(p, at + 16 + j / 4 * 32, 2 * (j % 4), 0x03030303u, w);
+    INLINE two_words words(const bytes &p, int at, int j, int i) {
+        return take_bits(p, at + 16 + j / 4 * 32, i, 2 * (j % 4), 0x03030303u);
     }
     INLINE scales scale(const bytes &p, int at, int j) {
         const int a = (int)p.u8(at + 2 * j), b = (int)p.u8(at + 2 * j + 1);
@@ -153,9 +139,8 @@ struct fmt_q2_k : block256<84, 16, 0, 80, true> {
 };
 
 struct fmt_q3_k : block256<110, 16, 4, 108, false> {
-    INLINE void weights(const bytes &p, int at, int j, uint32_t *w) {
-        take_bits(p, at + 32 + j / 4 * 32, 2 * (j % 4), 0x03030303u, w);
-        add_bits(p, at, j, 0x01010101u, 2, w);
+    INLINE two_words words(const bytes &p, int at, int j, int i) {
+        return add_bits(p, at, i, j, 0x01010101u, 2, take_bits(p, at + 32 + j / 4 * 32, i, 2 * (j % 4), 0x03030303u));
     }
     INLINE int one(const bytes &p, int at, int g) {
         const int four = (int)(p.u8(at + 96 + g % 8) >> g / 8 * 4 & 15), two = (int)(p.u8(at + 104 + g % 4) >> g / 4 * 2 & 3);
@@ -174,24 +159,22 @@ INLINE scales six_bits(const bytes &p, int at, int j) {
 }
 
 struct fmt_q4_k : block256<144, 32, 0, 0, true> {
-    INLINE void weights(const bytes &p, int at, int j, uint32_t *w) {
-        take_bits(p, at + 16 + j / 2 * 32, 4 * (j % 2), 0x0f0f0f0fu, w);
+    INLINE two_words words(const bytes &p, int at, int j, int i) {
+        return take_bits(p, at + 16 + j / 2 * 32, i, 4 * (j % 2), 0x0f0f0f0fu);
     }
     INLINE scales scale(const bytes &p, int at, int j) { return six_bits(p, at + 4, j); }
 };
 
 struct fmt_q5_k : block256<176, 32, 0, 0, true> {
-    INLINE void weights(const bytes &p, int at, int j, uint32_t *w) {
-        take_bits(p, at + 48 + j / 2 * 32, 4 * (j % 2), 0x0f0f0f0fu, w);
-        add_bits(p, at + 16, j, 0x01010101u, 4, w);
+    INLINE two_words words(const bytes &p, int at, int j, int i) {
+        return add_bits(p, at + 16, i, j, 0x01010101u, 4, take_bits(p, at + 48 + j / 2 * 32, i, 4 * (j % 2), 0x0f0f0f0fu));
     }
     INLINE scales scale(const bytes &p, int at, int j) { return six_bits(p, at + 4, j); }
 };
 
 struct fmt_q6_k : block256<210, 16, 32, 208, false> {
-    INLINE void weights(const bytes &p, int at, int j, uint32_t *w) {
-        take_bits(p, at + j / 4 * 64 + j % 2 * 32, j % 4 / 2 * 4, 0x0f0f0f0fu, w);
-        add_bits(p, at + 128 + j / 4 * 32, 2 * (j % 4), 0x03030303u, 4, w);
+    INLINE two_words words(const bytes &p, int at, int j, int i) {
+        return add_bits(p, at + 128 + j / 4 * 32, i, 2 * (j % 4), 0x03030303u, 4, take_bits(p, at + j / 4 * 64 + j % 2 * 32, i, j % 4 / 2 * 4, 0x0f0f0f0fu));
     }
     INLINE scales scale(const bytes &p, int at, int j) {
         return {(int8_t)p.u8(at + 192 + 2 * j), (int8_t)p.u8(at + 193 + 2 * j), 0, 0};
@@ -199,8 +182,8 @@ struct fmt_q6_k : block256<210, 16, 32, 208, false> {
 };
 
 struct fmt_iq4_xs : block256<136, 32, 0, 0, false> {
-    INLINE void weights(const bytes &p, int at, int j, uint32_t *w) {
-        chosen_nibbles(p, at + 8 + 16 * j, iq4_table(), w);
+    INLINE two_words words(const bytes &p, int at, int j, int i) {
+        return chosen_nibbles(p, at + 8 + 16 * j, i, iq4_table());
     }
     INLINE scales scale(const bytes &p, int at, int j) {
         const uint32_t low = p.u8(at + 4 + j / 2) >> 4 * (j % 2) & 15, high = p.u16(at + 2) >> 2 * j & 3;

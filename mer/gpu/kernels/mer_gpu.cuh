@@ -9,6 +9,10 @@
 #define MER_GPU_THREADS 128
 #define MER_GPU_ROWS 8
 
+/* Rows and tokens that a block of mer_many_* takes. */
+#define MER_GPU_MANY_ROWS 64
+#define MER_GPU_MANY_TOKENS 32
+
 #ifdef MER_SIMULATED
 #include "cuda_shim.h"
 #else

@@ -73,7 +73,12 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
                 for (int k = 0; k < TOGETHER; k++) {
                     const uint64_t start = span + (r0 + k) * row_bytes;
                     const int at = (r0 + k) * SLOT + (int)(start & 15) + b / SUBS * F::BYTES;
-                    F::weights(p, at, j, w[k]);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const two_words both = F::words(p, at, j, i);
+                        w[k][i] = both.low;
+                        w[k][4 + i] = both.high;
+                    }
                     if constexpr (K) {
                         s[k] = F::scale(p, at, j);
                     } else {
