@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,6 +235,23 @@ def test_gates_have_the_bytes_of_the_cpu(device: Device, kind: int) -> None:
     real = ~np.isnan(want)
     np.testing.assert_array_equal(got.view(np.uint32)[real], want.view(np.uint32)[real])
     assert np.isnan(got[~real]).all()
+
+
+def test_the_benchmark_compares_and_reports(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from bench import gpu_kernels
+
+    monkeypatch.setenv("MER_CUDA_DRIVER", str(simulator.path))
+    report = tmp_path / "report.json"
+    sizes = ["--rows", "16", "--cols", "256", "--mib", "1", "--products", "16", "--json", str(report)]
+    monkeypatch.setattr("sys.argv", ["gpu_kernels", "--formats", "q8_0,f16", "--tokens", "1,64", *sizes])
+    gpu_kernels.main()
+    found = [(r["format"], r["kernel"], r["tokens"]) for r in json.loads(report.read_text())["results"]]
+    assert found == [(f, k, n) for f in ("q8_0", "f16") for k, n in (("few", 1), ("many", 64))]
+    monkeypatch.setattr(gpu_kernels, "ROWS", 16)  # half of the rows are left out
+    with pytest.raises(SystemExit, match="8 of 16 numbers"):
+        gpu_kernels.main()
 
 
 @pytest.mark.parametrize("architecture", ["compute_75", "sm_80", "compute_90"])
