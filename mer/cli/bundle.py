@@ -16,6 +16,7 @@ from google.protobuf.json_format import MessageToDict
 
 from mer._ext.cpus import numa_nodes, usable_cpus
 from mer._ext.kernels import Kernels, isas
+from mer.cli.gpus import survey
 from mer.cli.remote import Remote, RemoteError, remote_options
 from mer.errors import ConfigError
 from mer.streaming.machine import describe
@@ -72,6 +73,7 @@ def _machine() -> dict[str, Any]:
         "numa_nodes": len(numa_nodes()),
         "instruction_sets": isas(),
         "kernels": Kernels().isa,
+        "gpu": survey(measure=False),
         "libc": " ".join(platform.libc_ver()),
     }
 

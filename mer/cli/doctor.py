@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mer._ext.cpus import usable_cpus
 from mer._ext.kernels import Kernels, Pool, isas
+from mer.cli import gpus
 from mer.cli.common import messages, model_argument, output, rate, size, size_option
 from mer.errors import CheckpointError
 from mer.streaming.machine import Machine, describe
@@ -46,7 +47,9 @@ def doctor(path: Path, block: int | None, as_json: bool) -> None:
         status.update("reading memory")
         pool = Pool()
         memory_rate = pool.memory_bandwidth()
-    facts = _facts(machine, refusal, device, pool.n_threads, memory_rate)
+        status.update("looking for GPUs")
+        gpu = gpus.survey(measure=True)
+    facts = _facts(machine, refusal, device, pool.n_threads, memory_rate, gpu)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
@@ -77,7 +80,12 @@ def _weights_of(path: Path) -> tuple[Path, int] | None:
 
 
 def _facts(
-    machine: Machine, refusal: str | None, device: Device, threads: int, memory_rate: float
+    machine: Machine,
+    refusal: str | None,
+    device: Device,
+    threads: int,
+    memory_rate: float,
+    gpu: dict[str, Any],
 ) -> dict[str, Any]:
     return {
         "machine": asdict(machine),
@@ -86,6 +94,7 @@ def _facts(
         "instruction_sets": isas(),
         "device": asdict(device),
         "memory_bytes_per_second": memory_rate,
+        "gpu": gpu,
         "uses": {
             "backend": device.backend,
             "why": device.why,
@@ -93,6 +102,7 @@ def _facts(
             "device_bytes_per_second": device.best,
             "kernels": Kernels().isa,
             "threads": threads,
+            "gpu": gpus.used(gpu),
         },
     }
 
@@ -125,6 +135,7 @@ def _print(console: Console, machine: Machine, device: Device, facts: dict[str, 
         f"device   {rate(uses['device_bytes_per_second'])}, from {uses['queue_depth']} reads at once",
         f"memory   {rate(facts['memory_bytes_per_second'])} with {uses['threads']} threads",
         f"kernels  {uses['kernels']}",
+        f"GPU      {gpus.use(uses['gpu'])}",
     ):
         console.print(f"  {line}", highlight=False, markup=False)
 
@@ -147,6 +158,7 @@ def _machine_rows(machine: Machine, device: Device, facts: dict[str, Any]) -> li
         ("processor", machine.cpu_model),
         ("instruction sets", ", ".join(facts["instruction_sets"])),
         ("usable CPUs", f"{facts['cpus']} (affinity and control groups)"),
+        ("GPU", gpus.row(facts["gpu"])),
         ("memory", f"{size(memory.available)} of {size(memory.total)} available; {limit}"),
     ]
 

@@ -62,12 +62,17 @@ def vram_budget(device: Device, config: EngineConfig) -> int:
     """
     free, total = device.memory()
     if config.vram is None:
-        return max(0, free - int(max(_LEFT_FREE[0], _LEFT_FREE[1] * free)))
+        return unclaimed(free)
     if config.vram > free:
         raise BudgetError(
             f"vram {_mib(config.vram)}: of {device.name}'s {_mib(total)}, {_mib(free)} are free; ask for less"
         )
     return config.vram
+
+
+def unclaimed(free: int) -> int:
+    """What is taken of so many bytes that are free, where nobody says how much."""
+    return max(0, free - int(max(_LEFT_FREE[0], _LEFT_FREE[1] * free)))
 
 
 def _mib(size: int) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from fake_drivers import FREE, TOTAL, build
 
+from mer.cli.doctor import doctor
 from mer.config import EngineConfig
 from mer.errors import BudgetError, ConfigError, GpuError
 from mer.gpu import open_device, probe, vram_budget
@@ -214,3 +217,60 @@ def test_the_margin(driver: Any, free: int, left: int) -> None:
 def test_settings_that_can_not_be(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         EngineConfig(**settings)
+
+
+@pytest.fixture
+def quick_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mer.streaming import probe as disk
+
+    monkeypatch.setattr(disk, "FILE_BYTES", 64 << 20)
+    monkeypatch.setattr(disk.probe, "__kwdefaults__", disk.probe.__kwdefaults__ | {"seconds": 0.02})
+
+
+def asked(path: Path, *options: str) -> str:
+    done = CliRunner().invoke(doctor, [str(path), "--block", "4096", *options])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+@pytest.mark.usefixtures("quick_doctor")
+def test_doctor_with_gpus(driver: Any, tmp_path: Path) -> None:
+    driver(COUNT=2)
+    facts = json.loads(asked(tmp_path, "--json"))
+    first, second = facts["gpu"]["devices"]
+    assert facts["gpu"]["why"] is None
+    assert first == {
+        "ordinal": 0, "name": "Fake GPU 0", "capability": [9, 0], "total": TOTAL, "driver": 13000,
+        "refusal": None, "free": FREE, "bus_bytes_per_second": (64 << 20) / 4e-3,
+    }  # fmt: skip
+    assert second["name"] == "Fake GPU 1"
+    used = facts["uses"]["gpu"]
+    assert (used["device"], used["why"], used["vram"]) == ("cuda:0", "Fake GPU 0", pytest.approx(0.9 * FREE))
+    text = " ".join(asked(tmp_path).replace("│", " ").split())
+    assert (
+        "cuda:0: Fake GPU 0, 9.0, 8.0 GiB (6.0 GiB free), 16.78 GB/s over the bus, driver of CUDA 13.0"
+        in text
+    )
+    assert "cuda:1: Fake GPU 1" in text
+    assert "GPU Fake GPU 0, 5.4 GiB of its memory" in text
+
+
+@pytest.mark.usefixtures("quick_doctor")
+def test_doctor_with_a_gpu_that_is_taken(driver: Any, tmp_path: Path) -> None:
+    driver(CONTEXT=2)
+    facts = json.loads(asked(tmp_path, "--json"))
+    assert facts["gpu"]["devices"][0]["refusal"] == "device 0 can't be used: out of memory"
+    assert facts["uses"]["gpu"]["device"] == "cpu"
+    text = " ".join(asked(tmp_path).replace("│", " ").split())
+    assert "8.0 GiB; can't be used: device 0 can't be used: out of memory" in text
+    assert "GPU none: Fake GPU 0: device 0 can't be used" in text
+
+
+@pytest.mark.usefixtures("quick_doctor")
+def test_doctor_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MER_CUDA_DRIVER", str(tmp_path / "libcuda.so.1"))
+    facts = json.loads(asked(tmp_path, "--json"))
+    assert facts["gpu"]["devices"] == []
+    assert "no NVIDIA driver" in facts["gpu"]["why"]
+    assert facts["uses"]["gpu"] == {"device": "cpu", "why": facts["gpu"]["why"], "vram": 0}
+    assert "GPU      none: there is no NVIDIA driver here" in asked(tmp_path)
