@@ -20,6 +20,9 @@ PIECE: Final = 1 << 16
 MOST: Final = 1 << 17
 MOST_IN_ONE: Final = 20_000
 MOST_BYTES: Final = 1 << 20
+# Bytes for each token of the context, and beside the texts: tools, a schema, biases.
+_PER_TOKEN: Final = 32
+_BESIDE: Final = 1 << 22
 
 _SPACE: Final = re.compile(rb"[ \t\r\n]{0,%d}" % PIECE)
 _SCALAR: Final = re.compile(rb"[-+.0-9A-Za-z]{1,4096}")
@@ -31,30 +34,49 @@ _PART: Final = re.compile(
 
 
 class TooLargeError(ValueError):
-    """name: the member of the object at the top that is too large; empty: all together."""
+    """name: the member of the object at the top that is too large; empty: all together.
 
-    def __init__(self, name: str, what: str) -> None:
+    text: it is one text that is too long.
+    """
+
+    def __init__(self, name: str, what: str, *, text: bool = False) -> None:
         super().__init__(f"more than {what}")
         self.name = name
+        self.text = text
 
 
 def _values(most: int) -> str:
     return f"{most:,} values (numbers, texts, lists, objects)"
 
 
-def decode(text: bytes, lists: Collection[str] = ()) -> Any:
+def most_text(context: int) -> int:
+    """Bytes of JSON that one text may have; more can't become `context` tokens.
+
+    Of English a token is some 4 bytes, of Cyrillic letters as escapes 20. Who takes, cuts or copies a text
+    does so at once, and holds Python's lock meanwhile.
+    """
+    return max(MOST_BYTES, _PER_TOKEN * context)
+
+
+def most_bytes(context: int) -> int:
+    """Bytes of a request with one conversation: its texts, and what stands beside them."""
+    return most_text(context) + _BESIDE
+
+
+def decode(text: bytes, lists: Collection[str] = (), most_text: int | None = None) -> Any:
     """What `text` says, as `msgspec.json.decode` gives it, on a thread of its own.
 
-    lists: the members of the object at the top that are long by nature. Raises msgspec.DecodeError,
-    TooLargeError, RecursionError.
+    lists: the members of the object at the top that are long by nature. most_text: bytes of any one text.
+    Raises msgspec.DecodeError, TooLargeError, RecursionError.
     """
-    return _Reader(text, lists).whole()
+    return _Reader(text, lists, most_text).whole()
 
 
 class _Reader:
-    def __init__(self, text: bytes, lists: Collection[str]) -> None:
+    def __init__(self, text: bytes, lists: Collection[str], most_text: int | None) -> None:
         self._text = text
         self._lists = lists
+        self._most_text = len(text) if most_text is None else most_text
         self._name = ""
         self._left = MOST
         self._left_in_one = MOST_IN_ONE
@@ -141,6 +163,8 @@ class _Reader:
         start = at + 1
         while True:
             end = self._part(start)
+            if end - at > self._most_text:  # before the parts become one, at once
+                raise TooLargeError(self._name, f"{self._most_text:,} bytes in one text", text=True)
             if text[end : end + 1] == b'"':
                 parts.append(_text(text[start:end]))
                 return "".join(parts), end + 1

@@ -37,6 +37,8 @@ _COMFORT: Final = 0.1
 _SAMPLE: Final = 1 << 30
 # Seconds that a request waits for its model.
 LOAD_TIMEOUT: Final = 120.0
+# Tokens that a model may take which is not loaded yet.
+_SOME: Final = 1 << 20
 
 
 class LoadingError(MerError):
@@ -152,6 +154,13 @@ class Models:
         self._reloading = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
         self._again: asyncio.Task[None] | None = None
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its answer together, of the model that takes most."""
+        found = [each.engine.context for each in self.all.values() if each.engine is not None]
+        # Of a model that is not loaded it is not known.
+        return max(found) if len(found) == len(self.all) else max(_SOME, *found, 0)
 
     def find(self, name: str | None) -> Model:
         """No name: the first. Raises UnknownModelError."""

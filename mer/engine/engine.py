@@ -235,6 +235,11 @@ class Engine:
         return self._runner.budget
 
     @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        return min(self._runner.spec.max_positions, self._runner.budget.context)
+
+    @property
     def tokenizer(self) -> Tokenizer | None:
         """None for a model that came without: prompts are token ids then, and texts empty."""
         return self._tokenizer
@@ -356,14 +361,15 @@ class Engine:
         self.check_length(text)
         return self._tokenizer.encode(text, special=False)
 
-    def check_length(self, text: str) -> None:
-        """Refuse a text that has too many tokens by its length alone, before it is cut into them.
+    def check_length(self, prompt: str | Sized) -> None:
+        """Refuse token ids, or a text that has too many by its length alone, before it is cut into them.
 
         Raises RequestError.
         """
-        if self._tokenizer is not None:
-            most = min(self.spec.max_positions, self.budget.context)
-            self._refuse_beyond(self._tokenizer.at_least(text), most, "at least ")
+        if not isinstance(prompt, str):
+            self._refuse_beyond(len(prompt), self.context)
+        elif self._tokenizer is not None:
+            self._refuse_beyond(self._tokenizer.at_least(prompt), self.context, "at least ")
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Result:
         """The whole answer to a text or to token ids. Raises as `stream` does."""
@@ -391,7 +397,7 @@ class Engine:
         Raises as `stream` does.
         """
         tokens = await self._off_loop(prompt, lambda: self._tokens(prompt))
-        self._refuse_beyond(len(tokens), min(self.spec.max_positions, self.budget.context))
+        self._refuse_beyond(len(tokens), self.context)
         job = Embedding(tokens=tokens, wants="hidden", id=next(self._ids), mailbox=Mailbox())
         self._worker.submit(job)
         mean: NDArray[np.float32] | None = None
@@ -426,7 +432,7 @@ class Engine:
 
     def _make(self, prompt: Prompt, params: SamplingParams, mailbox: Mailbox[Delta], at: float) -> Request:
         tokens = self._tokens(prompt)
-        limit = min(self.spec.max_positions, self.budget.context)
+        limit = self.context
         self._refuse_beyond(len(tokens), limit - (params.max_tokens != 0))  # an answer needs a place
         if params.max_tokens is not None:
             limit = min(limit, len(tokens) + params.max_tokens)
@@ -477,7 +483,7 @@ class Engine:
         elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
             tokens = list(prompt)
             # Before each of them is looked at.
-            self._refuse_beyond(len(tokens), min(self.spec.max_positions, self.budget.context))
+            self._refuse_beyond(len(tokens), self.context)
         else:
             kind = type(prompt).__name__
             raise RequestError(f"the prompt must be text or a list of token ids, not {kind}", "prompt")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
+import numpy as np
 from attrs import Attribute, field, frozen
 
 from mer.config import Speculate
@@ -14,6 +15,7 @@ from mer.errors import RequestError
 
 MAX_LOGPROBS = 20  # as OpenAI's API
 
+_INT64 = 2**63
 _T = TypeVar("_T")
 _Check = Callable[[Any, "Attribute[Any]", Any], None]
 
@@ -85,16 +87,28 @@ def _check_speculative(_: Any, attribute: Attribute[Any], value: Any) -> None:
         _refuse(attribute.name, f"true, false or one of {', '.join(get_args(Speculate))}", value)
 
 
-def _check_bias(_: Any, attribute: Attribute[Any], value: Any) -> None:
-    if not isinstance(value, Mapping) or not all(
-        type(token) is int
-        and token >= 0
-        and isinstance(bias, int | float)
-        and type(bias) is not bool
-        and -100 <= bias <= 100
-        for token, bias in value.items()
-    ):
-        _refuse(attribute.name, "a mapping of token ids to numbers from -100 to 100", value)
+class Biases(dict[int, float]):
+    """Biases that were checked. tokens: i64 [n]; biases: f32 [n], in the same order."""
+
+    def __init__(self, given: Mapping[int, float]) -> None:
+        """Raises RequestError."""
+        if not isinstance(given, Mapping) or not all(
+            type(token) is int
+            and 0 <= token < _INT64
+            and isinstance(bias, int | float)
+            and type(bias) is not bool
+            and -100 <= bias <= 100
+            for token, bias in given.items()
+        ):
+            _refuse("logit_bias", "a mapping of token ids to numbers from -100 to 100", given)
+        super().__init__(given)
+        self.tokens = np.fromiter(given, np.int64, len(given))
+        self.biases = np.fromiter(given.values(), np.float32, len(given))
+
+
+def _biases(given: Mapping[int, float]) -> Biases:
+    """There may be a hundred thousand: looked at once, not for every answer."""
+    return given if isinstance(given, Biases) else Biases(given)
 
 
 def _check_structure(_: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -109,7 +123,6 @@ def _check_timeout(_: Any, attribute: Attribute[Any], value: Any) -> None:
         _refuse(attribute.name, "a number of seconds above 0, or left out", value)
 
 
-_INT64 = 2**63
 _COUNT = _whole(0, _INT64 - 1, "a whole number of at least 1, or left out", optional=True)
 _PRIORITY = _whole(-_INT64, _INT64 - 1, "a whole number that fits in 64 bits")
 _TOP_K = _whole(0, _INT64 - 1, "a whole number of at least 0 (0 switches it off)")
@@ -157,7 +170,7 @@ class SamplingParams:
     """None: none; n: the log-probability of the chosen token and of the n likeliest."""
     prompt_logprobs: int | None = field(default=None, validator=_LOGPROBS)
     """The same of the prompt's tokens, each given those before it."""
-    logit_bias: Mapping[int, float] = field(factory=dict, validator=_check_bias, hash=False)
+    logit_bias: Biases = field(factory=lambda: Biases({}), converter=_biases, hash=False)
     """Token id -> -100..100, added to the model's logits before everything else."""
     structure: Structure | None = field(default=None, validator=_check_structure)
     """What the answer must look like; None: anything."""

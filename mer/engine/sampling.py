@@ -65,8 +65,7 @@ class Sampler:
         self.params = params
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self._drawn = 0
-        self._biased = np.fromiter(params.logit_bias, np.int64, len(params.logit_bias))
-        self._biases = np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
+        self._biased, self._biases = params.logit_bias.tokens, params.logit_bias.biases
         if len(self._biased) and self._biased.max() >= vocab:
             raise RequestError(
                 f"logit_bias: token id {self._biased.max()} is outside the vocabulary, 0..{vocab - 1}",

@@ -11,6 +11,8 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from mer.api.conversation import ChatRequest, Event, json_object, json_schema, template_messages
+from mer.api.generation import off_loop
+from mer.api.large_json import most_bytes
 from mer.engine.observer import Snapshot
 from mer.engine.outputs import Delta, Timings, TokenLogprob, Usage
 from mer.engine.params import SamplingParams
@@ -48,6 +50,18 @@ _CHOICES: Final[dict[int, Literal["auto", "none", "required"]]] = {
     pb.ToolChoice.MODE_NONE: "none",
     pb.ToolChoice.MODE_REQUIRED: "required",
 }
+
+
+async def received(kind: type[_M], data: bytes, context: int) -> _M:
+    """As `parsed`; a large one on a thread.
+
+    context: tokens that make sense. Raises RequestError for more bytes than these can have.
+    """
+    if len(data) > (most := most_bytes(context)):
+        raise RequestError(
+            f"the message has {len(data):,} bytes, more than {most:,}; {context} tokens is the most here"
+        )
+    return await off_loop(len(data), lambda: parsed(kind, data))
 
 
 def parsed(kind: type[_M], data: bytes) -> _M:
@@ -139,8 +153,10 @@ def _structure(given: pb.Structure) -> Structure:
 
 
 def json_size(request: pb.GenerateRequest | pb.ChatRequest | pb.TokenizeRequest) -> int:
-    """Characters of JSON in a request, which take their time to be read."""
-    size = 0 if isinstance(request, pb.TokenizeRequest) else len(request.params.structure.json_schema)
+    """Characters of JSON in a request, which take their time to be read; biases as if they were."""
+    size = 0
+    if not isinstance(request, pb.TokenizeRequest):
+        size = len(request.params.structure.json_schema) + 8 * len(request.params.logit_bias)
     if isinstance(request, pb.GenerateRequest):
         return size
     calls = sum(len(call.arguments) for message in request.messages for call in message.tool_calls)

@@ -33,6 +33,8 @@ SERVICE: Final = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 # Log-probabilities of a prompt in one message: with 20 likeliest tokens each it has a tenth of the 4 MiB that
 # clients take.
 _PROMPT_PIECE: Final = 512
+# Token ids that are made Python's at once.
+_IDS: Final = 4096
 # Seconds between two answers of a Watch, and how many may watch.
 _WATCH_S: Final = (0.1, 60.0)
 _MOST_WATCHERS: Final = 64
@@ -72,6 +74,11 @@ class Inference:
             finally:
                 _in_use.reset(before)
 
+    async def received(self, kind: type[_Q], data: bytes) -> _Q:
+        """Raises RequestError for what is no such message, or too large for any model here."""
+        most = self._settings.max_body if kind is pb.DetokenizeRequest else self._models.context
+        return await convert.received(kind, data, most)
+
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """By the name of the call."""
 
@@ -98,7 +105,7 @@ class Inference:
         async def handle(data: bytes, context: Context) -> bytes:
             async with self._gate.call(context, name) as call:
                 with self._gate.admitted(call) if counted else nullcontext():
-                    request = convert.parsed(kind, data)
+                    request = await self.received(kind, data)
                     call.path = convert.path_of(request)
                     async with self.using(request):
                         return (await method(request)).SerializeToString()
@@ -114,7 +121,7 @@ class Inference:
 
             async with self._gate.call(context, name) as call:
                 with self._gate.admitted(call):
-                    request = convert.parsed(kind, data)
+                    request = await self.received(kind, data)
                     async with self.using(request):
                         await method(call, request, context.time_remaining(), write)
 
@@ -183,11 +190,12 @@ class Inference:
 
     async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
         """Raises RequestError."""
-        tokenizer, ids = self._engine.tokenizer, list(request.token_ids)
+        tokenizer, given = self._engine.tokenizer, request.token_ids
         if tokenizer is None:
             raise RequestError("this model came without a tokenizer", "token_ids")
 
         def text() -> str:
+            ids = [id for at in range(0, len(given), _IDS) for id in given[at : at + _IDS]]
             bad = next((i for i, token in enumerate(ids) if token >= tokenizer.vocab_size), None)
             if bad is not None:
                 raise RequestError(
@@ -196,7 +204,7 @@ class Inference:
                 )
             return tokenizer.decode(ids, skip_special=not request.keep_special_tokens)
 
-        return pb.DetokenizeResponse(text=await generation.off_loop(4 * len(ids), text))
+        return pb.DetokenizeResponse(text=await generation.off_loop(4 * len(given), text))
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """Raises RequestError and what `Engine.embed` raises."""
@@ -264,6 +272,7 @@ class Inference:
             case "text":
                 return await generation.text_tokens(self._engine, request.text)
             case "token_ids":
+                self._engine.check_length(request.token_ids.ids)
                 return list(request.token_ids.ids)
         raise RequestError("the prompt is missing: set text or token_ids", "prompt")
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 
-from mer.api.grpc import convert
 from mer.api.grpc.errors import Failure, RequestCancelledError
 from mer.api.grpc.gate import Call, Context, Gate
 from mer.errors import EngineClosedError, RequestError
@@ -90,7 +89,7 @@ class _Session:
                 reading.cancel()
             if data is None:
                 return
-            await self._begin(convert.parsed(pb.SessionRequest, data))
+            await self._begin(await self._inference.received(pb.SessionRequest, data))
 
     async def _begin(self, message: pb.SessionRequest) -> None:
         id, kind = message.id, message.WhichOneof("request")

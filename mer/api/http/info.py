@@ -13,7 +13,7 @@ from mer.api.http.answers import Model, Models, Status, Version
 from mer.api.http.anthropic import AnthropicModel, AnthropicModels
 from mer.api.http.errors import unavailable
 from mer.api.http.openapi import document
-from mer.api.http.service import Service, context_of, json_response
+from mer.api.http.service import Service, json_response
 
 
 def blueprint(service: Service) -> Blueprint:
@@ -22,12 +22,12 @@ def blueprint(service: Service) -> Blueprint:
     described = document()
 
     def described_model(each: models.Model) -> Model:
-        context = context_of(each.engine) if each.engine else 0
+        context = each.engine.context if each.engine else 0
         return Model(each.name, service.started, context, state=each.state)
 
     def for_anthropic(each: models.Model) -> AnthropicModel:
         since = datetime.fromtimestamp(service.started, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        return AnthropicModel(each.name, each.name, since, context_of(each.engine) if each.engine else 0)
+        return AnthropicModel(each.name, each.name, since, each.engine.context if each.engine else 0)
 
     def anthropic() -> bool:
         """Where a client of Anthropic's API asks: both have the path."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -9,31 +10,76 @@ import msgspec
 
 from mer.api import large_json
 from mer.api.http.errors import ApiError
-from mer.api.http.schemas import converted, decode, malformed
-from mer.api.large_json import PIECE, TooLargeError
+from mer.api.http.schemas import Biases, converted, decode, malformed, refusal
+from mer.api.large_json import PIECE, TooLargeError, most_text
 
 _T = TypeVar("_T")
 # Parameters that are long by nature; the others are copied, or written into a prompt, all at once.
 _LONG: Final = frozenset(
     {"messages", "input", "prompt", "system", "instructions", "guided_choice", "logit_bias", "stop_token_ids"}
 )
+# Biases that are converted at once.
+_BIASES: Final = 4096
 
 
-def decode_body(body: bytes, kind: type[_T], amend: Callable[[Any], Any] | None = None) -> _T:
+def decode_body(
+    body: bytes, kind: type[_T], amend: Callable[[Any], Any] | None = None, context: int | None = None
+) -> _T:
     """As `schemas.decode`; one of more than PIECE bytes without keeping others waiting, on a thread.
 
-    amend: what is done to the JSON before. Raises ApiError, 413 where there is more in it than makes sense.
+    amend: what is done to the JSON before. context: the most tokens that make sense. Raises ApiError, 413
+    where there is more in it than makes sense, 400 for a text that has more tokens.
     """
     try:
         if len(body) > PIECE:
-            given = large_json.decode(body, _LONG)
+            given = large_json.decode(body, _LONG, None if context is None else most_text(context))
         elif amend is not None:
             given = msgspec.json.decode(body)
         else:
             return decode(body, kind)
     except TooLargeError as error:
+        if error.text and error.name in _LONG:
+            raise too_long(f"{error.name}: {error}", error.name, context or 0) from None
         where = error.name or "the request's body"
         raise ApiError(413, f"{where}: {error}", param=error.name or None, code="body_too_large") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise malformed(error) from None
-    return converted(amend(given) if amend else given, kind)
+    return _by_pieces(amend(given) if amend else given, kind)
+
+
+def decode_conversation(body: bytes, kind: type[_T], amend: Callable[[Any], Any] | None, context: int) -> _T:
+    """As `decode_body`; refuses more messages than `context` before they are read: each is some tokens."""
+    # In a text quotes have a backslash before them.
+    key = b'"role"'
+    count = sum(body[at : at + PIECE + len(key) - 1].count(key) for at in range(0, len(body), PIECE))
+    if count > context:
+        raise too_long(f"the conversation has some {count} messages", "messages", context)
+    return decode_body(body, kind, amend, context)
+
+
+def too_long(what: str, param: str | None, context: int) -> ApiError:
+    """For what can't be so few tokens, told by its size."""
+    return ApiError(
+        400, f"{what}; {context} tokens are the most here", param=param, code="context_length_exceeded"
+    )
+
+
+def _by_pieces(given: Any, kind: type[_T]) -> _T:
+    """As `converted`; of many biases some at a time, since Python's lock is held meanwhile."""
+    name = "logit_bias"
+    biases = given.get(name) if isinstance(given, dict) else None
+    if (
+        not isinstance(biases, dict)
+        or len(biases) <= _BIASES
+        or name not in getattr(kind, "__struct_fields__", ())
+    ):
+        return converted(given, kind)
+    made, entries = converted({**given, name: None}, kind), iter(biases.items())
+    pieces: dict[int, float] = {}
+    try:
+        while piece := dict(itertools.islice(entries, _BIASES)):
+            pieces |= msgspec.convert(piece, Biases, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise refusal(str(error).replace("`$", f"`$.{name}")) from None
+    setattr(made, name, pieces)
+    return made

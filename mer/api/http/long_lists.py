@@ -24,15 +24,17 @@ _STAND_IN: Final = [2**31 - 1, 0, 2**31 - 1]  # in the place of the list
 def decode_large(body: bytes, kind: type[_T], name: str, most: int) -> _T:
     """As `decode_body`, where the value of `name` may be a long list of ids, or of lists of ids.
 
+    most: tokens that make sense.
+
     Raises ApiError; for a list of more than `most` ids before they are decoded.
     """
     found = _find(body, name)
     if found is None:
-        return decode_body(body, kind)
+        return decode_body(body, kind, context=most)
     start, end = found
-    made = decode_body(body[:start] + msgspec.json.encode(_STAND_IN) + body[end:], kind)
+    made = decode_body(body[:start] + msgspec.json.encode(_STAND_IN) + body[end:], kind, context=most)
     if getattr(made, name) != _STAND_IN:  # it was a key of something else
-        return decode_body(body, kind)
+        return decode_body(body, kind, context=most)
     setattr(made, name, _ids(body[start:end], name, most))
     return made
 

@@ -10,13 +10,14 @@ from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 from quart import Response, request
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from mer.api.access import Access
 from mer.api.http.call import current_call
 from mer.api.http.errors import ApiError, unavailable
-from mer.api.http.large_bodies import decode_body
+from mer.api.http.large_bodies import decode_body, decode_conversation, too_long
 from mer.api.http.long_lists import decode_large
-from mer.api.large_json import PIECE
+from mer.api.large_json import PIECE, most_bytes
 from mer.api.metrics import Metrics
 from mer.api.models import Model, Models, UnknownModelError
 from mer.api.settings import ServerSettings
@@ -27,8 +28,6 @@ _T = TypeVar("_T")
 
 # Seconds for a body to arrive.
 _BODY_TIMEOUT: Final = 60.0
-# Tokens that a model may take which is not loaded yet.
-_SOME: Final = 1 << 20
 
 
 class Service:
@@ -86,11 +85,9 @@ class Service:
     @property
     def context(self) -> int:
         """Most tokens of a prompt and its answer together, of the model that takes most."""
-        found = [context_of(each.engine) for each in self.models.all.values() if each.engine is not None]
         if not self.models.ram:
             raise unavailable("the model is being loaded", 2, "loading")
-        # Of a model that is not loaded it is not known.
-        return max(found) if len(found) == len(self.models.all) else max(_SOME, *found, 0)
+        return self.models.context
 
     def begin(self) -> None:
         """A request is being served."""
@@ -119,11 +116,6 @@ class Service:
         return model.name, await current_call().cleanup.enter_async_context(self.models.use(model))
 
 
-def context_of(engine: Engine) -> int:
-    """Most tokens of a prompt and its answer together."""
-    return min(engine.spec.max_positions, engine.budget.context)
-
-
 async def body_as(
     kind: type[_T],
     amend: Callable[[Any], Any] | None = None,
@@ -134,8 +126,7 @@ async def body_as(
     """The body of the request that is being handled; a large one is read on a thread, a piece at a time.
 
     amend: what is done to the JSON before it is read as a `kind`. ids: the name of a list of token ids that
-    may be long, and the most that make sense. most: messages that make sense, each of which is some tokens.
-    Raises ApiError.
+    may be long, and the most that make sense. most: such tokens of a conversation. Raises ApiError.
     """
     given = request.mimetype
     if given != "application/json":
@@ -145,24 +136,39 @@ async def body_as(
             f"{given or 'none'}",
             code="unsupported_media_type",
         )
-    try:
-        async with asyncio.timeout(_BODY_TIMEOUT):
-            data = await request.get_data(cache=False, as_text=False)
-    except TimeoutError:
-        raise ApiError(408, "the body did not arrive in time", type="timeout_error", code="timeout") from None
-    assert isinstance(data, bytes)
+    data = await _read(most)
     if len(data) <= PIECE:
         return decode_body(data, kind, amend)
-    if most is not None and (count := data.count(b'"role"')) > most:
-        raise ApiError(
-            400,
-            f"the conversation has some {count} messages; {most} tokens are the most here",
-            param="messages",
-            code="context_length_exceeded",
-        )
-    if ids is None:
-        return await asyncio.to_thread(lambda: decode_body(data, kind, amend))
-    return await asyncio.to_thread(lambda: decode_large(data, kind, *ids))
+    if ids is not None:
+        return await asyncio.to_thread(lambda: decode_large(data, kind, *ids))
+    assert most is not None
+    return await asyncio.to_thread(lambda: decode_conversation(data, kind, amend, most))
+
+
+async def _read(context: int | None) -> bytes:
+    """The body of the request that is being handled.
+
+    context: the most tokens that make sense. Raises ApiError for a body that can't be so few: nothing of it
+    is kept, but it is read to its end, so that the client sees the answer.
+    """
+    most = None if context is None else most_bytes(context)
+    parts: list[bytes] = []
+    size, taken = 0, request.max_content_length
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT):
+            async for part in request.body:
+                size += len(part)
+                if taken is not None and size > taken:
+                    raise RequestEntityTooLarge
+                if most is None or size <= most:
+                    parts.append(part)
+                else:
+                    parts.clear()
+    except TimeoutError:
+        raise ApiError(408, "the body did not arrive in time", type="timeout_error", code="timeout") from None
+    if context is not None and most is not None and size > most:
+        raise too_long(f"the conversation has {size:,} bytes", "messages", context)
+    return b"".join(parts)
 
 
 async def translated(work: Callable[[], _T]) -> _T:

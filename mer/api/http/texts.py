@@ -11,7 +11,7 @@ from mer.api.generation import off_loop, text_tokens
 from mer.api.http.answers import DetokenizedText, Tokens
 from mer.api.http.errors import api_error, invalid
 from mer.api.http.schemas import DetokenizeRequest, TokenizeRequest
-from mer.api.http.service import Service, body_as, context_of, json_response, translated
+from mer.api.http.service import Service, body_as, json_response, translated
 from mer.errors import RequestError
 
 
@@ -37,7 +37,7 @@ def blueprint(service: Service) -> Blueprint:
         if body.return_token_strs and engine.tokenizer is not None:
             text = engine.tokenizer.token_text
             strings = await off_loop(len(tokens), lambda: [text(token) for token in tokens])
-        return json_response(Tokens(len(tokens), context_of(engine), tokens, strings))
+        return json_response(Tokens(len(tokens), engine.context, tokens, strings))
 
     @made.post("/detokenize")
     async def detokenize() -> Response:
