@@ -188,6 +188,25 @@ async def test_messages_that_are_too_large(model):
         assert await text_of(stub.Generate(generate("x")))
 
 
+async def test_more_bytes_than_tokens(model):
+    """Refused before they are looked at: to decode them takes milliseconds on the event loop."""
+    text = "x" * 6_000_000
+    async with served(model) as (stub, _, _):
+        for call in (
+            stub.Generate(generate(text)),
+            stub.Chat(chat(text)),
+            stub.Tokenize(pb.TokenizeRequest(text=text)),
+        ):
+            error = await refused(call)
+            assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+            assert "bytes, more than 5,242,880; 512 tokens is the most here" in error.message
+        error = await refused(stub.Generate(generate([1] * 1_000_000)))
+        assert "1000000 tokens; 512 is the most here" in error.message
+        error = await refused(stub.Detokenize(pb.DetokenizeRequest(token_ids=[1] * 5_300_000 + [300])))
+        assert error.fields == ["token_ids[5300000]"]
+        assert await text_of(stub.Generate(generate("x")))
+
+
 @pytest.mark.parametrize(
     ("metadata", "served_"),
     [

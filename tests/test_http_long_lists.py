@@ -11,8 +11,10 @@ from engine_models import opened, write_text_model
 from http_server import asking
 
 from mer.api.http.errors import ApiError
+from mer.api.http.large_bodies import decode_body
 from mer.api.http.long_lists import PIECE, decode_large
 from mer.api.http.schemas import CompletionRequest, DetokenizeRequest, decode, prompts
+from mer.model.chat import ChatTemplate
 
 MANY = 10**9
 
@@ -111,3 +113,64 @@ async def test_more_messages_than_tokens(tmp_path):
         some = {"messages": many[:500], "max_tokens": 1}
         assert len(json.dumps(some)) > PIECE
         assert "is the most here" in (await client.post("/v1/chat/completions", json=some)).text
+
+
+async def test_more_text_than_tokens(tmp_path, monkeypatch):
+    """No template gets to see it: to cut or copy it takes milliseconds with Python's lock held."""
+
+    def render(*_args, **_more):
+        raise AssertionError("rendered")
+
+    monkeypatch.setattr(ChatTemplate, "render", render)
+    whole, much = "word " * 1_100_000, "word " * 300_000
+    async with (
+        opened(write_text_model(tmp_path, chat=True), context=4096) as engine,
+        asking(engine) as client,
+    ):
+        for text, says in (
+            (whole, "the conversation has 5,5"),
+            (much, "more than 1,048,576 bytes in one text"),
+        ):
+            bodies = {
+                "/v1/chat/completions": {"messages": [{"role": "user", "content": text}]},
+                "/v1/messages": {
+                    "messages": [{"role": "user", "content": text}], "model": "small", "max_tokens": 1
+                },
+                "/v1/responses": {"input": text},
+                "/tokenize": {"messages": [{"role": "user", "content": text}]},
+            }  # fmt: skip
+            for path, body in bodies.items():
+                answer = await client.post(path, json=body)
+                assert answer.status_code == 400, path
+                assert says in answer.json()["error"]["message"], path
+                assert "512 tokens are the most here" in answer.json()["error"]["message"], path
+        answer = await client.post("/v1/completions", json={"prompt": ["x", much]})
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        assert answer.json()["error"]["param"] == "prompt"
+        chunks = (b"x" * 70_000 for _ in range(100))  # of a body that does not say its length
+        headers = {"Content-Type": "application/json"}
+        answer = await client.post("/v1/chat/completions", content=aiter_of(chunks), headers=headers)
+        assert "the conversation has 7,000,000 bytes" in answer.json()["error"]["message"]
+
+
+async def aiter_of(items):
+    for item in items:
+        yield item
+
+
+def test_many_biases():
+    """Converted some at a time, and refused as few are."""
+    given = {str(i): i % 200 - 100 for i in range(20_000)}
+    body = json.dumps({"prompt": "x", "logit_bias": given}).encode()
+    assert len(body) > PIECE
+    assert decode_body(body, CompletionRequest).logit_bias == json.loads(
+        json.dumps(given), object_pairs_hook=lambda pairs: {int(key): value for key, value in pairs}
+    )
+    for bad in {"x": 1}, {"30000": 101}, {"-1": 0}, {"5": "x"}:
+        few = json.dumps({"prompt": "x", "logit_bias": bad}).encode()
+        many = json.dumps({"prompt": "x", "logit_bias": given | bad}).encode()
+        with pytest.raises(ApiError) as expected:
+            decode(few, CompletionRequest)
+        with pytest.raises(ApiError) as caught:
+            decode_body(many, CompletionRequest)
+        assert (str(caught.value), caught.value.param) == (str(expected.value), expected.value.param)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import defaultdict
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -37,6 +38,16 @@ def model(made):
     return made[0]
 
 
+def test_biases_are_looked_at_once():
+    """There may be a hundred thousand of them, and each of n answers has parameters of its own."""
+    given = {5: 4.0, 7: -100}
+    once = params(logit_bias=given)
+    given[8] = 1000
+    again = attrs.evolve(once, seed=3)
+    assert again.logit_bias is once.logit_bias
+    assert again.logit_bias == {5: 4.0, 7: -100}
+
+
 def test_refused_parameters_are_named():
     for name, bad in {
         "logit_bias": {1: 101},
@@ -50,9 +61,10 @@ def test_refused_parameters_are_named():
         with pytest.raises(RequestError, match=name) as error:
             SamplingParams(**{name: bad})
         assert error.value.param == name
-    for bias in ({-1: 0}, {"1": 0}, {1: True}, {1: float("nan")}, [1], {1: "2"}):
-        with pytest.raises(RequestError, match="logit_bias"):
+    for bias in ({-1: 0}, {2**63: 0}, {"1": 0}, {1: True}, {1: float("nan")}, [1], {1: "2"}):
+        with pytest.raises(RequestError, match="logit_bias") as error:
             SamplingParams(logit_bias=bias)
+        assert error.value.param == "logit_bias"
     for make_structure, bad in (
         (Structure.json_schema, "{"),
         (Structure.json_schema, 3),
