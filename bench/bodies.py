@@ -72,7 +72,7 @@ KINDS: Final[dict[str, Callable[[], tuple[str, Any]]]] = {
     "chat-1MiB": lambda: _chat(_prose(MIB)),
     "chat-4MiB": lambda: _chat(_prose(4 * MIB)),
     "chat-16MiB": lambda: _chat(_prose(16 * MIB - 4096)),
-    "chat-escapes": lambda: _chat("\n\u00e9\"\U0001f600" * (MIB // 8)),
+    "chat-escapes": lambda: _chat('\n\u00e9"\U0001f600' * (MIB // 8)),
     "chat-30000-messages": lambda: _chat(*["word " * 80] * 30_000),
     "text-16MiB": lambda: ("/v1/completions", {"prompt": _prose(16 * MIB - 4096), **_FAST}),
     "ids-120000": lambda: ("/v1/completions", {"prompt": [7] * 120_000 + [1 << 20], **_FAST}),
