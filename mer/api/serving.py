@@ -18,6 +18,7 @@ from mer.api.http.server import HttpServer, Place
 from mer.api.http.service import Service
 from mer.api.models import Models, start
 from mer.api.settings import ServerSettings
+from mer.api.tracing import Tracing
 from mer.engine.engine import Engine
 from mer.streaming.pressure import Gauge
 
@@ -57,7 +58,8 @@ async def serve(
 
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, signalled)
-    service = Service(settings, models=models)
+    tracing = Tracing() if settings.otel else None
+    service = Service(settings, models=models, tracing=tracing)
     admin = Admin(models, service.access, keys)
     hung_up = asyncio.Event()
 
@@ -96,6 +98,8 @@ async def serve(
                     task.cancel()
                 await models.close(drain=False)
     finally:
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(name)
 
@@ -141,7 +145,7 @@ async def _grpc(service: Service) -> AsyncIterator[GrpcServer | None]:
         return
     from mer.api.grpc.server import serve_grpc
 
-    server = await serve_grpc(None, service.settings, service.access, service.models)
+    server = await serve_grpc(None, service.settings, service.access, service.models, service.tracing)
     try:
         yield server
     finally:

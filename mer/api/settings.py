@@ -51,6 +51,8 @@ class ServerSettings:
     """How long requests may go on after SIGTERM."""
     keep_alive: float = 10.0
     """A stream that is silent for so long gets a comment, so that nobody on the way takes it for dead."""
+    otel: bool = False
+    """Whether requests are traced; where the spans go, variables of OpenTelemetry say."""
     fixed_ram: bool = False
     """Whether caches keep their size also while memory is short on the machine."""
     log_format: LogFormat = "text"

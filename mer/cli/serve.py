@@ -96,6 +96,11 @@ _KEYS: Final = "MER_API_KEYS"
     help="Keep to --ram also while others need the memory; default: expert caches shrink and grow again.",
 )
 @click.option(
+    "--otel",
+    is_flag=True,
+    help="Trace requests by OpenTelemetry (pip install 'mer[otel]'), to OTEL_EXPORTER_OTLP_ENDPOINT.",
+)
+@click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
 )
 @click.option("--log-prompts", is_flag=True, help="Write what is asked into the log.")

@@ -25,9 +25,10 @@ from mer.engine.budget import Budget, resident_bytes
 from mer.engine.constraint import Constraints
 from mer.engine.draft import DraftSource, NgramDrafter
 from mer.engine.drafting import Drafting
+from mer.engine.journey import told
 from mer.engine.mailbox import Mailbox
 from mer.engine.observer import Observer, ReadLatency, Snapshot
-from mer.engine.outputs import Delta, Result, join
+from mer.engine.outputs import Delta, FinishReason, Result, join
 from mer.engine.params import SamplingParams
 from mer.engine.prefix_store import PrefixStore
 from mer.engine.request import Embedding, Request
@@ -407,19 +408,21 @@ class Engine:
         finally:
             if mean is None:
                 self._worker.cancel(job)
+            told(job, None if mean is None else "stop")
 
     async def _follow(self, request: Request) -> AsyncGenerator[Delta, None]:
-        ended = False
+        ended: FinishReason | None = None
         try:
-            while not ended:
+            while ended is None:
                 delta: Delta = await request.mailbox.get()
-                ended = delta.finish_reason is not None
+                ended = delta.finish_reason
                 if request.mailbox.caught_up():
                     self._worker.resume(request)
                 yield delta
         finally:
-            if not ended:
+            if ended is None:
                 self._worker.cancel(request)
+            told(request, ended)
 
     async def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Submitted already."""

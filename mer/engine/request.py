@@ -154,6 +154,11 @@ class Request(Job):
         return Delta(text, tokens, logprobs, reason, self.usage(), self._timings(), prompt_logprobs, stop)
 
     @property
+    def first_at(self) -> float | None:
+        """When its first token was drawn."""
+        return self._first_at
+
+    @property
     def last_at(self) -> float:
         """When its last token was drawn; when it was asked for, if there is none."""
         return self._last_at or self.asked_at

@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -18,6 +18,7 @@ from grpc.aio import ServicerContext
 
 from mer.api.access import Access
 from mer.api.grpc.errors import Failure
+from mer.api.tracing import Tracing
 from mer.engine.outputs import Usage
 from mer.errors import EngineClosedError, MerError
 
@@ -25,6 +26,10 @@ Context = ServicerContext[Any, Any]
 
 _access_log = logging.getLogger("mer.access")
 _log = logging.getLogger("mer.grpc")
+_SERVICE: Final = "mer.v1.Inference"
+_TRACED: Final = frozenset(("Generate", "Chat", "Session", "Tokenize", "Detokenize", "Embed"))
+# What the server is to blame for.
+_FAILED: Final = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE)
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -75,8 +80,9 @@ class Call:
 class Gate:
     """Lets calls in, and knows how many are running. draining: nothing new is let in."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, tracing: Tracing | None = None) -> None:
         self._access = access
+        self._tracing = tracing
         self.running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -97,6 +103,13 @@ class Gate:
         status = grpc.StatusCode.CANCELLED  # unless it ends otherwise
         self.running += 1
         self._idle.clear()
+        stack = ExitStack()
+        span = None
+        if self._tracing is not None and method in _TRACED:
+            carrier = {name: value for name, value in metadata.items() if isinstance(value, str)}
+            span = stack.enter_context(
+                self._tracing.request(f"{_SERVICE}/{method}", carrier, call.request_id)
+            )
         try:
             call.caller = self._access.caller(_key(metadata), client)
             yield call
@@ -115,6 +128,9 @@ class Gate:
             if not self.running:
                 self._idle.set()
             call.write(status)
+            with stack:
+                if span is not None:
+                    span.grpc(status.name, call.log, failed=status in _FAILED)
 
     def count(self, failure: Failure) -> None:
         """A call, or a request of a session, failed: it may have been refused."""

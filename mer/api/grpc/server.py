@@ -17,6 +17,7 @@ from mer.api.grpc.gate import Gate
 from mer.api.grpc.service import SERVICE, Inference
 from mer.api.models import Model, Models
 from mer.api.settings import ServerSettings
+from mer.api.tracing import Tracing
 from mer.config import EngineConfig
 from mer.engine.engine import Engine
 from mer.errors import ConfigError
@@ -33,6 +34,7 @@ async def serve_grpc(
     settings: ServerSettings,
     access: Access | None = None,
     models: Models | None = None,
+    tracing: Tracing | None = None,
 ) -> GrpcServer:
     """A server on settings.host and settings.grpc_port (0: any free one) that listens already.
 
@@ -43,7 +45,7 @@ async def serve_grpc(
     access = access or Access(
         settings.api_keys, rate_limit=settings.rate_limit, max_concurrent=settings.max_concurrent
     )
-    gate = Gate(access)
+    gate = Gate(access, tracing)
     models = models or Models([Model(settings.model_name, Path(), EngineConfig())])
     inference = Inference(models, settings, gate)
     server = grpc.aio.server(options=_options(settings))

@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Final, cast
 
 from hypercorn.typing import ASGIFramework, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
@@ -71,14 +71,21 @@ class Gate:
                 event["headers"] = [*event["headers"], *extra]
             await send(event)
 
-        begun = time.perf_counter()
-        try:
-            await self._serve(scope, headers, call, receive, sending)
-        finally:
-            await call.cleanup.aclose()
-            if call.refused:
-                self._service.access.refused[call.refused] += 1
-            self._write(scope, call, status, time.perf_counter() - begun)
+        begun, tracing = time.perf_counter(), self._service.tracing
+        with (
+            tracing.request("POST", headers, call.request_id)
+            if tracing and scope["method"] == "POST"
+            else nullcontext() as span
+        ):
+            try:
+                await self._serve(scope, headers, call, receive, sending)
+            finally:
+                await call.cleanup.aclose()
+                if call.refused:
+                    self._service.access.refused[call.refused] += 1
+                self._write(scope, call, status, time.perf_counter() - begun)
+                if span is not None:
+                    span.http(scope["path"], status, call.log)
 
     async def _serve(
         self,

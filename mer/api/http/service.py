@@ -21,6 +21,7 @@ from mer.api.large_json import PIECE, most_bytes
 from mer.api.metrics import Metrics
 from mer.api.models import Model, Models, UnknownModelError
 from mer.api.settings import ServerSettings
+from mer.api.tracing import Tracing
 from mer.config import EngineConfig
 from mer.engine.engine import Engine
 
@@ -34,10 +35,15 @@ class Service:
     """One server. draining: it ends what is running and takes nothing new."""
 
     def __init__(
-        self, settings: ServerSettings, engine: Engine | None = None, models: Models | None = None
+        self,
+        settings: ServerSettings,
+        engine: Engine | None = None,
+        models: Models | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """engine: the only model's, where no `models` are given; also set later."""
         self.settings = settings
+        self.tracing = tracing
         self.models = models or Models([Model(settings.model_name, Path(), EngineConfig())])
         self.access = Access(
             settings.api_keys, rate_limit=settings.rate_limit, max_concurrent=settings.max_concurrent
