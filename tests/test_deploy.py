@@ -38,6 +38,8 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     [
         ("requirements.txt", PROJECT["project"]["dependencies"]),
         ("build-requirements.txt", PROJECT["build-system"]["requires"]),
+        ("requirements-cuda.txt", PROJECT["project"]["optional-dependencies"]["cuda"]),
+        ("requirements-cuda12.txt", PROJECT["project"]["optional-dependencies"]["cuda12"]),
     ],
 )
 def test_what_is_pinned_is_what_is_wanted(file, wanted):

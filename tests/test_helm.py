@@ -71,6 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
             {"maxSkew": 1, "topologyKey": "host", "whenUnsatisfiable": "DoNotSchedule", "labelSelector": {}}
         ],
         "priorityClassName": "high",
+        "gpu": {"enabled": True, "resource": "nvidia.com/mig-1g.10gb", "runtimeClass": "nvidia"},
     },
     "account": {
         "serviceAccount": {"name": "mine", "annotations": {"a": "b"}},
@@ -195,6 +196,10 @@ def test_what_is_said_in_them(helm):
     container = objects["StatefulSet", "a-mer"]["spec"]["template"]["spec"]["containers"][0]
     assert f"--ram={25 << 29}" in container["args"]
     assert container["resources"]["limits"] == {"cpu": "7500m", "memory": str((25 << 29) + (1 << 30))}
+    on_gpu = rendered(helm, {"gpu": {"enabled": True}, "model": {"name": "a/b", "fetch": "convert"}})
+    pod = on_gpu["StatefulSet", "a-mer"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert all("nvidia.com/gpu" not in each["resources"]["limits"] for each in pod["initContainers"])
     keys = objects["Secret", "a-mer-keys"]["stringData"]["keys"]
     assert keys == "alice sk-0123456789\nsk-9876543210\n"
     scaled = rendered(helm, CASES["converted"])

@@ -13,3 +13,11 @@ import tomllib
 requires = tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]
 print(*requires, "pip", "wheel", "cyclonedx-bom", sep="\n")
 PY
+for extra in cuda cuda12; do # what the image has beside the above with --build-arg GPU=
+    python3 - $extra <<'PY' | compile - --output-file deploy/docker/requirements-$extra.txt
+import sys
+import tomllib
+
+print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
+PY
+done

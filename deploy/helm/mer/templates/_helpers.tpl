@@ -92,7 +92,9 @@ capabilities:
 {{- define "mer.resources" -}}
 {{- $memory := include "mer.memory" . -}}
 requests: {cpu: {{ .Values.cpu | quote }}, memory: {{ $memory | quote }}}
-limits: {cpu: {{ .Values.cpu | quote }}, memory: {{ $memory | quote }}}
+limits:
+  cpu: {{ .Values.cpu | quote }}
+  memory: {{ $memory | quote }}
 {{- end -}}
 
 {{- define "mer.mounts" -}}
