@@ -129,6 +129,7 @@ static inline float __uint_as_float(uint32_t u) {
     memcpy(&f, &u, 4);
     return f;
 }
+static inline int __clz(int n) { return n ? __builtin_clz((unsigned)n) : 32; }
 static inline int __float2int_rn(float f) { return (int)lrintf(f); }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 

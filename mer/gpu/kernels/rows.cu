@@ -39,6 +39,7 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
     constexpr bool K = SUBS > 1;
     __shared__ uint4 stage[MER_GPU_ROWS * SLOT / 16];
     __shared__ float term[SUMS][SPAN + 1], least[F::MINIMA ? SUMS : 1][SPAN + 1];
+    __shared__ long act_at[TOKENS];
     __shared__ float unit_term[K ? SUMS : 1][UNITS + 1], unit_least[K && F::MINIMA ? SUMS : 1][UNITS + 1];
 
     const mer_gpu_product task = products[blockIdx.y];
@@ -52,6 +53,7 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
     for (int t0 = 0; t0 < task.count; t0 += TOKENS) {
         const int n_tok = task.count - t0 < TOKENS ? task.count - t0 : TOKENS;
         float acc = 0;
+        if (thread < n_tok) act_at[thread] = act_row(task, t0 + thread) * act_stride;
         for (int b0 = 0; b0 < blocks; b0 += SPAN) {
             const int n = blocks - b0 < SPAN ? blocks - b0 : SPAN, n_units = n / SUBS;
             const uint64_t span = first_row + (uint64_t)(b0 / SUBS) * F::BYTES;
@@ -64,8 +66,10 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
             copies_done();
             __syncthreads();
 
-            for (int i = thread; i < MER_GPU_ROWS / TOGETHER * n; i += MER_GPU_THREADS) {
-                const int r0 = i / n * TOGETHER, b = i % n, j = b % SUBS;
+            const int log_n = 32 - __clz(n - 1); /* of a power of two: some threads may idle, but none divides */
+            for (int i = thread; i < MER_GPU_ROWS / TOGETHER << log_n; i += MER_GPU_THREADS) {
+                const int r0 = (i >> log_n) * TOGETHER, b = i & ((1 << log_n) - 1), j = b % SUBS;
+                if (b >= n) continue;
                 uint32_t w[TOGETHER][8];
                 float d[TOGETHER], m[TOGETHER];
                 scales s[TOGETHER];
@@ -87,7 +91,7 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
                     }
                 }
                 for (int t = 0; t < n_tok; t++) {
-                    const act_q8 a = act_view(acts + act_row(task, t0 + t) * act_stride, cols);
+                    const act_q8 a = act_view(acts + act_at[t], cols);
                     const act_words q = load_act(a.q + (b0 + b) * 32);
                     const float ad = a.d[b0 + b];
                     const float dsum = F::MINIMA && F::GROUP == 32 ? a.dsum[b0 + b] : 0;
@@ -115,8 +119,9 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
             __syncthreads();
 
             if constexpr (K) {
-                for (int i = thread; i < n_tok * MER_GPU_ROWS * n_units; i += MER_GPU_THREADS) {
-                    const int at = i / n_units, u = i % n_units, r = at % MER_GPU_ROWS;
+                for (int i = thread; i < n_tok * MER_GPU_ROWS * UNITS; i += MER_GPU_THREADS) {
+                    const int at = i / UNITS, u = i % UNITS, r = at % MER_GPU_ROWS;
+                    if (u >= n_units) break;
                     const uint64_t start = span + r * row_bytes;
                     const int unit = r * SLOT + (int)(start & 15) + u * F::BYTES;
                     float sum = 0, min = 0;
