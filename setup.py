@@ -47,7 +47,10 @@ def extensions() -> list[Extension]:
     for pyx in sorted(EXT.glob("*.pyx")):
         name = pyx.stem
         sources = [str(pyx), *sorted(str(c) for c in (CSRC / name).glob("*.c"))]
-        headers = [str(h) for h in [*CSRC.glob("**/*.h"), *EXT.glob("*.px[di]")]]
+        headers = [
+            str(h)
+            for h in [*CSRC.glob("**/*.h"), *EXT.glob("*.px[di]"), *Path("mer/gpu").glob("kernels/*.cuh")]
+        ]
         uses_uring = name == "uring"
         found.append(
             Extension(

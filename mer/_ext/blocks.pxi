@@ -29,8 +29,8 @@ cdef void swiglu_task(Decoder d, long t, int thread) noexcept nogil:
 
 
 cdef void route_task(Decoder d, long t, int thread) noexcept nogil:
-    add_bias(d.routing, d.router_logits + t * d.router.n_experts)
-    mer_route(&d.router, d.router_logits + t * d.router.n_experts, d.choice + thread * d.router.n_experts,
+    add_bias(d.routing, d.routed + t * d.router.n_experts)
+    mer_route(&d.router, d.routed + t * d.router.n_experts, d.choice + thread * d.router.n_experts,
               d.chosen + t * d.router.top_k, d.chosen_weights + t * d.router.top_k)
 
 

@@ -180,6 +180,7 @@ cdef class Decoder:
     cdef const Matrix *routing    # the router that is asked
     cdef const float *norm_weights
     cdef float *normed
+    cdef float *routed            # its products
     cdef int32_t *chosen
     cdef float *chosen_weights
     cdef long inter
@@ -195,9 +196,12 @@ cdef class Decoder:
     cdef void run(self, decoder_task task, long n) noexcept nogil
     cdef void norm(self, const float *weights, float *out) noexcept nogil
     cdef void choose(self, const Layer *layer, const float *x, int32_t *ids, float *weights) noexcept nogil
+    cdef void decide(self, const Layer *layer, float *logits, int32_t *ids, float *weights) noexcept nogil
+    cdef void cap_logits(self, long n) noexcept nogil
     cdef void enter(self, long index) noexcept nogil
     cdef void leave(self) noexcept nogil
     cdef void attend_grouped(self) noexcept nogil
     cdef void attend_spans(self, long first, long end) noexcept nogil
     cdef void feed_forward(self, float *out) noexcept nogil
     cdef char *block_of(self, long token) noexcept nogil
+    cdef size_t part_bytes(self, long dim) noexcept nogil

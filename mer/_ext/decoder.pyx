@@ -334,10 +334,18 @@ cdef class Decoder:
 
     cdef void choose(self, const Layer *layer, const float *x, int32_t *ids, float *weights) noexcept nogil:
         """ids and weights: the choice of this layer's router for x, which is normed already."""
-        self.routing, self.chosen, self.chosen_weights = &layer.router, ids, weights
-        self.router.bias, self.router.expert_scale = layer.router_bias, layer.expert_scale
         self.linear(&layer.router, x, self.n_tokens, self.router_logits)
+        self.decide(layer, self.router_logits, ids, weights)
+
+    cdef void decide(self, const Layer *layer, float *logits, int32_t *ids, float *weights) noexcept nogil:
+        """The same, of the products that its router gave."""
+        self.routing, self.routed, self.chosen, self.chosen_weights = &layer.router, logits, ids, weights
+        self.router.bias, self.router.expert_scale = layer.router_bias, layer.expert_scale
         self.run(route_task, self.n_tokens)
+
+    cdef size_t part_bytes(self, long dim) noexcept nogil:
+        """Bytes of 16 keys, or values, of one head."""
+        return mer_kv_part_bytes(self.kv, dim)
 
     cdef char *block_of(self, long token) noexcept nogil:
         """The block where a token's key and value belong, in the layer under way."""
@@ -477,8 +485,11 @@ cdef class Decoder:
             self.linear(&self.head, self.last, rows.shape[0], self.logit_rows)
             if self.head.bias is not NULL:
                 self.run(head_bias_task, rows.shape[0])
-            if self.logit_cap > 0.0:
-                self.run(cap_task, rows.shape[0] * ((self.vocab + CAP_CHUNK - 1) // CAP_CHUNK))
+            self.cap_logits(rows.shape[0])
+
+    cdef void cap_logits(self, long n) noexcept nogil:
+        if self.logit_cap > 0.0:
+            self.run(cap_task, n * ((self.vocab + CAP_CHUNK - 1) // CAP_CHUNK))
 
 
 include "join.pxi"

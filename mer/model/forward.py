@@ -9,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mer._ext.decoder import Decoder
+from mer._ext.device import Device
+from mer._ext.gpu_decoder import GpuDecoder
 from mer._ext.kernels import Kernels, Pool
 from mer._ext.recurrent import Recurrent
-from mer.model import scratch
+from mer.model import device_scratch, scratch
 from mer.model.batch import Batch
 from mer.model.dense import DenseWeights
 from mer.model.kv import KVCache
+from mer.model.placement import ON_THE_CPU, Placement
 from mer.model.spec import ModelSpec
 from mer.model.state import StateCache
 from mer.streaming.profile import Profile
@@ -58,10 +61,14 @@ class Forward:
         *,
         max_tokens: int,
         max_rows: int,
+        device: Device | None = None,
+        placement: Placement = ON_THE_CPU,
     ) -> None:
         """moe: None where no layer has experts.
 
         max_tokens: most tokens of one step. max_rows: most tokens of one step whose logits are wanted.
+        placement: what is to be on `device`, which has the kernels; `dense` loses it. Raises GpuError, or
+        GpuMemoryError.
         """
         self.spec = spec
         self.max_tokens = max_tokens
@@ -71,9 +78,11 @@ class Forward:
         self._kv = kv
         self._states = states
         self._buffers = scratch.allocate(spec, max_tokens, max_rows, pool.n_threads)
-        self._decoder = Decoder(spec, kernels, pool, self._buffers, dense.model, kv.number)
+        self._decoder = self._place(kernels, pool, device, placement)
         for weights, blocks in zip(dense.layers, kv.layers, strict=True):
             self._decoder.add_layer(weights, blocks)
+            if self._decoder.n_layers <= placement.layers:
+                weights.clear()
         self._recurrent: Recurrent | None = None
         if spec.recurrent is not None:
             self._recurrent = Recurrent(self._decoder, spec, self._buffers)
@@ -92,6 +101,21 @@ class Forward:
         self.routes: NDArray[np.int32] | None = None
         # Whether each layer is told what the next one will probably want.
         self.look_ahead = False
+
+    def _place(self, kernels: Kernels, pool: Pool, device: Device | None, placement: Placement) -> Decoder:
+        """The decoder, without layers."""
+        model = dict(self._dense.model)
+        if device is None or not placement.layers:
+            return Decoder(self.spec, kernels, pool, self._buffers, model, self._kv.number)
+        head: dict[str, Any] = {}
+        if placement.head:
+            head = {name: model.pop(name) for name in ("head", "head_bias") if name in model}
+            self._dense.model.pop("head")
+        decoder = GpuDecoder(self.spec, kernels, pool, self._buffers, model, self._kv.number)
+        blocks = self._kv.n_blocks
+        places = device_scratch.places(self.spec, self.max_tokens, self.max_rows, blocks)
+        decoder.place(device, placement.layers, blocks, places, head, self._buffers)
+        return decoder
 
     def profile(self, profile: Profile) -> None:
         """Have the decoder's part of every further step recorded."""

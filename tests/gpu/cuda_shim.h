@@ -38,6 +38,7 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 namespace simulated {
@@ -101,6 +102,15 @@ template <class T> T __shfl_xor_sync(uint32_t mask, T v, int by) {
 template <class T> T __shfl_down_sync(uint32_t mask, T v, int by) {
     const int from = simulated::lane() + by;
     return simulated::shuffled(mask, v, from < 32 ? from : simulated::lane());
+}
+
+template <class T> T __shfl_up_sync(uint32_t mask, T v, int by) {
+    const int from = simulated::lane() - by;
+    return simulated::shuffled(mask, v, from >= 0 ? from : simulated::lane());
+}
+static inline int __any_sync(uint32_t mask, int yes) {
+    for (int by = 16; by; by /= 2) yes |= __shfl_xor_sync(mask, yes, by);
+    return yes;
 }
 
 static inline int __dp4a(int a, int b, int c) {

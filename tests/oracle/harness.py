@@ -15,6 +15,7 @@ from mer.model.dense import load_dense
 from mer.model.families import load
 from mer.model.forward import Forward
 from mer.model.kv import BLOCK, KVCache
+from mer.model.placement import ON_THE_CPU
 from mer.model.state import StateCache
 from mer.weights.checkpoint import open_checkpoint
 from mer.weights.rows import expert_rows
@@ -77,8 +78,10 @@ class Runner:
         n_blocks=160,
         max_tokens=400,
         longest=0,
+        device=None,
+        placement=ON_THE_CPU,
     ) -> None:
-        """longest: of the sequences that are asked for."""
+        """longest: of the sequences that are asked for. placement: what is on the device, a simulated GPU."""
         self.checkpoint = open_checkpoint(path)
         self.architecture = load(self.checkpoint)
         evidence.opened(self.checkpoint, self.architecture)
@@ -105,6 +108,8 @@ class Runner:
             kernels,
             max_tokens=max_tokens,
             max_rows=max_tokens,
+            device=device,
+            placement=placement,
         )
         # The image of each sequence's state, and those that are free.
         self.images: dict[int, int] = {}

@@ -116,7 +116,7 @@ MER_INLINE void attend_block(const mer_attention *a, const float *q, const float
     scores = (v16)(((v16i)(scores * a->scale) & counts) | ((v16i)nothing & ~counts));
     const float top = v16_max(&scores);
     if (top > *max) {
-        const float shrink = expf(*max - top);
+        const float shrink = exp1(*max - top);
         for (long d = 0; d < a->value_dim; d++) out[d] *= shrink;
         *sum *= shrink;
         *max = top;

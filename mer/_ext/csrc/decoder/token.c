@@ -86,4 +86,8 @@ void mer_rope(float *x, const float *cosine, const float *sine, long pairs, int 
     }
 }
 
-float mer_sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+float mer_sigmoid(float x) {
+    v16 lanes = (v16){0} + x;
+    v16_sigmoid(&lanes);
+    return lanes[0];
+}

@@ -109,4 +109,11 @@ MER_INLINE void v16_exp(v16 *x) {
     *x = (v16)((v16i)p + ((v16i)shifted << 23));
 }
 
+/* The same of one number, in the same bits. */
+MER_INLINE float exp1(float x) {
+    v16 lanes = (v16){0} + x;
+    v16_exp(&lanes);
+    return lanes[0];
+}
+
 #endif

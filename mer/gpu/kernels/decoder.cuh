@@ -1,0 +1,56 @@
+/* What the decoder's kernels take, by value; the host includes this, too. Pointers are numbers. */
+#ifndef MER_GPU_DECODER_CUH
+#define MER_GPU_DECODER_CUH
+
+#if defined(__CUDACC__) || defined(MER_SIMULATED)
+#include "mer_gpu.cuh"
+#else
+#include <stdint.h>
+#endif
+
+#define MER_GPU_QUERIES 8 /* rows of a tile of attention: queries of one key's heads */
+
+/* The end of one block of a layer and the beginning of the next; pointers may be 0. */
+typedef struct {
+    uint64_t x;           /* [tokens, hidden], += scale * y, then *= layer_scale[0] */
+    uint64_t y;           /* [tokens, hidden] what the block gave; 0: nothing is added */
+    uint64_t shared;      /* [tokens, hidden], added to y before, */
+    uint64_t shared_gate; /* times the sigmoid of [tokens] */
+    uint64_t y_norm, shared_norm, out_norm; /* [hidden]: of y by itself, of shared by itself, of their sum */
+    uint64_t layer_scale;
+    uint64_t rows;                   /* i32 [tokens]: which of x it is; 0: each */
+    uint64_t norm, h, h_host, acts;  /* h = norm(x); a copy; its prepared rows */
+    uint64_t norm2, h2, acts2;       /* another norm of the same */
+    uint64_t act_bytes;
+    float scale, eps;
+    int32_t hidden, layer_norm;      /* norm and norm2 have biases, behind their weights */
+} mer_gpu_join;
+
+/* Between projections and attention. */
+typedef struct {
+    uint64_t qkv;                   /* f32 [tokens, stride]: queries, keys, values, each a head's dim floats */
+    uint64_t q;                     /* f32 [tokens, n_heads * dim], where the queries go */
+    uint64_t q_norm, k_norm;
+    uint64_t cosine, sine;          /* [tokens, pairs] */
+    uint64_t blocks, positions, sequence_of, tables;
+    uint64_t block_bytes, stride;
+    float eps, limit;               /* limit: of q, k and v; below 0: none */
+    int32_t n_heads, n_kv, dim, pairs, interleaved, qk_norm, qk_norm_last, v_norm, no_v, table_stride, kv;
+} mer_gpu_heads;
+
+/* Attention of queries [first, end) of a step. */
+typedef struct {
+    uint64_t q, out;              /* f32 [tokens, n_heads, dim] */
+    uint64_t gate;                /* f32 [tokens], gate_stride apart: times whose sigmoid the result is; 0: none */
+    uint64_t sinks;               /* f32 [n_heads]; 0: none */
+    uint64_t blocks, positions, sequence_of, tables;
+    uint64_t spans;               /* i32 [spans, 3]: sequence, first token, end */
+    uint64_t scores, shrinks, sums;
+    uint64_t block_bytes, gate_stride, stride;
+    float scale;
+    int32_t n_heads, n_kv, dim, window, table_stride, kv, first, end;
+    int32_t tiles;                /* of a span: of ROWS queries of one key's heads */
+    int32_t heads;                /* of a block of threads of the values: 1, 2 or 4 */
+} mer_gpu_attention;
+
+#endif

@@ -1,0 +1,153 @@
+/* What a decoder layer does between its products, token by token: the bytes are those of csrc/decoder/token.c. */
+#include "decoder.cuh"
+#include "elementwise.cuh"
+#include "kv.cuh"
+#include "vec.cuh"
+
+/* Each thread has the same elements throughout: those that are its own number modulo MER_GPU_THREADS. */
+#define EACH(I, N) for (int I = threadIdx.x; I < (N); I += MER_GPU_THREADS)
+
+/* row = norm(row) by the block: RMS, w 0: all ones. */
+INLINE void rms_norm_row(float *row, const float *w, int n, float eps, float *slot) {
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        const float factor = norm_factor(row, n, eps);
+        if (threadIdx.x == 0) *slot = factor;
+    }
+    __syncthreads();
+    const float factor = *slot;
+    EACH(i, n) row[i] = w ? w[i] * (row[i] * factor) : row[i] * factor;
+}
+
+INLINE void layer_norm_row(float *row, const float *w, int n, float eps, float *slot) {
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        const float mean = sum_of_floats(row, n) / (float)n;
+        if (threadIdx.x == 0) *slot = mean;
+    }
+    __syncthreads();
+    const float mean = *slot;
+    EACH(i, n) row[i] = row[i] - mean;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        const float factor = norm_factor(row, n, eps);
+        if (threadIdx.x == 0) *slot = factor;
+    }
+    __syncthreads();
+    const float factor = *slot;
+    EACH(i, n) row[i] = row[i] * factor * w[i] + w[n + i];
+}
+
+/* One token's norm(x), where it is wanted. */
+INLINE void norm_of_x(const mer_gpu_join &j, const float *x, float *row, float *slot, long t, uint64_t norm, uint64_t h,
+                      uint64_t h_host, uint64_t acts) {
+    const int n = j.hidden;
+    EACH(i, n) row[i] = x[i];
+    if (norm && j.layer_norm) layer_norm_row(row, (const float *)norm, n, j.eps, slot);
+    else if (norm) rms_norm_row(row, (const float *)norm, n, j.eps, slot);
+    EACH(i, n) {
+        if (h) ((float *)h)[t * n + i] = row[i];
+        if (h_host) ((float *)h_host)[t * n + i] = row[i];
+    }
+    if (acts) {
+        const act_q8 a = act_view((uint8_t *)acts + t * j.act_bytes, n);
+        /* A warp's elements of a turn are a block. */
+        for (int i = threadIdx.x; i / 32 < n / ACT_BLOCK; i += MER_GPU_THREADS)
+            quantise_block(row[i], a, i / 32, threadIdx.x % 32);
+    }
+}
+
+/* grid = (tokens); dynamic shared memory: hidden floats. */
+MER_KERNEL(mer_join, mer_gpu_join j) {
+    MER_DYNAMIC_SHARED(row);
+    __shared__ float slot;
+    const int n = j.hidden;
+    const long t = blockIdx.x;
+    float *const x = (float *)j.x + (j.rows ? ((const int32_t *)j.rows)[t] : t) * n;
+    if (j.y) {
+        float *const y = (float *)j.y + t * n;
+        const float *const shared = j.shared ? (const float *)j.shared + t * n : nullptr;
+        const bool alone = j.shared_norm != 0;
+        if (alone) { /* `shared` is the device's own and may be written */
+            EACH(i, n) row[i] = shared[i];
+            rms_norm_row(row, (const float *)j.shared_norm, n, j.eps, &slot);
+            EACH(i, n) ((float *)shared)[i] = row[i];
+        }
+        EACH(i, n) row[i] = y[i];
+        if (j.y_norm) rms_norm_row(row, (const float *)j.y_norm, n, j.eps, &slot);
+        if (shared) {
+            const float gate = j.shared_gate ? sigmoid(((const float *)j.shared_gate)[t]) : 1.0f;
+            EACH(i, n) row[i] += gate * shared[i];
+        }
+        if (j.out_norm) rms_norm_row(row, (const float *)j.out_norm, n, j.eps, &slot);
+        EACH(i, n) {
+            float sum = x[i] + j.scale * row[i];
+            if (j.layer_scale) sum *= *(const float *)j.layer_scale;
+            x[i] = sum;
+        }
+    }
+    if (j.h || j.h_host || j.acts) norm_of_x(j, x, row, &slot, t, j.norm, j.h, j.h_host, j.acts);
+    if (j.h2 || j.acts2) norm_of_x(j, x, row, &slot, t, j.norm2, j.h2, 0, j.acts2);
+}
+
+/* qk_norm 1: each head, 2: the whole vector, of which the head is a part. */
+INLINE void norm_head(const mer_gpu_heads &a, float *row, float *slot, const float *whole, int n, const float *w, int head) {
+    if (a.qk_norm == 1) {
+        rms_norm_row(row, w, a.dim, a.eps, slot);
+    } else if (a.qk_norm == 2) {
+        if (threadIdx.x < 32) {
+            const float factor = norm_factor(whole, n, a.eps);
+            if (threadIdx.x == 0) *slot = factor;
+        }
+        __syncthreads();
+        const float factor = *slot;
+        EACH(i, a.dim) row[i] = w[head * a.dim + i] * (row[i] * factor);
+    }
+}
+
+/* grid = (n_heads + 2 n_kv, tokens); dynamic shared memory: dim floats. */
+MER_KERNEL(mer_heads, mer_gpu_heads a) {
+    MER_DYNAMIC_SHARED(row);
+    __shared__ float slot;
+    const int dim = a.dim;
+    const long t = blockIdx.y;
+    int part = 0, head = blockIdx.x; /* 0 query, 1 key, 2 value */
+    if (head >= a.n_heads) {
+        part = head >= a.n_heads + a.n_kv ? 2 : 1;
+        head -= a.n_heads + (part - 1) * a.n_kv;
+    }
+    const float *whole = (const float *)a.qkv + t * a.stride;
+    if (part) whole += a.n_heads * dim;
+    if (part == 2 && !a.no_v) whole += a.n_kv * dim;
+    const int n = (part ? a.n_kv : a.n_heads) * dim;
+    const float *const w = (const float *)(part ? a.k_norm : a.q_norm);
+    EACH(i, dim) row[i] = whole[head * dim + i];
+    if (part < 2 && !a.qk_norm_last) norm_head(a, row, &slot, whole, n, w, head);
+    if (part == 2 && a.v_norm) rms_norm_row(row, nullptr, dim, a.eps, &slot);
+    if (a.limit >= 0) {
+        EACH(i, dim) {
+            if (row[i] > a.limit) row[i] = a.limit;
+            if (row[i] < -a.limit) row[i] = -a.limit;
+        }
+    }
+    if (part < 2) {
+        __syncthreads();
+        const float *const cosine = (const float *)a.cosine + t * a.pairs, *const sine = (const float *)a.sine + t * a.pairs;
+        EACH(i, a.pairs) {
+            float *const first = row + (a.interleaved ? 2 * i : i), *const second = a.interleaved ? first + 1 : first + a.pairs;
+            const float f = *first, s = *second;
+            *first = f * cosine[i] - s * sine[i];
+            *second = s * cosine[i] + f * sine[i];
+        }
+        if (a.qk_norm_last) norm_head(a, row, &slot, whole, n, w, head);
+    }
+    __syncthreads();
+    if (part == 0) {
+        EACH(i, dim) ((float *)a.q)[(t * a.n_heads + head) * dim + i] = row[i];
+        return;
+    }
+    const int position = ((const int32_t *)a.positions)[t];
+    const int32_t *const table = (const int32_t *)a.tables + (long)((const int32_t *)a.sequence_of)[t] * a.table_stride;
+    uint8_t *const block = (uint8_t *)a.blocks + (long)table[position / KV_BLOCK] * a.block_bytes;
+    store_kv(block + ((part - 1) * a.n_kv + head) * kv_part_bytes(a.kv, dim), a.kv, position % KV_BLOCK, row, dim, part == 1);
+}

@@ -1,0 +1,74 @@
+"""The buffers of a forward pass on a device: their sizes, for the planner and for their allocation."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mer.model.spec import AttentionSpec, ModelSpec
+
+_ALIGN: Final = 256
+# Scores of attention are formed for as many queries at a time as have room here, one at the least.
+_SCORES: Final = 64 << 20
+
+
+def _prepared(cols: int) -> int:
+    """Bytes of a row of activations in int8, with scales and sums of its blocks of 32."""
+    blocks = cols // 32
+    return sum(-(-n // 64) * 64 for n in (cols, 4 * blocks, 4 * blocks, 4 * blocks, 8 * blocks))
+
+
+def shapes(spec: ModelSpec, tokens: int, rows: int, n_blocks: int) -> dict[str, int]:
+    """Bytes of every buffer by name; the names are those of mer._ext.gpu_decoder.
+
+    tokens, rows: as of mer.model.scratch. n_blocks: of the KV cache.
+    """
+    inter = max(spec.dense_inter, spec.shared_inter)
+    attentions = [a for a in spec.attentions if isinstance(a, AttentionSpec)]
+    wide = max(a.n_heads * a.head_dim for a in attentions)
+    joint = max((a.n_heads * (1 + a.gated) + 2 * a.n_kv_heads) * a.head_dim for a in attentions)
+    heads = max(a.n_heads for a in attentions)
+    pairs = sum(len(rope.inv_freq) for rope in dict.fromkeys(spec.ropes))
+    # Of one query at the least, of a whole step at the most.
+    positions = 16 * n_blocks
+    floats = min(max(_SCORES // 4, heads * positions), tokens * heads * positions)
+    widest = max(spec.hidden, inter, wide)
+    return {
+        "x": 4 * tokens * spec.hidden,
+        "h": 4 * tokens * spec.hidden,
+        "h2": 4 * tokens * spec.hidden,
+        "y": 4 * tokens * spec.hidden,
+        "shared": 4 * tokens * spec.hidden,
+        "shared_gate": 4 * tokens,
+        "gate": 4 * tokens * inter,
+        "up": 4 * tokens * inter,
+        "qkv": 4 * tokens * joint,
+        "q": 4 * tokens * wide,
+        "attended": 4 * tokens * wide,
+        "acts": tokens * _prepared(widest),
+        "h_acts": tokens * _prepared(spec.hidden),
+        "scores": 4 * floats,
+        "shrinks": 4 * floats // 16,
+        "sums": 4 * tokens * heads,
+        "logits": 4 * rows * spec.vocab,
+        "rows": 4 * rows,
+        # A layer's queries are parted into pieces of as many rows as there are keys.
+        "products": 40 * (sum(2 * (a.n_heads // a.n_kv_heads) + 10 for a in attentions) + 1),
+        # Positions, sequences, spans, block tables, angles: what a step brings, each on a boundary.
+        "step": 4 * (5 * tokens + rows * n_blocks + 2 * tokens * pairs) + 64 * (8 + 2 * spec.n_layers),
+    }
+
+
+def total_bytes(spec: ModelSpec, tokens: int, rows: int, n_blocks: int) -> int:
+    """Bytes of all buffers, as they are laid out."""
+    return sum(-(-n // _ALIGN) * _ALIGN for n in shapes(spec, tokens, rows, n_blocks).values())
+
+
+def places(
+    spec: ModelSpec, tokens: int, rows: int, n_blocks: int, scores: int = _SCORES
+) -> dict[str, tuple[int, int]]:
+    """Of every buffer, where it begins in one allocation of `total_bytes`, and its bytes."""
+    found, at = {}, 0
+    for name, nbytes in shapes(spec, tokens, rows, n_blocks).items():
+        found[name] = (at, nbytes)
+        at += -(-nbytes // _ALIGN) * _ALIGN
+    return found

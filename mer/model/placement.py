@@ -1,0 +1,32 @@
+"""Which part of a model's dense weights is on a GPU, and what that takes there."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from attrs import frozen
+
+from mer.model.spec import AttentionSpec, ModelSpec
+
+
+@frozen
+class Placement:
+    """The first `layers` layers, with their keys and values, and the head."""
+
+    layers: int = 0
+    head: bool = False
+
+
+ON_THE_CPU: Final = Placement()
+
+
+def refusal(spec: ModelSpec) -> str | None:
+    """Why nothing of this model's dense part can be on a GPU; None: it can."""
+    if spec.recurrent is not None:
+        return "some of its layers have a recurrent state"
+    for attention in spec.attentions:
+        if not isinstance(attention, AttentionSpec):
+            return "its attention is latent (MLA)"
+        if attention.qk_norm == "vector" and attention.qk_norm_last:
+            return "it norms whole queries behind the rotary embedding"
+    return None
