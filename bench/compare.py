@@ -43,10 +43,14 @@ class Model:
     def __init__(self, store: Path) -> None:
         checkpoint = open_checkpoint(store)
         architecture = load(checkpoint)
-        spec, tables = architecture.spec, expert_tables(architecture.experts)
+        self.spec = spec = architecture.spec
+        tables = expert_tables(architecture.experts)
         self.budget: Budget = measure(checkpoint, architecture, tables, EngineConfig(ram=1 << 50))
         embedding = checkpoint.tensors[architecture.dense["embedding"]].nbytes
         dense = self.budget.dense - (0 if spec.tied_embeddings else embedding)
+        self.head = (
+            embedding if spec.tied_embeddings else checkpoint.tensors[architecture.dense["head"]].nbytes
+        )
         self.expert = tables.slot_bytes
         self.token_bytes = dense + spec.n_moe_layers * spec.top_k * self.expert
         self.file = store / "experts-00001.safetensors"

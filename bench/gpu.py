@@ -1,0 +1,238 @@
+"""Tokens per second with a little VRAM, beside the ceiling that this machine's bandwidths give.
+
+    python -m bench.make_model qwen3-30b-a3b /tmp/qwen --layers 12
+    python -m bench.make_model gpt-oss-20b /tmp/oss --layers 8 --experts mxfp4
+    python -m bench.gpu /tmp/qwen /tmp/oss [--vram none,4,8,16] [--experts 25,100] [--json FILE]
+
+--vram is for the whole model: one with a quarter of the layers gets a quarter, but for the head, which is not
+of a layer. --experts: percent of them that memory has room for. Every run is a process of its own
+(bench/gpu_engine.py), warmed with other text.
+
+Ceiling of decode, tokens/s, by what the run itself counted per token, each byte moved once:
+
+    1 / max(dense / D + max(vram / G, memory / M), bus / B, missed / S)
+
+dense: bytes of attention, router and head, at D, the bandwidth of where they are computed; vram, memory:
+bytes of the experts computed by the GPU and by the CPU, at the same time but after what chooses them; bus:
+experts copied to the GPU; missed: experts read from disk. G, M, B, S: bandwidth of the GPU's memory (a copy
+inside it, bytes read and written), of memory (all threads reading), of the bus (pinned memory to the GPU), of
+the disk (reads of one expert, 32 at once), measured here before the runs.
+
+What is drawn, with its log-probabilities, must be the same bits in every run; if not, the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from attrs import asdict, frozen
+from rich.console import Console
+from rich.table import Table
+
+from bench import gpu_engine
+from bench.compare import Model
+from bench.gpu_kernels import bandwidths
+from bench.help import help_of
+from bench.io import run_reader
+from bench.shapes import SHAPES
+from mer._ext.kernels import Pool
+from mer.config import EngineConfig
+from mer.errors import MerError
+from mer.gpu.opening import open_device
+
+MIB = 1 << 20
+DEPTH = 32  # reads at once
+COPIED = 512 * MIB  # beyond every cache
+
+
+@frozen
+class Bandwidths:
+    """Bytes per second. The first three are 0 where there is no GPU."""
+
+    gpu: float
+    to_gpu: float
+    from_gpu: float
+    memory: float
+    disk: float
+
+
+def card(device: str) -> tuple[str, dict[str, float]]:
+    """Name and bandwidths of the GPU of that setting; it is left alone afterwards."""
+    try:
+        opened = open_device(EngineConfig(device=device))
+        return (opened.name, bandwidths(opened, COPIED)) if opened else ("no GPU", {})
+    except MerError as error:
+        raise click.ClickException(str(error)) from None
+
+
+def measure(gpu: dict[str, float], model: Model, threads: int | None) -> Bandwidths:
+    pool = Pool(threads)
+    memory = max(pool.memory_bandwidth(512) for _ in range(3))
+    block = -(-model.expert // 4096) * 4096
+    disk = max(run_reader(model.file, "uring", block, DEPTH, 0.5) for _ in range(2))
+    return Bandwidths(
+        gpu=gpu.get("memory", 0.0),
+        to_gpu=gpu.get("to_device", 0.0),
+        from_gpu=gpu.get("from_device", 0.0),
+        memory=memory,
+        disk=disk,
+    )
+
+
+class Shape:
+    """A store on disk, and how much smaller it is than the model of that shape."""
+
+    def __init__(self, store: Path) -> None:
+        self.store, self.model = store, Model(store)
+        config = json.loads((store / "config.json").read_text())
+        layers = int(config["num_hidden_layers"])
+        same = ("model_type", "hidden_size")
+        found = [n for n, shape in SHAPES.items() if all(shape[key] == config[key] for key in same)]
+        self.name = found[0] if found else store.name
+        self.of = SHAPES[self.name]["num_hidden_layers"] if found else layers
+        self.layers, self.share = layers, layers / self.of
+        spec = self.model.spec
+        self.experts_bytes = spec.n_moe_layers * spec.top_k * self.model.expert
+        self.dense_bytes = self.model.token_bytes - self.experts_bytes
+
+    def vram(self, gigabytes: str) -> int:
+        """Bytes that stand for so many GB beside the whole model."""
+        head = self.model.head
+        return int(head + (float(gigabytes) * 1e9 - head) * self.share)
+
+
+def per_token(found: dict[str, Any], decode: int) -> dict[str, float]:
+    """Of a run's decode request: bytes and shares per token."""
+    timings = found["decode"]["timings"]
+    tokens = decode + gpu_engine.SHORT
+    wanted = max(1, timings["hits"] + timings["misses"] + timings["vram_hits"])
+    return {
+        "vram_share": timings["vram_hits"] / wanted,
+        "memory_share": timings["hits"] / wanted,
+        "disk_share": timings["misses"] / wanted,
+        "bus": timings["bus_bytes"] / tokens,
+        "missed": timings["bytes_read"] / tokens,
+    }
+
+
+def ceiling(shape: Shape, found: dict[str, Any], per: dict[str, float], have: Bandwidths) -> float:
+    """Tokens/s; see above."""
+    on_gpu = per["vram_share"] * shape.experts_bytes
+    dense = have.gpu if found["decode"]["engine"].get("dense_device", "cpu") != "cpu" else have.memory
+    experts = (shape.experts_bytes - on_gpu) / have.memory
+    if on_gpu:
+        experts = max(experts, on_gpu / have.gpu)
+    bus = per["bus"] / have.to_gpu if per["bus"] else 0.0
+    return 1 / max(shape.dense_bytes / dense + experts, bus, per["missed"] / have.disk)
+
+
+@click.command(help=help_of(__doc__))
+@click.argument(
+    "stores", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option("--device", default="auto", show_default=True, help="As mer run --device.")
+@click.option("--vram", default="none,4,8,16", show_default=True, help="GB; none: the CPU alone.")
+@click.option("--experts", default="25,100", show_default=True, help="Percent of them that memory holds.")
+@click.option("--prompt", default=512, show_default=True, help="Tokens of the prompt that is timed.")
+@click.option("--decode", default=128, show_default=True, help="Tokens.")
+@click.option("--warm", default=1024, show_default=True, help="Tokens of the text before.")
+@click.option("--threads", type=int)
+@click.option("--seconds", default=60.0, show_default=True, help="A run that takes longer is given up.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything there, too.")
+def main(
+    stores: tuple[Path, ...],
+    device: str,
+    vram: str,
+    experts: str,
+    prompt: int,
+    decode: int,
+    warm: int,
+    threads: int | None,
+    seconds: float,
+    out: Path | None,
+) -> None:
+    console = Console(width=150)
+    name, gpu = card(device)
+    report: dict[str, Any] = {"device": name, "shapes": []}
+    differs = False
+    for store in stores:
+        shape = Shape(store)
+        have = measure(gpu, shape.model, threads)
+        console.print(
+            f"{shape.name}, {shape.layers} of {shape.of} layers; {name}: memory {have.gpu / 1e9:.0f} GB/s, "
+            f"bus {have.to_gpu / 1e9:.1f}, back {have.from_gpu / 1e9:.1f}; CPU memory {have.memory / 1e9:.1f}; "
+            f"disk {have.disk / 1e9:.2f}; a token: {shape.dense_bytes / MIB:.0f} MiB dense, "
+            f"{shape.experts_bytes / MIB:.0f} MiB of experts"
+        )
+        runs = []
+        for share in experts.split(","):
+            for budget in vram.split(","):
+                where: dict[str, Any] = {"device": "cpu"}
+                if budget != "none":
+                    where = {"device": device, "vram": shape.vram(budget)}
+                run: dict[str, Any] = {"vram_gb": budget, "experts": share, **where}
+                runs.append(run)
+                settings = {"prompt": prompt, "decode": decode, "warm": warm, "threads": threads}
+                try:
+                    found = gpu_engine.measure(store, seconds, cache_experts=f"{share}%", **where, **settings)
+                except gpu_engine.GpuRunError as error:
+                    run["error"] = str(error)
+                    console.print(f"vram {budget}, experts {share} %: {error}")
+                    continue
+                per = per_token(found, decode)
+                run |= {"found": found, "per_token": per, "ceiling": ceiling(shape, found, per, have)}
+                first = next(r["found"]["drawn"] for r in runs if "found" in r)
+                run["same"] = found["drawn"] == first
+                differs |= not run["same"]
+        report["shapes"].append(
+            {
+                "name": shape.name,
+                "layers": [shape.layers, shape.of],
+                "bandwidths": asdict(have),
+                "dense_bytes": shape.dense_bytes,
+                "experts_bytes": shape.experts_bytes,
+                "runs": runs,
+            }
+        )
+        show(console, runs)
+        if out:  # what there is, should the next be stopped
+            out.write_text(json.dumps(report, indent=1) + "\n")
+    if differs:
+        raise click.ClickException("what was drawn differs between runs of one model")
+
+
+COLUMNS = (
+    *("VRAM", "experts in memory", "decode tok/s", "of ceiling", "prefill tok/s", "vram / memory / disk"),
+    *("bus a token", "read a token", "GPU holds", "same"),
+)
+
+
+def show(console: Console, runs: list[dict[str, Any]]) -> None:
+    table = Table(*COLUMNS)
+    for run in runs:
+        budget = "none" if run["vram_gb"] == "none" else f"{run['vram_gb']} GB"
+        if "found" not in run:
+            table.add_row(budget, f"{run['experts']} %", "-")
+            continue
+        found, per, vram = run["found"], run["per_token"], run["found"]["vram"]
+        decode = found["decode"]["timings"]["decode_tokens_per_s"]
+        table.add_row(
+            budget,
+            f"{run['experts']} %",
+            f"{decode:.1f}",
+            f"{decode / run['ceiling']:.0%} of {run['ceiling']:.0f}",
+            f"{found['prefill']['timings']['prefill_tokens_per_s']:.0f}",
+            " / ".join(f"{per[name + '_share']:.1%}" for name in ("vram", "memory", "disk")),
+            f"{per['bus'] / MIB:.2f} MiB",
+            f"{per['missed'] / MIB:.2f} MiB",
+            f"{vram['resident']} of {vram['slots']}" + (", lost" if vram["lost"] else "") if vram else "",
+            "yes" if run["same"] else "NO",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
