@@ -163,8 +163,8 @@ def main(
         have = measure(gpu, shape.model, threads)
         console.print(
             f"{shape.name}, {shape.layers} of {shape.of} layers; {name}: memory {have.gpu / 1e9:.0f} GB/s, "
-            f"bus {have.to_gpu / 1e9:.1f}, back {have.from_gpu / 1e9:.1f}; CPU memory {have.memory / 1e9:.1f}; "
-            f"disk {have.disk / 1e9:.2f}; a token: {shape.dense_bytes / MIB:.0f} MiB dense, "
+            f"bus {have.to_gpu / 1e9:.1f}, back {have.from_gpu / 1e9:.1f}; CPU memory {have.memory / 1e9:.1f}"
+            f"; disk {have.disk / 1e9:.2f}; a token: {shape.dense_bytes / MIB:.0f} MiB dense, "
             f"{shape.experts_bytes / MIB:.0f} MiB of experts"
         )
         runs = []

@@ -2,6 +2,9 @@
 
 `library()` builds it from tests/gpu/ and mer/gpu/kernels/ (once for each state of the sources, in the folder
 for temporary files) and gives its path, for `Device(driver=...)`. `Simulator` orders its faults.
+
+With MER_TEST_GPU=1 in the environment the machine's own GPU takes its place, by its real driver, and what
+orders faults is skipped.
 """
 
 from __future__ import annotations
@@ -19,6 +22,11 @@ from typing import NamedTuple
 
 import pytest
 
+from mer._ext.device import DRIVER, Device
+from mer.gpu.compile import kernels
+from mer.gpu.probe import gpus
+
+REAL = bool(os.environ.get("MER_TEST_GPU"))
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "mer/gpu/kernels"
 FAKE = ROOT / "tests/gpu"
@@ -76,17 +84,32 @@ class Simulator:
     """The simulated device's faults, by its library's own functions (see fake_cuda.cpp)."""
 
     def __init__(self) -> None:
-        self.path = library()
-        self.lib = ctypes.CDLL(str(self.path))
+        self.path = Path(DRIVER) if REAL else library()
+        if REAL:
+            return
+        self._lib = ctypes.CDLL(str(self.path))
         for name in ("vram", "taken"):
-            getattr(self.lib, f"mer_fake_{name}").argtypes = [ctypes.c_size_t]
-        self.lib.mer_fake_fail_alloc.argtypes = [ctypes.c_long]
-        self.lib.mer_fake_fail_from.argtypes = [ctypes.c_long, ctypes.c_int]
+            getattr(self._lib, f"mer_fake_{name}").argtypes = [ctypes.c_size_t]
+        self._lib.mer_fake_fail_alloc.argtypes = [ctypes.c_long]
+        self._lib.mer_fake_fail_from.argtypes = [ctypes.c_long, ctypes.c_int]
         self.reset()
+
+    @property
+    def lib(self) -> ctypes.CDLL:
+        if REAL:
+            pytest.skip("a GPU takes no orders")
+        return self._lib
+
+    def open(self) -> Device:
+        """The device, with the kernels."""
+        device = Device(driver=str(self.path))
+        device.load(kernels(gpus()[0].target) if REAL else b"any")
+        return device
 
     def reset(self) -> None:
         """No faults, no delays, the default size of memory; allocations stay."""
-        self.lib.mer_fake_reset()
+        if not REAL:
+            self.lib.mer_fake_reset()
 
     def vram(self, nbytes: int) -> None:
         """The size of the device's memory."""
@@ -106,7 +129,8 @@ class Simulator:
 
     def defer(self, yes: bool = True) -> None:
         """Copies and kernels happen no sooner than somebody waits for them."""
-        self.lib.mer_fake_defer(int(yes))
+        if not REAL:  # nobody can say when it does what
+            self.lib.mer_fake_defer(int(yes))
 
     def counts(self) -> Counts:
         out = (ctypes.c_long * 10)()

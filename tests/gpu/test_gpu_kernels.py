@@ -28,9 +28,7 @@ def simulator() -> Simulator:
 
 @pytest.fixture
 def device(simulator: Simulator) -> Iterator[Device]:
-    opened = Device(driver=str(simulator.path))
-    opened.load(b"any")
-    yield opened
+    yield simulator.open()
     simulator.reset()
 
 

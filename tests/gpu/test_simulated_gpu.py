@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from gpu_simulator import ECC_UNCORRECTABLE, Simulator
+from gpu_simulator import ECC_UNCORRECTABLE, REAL, Simulator
 
 from mer._ext.device import COMPUTE, COPY, Device
 from mer.errors import GpuError, GpuMemoryError
 
 MIB = 1 << 20
+
+pytestmark = pytest.mark.skipif(REAL, reason="a GPU takes its place")
 
 
 @pytest.fixture
@@ -23,9 +25,7 @@ def simulator() -> Iterator[Simulator]:
 
 @pytest.fixture
 def device(simulator: Simulator) -> Device:
-    opened = Device(driver=str(simulator.path))
-    opened.load(b"any")
-    return opened
+    return simulator.open()
 
 
 def test_threads_wait_for_their_block(device: Device) -> None:
