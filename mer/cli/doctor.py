@@ -15,7 +15,8 @@ from mer._ext.cpus import usable_cpus
 from mer._ext.kernels import Kernels, Pool, isas
 from mer.cli import gpus
 from mer.cli.common import messages, model_argument, output, rate, size, size_option
-from mer.errors import CheckpointError
+from mer.errors import BudgetError, CheckpointError, UnsupportedModelError
+from mer.streaming.advice import advice
 from mer.streaming.machine import Machine, describe
 from mer.streaming.probe import Device, probe, uring_refusal
 
@@ -31,29 +32,57 @@ _BLOCK: Final = 1 << 20
     metavar="SIZE",
     help="Bytes per read; default: the size of the model's experts, else 1MiB.",
 )
+@click.option(
+    "--ram", callback=size_option, metavar="SIZE", help="What MODEL may take; default: what is free."
+)
+@click.option(
+    "--trace",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Routing that `mer run --trace` recorded; default: MODEL is run for a quarter of a minute.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(path: Path, block: int | None, as_json: bool) -> None:
+def doctor(path: Path, block: int | None, ram: int | None, trace: Path | None, as_json: bool) -> None:
     """Show what this machine allows and how fast it is.
 
     PATH is where the weights lie. Of a MODEL the largest file (of experts) is read, in any other directory
     (default: this one) a temporary file of up to 1 GiB is written, read and removed. A file is read as it
-    is.
+    is. Of a MODEL it also says which share of its experts would be found in memory of other sizes.
     """
     with messages().status("looking at this machine") as status:
         machine = describe()
         refusal = uring_refusal()
-        path, expert = _weights_of(path) or (path, _BLOCK)
+        model, weights = path, _weights_of(path)
+        path, expert = weights or (path, _BLOCK)
         device = probe(path, block=block or expert, report=lambda text: status.update(text))
         status.update("reading memory")
         pool = Pool()
         memory_rate = pool.memory_bandwidth()
         status.update("looking for GPUs")
         gpu = gpus.survey(measure=True)
-    facts = _facts(machine, refusal, device, pool.n_threads, memory_rate, gpu)
+        facts = _facts(machine, refusal, device, pool.n_threads, memory_rate, gpu)
+        facts["advice"] = advice(machine, device, refusal)
+        if weights is not None or model.suffix == ".gguf":
+            status.update("seeing which experts the model wants")
+            facts["hit_rates"], facts["advice"] = _rates_of(model, ram, trace, device.best, facts["advice"])
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
         _print(output(), machine, device, facts)
+
+
+def _rates_of(
+    model: Path, ram: int | None, trace: Path | None, bandwidth: float, advised: list[str]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Hit rates, None where there are none; what is advised then."""
+    from mer.cli.hit_rates import hit_rates
+
+    try:
+        rates = hit_rates(model, ram, trace, bandwidth)
+    except (BudgetError, UnsupportedModelError) as error:
+        return None, [*advised, str(error)]
+    if rates is None:
+        return None, advised
+    return asdict(rates), [*filter(None, [rates.advice]), *advised]
 
 
 def _weights_of(path: Path) -> tuple[Path, int] | None:
@@ -138,6 +167,23 @@ def _print(console: Console, machine: Machine, device: Device, facts: dict[str, 
         f"GPU      {gpus.use(uses['gpu'])}",
     ):
         console.print(f"  {line}", highlight=False, markup=False)
+    if facts.get("hit_rates"):
+        _print_rates(console, facts["hit_rates"])
+    console.print("What would be faster", style="bold", highlight=False)
+    for line in facts["advice"] or ["nothing that can be told from here"]:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_rates(console: Console, found: dict[str, Any]) -> None:
+    console.print(f"Experts found in memory, of {found['tokens']} tokens (an LRU cache)", style="bold")
+    table = Table()
+    for name in ("ram", "experts in the cache", "hit rate", "read for a token"):
+        table.add_column(name, justify="right")
+    for each in found["rates"]:
+        here = "bold green" if each["ram"] == found["ram"] else ""
+        cells = (size(each["ram"]), str(each["slots"]), f"{each['hit_rate']:.3f}", size(each["read_bytes"]))
+        table.add_row(*cells, style=here)
+    console.print(table)
 
 
 def _machine_rows(machine: Machine, device: Device, facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -155,6 +201,8 @@ def _machine_rows(machine: Machine, device: Device, facts: dict[str, Any]) -> li
         ("O_DIRECT", _direct_row(device)),
         ("huge pages", f"transparent: {machine.huge_pages or 'none'}"),
         ("memlock limit", memlock),
+        ("open files", "unlimited" if machine.open_files is None else f"{machine.open_files}"),
+        ("CPU governor", machine.governor or "the kernel does not say"),
         ("processor", machine.cpu_model),
         ("instruction sets", ", ".join(facts["instruction_sets"])),
         ("usable CPUs", f"{facts['cpus']} (affinity and control groups)"),

@@ -35,6 +35,9 @@ class Machine:
     huge_pages: str | None  # transparent huge pages: 'always', 'madvise' or 'never'
     memlock: int | None  # None: unlimited
     may_exceed_memlock: bool
+    open_files: int | None  # limits of this process; None: unlimited
+    address_space: int | None
+    governor: str | None  # of the first processor's frequency
     memory: Memory
 
 
@@ -42,17 +45,24 @@ def describe(root: Path = Path("/")) -> Machine:
     """The facts. root: where /proc and /sys are found."""
     disabled = _read(root / "proc/sys/kernel/io_uring_disabled")
     modes = _read(root / "sys/kernel/mm/transparent_hugepage/enabled") or ""
-    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     capabilities = int(_field(root / "proc/self/status", "CapEff") or "0", 16)
     return Machine(
         kernel=platform.release(),
         cpu_model=_field(root / "proc/cpuinfo", "model name") or platform.machine(),
         io_uring_disabled=int(disabled) if disabled and disabled.isdigit() else None,
         huge_pages=modes.partition("[")[2].partition("]")[0] or None,
-        memlock=None if limit == resource.RLIM_INFINITY else limit,
+        memlock=_limit(resource.RLIMIT_MEMLOCK),
         may_exceed_memlock=bool(capabilities >> _CAP_IPC_LOCK & 1),
+        open_files=_limit(resource.RLIMIT_NOFILE),
+        address_space=_limit(resource.RLIMIT_AS),
+        governor=_read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         memory=memory(root),
     )
+
+
+def _limit(kind: int) -> int | None:
+    soft, _ = resource.getrlimit(kind)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def memory(root: Path = Path("/"), *, active: bool = False) -> Memory:
@@ -150,3 +160,14 @@ def file_system(path: Path, root: Path = Path("/")) -> str:
         if inside and rank > best_length:
             best, best_length = rest.split()[0], rank
     return best
+
+
+def rotational(path: Path, root: Path = Path("/")) -> bool | None:
+    """Whether the device below `path` turns; None where the kernel does not say."""
+    number = os.stat(path).st_dev
+    device = (root / f"sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    for place in (device, device.parent):  # a partition's queue is its device's
+        said = _read(place / "queue/rotational")
+        if said is not None:
+            return said == "1"
+    return None

@@ -13,7 +13,7 @@ from attrs import frozen
 
 from mer._ext.uring import Reader, dio_alignment
 from mer.errors import ConfigError
-from mer.streaming.machine import file_system
+from mer.streaming.machine import file_system, rotational
 
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 FILE_BYTES = 1 << 30
@@ -40,6 +40,7 @@ class Device:
     why: str
     block: int
     rates: tuple[DepthRate, ...]
+    rotational: bool | None = None  # None: the kernel does not say
 
     @property
     def best(self) -> float:
@@ -92,6 +93,7 @@ def probe(
                 why=reader.why,
                 block=block,
                 rates=tuple(DepthRate(*item) for item in best.items()),
+                rotational=rotational(path),
             )
     except OSError as e:
         raise ConfigError(
