@@ -235,6 +235,23 @@ def test_gates_have_the_bytes_of_the_cpu(device: Device, kind: int) -> None:
     assert np.isnan(got[~real]).all()
 
 
+@pytest.mark.parametrize("kind", range(3))
+def test_activated_and_quantised_at_once(device: Device, kind: int) -> None:
+    rng = np.random.default_rng(9)
+    gate, up = (3 * rng.standard_normal((2, 5, 288))).astype(np.float32)
+    gate[1, 40] = np.nan
+    k = Kernels("scalar")
+    h = k.swiglu_py(gate.ravel(), up.ravel(), (1.702, 7.0) if kind == 2 else None, gelu=kind == 1)
+    want = k.prepare_py(Q8_0, h.reshape(5, 288))
+    with Memory(device) as memory:
+        acts = memory.put(np.zeros_like(want))
+        arguments = [np.uint64(memory.put(gate)), np.uint64(memory.put(up)), np.uint64(acts)]
+        arguments += [np.int64(want.shape[1]), np.int32(5), np.int32(288)]
+        arguments += [np.int32(kind), np.float32(1.702), np.float32(7)]
+        device.launch_py("mer_activate_quantise", (3, 2, 1), THREADS, arguments)
+        assert memory.get(acts, want.shape, np.uint8).tobytes() == want.tobytes()
+
+
 def test_the_benchmark_compares_and_reports(
     simulator: Simulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

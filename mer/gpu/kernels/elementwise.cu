@@ -18,3 +18,16 @@ MER_KERNEL(mer_activate, const float *gate, const float *up, float *h, int rows,
     for (long i = (long)blockIdx.x * MER_GPU_THREADS + threadIdx.x; i < n; i += step)
         h[i] = activate(gate[i], up[i], kind, alpha, limit);
 }
+
+/* Both: the activated rows of [rows, inter] quantised, act_bytes apart, without their floats in between.
+ * grid = (ceil(inter / MER_GPU_THREADS), rows), or fewer than rows. */
+MER_KERNEL(mer_activate_quantise, const float *gate, const float *up, uint8_t *acts, long act_bytes, int rows, int inter,
+           int kind, float alpha, float limit) {
+    const int lane = threadIdx.x % 32, b = (blockIdx.x * MER_GPU_THREADS + threadIdx.x) / 32;
+    if (b >= inter / ACT_BLOCK) return;
+    for (int r = blockIdx.y; r < rows; r += gridDim.y) {
+        const long at = (long)r * inter + b * ACT_BLOCK + lane;
+        const act_q8 a = act_view(acts + r * act_bytes, inter);
+        quantise_block(activate(gate[at], up[at], kind, alpha, limit), a, b, lane);
+    }
+}

@@ -60,6 +60,8 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
     /* Of weights: d or the scale, the minimum; of groups of 16 two each. */
     __shared__ float scale[1 + HALVES][SPAN][ROWS], least[F::MINIMA ? 1 + HALVES : 1][SPAN][ROWS];
 
+    __shared__ long act_at[TOKENS];
+
     const mer_gpu_product task = products[blockIdx.y];
     const int row0 = blockIdx.x * ROWS, t0 = blockIdx.z * TOKENS;
     if (t0 >= task.count) return;
@@ -69,6 +71,10 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
     const long row_bytes = (long)(cols / F::COLS) * F::BYTES;
     const uint64_t first_row = task.weights + row0 * row_bytes;
     const bytes p = {(const uint32_t *)stage};
+
+    for (int t = thread; t < TOKENS; t += MER_GPU_THREADS) /* what is beyond the last token is computed and left */
+        act_at[t] = act_row(task, t0 + t < task.count ? t0 + t : task.count - 1) * act_stride;
+    __syncthreads();
 
     float acc[TILES][4], sum[K ? TILES : 1][4], min[K && F::MINIMA ? TILES : 1][4];
 #pragma unroll
@@ -85,14 +91,13 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
             if (from + 16 * piece < start + n * 32 / F::COLS * F::BYTES) copy16(stage + i, (const uint4 *)from + piece);
         }
         for (int i = thread; i < TOKENS * SPAN * 2; i += MER_GPU_THREADS) {
-            const int t = i / (SPAN * 2), piece = i % (SPAN * 2), token = t0 + t < task.count ? t0 + t : task.count - 1;
-            const uint8_t *const row = acts + act_row(task, token) * act_stride;
-            if (piece < 2 * n) copy16(q + t * (STRIDE / 4) + piece, (const uint4 *)(row + b0 * 32) + piece);
+            const int t = i / (SPAN * 2), piece = i % (SPAN * 2);
+            if (piece < 2 * n) copy16(q + t * (STRIDE / 4) + piece, (const uint4 *)(acts + act_at[t] + b0 * 32) + piece);
         }
         for (int i = thread; i < TOKENS * SPAN; i += MER_GPU_THREADS) {
-            const int t = i / SPAN, b = i % SPAN, token = t0 + t < task.count ? t0 + t : task.count - 1;
+            const int t = i / SPAN, b = i % SPAN;
             if (b >= n) continue;
-            const act_q8 a = act_view(acts + act_row(task, token) * act_stride, cols);
+            const act_q8 a = act_view(acts + act_at[t], cols);
             ((float *)act_d[b])[t] = a.d[b0 + b];
             if (F::MINIMA && !HALVES) ((float *)act_sum[0][b])[t] = a.dsum[b0 + b];
             if (F::MINIMA && HALVES) {
