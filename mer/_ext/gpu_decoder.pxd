@@ -24,7 +24,8 @@ cdef extern from "mer_gpu_decoder.h" nogil:
 
 # Products with one input: matrices of one format and shape.
 cdef struct Launch:
-    void *function
+    void *few                    # kernels, for few tokens and for many
+    void *many
     long first, n                # of the table of products
     int rows, cols
     long y_stride

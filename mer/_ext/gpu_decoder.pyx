@@ -29,6 +29,9 @@ cdef extern from "mer_decoder.h" nogil:
 cdef enum:
     THREADS = 128                # MER_GPU_THREADS
     ROWS = 8                     # MER_GPU_ROWS
+    MANY_ROWS = 64               # MER_GPU_MANY_ROWS
+    MANY_TOKENS = 32             # MER_GPU_MANY_TOKENS
+    FEW = 12                     # most tokens for which the kernels for few are quicker
     MOST_SHARED = 48 << 10       # dynamic shared memory that needs no permission
     PLACE_ALIGN = 256
     STEP_ALIGN = 64
@@ -195,7 +198,8 @@ cdef class GpuDecoder(Decoder):
             each = &found.each[found.n]
             found.n += 1
             rows = gcd(*(m.data.shape[0] for m, *_ in matrices))
-            each.function = self.device.function("mer_rows_" + FORMATS[form])
+            each.few = self.device.function("mer_rows_" + FORMATS[form])
+            each.many = self.device.function("mer_many_" + FORMATS[form])
             each.first, each.rows, each.cols, each.y_stride = len(self.table), rows, cols, y_stride
             each.prepared = form not in FLOATS
             for m, place, bias, y in matrices:

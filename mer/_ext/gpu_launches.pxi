@@ -31,7 +31,11 @@ cdef void multiply(GpuDecoder d, const Launches *m, uint64_t x, uint64_t acts) n
         arguments[0], arguments[1], arguments[2] = &products, &n, &given
         arguments[3], arguments[4], arguments[5] = &act_stride, <void *>&each.rows, <void *>&each.cols
         arguments[6] = <void *>&each.y_stride
-        call(d, each.function, (each.rows + ROWS - 1) // ROWS, n, 1, 0, arguments)
+        if d.n_tokens <= FEW:
+            call(d, each.few, (each.rows + ROWS - 1) // ROWS, n, 1, 0, arguments)
+        else:
+            call(d, each.many, (each.rows + MANY_ROWS - 1) // MANY_ROWS, n, (d.n_tokens + MANY_TOKENS - 1) // MANY_TOKENS,
+                 0, arguments)
 
 
 cdef void quantise(GpuDecoder d, uint64_t x, long cols, uint64_t acts) noexcept nogil:
