@@ -1,17 +1,22 @@
 """A small Mixtral written by hand, and the program `mer` itself, for the tests of the command line."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryFile
+from unittest.mock import patch
 
 import numpy as np
+import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
-from mer.cli.main import cli
+from mer.cli.main import cli, main
 
 MER = str(Path(sys.executable).with_name("mer"))
 
@@ -27,6 +32,30 @@ def mer(*arguments, **options):
     """Run the program to its end; its output as text."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment()} | options
     return subprocess.run([MER, *map(str, arguments)], text=True, check=False, **options)
+
+
+def mer_here(*arguments, stdin="", **more):
+    """As `mer`, by the same `main` in this process: to start one takes longer than most errors do.
+
+    stdin: its text. more: of the environment. Not for signals, limits of a process, and what stays open.
+    """
+    with (
+        TemporaryFile("w+", encoding="utf-8") as out,
+        TemporaryFile("w+", encoding="utf-8") as err,
+        redirect_stdout(out),
+        redirect_stderr(err),
+        patch.object(sys, "argv", ["mer", *map(str, arguments)]),
+        patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")),
+        patch.dict(os.environ, environment(**more), clear=True),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main()
+        texts = []
+        for file in out, err:
+            file.flush()
+            file.seek(0)
+            texts.append(file.read())
+    return subprocess.CompletedProcess(arguments, ended.value.code, *texts)
 
 
 def called(*arguments) -> str:

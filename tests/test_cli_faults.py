@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_models import MER, environment, mer, write_mixtral
+from cli_models import MER, environment, mer, mer_here, write_mixtral
 from safetensors.numpy import load_file, save_file
 from store_models import hashes
 
@@ -143,14 +143,21 @@ FAULTS = {
 def test_formats_that_do_not_fit(model, of, words):
     for e in of:
         tensor(TWO, UP.replace(".2.w3", f".{e}.w3"), lambda t: t.astype(np.float32))(model)
-    refused(mer("run", model, "word"), f"{model}: {words}")
-    done = mer("inspect", model)
+    refused(mer_here("run", model, "word"), f"{model}: {words}")
+    done = mer_here("inspect", model)
     assert (done.returncode, f"{model}: {words}" in done.stdout) == (0, True)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_damaged_model(model, tmp_path, fault):
     damage, words = FAULTS[fault]
+    damage(model)
+    refused(mer_here("convert", model, tmp_path / "dst"), *words)
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_damaged_model_seen_by_the_program(model, tmp_path):
+    damage, words = FAULTS["shard truncated"]
     damage(model)
     refused(mer("convert", model, tmp_path / "dst"), *words)
     assert os.listdir(tmp_path) == ["model"]
@@ -161,19 +168,18 @@ def test_damaged_model(model, tmp_path, fault):
 def test_damaged_model_seen_by_others(model, command, fault):
     damage, words = FAULTS[fault]
     damage(model)
-    refused(mer(command, model), *words)
+    refused(mer_here(command, model), *words)
 
 
 def test_a_model_that_is_not_there(tmp_path):
-    for command in (["inspect"], ["verify"], ["convert", tmp_path / "dst"]):
-        refused(
-            mer(command[0], tmp_path / "nowhere", *command[1:]), str(tmp_path / "nowhere"), "does not exist"
-        )
+    nowhere = tmp_path / "nowhere"
+    for command, *more in ["inspect"], ["verify"], ["convert", tmp_path / "dst"]:
+        refused(mer_here(command, nowhere, *more), str(nowhere), "does not exist")
     assert os.listdir(tmp_path) == []
 
 
 def test_a_file_in_place_of_a_model(model):
-    refused(mer("inspect", model / ONE), ONE, "name its directory")
+    refused(mer_here("inspect", model / ONE), ONE, "name its directory")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -190,17 +196,17 @@ def test_weights_that_are_not_finite(model, tmp_path):
         return values
 
     tensor(TWO, UP, spoil)(model)
-    done = mer("convert", model, tmp_path / "dst")
+    done = mer_here("convert", model, tmp_path / "dst")
     refused(done, TWO, "layers.1.experts.2", "NaN")
     assert not (tmp_path / "dst").exists()
-    done = mer("verify", model)
+    done = mer_here("verify", model)
     refused(done, "1 of 41 tensors are damaged")
     assert done.stdout == f"{model / TWO}: {UP}: it holds NaN or infinity\n"
 
 
 @pytest.fixture
 def store(original, tmp_path):
-    assert mer("convert", original, tmp_path / "store").returncode == 0
+    assert mer_here("convert", original, tmp_path / "store").returncode == 0
     return tmp_path / "store"
 
 
@@ -217,7 +223,7 @@ def test_a_flipped_bit_in_a_store(store):
     expert, dense = opened.experts[1, 2].extents.pieces[0], opened.tensors[QUERY]
     flip(opened.files[expert.file], expert.offset + 12_345)
     flip(opened.files[dense.file], dense.offset)
-    done = mer("verify", store)
+    done = mer_here("verify", store)
     refused(done, "2 of 25 tensors are damaged", "convert the model again")
     first, second = done.stdout.splitlines()
     assert first.startswith(f"{store / 'dense.safetensors'}: {QUERY}: its checksum is ")
@@ -229,7 +235,7 @@ def test_a_flipped_bit_in_a_store(store):
 def test_a_store_with_a_damaged_file(store, name, damage):
     damage(name)(store)
     for command in ("verify", "inspect"):
-        refused(mer(command, store), name)
+        refused(mer_here(command, store), name)
 
 
 def test_the_destination_exists(original, tmp_path):
@@ -237,9 +243,9 @@ def test_the_destination_exists(original, tmp_path):
     (tmp_path / "file").write_text("precious")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("directory", "file", "link"):
-        refused(mer("convert", original, tmp_path / name), str(tmp_path / name), "exists already")
+        refused(mer_here("convert", original, tmp_path / name), str(tmp_path / name), "exists already")
     assert (tmp_path / "file").read_text() == "precious"
-    refused(mer("convert", original, tmp_path / "file/below"), str(tmp_path / "file"), "Not a directory")
+    refused(mer_here("convert", original, tmp_path / "file/below"), str(tmp_path / "file"), "Not a directory")
     assert sorted(os.listdir(tmp_path)) == ["directory", "file", "link"]
 
 
@@ -252,7 +258,7 @@ def test_a_file_size_limit(original, tmp_path):
     done = mer("convert", original, tmp_path / "dst", preexec_fn=limit)
     refused(done, str(tmp_path / "dst.partial"), "File too large", "make room")
     assert not (tmp_path / "dst").exists()
-    assert mer("convert", original, tmp_path / "dst").returncode == 0
+    assert mer_here("convert", original, tmp_path / "dst").returncode == 0
 
 
 @pytest.fixture
@@ -279,7 +285,7 @@ def small_disk(tmp_path):
 def test_a_disk_that_is_too_small(original, small_disk):
     """Said before anything is written, with numbers."""
     disk = small_disk(300_000)
-    done = mer("convert", original, disk / "dst")
+    done = mer_here("convert", original, disk / "dst")
     refused(done, str(disk / "dst.partial"), "are needed", "are free", "make room")
     assert not (disk / "dst").exists()
 
@@ -287,14 +293,14 @@ def test_a_disk_that_is_too_small(original, small_disk):
 def test_a_disk_that_becomes_full(model, small_disk, tmp_path):
     """The last file does not fit; with more room the same command goes on, to the same bytes."""
     (model / "tokenizer.json").write_text(json.dumps("x" * 500_000))
-    assert mer("convert", model, tmp_path / "whole").returncode == 0
+    assert mer_here("convert", model, tmp_path / "whole").returncode == 0
     weights = sum(file.stat().st_size for file in (tmp_path / "whole").glob("*.safetensors"))
     disk = small_disk(weights + 200_000)
     done = mer("convert", model, disk / "dst")
     refused(done, str(disk / "dst.partial"), "No space left on device", "make room")
     assert not (disk / "dst").exists()
     small_disk(weights + 1_000_000)
-    done = mer("convert", model, disk / "dst")
+    done = mer_here("convert", model, disk / "dst")
     assert done.returncode == 0
     assert "resumed: 25 tensors were there from an earlier run" in done.stdout
     assert hashes(disk / "dst") == hashes(tmp_path / "whole")
@@ -311,7 +317,7 @@ def large(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(large):
     """What an uninterrupted run writes."""
-    assert mer("convert", large, large.with_name("whole")).returncode == 0
+    assert mer_here("convert", large, large.with_name("whole")).returncode == 0
     return hashes(large.with_name("whole"))
 
 
@@ -345,8 +351,8 @@ def test_interrupted_and_resumed(large, converted, tmp_path, number):
         assert status == -number
     assert "Traceback" not in text
     assert os.listdir(tmp_path) == ["dst.partial"]
-    refused(mer("convert", large, dst, "--experts", "q8_0"), "dst.partial", "--restart")
-    done = mer("convert", large, dst)
+    refused(mer_here("convert", large, dst, "--experts", "q8_0"), "dst.partial", "--restart")
+    done = mer_here("convert", large, dst)
     assert done.returncode == 0
     assert "resumed: " in done.stdout
     assert os.listdir(tmp_path) == ["dst"]
@@ -356,7 +362,7 @@ def test_interrupted_and_resumed(large, converted, tmp_path, number):
 def test_restart(large, converted, tmp_path):
     dst = tmp_path / "dst"
     interrupt(large, dst, signal.SIGKILL)
-    done = mer("convert", large, dst, "--restart")
+    done = mer_here("convert", large, dst, "--restart")
     assert done.returncode == 0
     assert "resumed" not in done.stdout
     assert hashes(dst) == converted

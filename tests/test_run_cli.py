@@ -16,6 +16,7 @@ import termios
 import time
 
 import pytest
+from cli_models import mer_here
 from engine_models import convert_to, write_text_model
 from oracle.make_checkpoints import make
 
@@ -172,9 +173,18 @@ ERRORS = {
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors(model, bare, case):
+    refused(model, bare, case, mer_here)
+
+
+@pytest.mark.parametrize("case", ["no tokenizer", "no size"])
+def test_errors_of_the_program(model, bare, case):
+    refused(model, bare, case, mer)
+
+
+def refused(model, bare, case, run):
     arguments, status, said = ERRORS[case]
     known = {"MODEL": str(model), "BARE": str(bare)}
-    done = mer(*(known.get(argument, argument) for argument in arguments), stdin="hello\n")
+    done = run(*(known.get(argument, argument) for argument in arguments), stdin="hello\n")
     assert done.returncode == status
     assert said in done.stderr
     assert done.stdout == ""
@@ -366,7 +376,7 @@ def test_chat_interrupted_between_answers(terminal):
 
 
 def test_a_trace_on_a_full_disk(model):
-    done = mer("run", model, "x", "-n", 3, "--trace", "/dev/full")
+    done = mer_here("run", model, "x", "-n", 3, "--trace", "/dev/full")
     assert done.returncode == 1
     assert done.stderr.endswith("trace /dev/full: No space left on device; name a file that can be written\n")
 
