@@ -73,15 +73,17 @@ INLINE void tile(const mer_gpu_product &product, const uint8_t *acts, long act_s
             for (int t = 0; t < TOKENS; t++) acc[r][t] = __fmaf_rn(v, k < cols ? x[t][k] : 0, acc[r][t]);
         }
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++) {
+        const int at = row + r * MER_GPU_ROWS;
+        const float bias = row_bias(product, at < rows ? at : rows - 1);
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
-            const int at = row + r * MER_GPU_ROWS;
             float sum = acc[r][t];
 #pragma unroll
             for (int by = LANES / 2; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
-            if (lane == 0 && at < rows && t0 + t < product.count) store_y(product, (t0 + t) * y_stride + at, at, sum);
+            if (lane == 0 && at < rows && t0 + t < product.count) store_y(product, (t0 + t) * y_stride + at, sum, bias);
         }
+    }
 }
 
 } // namespace float_rows

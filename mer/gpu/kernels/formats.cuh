@@ -154,8 +154,8 @@ struct fmt_q3_k : block256<110, 16, 4, 108, false> {
 /* Eight scales and minima of six bits in 12 bytes: see mer_q4_k_unpack. */
 INLINE scales six_bits(const bytes &p, int at, int j) {
     const int low = (int)p.u8(at + (j & 3)), mid = (int)p.u8(at + 4 + (j & 3)), high = (int)p.u8(at + 8 + (j & 3));
-    if (j < 4) return {low & 63, 0, mid & 63, 0};
-    return {(high & 15) | low >> 6 << 4, 0, high >> 4 | mid >> 6 << 4, 0};
+    const int scale = j < 4 ? low & 63 : (high & 15) | low >> 6 << 4;
+    return {scale, 0, j < 4 ? mid & 63 : high >> 4 | mid >> 6 << 4, 0};
 }
 
 struct fmt_q4_k : block256<144, 32, 0, 0, true> {

@@ -95,8 +95,7 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
             if (piece < 2 * n) copy16(q + t * (STRIDE / 4) + piece, (const uint4 *)(acts + act_at[t] + b0 * 32) + piece);
         }
         for (int i = thread; i < TOKENS * SPAN; i += MER_GPU_THREADS) {
-            const int t = i / SPAN, b = i % SPAN;
-            if (b >= n) continue;
+            const int t = i / SPAN, b = i % SPAN < n ? i % SPAN : n - 1;
             const act_q8 a = act_view(acts + act_at[t], cols);
             ((float *)act_d[b])[t] = a.d[b0 + b];
             if (F::MINIMA && !HALVES) ((float *)act_sum[0][b])[t] = a.dsum[b0 + b];
@@ -108,8 +107,7 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
         copies_done();
         __syncthreads();
         for (int i = thread; i < ROWS * SPAN; i += MER_GPU_THREADS) {
-            const int r = i % ROWS, b = i / ROWS;
-            if (b >= n) continue;
+            const int r = i % ROWS, b = i / ROWS < n ? i / ROWS : n - 1;
             const int at = r * SLOT + (int)((span + r * row_bytes) & 15) + b * 32 / F::COLS * F::BYTES;
             if constexpr (K) {
                 const scales s = F::scale(p, at, b);
@@ -189,12 +187,15 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
         __syncthreads();
     }
 #pragma unroll
-    for (int i = 0; i < TILES; i++)
+    for (int e = 0; e < 4; e++) {
+        const int r = 16 * warp + group + e / 2 * 8;
+        const float bias = row_bias(task, row0 + (r < n_rows ? r : 0));
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int r = 16 * warp + group + e / 2 * 8, t = t0 + 8 * i + 2 * quarter + e % 2;
-            if (r < n_rows && t < task.count) store_y(task, t * y_stride + row0 + r, row0 + r, acc[i][e]);
+        for (int i = 0; i < TILES; i++) {
+            const int t = t0 + 8 * i + 2 * quarter + e % 2;
+            if (r < n_rows && t < task.count) store_y(task, t * y_stride + row0 + r, acc[i][e], bias);
         }
+    }
 }
 
 } // namespace block_many

@@ -69,9 +69,11 @@ INLINE long act_row(const mer_gpu_product &p, int t) { return p.index ? ((const 
 /* The CPU's quiet NaN; a GPU's own operations give another. */
 #define QUIET_NAN __uint_as_float(0x7fc00000u)
 
-/* Where the result of a row goes, with the bias. */
-INLINE void store_y(const mer_gpu_product &p, long at, int row, float y) {
-    if (p.bias) y += ((const float *)p.bias)[row];
+/* What is added to each product of a row; none is not zero, which would change a negative zero. */
+INLINE float row_bias(const mer_gpu_product &p, int row) { return p.bias ? ((const float *)p.bias)[row] : 0.0f; }
+
+INLINE void store_y(const mer_gpu_product &p, long at, float y, float bias) {
+    if (p.bias) y += bias;
     ((float *)p.y)[at] = y != y ? QUIET_NAN : y;
 }
 

@@ -146,7 +146,7 @@ template <class F> INLINE void product(const mer_gpu_product *products, const ui
             }
         }
         const int r = thread % MER_GPU_ROWS, t = thread / MER_GPU_ROWS;
-        if (t < n_tok && r < n_rows) store_y(task, (t0 + t) * y_stride + row0 + r, row0 + r, acc);
+        if (t < n_tok && r < n_rows) store_y(task, (t0 + t) * y_stride + row0 + r, acc, row_bias(task, row0 + r));
     }
 }
 
