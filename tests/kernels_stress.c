@@ -149,10 +149,10 @@ static void odd_values(const mer_isa *isa) {
             CHECK(want != want ? h[i] != h[i] : mer_f32_bits(want) == mer_f32_bits(h[i]), "%s geglu(%g)",
                   isa->name, (double)gate[i]);
         }
-        isa->clamped_swiglu(gate, gate, h, n, 1.702f, 7.0f);
+        isa->clamped_swiglu(gate, gate, h, n, 1.702f, 7.0f, 1.0f);
         for (long i = 0; i < n; i++) {
             float want;
-            mer_isa_scalar.clamped_swiglu(gate + i, gate + i, &want, 1, 1.702f, 7.0f);
+            mer_isa_scalar.clamped_swiglu(gate + i, gate + i, &want, 1, 1.702f, 7.0f, 1.0f);
             CHECK(want != want ? h[i] != h[i] : mer_f32_bits(want) == mer_f32_bits(h[i]), "%s clamped_swiglu(%g)",
                   isa->name, (double)gate[i]);
         }

@@ -18,7 +18,7 @@ POINTER, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctyp
 class Router(ctypes.Structure):
     _fields_ = (
         *((name, LONG) for name in ("n_experts", "top_k", "n_groups", "top_groups")),
-        *((name, INT) for name in ("group_best", "sigmoid", "normalise")),
+        *((name, INT) for name in ("group_best", "score", "normalise")),
         *((name, FLOAT) for name in ("scale", "epsilon", "jitter")),
         ("bias", POINTER),
         ("expert_scale", POINTER),
@@ -81,7 +81,7 @@ def route(
     if expert_scale is not None:
         router.expert_scale = expert_scale.ctypes.data
     choice, ids, weights = np.zeros_like(logits), np.full(top_k, -1, np.int32), np.zeros(top_k, np.float32)
-    lib.mer_route(ctypes.byref(router), at(logits), at(choice), at(ids), at(weights))
+    lib.mer_route(ctypes.byref(router), at(logits), at(choice), None, at(ids), at(weights))
     return ids.tolist(), weights
 
 

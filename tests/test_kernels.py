@@ -322,7 +322,7 @@ def test_geglu_accuracy(isa: str) -> None:
 def test_clamped_swiglu_accuracy(isa: str) -> None:
     rng = np.random.default_rng(9)
     gate, up = (8 * rng.standard_normal((2, 50_003))).astype(np.float32)
-    h = Kernels(isa).swiglu_py(gate, up, (1.702, 7.0))
+    h = Kernels(isa).swiglu_py(gate, up, (1.702, 7.0, 1.0))
     g, u = np.minimum(gate.astype(np.float64), 7), np.clip(up.astype(np.float64), -7, 7)
     exact = g / (1 + np.exp(-1.702 * g)) * (u + 1)
     assert all(((each > 7).any() and (each < -7).any()) for each in (gate, up))
@@ -332,7 +332,7 @@ def test_clamped_swiglu_accuracy(isa: str) -> None:
     )
     assert np.all(np.abs(h - exact) <= bound + 1e-30)
     wide = Kernels(isa).swiglu_py(
-        np.array([-200, np.nan, 9], np.float32), np.array([1, 1, np.nan], np.float32), (1.702, 7.0)
+        np.array([-200, np.nan, 9], np.float32), np.array([1, 1, np.nan], np.float32), (1.702, 7.0, 1.0)
     )
     np.testing.assert_array_equal(wide, [0, np.nan, np.nan])
 
@@ -347,7 +347,7 @@ def test_swiglu_edges(isa: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("clamp", "gelu"), [(None, False), (None, True), ((1.702, 7.0), False)])
+@pytest.mark.parametrize(("clamp", "gelu"), [(None, False), (None, True), ((1.702, 7.0, 1.0), False)])
 def test_swiglu_bytes_depend_on_neither_place_nor_instruction_set(
     clamp: tuple[float, float] | None, gelu: bool
 ) -> None:

@@ -3,12 +3,11 @@
 
 cdef inline void end_layer(Decoder d, long t, float *y) noexcept nogil:
     """x += y, what the layer's last block gave."""
-    cdef float *x = d.x + t * d.hidden
     if d.layer.mlp_out_norm is not NULL:
         mer_rms_norm(y, d.layer.mlp_out_norm, y, d.hidden, d.eps)
-    mer_add_scaled(x, y, d.residual_scale, d.hidden)
+    add_block(d, t, y)
     if d.layer.layer_scale is not NULL:
-        mer_scale(x, d.layer.layer_scale[0], d.hidden)
+        mer_scale(d.x + t * d.hidden, d.layer.layer_scale[0], d.hidden)
 
 
 cdef void fed_task(Decoder d, long t, int thread) noexcept nogil:
@@ -24,13 +23,18 @@ cdef void swiglu_task(Decoder d, long t, int thread) noexcept nogil:
     add_bias(&d.layer.up, up)
     if d.gelu:
         d.kernels.geglu(gate, up, gate, d.inter)
+    elif d.clamped:
+        d.kernels.clamped_swiglu(gate, up, gate, d.inter, d.alpha, d.limit, d.added)
     else:
         d.kernels.swiglu(gate, up, gate, d.inter)
 
 
 cdef void route_task(Decoder d, long t, int thread) noexcept nogil:
+    cdef const int32_t *fixed = NULL
+    if d.router_table is not NULL:
+        fixed = d.router_table + <long>d.tokens[t] * d.router.top_k
     add_bias(d.routing, d.routed + t * d.router.n_experts)
-    mer_route(&d.router, d.routed + t * d.router.n_experts, d.choice + thread * d.router.n_experts,
+    mer_route(&d.router, d.routed + t * d.router.n_experts, d.choice + thread * d.router.n_experts, fixed,
               d.chosen + t * d.router.top_k, d.chosen_weights + t * d.router.top_k)
 
 

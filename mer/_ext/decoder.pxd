@@ -35,13 +35,30 @@ cdef extern from "mer_decoder.h" nogil:
         long n_groups
         long top_groups
         int group_best
-        int sigmoid
+        int score
         int normalise
         float scale
         float epsilon
         float jitter
         const float *bias
         const float *expert_scale
+    ctypedef struct mer_rows:
+        const char *blocks
+        size_t block_bytes
+        size_t raw
+        size_t entries
+        long dim
+        long rate
+        int overlap
+        int kv
+        int raw_kv
+    ctypedef struct mer_streams:
+        long n
+        long width
+        long rounds
+        float eps
+        float norm_eps
+        int last
 
 cdef struct Matrix:
     const uint8_t *w             # NULL: there is no such matrix
@@ -64,6 +81,8 @@ cdef struct Geometry:
     long nope_dim, rope_dim, value_dim, kv_rank, latent_dim, query_rank
     float scale, clip, latent_eps
     long index_heads, index_dim, index_top_k  # index_top_k 0: all positions are seen
+    long rate, o_groups, o_rank  # of compressed attention; rate 0: a window alone
+    bint compressed, overlap
     bint latent, clips, v_norm, qk_norm_last, index_interleaved
     int qk_norm                  # 0 none, 1 each head, 2 the whole vector
 
@@ -94,6 +113,18 @@ cdef struct Layer:
     const float *index_norm      # weights, then biases
     Matrix gate, up, down        # of the plain feed-forward block, or of the shared expert
     Matrix router, shared_gate
+    const int32_t *router_table  # [vocab, top_k] the experts of each token; NULL: the router chooses
+    # Of compressed attention, with what is chosen by.
+    Matrix o_in, compress_kv, compress_gate, index_kv, index_gate
+    const float *compress_norm
+    const float *compress_place_bias
+    const float *index_entry_norm
+    const float *index_place_bias
+    mer_rows rows, index_rows
+    # What makes one of several streams, before attention and before the feed-forward block.
+    Matrix attention_streams, mlp_streams
+    const float *attention_streams_scale
+    const float *mlp_streams_scale
     char *blocks
     size_t block_bytes
     long window
@@ -116,7 +147,8 @@ cdef class Decoder:
     # the model
     cdef long hidden, vocab
     cdef float eps, logit_cap     # logit_cap 0: none
-    cdef bint gelu
+    cdef bint gelu, clamped       # silu otherwise
+    cdef float alpha, limit, added  # of a clamped SwiGLU
     cdef int kv                   # how blocks store numbers
     cdef const float *final_norm
     cdef const float *last_norm   # the same, before the head
@@ -124,6 +156,9 @@ cdef class Decoder:
     cdef bint layer_norm          # norms of the hidden state have a bias, which stands behind their weights
     cdef Matrix head
     cdef mer_router router
+    cdef mer_streams streams      # n 0: a hidden state is a single one
+    cdef Matrix head_streams
+    cdef const float *head_streams_scale
 
     # the buffers, see mer/model/scratch.py
     cdef float *x
@@ -161,11 +196,21 @@ cdef class Decoder:
     cdef float *index_scores
     cdef uint64_t *index_scratch
     cdef int32_t *chosen_positions  # [tokens, top_k] of those that see less than all
+    cdef float *x_streams         # [tokens, streams, hidden], of which x is made
+    cdef float *mixes             # [tokens, (2 + streams) * streams]
+    cdef float *raw_kv
+    cdef float *raw_gate
+    cdef float *index_raw_kv
+    cdef float *index_raw_gate
+    cdef float *entry_scratch
+    cdef float *entry_scores
+    cdef long entry_floats, most_entries  # of the two, for each thread
     cdef long index_floats
     cdef long acts_bytes, part_tokens, attention_floats
 
     # the batch
     cdef object batch_arrays
+    cdef const int32_t *tokens
     cdef const int32_t *positions
     cdef const int32_t *tables
     cdef const int32_t *rows
@@ -178,6 +223,9 @@ cdef class Decoder:
     cdef long score_stride        # floats between the scores of two tokens
     cdef long first_span, end_span, first_token, end_token, heads_per_task
     cdef const Matrix *routing    # the router that is asked
+    cdef const int32_t *router_table
+    cdef const float *streams_base
+    cdef const float *streams_scale
     cdef const float *norm_weights
     cdef float *normed
     cdef float *routed            # its products

@@ -36,7 +36,8 @@ cdef extern from "mer_decoder.h" nogil:
     void mer_index_scores(const mer_index *x, const int32_t *table, long t, long b0, long b1, float *scratch,
                           float *scores)
     void mer_choose(const float *scores, long n, long k, uint64_t *scratch, int32_t *chosen)
-    void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, float *weights)
+    void mer_route(const mer_router *r, float *logits, float *choice, const int32_t *fixed, int32_t *ids,
+                   float *weights)
     float mer_sigmoid(float x)
 
 cdef enum:
@@ -78,12 +79,20 @@ cdef inline void add_bias(const Matrix *m, float *y) noexcept nogil:
         mer_add(y, m.bias, m.rows)
 
 
+cdef inline void add_block(Decoder d, long t, const float *y) noexcept nogil:
+    """x += y, what attention or a feed-forward block gave."""
+    if d.streams.n:
+        spread_block(d, t, y)
+    else:
+        mer_add_scaled(d.x + t * d.hidden, y, d.residual_scale, d.hidden)
+
+
 cdef void attended_task(Decoder d, long t, int thread) noexcept nogil:
     cdef float *y = d.y + t * d.hidden
     add_bias(&d.layer.o, y)
     if d.layer.attention_out_norm is not NULL:
         mer_rms_norm(y, d.layer.attention_out_norm, y, d.hidden, d.eps)
-    mer_add_scaled(d.x + t * d.hidden, y, d.residual_scale, d.hidden)
+    add_block(d, t, y)
 
 
 cdef inline void norm_query_and_key(Decoder d, float *q, float *k) noexcept nogil:
@@ -116,49 +125,13 @@ cdef void attend_task(Decoder d, long task, int thread) noexcept nogil:
 
 
 include "grouped.pxi"
+include "streams.pxi"
+include "compressed.pxi"
 include "indexer.pxi"
 include "latent.pxi"
 include "blocks.pxi"
-
-
-cdef void gate_task(Decoder d, long t, int thread) noexcept nogil:
-    cdef long width = d.attention.n_heads * d.attention.value_dim
-    mer_gate(d.attended + t * width, d.q_gate + t * width, width)
-
-
-cdef void last_task(Decoder d, long i, int thread) noexcept nogil:
-    norm_state(d, d.x + d.rows[i] * d.hidden, d.last_norm, d.last + i * d.hidden)
-
-
-cdef void head_bias_task(Decoder d, long i, int thread) noexcept nogil:
-    add_bias(&d.head, d.logit_rows + i * d.vocab)
-
-
-cdef void cap_task(Decoder d, long chunk, int thread) noexcept nogil:
-    cdef long chunks = (d.vocab + CAP_CHUNK - 1) // CAP_CHUNK, first = chunk % chunks * CAP_CHUNK
-    mer_soft_cap(d.logit_rows + chunk // chunks * d.vocab + first, d.logit_cap, min(<long>CAP_CHUNK, d.vocab - first))
-
-
-cdef Geometry geometry_of(a):
-    """a: AttentionSpec or LatentAttentionSpec."""
-    cdef Geometry g
-    memset(&g, 0, sizeof(g))
-    g.n_heads, g.scale, g.latent = a.n_heads, a.scale, hasattr(a, "kv_rank")
-    if g.latent:
-        g.nope_dim, g.rope_dim, g.value_dim = a.nope_dim, a.rope_dim, a.value_dim
-        g.kv_rank, g.latent_dim, g.query_rank = a.kv_rank, a.latent_dim, a.query_rank or 0
-        g.latent_eps = a.norm_eps
-        x = a.indexer
-        if x is not None:
-            g.index_heads, g.index_dim, g.index_top_k = x.n_heads, x.head_dim, x.top_k
-            g.index_interleaved = x.interleaved
-    else:
-        g.n_kv, g.head_dim = a.n_kv_heads, a.head_dim
-        g.qk_norm = {"none": 0, "head": 1, "vector": 2}[a.qk_norm]
-        g.qk_norm_last = a.qk_norm_last
-        g.v_norm = a.v_norm
-        g.clips, g.clip = a.clip is not None, a.clip or 0.0
-    return g
+include "ends.pxi"
+include "geometry.pxi"
 
 
 cdef class Decoder:
@@ -184,9 +157,13 @@ cdef class Decoder:
         self.logit_cap, self.gelu = spec.logit_cap or 0.0, spec.activation == "gelu"
         r = spec.router
         if r is not None:
-            self.router = mer_router(r.n_experts, r.top_k, r.n_groups, r.top_groups, r.group_best, r.score == "sigmoid",
-                                     r.normalise, r.scale, r.epsilon, r.jitter, NULL, NULL)
+            self.router = mer_router(r.n_experts, r.top_k, r.n_groups, r.top_groups, r.group_best,
+                                     _SCORES[r.score], r.normalise, r.scale, r.epsilon, r.jitter, NULL, NULL)
+        if spec.clamp is not None:
+            self.clamped, self.alpha, self.limit = True, spec.clamp.alpha, spec.clamp.limit
+            self.added = spec.clamp.added
         self.residual_scale = spec.residual_scale
+        take_streams(self, spec, weights)
         self.layer_norm = "final_norm_bias" in weights
         final_norm = self.norm_of(weights, "final_norm")
         self.final_norm = self.floats(final_norm)
@@ -239,6 +216,7 @@ cdef class Decoder:
         self.index_scores = <float *>self.buffer(buffers, "index_scores")
         if self.index_scores is not NULL:
             self.index_floats = buffers["index_scores"].shape[0]
+        take_more_buffers(self, buffers)
         self.acts = <uint8_t *>self.buffer(buffers, "acts")
         self.act_pointers = <const void **>self.buffer(buffers, "act_pointers")
         self.linear_scratch = self.buffer(buffers, "linear_scratch")
@@ -319,6 +297,8 @@ cdef class Decoder:
         layer.expert_scale = self.vector(weights, "router_expert_scale")
         layer.router, layer.router_bias = self.matrix(weights, "router"), self.vector(weights, "router_choice_bias")
         layer.shared_gate, layer.sinks = self.matrix(weights, "shared_gate"), self.vector(weights, "sinks")
+        take_compressed(self, layer, weights)
+        take_layer_streams(self, layer, weights)
         self.n_layers += 1
 
     cdef void linear(self, const Matrix *m, const float *x, long n, float *y) noexcept nogil:
@@ -341,6 +321,7 @@ cdef class Decoder:
         """The same, of the products that its router gave."""
         self.routing, self.routed, self.chosen, self.chosen_weights = &layer.router, logits, ids, weights
         self.router.bias, self.router.expert_scale = layer.router_bias, layer.expert_scale
+        self.router_table = layer.router_table
         self.run(route_task, self.n_tokens)
 
     cdef size_t part_bytes(self, long dim) noexcept nogil:
@@ -353,10 +334,16 @@ cdef class Decoder:
         return self.layer.blocks + <size_t>table[self.positions[token] // MER_KV_BLOCK] * self.layer.block_bytes
 
     def begin(self, const int32_t[::1] positions, const int32_t[::1] query_offsets,
-              const int32_t[:, ::1] block_tables):
-        """Take up a batch (see mer.model.batch); the embeddings stand in `x` already."""
+              const int32_t[:, ::1] block_tables, const int32_t[::1] tokens=None):
+        """Take up a batch (see mer.model.batch); the embeddings stand in `x` already.
+
+        tokens: their ids, where experts are chosen by them.
+        """
         cdef long s, t, end
-        self.batch_arrays = (positions, query_offsets, block_tables)
+        self.batch_arrays = (positions, query_offsets, block_tables, tokens)
+        self.tokens = NULL
+        if tokens is not None:
+            self.tokens = &tokens[0]
         self.positions, self.tables = &positions[0], &block_tables[0, 0]
         self.n_tokens, self.table_stride, self.n_spans = positions.shape[0], block_tables.shape[1], 0
         for s in range(block_tables.shape[0]):
@@ -372,6 +359,8 @@ cdef class Decoder:
                     t += 1
         with nogil:
             self.run(angles_task, self.n_tokens)
+            if self.streams.n:
+                self.run(begin_streams_task, self.n_tokens)
 
     def attend(self, long index):
         """x += attention(norm(x)), the tokens' keys and values being written to the cache first."""
@@ -379,6 +368,8 @@ cdef class Decoder:
             self.enter(index)
             if self.layer.geometry.latent:
                 attend_latent(self)
+            elif self.layer.geometry.compressed:
+                attend_compressed(self)
             else:
                 self.attend_grouped()
             self.leave()
@@ -386,6 +377,7 @@ cdef class Decoder:
     cdef void enter(self, long index) noexcept nogil:
         """h = norm(x), for what mixes tokens in this layer."""
         self.layer = &self.layers[index]
+        collapse(self, &self.layer.attention_streams, self.layer.attention_streams_scale)
         self.norm(self.layer.attention_norm, self.h)
 
     cdef void leave(self) noexcept nogil:
@@ -431,6 +423,7 @@ cdef class Decoder:
         """x += the plain feed-forward block of norm(x)."""
         self.layer = &self.layers[index]
         with nogil:
+            collapse(self, &self.layer.mlp_streams, self.layer.mlp_streams_scale)
             self.norm(self.layer.mlp_norm, self.h)
             self.feed_forward(self.y)
             self.run(fed_task, self.n_tokens)
@@ -439,6 +432,7 @@ cdef class Decoder:
         """h = norm(x), and the router's choice for it: expert_ids and expert_weights."""
         self.layer = &self.layers[index]
         with nogil:
+            collapse(self, &self.layer.mlp_streams, self.layer.mlp_streams_scale)
             self.norm(self.layer.mlp_norm, self.h)
             if self.layer.router_norm is NULL:
                 self.choose(self.layer, self.h, self.expert_ids, self.expert_weights)
@@ -472,6 +466,7 @@ cdef class Decoder:
     def hidden_states(self):
         """h = norm(x), the final one, of all tokens of this step: how many there are."""
         with nogil:
+            collapse(self, &self.head_streams, self.head_streams_scale)
             self.norm(self.final_norm, self.h)
         return self.n_tokens
 
@@ -481,6 +476,7 @@ cdef class Decoder:
             return
         self.rows = &rows[0]
         with nogil:
+            collapse(self, &self.head_streams, self.head_streams_scale)
             self.run(last_task, rows.shape[0])
             self.linear(&self.head, self.last, rows.shape[0], self.logit_rows)
             if self.head.bias is not NULL:

@@ -271,8 +271,9 @@ cdef class GpuDecoder(Decoder):
         self.device.check(error, what)
         return 0
 
-    def begin(self, const int32_t[::1] positions, const int32_t[::1] query_offsets, const int32_t[:, ::1] block_tables):
-        Decoder.begin(self, positions, query_offsets, block_tables)
+    def begin(self, const int32_t[::1] positions, const int32_t[::1] query_offsets,
+              const int32_t[:, ::1] block_tables, const int32_t[::1] tokens=None):
+        Decoder.begin(self, positions, query_offsets, block_tables, tokens)
         if block_tables.shape[0] * block_tables.shape[1] > self.most_tables:
             raise ValueError(f"block tables of {block_tables.shape[0]} x {block_tables.shape[1]}: there is room for "
                              f"{self.most_tables} entries on the device")

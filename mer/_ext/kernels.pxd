@@ -12,7 +12,7 @@ cdef extern from "mer_kernels.h" nogil:
         void (*swiglu)(const float *gate, const float *up, float *h, long n) noexcept nogil
         void (*geglu)(const float *gate, const float *up, float *h, long n) noexcept nogil
         void (*clamped_swiglu)(const float *gate, const float *up, float *h, long n, float alpha,
-                               float limit) noexcept nogil
+                               float limit, float added) noexcept nogil
         mer_matmul_fn *matmul
 
 cdef enum Fmt:
@@ -48,9 +48,9 @@ cdef class Kernels:
     cdef void swiglu(self, const float *gate, const float *up, float *h, long n) noexcept nogil
     # h[i] = gelu(gate[i]) * up[i], gelu by tanh; h may be gate or up.
     cdef void geglu(self, const float *gate, const float *up, float *h, long n) noexcept nogil
-    # h[i] = g * sigmoid(alpha * g) * (u + 1): g is gate[i], at the most `limit`, u is up[i] within +-limit.
+    # h[i] = g * sigmoid(alpha * g) * (u + added): g is gate[i], at the most `limit`, u is up[i] within +-limit.
     cdef void clamped_swiglu(self, const float *gate, const float *up, float *h, long n, float alpha,
-                             float limit) noexcept nogil
+                             float limit, float added) noexcept nogil
     # y[t * rows + r] = dot(W[r], x[t]) on the pool, for x [n_tok, cols].
     # scratch: linear_scratch_bytes(fmt, cols, n_tok) bytes, any alignment.
     cdef void linear(self, Pool pool, int fmt, const void *w, long rows, long cols, const float *x,

@@ -27,6 +27,6 @@ class Kernels:
         self,
         gate: ArrayLike,
         up: ArrayLike,
-        clamp: tuple[float, float] | None = None,
+        clamp: tuple[float, float, float] | None = None,
         gelu: bool = False,
     ) -> NDArray[np.float32]: ...

@@ -147,8 +147,8 @@ cdef class Kernels:
         self._isa.geglu(gate, up, h, n)
 
     cdef void clamped_swiglu(self, const float *gate, const float *up, float *h, long n, float alpha,
-                             float limit) noexcept nogil:
-        self._isa.clamped_swiglu(gate, up, h, n, alpha, limit)
+                             float limit, float added) noexcept nogil:
+        self._isa.clamped_swiglu(gate, up, h, n, alpha, limit, added)
 
     cdef void linear(self, Pool pool, int fmt, const void *w, long rows, long cols, const float *x,
                      long n_tok, float *y, void *scratch) noexcept nogil:
@@ -219,8 +219,8 @@ cdef class Kernels:
     def swiglu_py(self, gate, up, clamp=None, gelu=False):
         """silu(gate) * up of two f32 [n], or gelu(gate) * up. Raises ValueError where the lengths differ.
 
-        clamp (alpha, limit): g * sigmoid(alpha * g) * (u + 1), g being gate, at the most limit, and u up within
-        -limit to limit.
+        clamp (alpha, limit, added): g * sigmoid(alpha * g) * (u + added), g being gate, at the most limit, and u
+        up within -limit to limit.
         """
         cdef const float[::1] g = np.ascontiguousarray(gate, np.float32)
         cdef const float[::1] u = np.ascontiguousarray(up, np.float32)
@@ -233,7 +233,7 @@ cdef class Kernels:
         elif h.size and clamp is None:
             self.swiglu(&g[0], &u[0], &out[0], h.size)
         elif h.size:
-            self.clamped_swiglu(&g[0], &u[0], &out[0], h.size, clamp[0], clamp[1])
+            self.clamped_swiglu(&g[0], &u[0], &out[0], h.size, clamp[0], clamp[1], clamp[2])
         return h
 
 

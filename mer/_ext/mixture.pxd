@@ -35,7 +35,7 @@ cdef class Mixture:
     cdef LayerShape *layers
     cdef list biases                   # what the layers' biases point into
     cdef bint clamped, gelu_gate
-    cdef float alpha, limit            # of the clamped SwiGLU
+    cdef float alpha, limit, added     # of the clamped SwiGLU
     # one step's bookkeeping
     cdef Ready *ready                  # [n_experts] those that are computed together
     cdef int64_t *first                # [n_experts + 1] first sorted pair of each expert

@@ -214,7 +214,7 @@ cdef class Mixture:
             if self.gelu_gate:
                 self.kernels.geglu(gate, up, gate, r1 - r0)
             elif self.clamped:
-                self.kernels.clamped_swiglu(gate, up, gate, r1 - r0, self.alpha, self.limit)
+                self.kernels.clamped_swiglu(gate, up, gate, r1 - r0, self.alpha, self.limit, self.added)
             else:
                 self.kernels.swiglu(gate, up, gate, r1 - r0)
             gate += shape.inter
@@ -270,6 +270,7 @@ cdef class Mixture:
         """Use gelu(g) * u for silu(g) * u."""
         self.gelu_gate = True
 
-    def clamp(self, float alpha, float limit):
-        """Use g * sigmoid(alpha * g) * (u + 1) for silu(g) * u: g at the most limit, u within -limit to limit."""
+    def clamp(self, float alpha, float limit, float added):
+        """Use g * sigmoid(alpha * g) * (u + added) for silu(g) * u: g at the most limit, u within -limit to limit."""
         self.clamped, self.alpha, self.limit = True, alpha, limit
+        self.added = added

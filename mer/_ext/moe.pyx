@@ -328,9 +328,9 @@ cdef class ExpertStreamer:
         """See Mixture.gelu()."""
         self.mixture.gelu()
 
-    def clamp(self, float alpha, float limit):
+    def clamp(self, float alpha, float limit, float added):
         """See Mixture.clamp()."""
-        self.mixture.clamp(alpha, limit)
+        self.mixture.clamp(alpha, limit, added)
 
     def settle(self):
         """Wait for what is being read ahead: nothing in the cache is pinned by this one afterwards."""

@@ -13,7 +13,14 @@ from mer.engine.budget import kv_dtype
 from mer.model.dense import dense_bytes
 from mer.model.families import Architecture
 from mer.model.kv import BLOCK, KVCache
-from mer.model.spec import AttentionSpec, DeltaSpec, LatentAttentionSpec, ModelSpec, RouterSpec
+from mer.model.spec import (
+    AttentionSpec,
+    CompressedAttentionSpec,
+    DeltaSpec,
+    LatentAttentionSpec,
+    ModelSpec,
+    RouterSpec,
+)
 from mer.model.state import StateCache
 from mer.weights.tensors import Checkpoint
 
@@ -50,7 +57,9 @@ class Summary:
 def summarise(checkpoint: Checkpoint, architecture: Architecture) -> Summary:
     """Reads no weights."""
     spec = architecture.spec
-    dense = [checkpoint.tensors[name] for name in dict.fromkeys(architecture.dense.values())]
+    # Tables of experts by token are no weights.
+    names = {name: part for part, name in architecture.dense.items() if not part.endswith("router_table")}
+    dense = [checkpoint.tensors[name] for name in names]
     experts = [expert for layer in architecture.experts for expert in layer.experts]
     counts: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
@@ -91,6 +100,8 @@ def attention(spec: ModelSpec) -> str:
             own = sum(each.indexer is not None and each.indexer.own for each in latent)
             text += f"; a token sees {a.indexer.top_k:,} positions, chosen in {own} of {spec.n_layers} layers"
         return text
+    if isinstance(a, CompressedAttentionSpec):
+        return _compressed(spec, a)
     assert isinstance(a, AttentionSpec)
     kind = "multi-head" if a.n_kv_heads == a.n_heads else "grouped-query"
     text = f"{kind}, {a.n_heads} heads, {a.n_kv_heads} of keys and values, {a.head_dim} wide"
@@ -103,6 +114,16 @@ def attention(spec: ModelSpec) -> str:
     if others:
         heads, dim = max((each.n_kv_heads, each.head_dim) for each in others)
         text += f"; in {len(others)} layers {heads} of keys and values, {dim} wide"
+    return text
+
+
+def _compressed(spec: ModelSpec, a: CompressedAttentionSpec) -> str:
+    text = f"one key for {a.n_heads} heads, {a.head_dim} wide, in a window of {spec.layers[0].window or 0:,}"
+    found = Counter(
+        each.rate for each in spec.attentions if isinstance(each, CompressedAttentionSpec) and each.rate
+    )
+    for rate, count in sorted(found.items()):
+        text += f"; {rate} positions compressed into one in {count} of {spec.n_layers} layers"
     return text
 
 

@@ -129,7 +129,7 @@ class RoutedExperts:
         if spec.activation == "gelu":
             self.streamer.gelu()
         if spec.clamp is not None:
-            self.streamer.clamp(spec.clamp.alpha, spec.clamp.limit)
+            self.streamer.clamp(spec.clamp.alpha, spec.clamp.limit, spec.clamp.added)
         if config.warm_start:
             self._warm = WarmStart(checkpoint, tables, self.cache, reader)
 

@@ -109,7 +109,7 @@ def load_parts(
     """The same of a part of a model: what belongs to no layer, and of each layer, by part."""
     parts = _parts(checkpoint, architecture)
     for info in parts.values():
-        if info.format not in formats.FORMATS:
+        if info.format not in (*formats.FORMATS, formats.I64):
             raise CheckpointError(
                 f"{checkpoint.files[info.file]}: tensor {info.name} is stored as {info.format.name}, "
                 "which can't be multiplied directly: make a store of this checkpoint with `mer convert`"
@@ -127,6 +127,8 @@ def load_parts(
             both = info.format.dequantize(data).reshape(info.shape)
             target["expert_gate_bias"] = np.ascontiguousarray(both[:, ::2])
             target["expert_up_bias"] = np.ascontiguousarray(both[:, 1::2])
+        elif name == "router_table":
+            target[name] = _table(spec, info, data)
         elif _is_vector(part):
             values = info.format.dequantize(data).reshape(info.shape).astype(np.float32)
             target.update(_vector(spec, name, values))
@@ -154,6 +156,17 @@ def _vector(spec: ModelSpec, name: str, values: Vectors) -> dict[str, Vectors]:
     if spec.zero_centred_norms and name.endswith("norm") and name != "state_norm":
         return {name: np.float32(1.0) + values}
     return {name: values}
+
+
+def _table(spec: ModelSpec, info: TensorInfo, data: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """Each token's experts: i32 [vocab, top_k]."""
+    found = info.format.dequantize(data).reshape(info.shape)
+    if not ((found >= 0) & (found < spec.n_experts) & (found == np.floor(found))).all():
+        raise CheckpointError(
+            f"the tensor {info.name} must have numbers of experts, from 0 to {spec.n_experts - 1}; "
+            "fetch the file again"
+        )
+    return found.astype(np.int32)
 
 
 def _part_rows(spec: ModelSpec, name: str, info: TensorInfo, data: NDArray[np.uint8]) -> dict[str, Matrix]:

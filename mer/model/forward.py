@@ -147,7 +147,7 @@ class Forward:
         self._dense.embed(batch.tokens, view["x"])
         if self.spec.embedding_scale != 1.0:
             view["x"] *= np.float32(self.spec.embedding_scale)
-        decoder.begin(batch.positions, batch.query_offsets, batch.block_tables)
+        decoder.begin(batch.positions, batch.query_offsets, batch.block_tables, batch.tokens)
         recurrent = self._recurrent
         if recurrent is not None and batch.states is not None:
             recurrent.begin(batch.query_offsets, batch.states)

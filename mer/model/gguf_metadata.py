@@ -10,7 +10,15 @@ from attrs import frozen
 
 from mer.errors import UnsupportedModelError
 from mer.model.gguf_recurrent import interval, recurrent_parameters
-from mer.model.spec import AttentionSpec, DeltaSpec, IndexerSpec, LatentAttentionSpec, ModelSpec
+from mer.model.spec import (
+    Attention,
+    AttentionSpec,
+    ClampSpec,
+    DeltaSpec,
+    IndexerSpec,
+    LatentAttentionSpec,
+    ModelSpec,
+)
 from mer.weights.gguf_families import GGUFFamily
 from mer.weights.gguf_writer import Value
 
@@ -23,7 +31,7 @@ class _Computes:
 
     normalise: the weights of the chosen experts are made to add up to 1; None: as the file says. plain: the
     first layers may have no experts. square: q and o are [hidden, hidden]. windows: of which layers.
-    frequencies: rope_freqs.weight is read. clamp: alpha and limit of the experts' SwiGLU. tied: the head may
+    frequencies: rope_freqs.weight is read. clamp: of the experts' SwiGLU. tied: the head may
     be the embedding. scaled: by routed_scaling_factor. heads: of keys. also: what its files always say.
     """
 
@@ -32,7 +40,7 @@ class _Computes:
     square: bool = False
     windows: Literal["none", "even layers", "any"] = "none"
     frequencies: bool = False
-    clamp: tuple[float, float] | None = None
+    clamp: ClampSpec | None = None
     multipliers: bool = False
     tied: bool = True
     scaled: bool = True
@@ -59,7 +67,7 @@ _KNOWN: Final = {
     "qwen2_moe": _Computes(normalise=False, square=True),
     "qwen3_moe": _Computes(normalise=True),
     "olmoe": _Computes(normalise=False, square=True),
-    "gpt_oss": _Computes(normalise=True, windows="even layers", clamp=(1.702, 7.0)),
+    "gpt_oss": _Computes(normalise=True, windows="even layers", clamp=ClampSpec(1.702, 7.0)),
     "deepseek_v2": _Computes(plain=True),
     "deepseek_v3": _Computes(plain=True),
     "glm4_moe": _Computes(plain=True),
@@ -113,7 +121,7 @@ def hyper_parameters(family: GGUFFamily, spec: ModelSpec) -> dict[str, Value]:
     return {f"{family.architecture}.{key}": value for key, value in found.items()}
 
 
-def _attention(a: AttentionSpec | LatentAttentionSpec) -> dict[str, Value]:
+def _attention(a: Attention) -> dict[str, Value]:
     if isinstance(a, AttentionSpec):
         return {
             "attention.head_count": a.n_heads,
@@ -121,6 +129,7 @@ def _attention(a: AttentionSpec | LatentAttentionSpec) -> dict[str, Value]:
             "attention.key_length": a.head_dim,
             "attention.value_length": a.head_dim,
         }
+    assert isinstance(a, LatentAttentionSpec)
     # All heads share the latent, so llama.cpp's cache is that of one head, as long as the latent.
     ranks: dict[str, Value] = {"attention.kv_lora_rank": a.kv_rank}
     if a.query_rank is not None:
@@ -251,7 +260,7 @@ def _check(family: GGUFFamily, spec: ModelSpec) -> None:
             "has a window in every other layer",
         ),
         (
-            known.clamp != (spec.clamp and (spec.clamp.alpha, spec.clamp.limit)),
+            known.clamp != spec.clamp,
             "has other constants in the experts' SwiGLU",
         ),
         (isinstance(a, AttentionSpec) and a.clip is not None, "does not clip q, k and v (clip_qkv)"),

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mer.model.spec import Attention, LatentAttentionSpec, ModelSpec
+from mer.model.spec import Attention, CompressedAttentionSpec, LatentAttentionSpec, ModelSpec
 
 BLOCK: Final = 16
 KVDtype = Literal["f32", "f16", "q8_0"]
@@ -30,7 +30,30 @@ def _block_bytes(attention: Attention, dtype: KVDtype) -> int:
         indexer = attention.indexer
         index = _vector_bytes(indexer.head_dim, dtype) if indexer is not None and indexer.own else 0
         return BLOCK * (_vector_bytes(attention.latent_dim, dtype) + index)
+    if isinstance(attention, CompressedAttentionSpec):
+        return _compressed_bytes(attention, dtype)
     return BLOCK * 2 * attention.n_kv_heads * _vector_bytes(attention.head_dim, dtype)
+
+
+def _compressed_bytes(a: CompressedAttentionSpec, dtype: KVDtype) -> int:
+    """Keys, what is to be compressed, and what was made of it; of the last two also the indexer's."""
+    keys = BLOCK * _vector_bytes(a.head_dim, dtype)
+    if not a.rate:
+        return _even(keys)
+    dims = (a.head_dim, a.index_dim) if a.index_top_k else (a.head_dim,)
+    places = 2 if a.overlap else 1
+    raw: KVDtype = "f16" if dtype == "q8_0" else dtype
+    entries = max(BLOCK // a.rate, 1)
+    return _even(
+        keys
+        + sum(BLOCK * _vector_bytes(2 * places * dim, raw) for dim in dims)
+        + sum(entries * _vector_bytes(dim, dtype) for dim in dims)
+    )
+
+
+def _even(nbytes: int) -> int:
+    """Blocks of bytes hold wider numbers, too."""
+    return (nbytes + 15) // 16 * 16
 
 
 def _layer_bytes(spec: ModelSpec, dtype: KVDtype) -> list[int]:
@@ -47,7 +70,8 @@ class KVCache:
     One array per layer, [n_blocks, elements]. Within a block, grouped-query attention has the keys as
     [kv head, element, position] (a product with all 16 positions is then one vector operation), then the
     values as [kv head, position, element]; latent attention has [position, latent and rotary key], then,
-    with an indexer, its keys as [element, position]. In Q8_0
+    with an indexer, its keys as [element, position]; compressed attention has rows [position, elements], see
+    mer_rows in mer_decoder.h. In Q8_0
     elements are bytes: of each head int8 codes in that order, then the scales (see mer_decoder.h). Blocks of
     layers without attention have no elements.
     """

@@ -6,7 +6,7 @@ from typing import Final
 
 from attrs import frozen
 
-from mer.model.spec import AttentionSpec, ModelSpec
+from mer.model.spec import AttentionSpec, CompressedAttentionSpec, ModelSpec
 
 
 @frozen
@@ -25,6 +25,8 @@ def refusal(spec: ModelSpec) -> str | None:
     if spec.recurrent is not None:
         return "some of its layers have a recurrent state"
     for attention in spec.attentions:
+        if isinstance(attention, CompressedAttentionSpec):
+            return "its attention is over compressed positions"
         if not isinstance(attention, AttentionSpec):
             return "its attention is latent (MLA)"
         if attention.qk_norm == "vector" and attention.qk_norm_last:

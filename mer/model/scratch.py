@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mer._ext.decoder import INDEX_CHUNK, SPAN
-from mer.model.spec import Attention, DeltaSpec, IndexerSpec, LatentAttentionSpec, ModelSpec, ShortConvSpec
+from mer.model.spec import (
+    Attention,
+    CompressedAttentionSpec,
+    DeltaSpec,
+    IndexerSpec,
+    LatentAttentionSpec,
+    ModelSpec,
+    ShortConvSpec,
+)
 
 # Latent attention goes through this many tokens at a time: its queries are wide (heads x latent).
 LATENT_TOKENS: Final = 64
@@ -44,6 +52,10 @@ def _shapes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> Shapes:
         "logits": ((rows, spec.vocab), f32),
     }
     widest = max(spec.hidden, inter)
+    if spec.streams is not None:
+        n = spec.streams.n
+        shapes |= {"streams": ((tokens, n, spec.hidden), f32), "mixes": ((tokens, (2 + n) * n), f32)}
+        widest = max(widest, n * spec.hidden)
     for attention in dict.fromkeys(spec.attentions):
         needed, cols = _attention(attention, tokens, spec.max_positions, n_threads)
         for name, (shape, dtype) in needed.items():
@@ -63,6 +75,8 @@ def _shapes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> Shapes:
 def _attention(a: Attention, tokens: int, max_positions: int, n_threads: int) -> tuple[Shapes, int]:
     """What one layer's attention needs, and the columns of its widest matrix."""
     f32 = np.float32
+    if isinstance(a, CompressedAttentionSpec):
+        return _compressed(a, tokens, max_positions, n_threads)
     if isinstance(a, LatentAttentionSpec):
         part = min(tokens, LATENT_TOKENS)
         q_width, out_width = a.n_heads * (a.nope_dim + a.rope_dim), a.n_heads * a.value_dim
@@ -96,6 +110,39 @@ def _attention(a: Attention, tokens: int, max_positions: int, n_threads: int) ->
         "attention_scratch": ((n_threads, _round(block + 2 * SPAN * a.n_heads, 16)), f32),
     }
     return shapes, max(widest, out_width)
+
+
+def _compressed(
+    a: CompressedAttentionSpec, tokens: int, max_positions: int, n_threads: int
+) -> tuple[Shapes, int]:
+    f32 = np.float32
+    part, width = min(tokens, LATENT_TOKENS), a.n_heads * a.head_dim
+    places, dim = 2 if a.overlap else 1, max(a.head_dim, a.index_dim)
+    shapes: Shapes = {
+        "q_latent": ((tokens, a.query_rank), f32),
+        "latent": ((tokens, a.head_dim), f32),
+        "q": ((tokens, width), f32),
+        "out_wide": ((part, a.n_heads, a.head_dim), f32),
+        "attended": ((tokens, a.o_groups * a.o_rank), f32),
+        "acts": ((n_threads, part, _prepared_bytes(width // a.o_groups)), np.uint8),
+        "act_pointers": ((n_threads, part), np.uint64),
+        "attention_scratch": ((n_threads, _round(16 * a.head_dim + 2 * a.n_heads, 16)), f32),
+        # A compressed row, its cosines and sines, and what mer_compress needs.
+        "entry_scratch": ((n_threads, _round(3 * dim + a.rope_dim + 2 * places * dim, 16)), f32),
+        "entry_scores": ((n_threads, _round(max_positions // (a.rate or max_positions), 16)), f32),
+    }
+    if a.rate:
+        shapes["raw_kv"] = shapes["raw_gate"] = ((tokens, places * a.head_dim), f32)
+    if a.index_top_k:
+        index: Shapes = {
+            "index_q": ((tokens, a.index_heads * a.index_dim), f32),
+            "index_weights": ((tokens, a.index_heads), f32),
+            "index_scratch": ((n_threads, 2 * a.index_top_k), np.uint64),
+            "chosen_positions": ((tokens, a.index_top_k), np.int32),
+        }
+        index["index_raw_kv"] = index["index_raw_gate"] = ((tokens, places * a.index_dim), f32)
+        shapes |= index
+    return shapes, max(a.query_rank, a.o_groups * a.o_rank)
 
 
 def _indexer(x: IndexerSpec, tokens: int, max_positions: int, n_threads: int) -> Shapes:

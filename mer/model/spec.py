@@ -97,7 +97,47 @@ class LatentAttentionSpec:
         return self.kv_rank + self.rope_dim
 
 
-Attention = AttentionSpec | LatentAttentionSpec
+@frozen
+class CompressedAttentionSpec:
+    """DeepSeek-V4's: a window, and compressed positions behind it.
+
+    One rotated key for all heads is the value, too. What heads give is rotated back, and made narrower in
+    groups of heads, before it is made a hidden state.
+    """
+
+    n_heads: int
+    head_dim: int
+    # The last elements of a head turn.
+    rope_dim: int
+    query_rank: int
+    scale: float
+    norm_eps: float
+    o_groups: int
+    o_rank: int
+    # As many positions become one; 0: there is the window alone.
+    rate: int = 0
+    # Such a window also takes part in the next one's vector.
+    overlap: bool = False
+    # Of those vectors a token sees the index_top_k that suit it best, as in IndexerSpec; 0: all.
+    index_heads: int = 0
+    index_dim: int = 0
+    index_top_k: int = 0
+
+
+Attention = AttentionSpec | LatentAttentionSpec | CompressedAttentionSpec
+
+
+@frozen
+class StreamsSpec:
+    """Hyper-connections: a hidden state is n streams; learnt weights make them one before each block.
+
+    They are mixed behind it: the matrix for that is made doubly stochastic by `rounds` of Sinkhorn and
+    Knopp's normalisation (Xie and others, mHC: Manifold-Constrained Hyper-Connections).
+    """
+
+    n: int
+    rounds: int
+    eps: float
 
 
 @frozen
@@ -145,7 +185,7 @@ class RouterSpec:
     top_k: int
     # sparsemixer: for each choice in turn a softmax over those experts whose logits are at most 2 * `jitter`
     # (relative to their size) below the best one's.
-    score: Literal["softmax", "sigmoid", "sparsemixer"]
+    score: Literal["softmax", "sigmoid", "sqrt_softplus", "sparsemixer"]
     # Weights of the chosen experts are divided by their sum (plus `epsilon`), then multiplied by `scale`.
     normalise: bool
     scale: float = 1.0
@@ -162,10 +202,11 @@ class RouterSpec:
 
 @frozen
 class ClampSpec:
-    """Experts compute g * sigmoid(alpha * g) * (u + 1), g at the most `limit`, u within +-limit."""
+    """Experts compute g * sigmoid(alpha * g) * (u + added), g at the most `limit`, u within +-limit."""
 
     alpha: float
     limit: float
+    added: float = 1.0
 
 
 @frozen
@@ -215,6 +256,8 @@ class ModelSpec:
     logit_cap: float | None = None
     # A gated block is down(activation(gate) * up); gelu by tanh.
     activation: Literal["silu", "gelu"] = "silu"
+    # Hidden states are of several streams.
+    streams: StreamsSpec | None = None
     # Routed experts: gate, up and down each have a bias; and what stands in the place of silu(gate) * up.
     expert_bias: bool = False
     clamp: ClampSpec | None = None

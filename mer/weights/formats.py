@@ -126,6 +126,14 @@ def _encode_e4m3(values: Floats) -> Bytes:
     raise ValueError("F8_E4M3 is only read, with its scales, from checkpoints published in it")
 
 
+def _decode_i64(raw: Bytes) -> Floats:
+    return raw.view("<i8").astype(np.float32)
+
+
+def _encode_i64(values: Floats) -> Bytes:
+    raise ValueError("I64 is only read")
+
+
 F32: Final = Format("f32", 0, 1, 4, _encode_f32, _decode_f32)
 F16: Final = Format("f16", 1, 1, 2, _encode_f16, _decode_f16)
 Q4_0: Final = Format("q4_0", 2, 32, 18, quants.encode_q4_0, quants.decode_q4_0)
@@ -160,6 +168,9 @@ FORMATS: Final = (
 
 # Known only as a source of conversion: ggml has no number for it, and no kernel reads it.
 F8_E4M3: Final = Format("f8_e4m3", -1, 1, 1, _encode_e4m3, _decode_e4m3)
+
+# Numbers that are no weights: which experts a token takes. A conversion makes F32 of them, exact below 2^24.
+I64: Final = Format("i64", -2, 1, 8, _encode_i64, _decode_i64)
 
 _BY_NAME: Final = {each.name: each for each in (*FORMATS, F8_E4M3)}
 _BY_ID: Final = {each.id: each for each in FORMATS}

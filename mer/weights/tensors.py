@@ -22,6 +22,7 @@ _FORMATS: Final = {
     "F16": formats.F16,
     "BF16": formats.BF16,
     "F8_E4M3": formats.F8_E4M3,
+    "I64": formats.I64,
 }
 
 

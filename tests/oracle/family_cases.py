@@ -239,6 +239,29 @@ CASES = {
         "mixed": {"mlp_layer_types": ["sparse", "dense", "sparse"]},
         "halves": {"rope_interleave": False, "n_group": 4, "topk_group": 3, "norm_topk_prob": False},
     },
+    "deepseek_v4": {
+        "plain": {},
+        # As before transformers 5; all compressed positions are seen.
+        "yarn": {
+            "rope_scaling": {"rope_type": "yarn", **YARN},
+            "index_topk": 512,
+            "layer_types": None,
+            "mlp_layer_types": None,
+        },
+        "window": {"layer_types": ["sliding_attention"] * 4, "sliding_window": 5},
+        "odd": {
+            "hidden_size": 60,
+            "num_attention_heads": 6,
+            "head_dim": 44,
+            "partial_rotary_factor": 6 / 44,
+            "o_groups": 3,
+            "hc_mult": 3,
+            "hc_sinkhorn_iters": 2,
+            "swiglu_limit": 0.5,
+            "n_shared_experts": 1,
+            "compress_rates": {"compressed_sparse_attention": 8, "heavily_compressed_attention": 16},
+        },
+    },
     "deepseek_v3": {
         "plain": {},
         "direct-queries": {"q_lora_rank": None, "first_k_dense_replace": 0},

@@ -29,7 +29,10 @@ class ResidentExperts:
 
     def __init__(self, checkpoint, sources, kernels, spec, biases):
         self.kernels, self.biases = kernels, biases
-        self.gate = (spec.clamp and (spec.clamp.alpha, spec.clamp.limit), spec.activation == "gelu")
+        self.gate = (
+            spec.clamp and (spec.clamp.alpha, spec.clamp.limit, spec.clamp.added),
+            spec.activation == "gelu",
+        )
         self.layers = []
         for source in sources:
             experts = []

@@ -18,6 +18,7 @@ CLASSES = {
     "olmoe": "Olmoe",
     "deepseek_v3": "DeepseekV3",
     "deepseek_v32": "DeepseekV32",
+    "deepseek_v4": "DeepseekV4",
     "glm_moe_dsa": "GlmMoeDsa",
     "gemma4_text": "Gemma4",
     "gpt_oss": "GptOss",
@@ -173,6 +174,29 @@ FAMILY: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 8,
         "v_head_dim": 20,
     },
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 32,
+        "q_lora_rank": 24,
+        "head_dim": 32,
+        "partial_rotary_factor": 0.25,
+        "o_groups": 2,
+        "o_lora_rank": 16,
+        "sliding_window": 21,
+        "num_hidden_layers": 4,
+        "layer_types": [
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+            "sliding_attention",
+            "compressed_sparse_attention",
+        ],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 32},
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "hash_moe"],
+        "index_n_heads": 16,
+        "index_head_dim": 20,
+        "index_topk": 6,
+    },
     "dots1": {
         "n_routed_experts": 8,
         "n_shared_experts": 2,
@@ -224,8 +248,8 @@ DENSE = ("llama", "ministral3", "mistral", "qwen2", "qwen3")
 SPARSE = [family for family in FAMILY if family not in DENSE]
 # Those whose weights run where they lie; the others are converted first.
 IN_PLACE = [family for family in FAMILY if family != "gpt_oss"]
-# Those whose files have a tensor for each expert.
-PER_EXPERT = [f for f in IN_PLACE if f in SPARSE and not f.startswith(("granite", "gemma"))]
+# Those whose files have a tensor for each expert, and whose files elsewhere may have one of all.
+PER_EXPERT = [f for f in IN_PLACE if f in SPARSE and not f.startswith(("granite", "gemma", "deepseek_v4"))]
 
 
 def make(
@@ -242,8 +266,9 @@ def make(
     if family == "lfm2_moe":
         kinds = ["conv" if i % 2 == 0 else "full_attention" for i in range(values["num_hidden_layers"])]
         values = {"layer_types": kinds} | values
-    if values.get("layer_types") is not None:
-        values["layer_types"] = values["layer_types"][: values["num_hidden_layers"]]
+    for kinds in "layer_types", "mlp_layer_types":
+        if values.get(kinds) is not None:
+            values[kinds] = values[kinds][: values["num_hidden_layers"]]
     config = getattr(transformers, CONFIGS.get(family, f"{name}Config"))(**values)
     config._attn_implementation = config._experts_implementation = "eager"
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -259,6 +284,15 @@ def make(
             elif "scal" in key and "embed" not in key:
                 # What a router gets may be divided by the root of its width.
                 value.copy_((1.0 + 0.2 * noise) * (8.0 if "router.scale" in key else 1.0))
+            elif "tid2eid" in key:
+                value.copy_(
+                    torch.rand(len(value), values["n_routed_experts"], generator=generator).argsort()[
+                        :, : value.shape[1]
+                    ]
+                )
+                continue
+            elif "hc" in key and value.dim() == 2:
+                value.copy_(noise * 1.6 / value.shape[-1] ** 0.5)
             elif "inv_freq" in key or "embed_scale" in key:
                 continue
             elif value.dim() == 1:

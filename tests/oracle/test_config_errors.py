@@ -53,7 +53,13 @@ def test_unknown_architecture_lists_the_known(checkpoint):
     ("family", "changes", "named"),
     [
         ("mixtral", {"model_type": None}, "model_type"),
-        ("deepseek_v3", {"model_type": "deepseek_v4"}, "'deepseek_v4' is not supported .*hyper-connections"),
+        ("deepseek_v4", {"hc_mult": 17}, "hc_mult is 17, up to 16"),
+        ("deepseek_v4", {"layer_types": ["full_attention"] * 2}, "layer_types has 'full_attention'"),
+        ("deepseek_v4", {"mlp_layer_types": ["moe"]}, "mlp_layer_types must say hash_moe or moe"),
+        ("deepseek_v4", {"compress_rates": {"heavily_compressed_attention": 24}}, "compress_rates has 24"),
+        ("deepseek_v4", {"o_groups": 3}, "no multiple of o_groups"),
+        ("deepseek_v4", {"index_head_dim": 4}, "index_head_dim .4. is less than the 8 elements"),
+        ("deepseek_v4", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
         ("gemma4_text", {"enable_moe_block": False}, "does not ask for .*post_feedforward_layernorm_1"),
         ("gemma4_text", {"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input is 8"),
         ("gemma4_text", {"layer_types": ["full_attention"]}, "layer_types must say sliding_attention"),
@@ -198,6 +204,29 @@ def fuse(tensors, expert: str, gate: str, up: str, down: str, target: str):
         )
         kept[f"{prefix}{target}.down_proj"] = np.stack([tensors[e + down] for e in each])
     return kept
+
+
+def test_a_table_that_names_no_expert(checkpoint):
+    path = checkpoint("deepseek_v4")
+    name = "model.layers.0.ffn.gate.tid2eid"
+    rename(path, lambda t: t | {name: np.where(t[name] == 7, 8, t[name])})
+    with pytest.raises(CheckpointError, match="tid2eid must have numbers of experts, from 0 to 7"):
+        Runner(path)
+
+
+def test_published_names(checkpoint, originals):
+    """DeepSeek-V4's files have no `model.` before a name, and some names that transformers changes."""
+    prompt = list(range(40))
+    expected = Runner(originals / "deepseek_v4").logits(prompt)
+    path, others = checkpoint("deepseek_v4"), {"embed_tokens": "embed", "hc_head.hc_": "hc_head_"}
+
+    def published(name):
+        name = name.removeprefix("model.").replace("attn.norm", "attn.kv_norm")
+        return next((name.replace(a, b) for a, b in others.items() if a in name), name)
+
+    rename(path, lambda t: {published(name): each for name, each in t.items()})
+    assert "layers.1.attn.kv_norm.weight" in open_checkpoint(path).tensors
+    assert Runner(path).logits(prompt).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("family", PER_EXPERT)

@@ -73,8 +73,8 @@ def test_bf16_weights(family, tmp_path):
 # What transformers 5 writes and older files, or files with nothing but the necessary, leave out.
 OPTIONAL = (
     "attention_bias", "attention_dropout", "clip_qkv", "decoder_sparse_step", "hidden_act", "layer_types",
-    "mlp_only_layers", "norm_topk_prob", "qkv_bias", "rms_norm_eps", "rope_interleave", "rope_parameters",
-    "routed_scaling_factor", "tie_word_embeddings",
+    "mlp_layer_types", "mlp_only_layers", "norm_topk_prob", "qkv_bias", "rms_norm_eps", "rope_interleave",
+    "rope_parameters", "routed_scaling_factor", "tie_word_embeddings",
 )  # fmt: skip
 
 
@@ -83,8 +83,10 @@ def test_config_without_what_has_a_default(family, tmp_path):
     changes = {"head_dim": 16} if family == "qwen3_moe" else {}
     if family == "qwen2_moe":
         changes = {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 2}
-    if family == "gemma4_text":
+    if family in ("gemma4_text", "deepseek_v4"):
         changes = {"layer_types": None}
+    if family == "deepseek_v4":
+        changes |= {"mlp_layer_types": None}
     if family == "qwen3_moe":
         changes |= {"norm_topk_prob": False}
     if family.startswith(("qwen3_next", "qwen3_5")):

@@ -25,6 +25,9 @@ void mer_add_scaled(float *x, const float *y, float factor, long n);
 /* x *= sigmoid(gate) */
 void mer_gate(float *x, const float *gate, long n);
 
+/* The sum of x[i]^2. */
+float mer_square_sum(const float *x, long n);
+
 /* x *= factor */
 void mer_scale(float *x, float factor, long n);
 
@@ -101,10 +104,64 @@ void mer_index_scores(const mer_index *x, const int32_t *table, long t, long b0,
  * lowest score. scratch: 2 k numbers. */
 void mer_choose(const float *scores, long n, long k, uint64_t *scratch, int32_t *chosen);
 
+/* DeepSeek-V4's compressed attention. A layer's block begins with 16 rows of keys, which are the values, too. Behind
+ * them, in bytes from its start, are rows of what every `rate` positions are compressed from, [places * dim] values,
+ * then as many gates; and the rows [dim] made of them, in the block of their last position. */
+typedef struct {
+    const char *blocks;
+    size_t block_bytes;
+    size_t raw;     /* where rows to compress begin */
+    size_t entries; /* where compressed rows begin */
+    long dim, rate;
+    int overlap;    /* places are 2: the first is for the next window's row, the second for its own; else 1 */
+    int kv, raw_kv; /* MER_KV_... of the keys and compressed rows, and of those to compress */
+} mer_rows;
+
+/* Bytes of a row of n numbers, and one in and out of memory that need not be aligned. */
+size_t mer_kv_row_bytes(int kv, long n);
+void mer_kv_row_store(char *row, int kv, const float *x, long n);
+
+/* out [dim]: what the window that ends with `position` is compressed into, before norm and rotation: of each element
+ * the mean of its values, weighted by the softmax of gate + bias. bias: [rate, places * dim]. scratch: as many floats
+ * as a row to compress has, and 2 dim. */
+void mer_compress(const mer_rows *r, const int32_t *table, long position, const float *bias, float *scratch,
+                  float *out);
+
+/* The place of compressed row `entry`. */
+char *mer_entry(const mer_rows *r, const int32_t *table, long entry);
+
+/* Scores of the first n compressed rows: the sum over heads of weight * max(0, q . row). q: [n_heads, dim]. */
+void mer_entry_scores(const mer_rows *r, const int32_t *table, const float *q, const float *weights, long n_heads,
+                      long n, float *scratch, float *scores);
+
+/* Attention of token t over the positions of its window, then over n compressed rows: those chosen, or, NULL, the
+ * first. Scratch as for mer_attend_chosen. */
+void mer_attend_rows(const mer_attention *a, const mer_rows *r, const int32_t *table, const int32_t *chosen, long n,
+                     long t, long h0, long h1, int thread);
+
+/* n streams (16 at the most) of a hidden state, each `width` wide. rounds, eps: of the Sinkhorn-Knopp iteration. */
+typedef struct {
+    long n, width, rounds;
+    float eps, norm_eps;
+    int last; /* there are no weights but `pre` */
+} mer_streams;
+
+/* mixes: a projection of x [n, width] -> pre [n], post [n], comb [n, n], each being scale[i] * mixes / rms(x) + base,
+ * made positive, comb's rows and columns adding up to 1. */
+void mer_stream_weights(float *mixes, const float *x, const float *base, const float *scale, const mer_streams *s);
+
+/* out = the sum of pre[i] * x[i] */
+void mer_collapse(const float *x, const float *pre, long n, long width, float *out);
+
+/* x[k] = post[k] * y + the sum of comb[j, k] * x[j] */
+void mer_spread(float *x, const float *y, const float *post, const float *comb, long n, long width);
+
+enum { MER_SCORE_SOFTMAX, MER_SCORE_SIGMOID, MER_SCORE_SQRT_SOFTPLUS };
+
 typedef struct {
     long n_experts, top_k, n_groups, top_groups;
     int group_best;    /* a group counts as much as this many of its best experts: 1 or 2 */
-    int sigmoid;       /* else softmax */
+    int score;         /* MER_SCORE_... */
     int normalise;     /* divide the chosen weights by their sum + epsilon */
     float scale, epsilon;
     float jitter;      /* above 0: sparsemixer, instead of all of this but n_experts and top_k */
@@ -113,8 +170,10 @@ typedef struct {
 } mer_router;
 
 /* logits [n_experts] -> ids and weights [top_k], best first, ties to the lowest index. logits are overwritten;
- * choice is scratch of n_experts floats. */
-void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, float *weights);
+ * choice is scratch of n_experts floats. fixed [top_k]: the choice, in its order, where something else has made it;
+ * NULL: none has. */
+void mer_route(const mer_router *r, float *logits, float *choice, const int32_t *fixed, int32_t *ids,
+               float *weights);
 
 float mer_sigmoid(float x);
 

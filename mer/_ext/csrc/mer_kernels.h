@@ -27,8 +27,9 @@ typedef struct mer_isa {
     void (*swiglu)(const float *gate, const float *up, float *h, long n);
     /* h[i] = gelu(gate[i]) * up[i], gelu by tanh; h may be gate or up. */
     void (*geglu)(const float *gate, const float *up, float *h, long n);
-    /* h[i] = g * sigmoid(alpha * g) * (u + 1), g being gate[i], at the most `limit`, and u up[i] within +-limit. */
-    void (*clamped_swiglu)(const float *gate, const float *up, float *h, long n, float alpha, float limit);
+    /* h[i] = g * sigmoid(alpha * g) * (u + added), g being gate[i], at the most `limit`, and u up[i] within +-limit. */
+    void (*clamped_swiglu)(const float *gate, const float *up, float *h, long n, float alpha, float limit,
+                           float added);
     /* By format id; NULL where the format is not known. */
     mer_matmul_fn matmul[MER_FORMAT_IDS];
 } mer_isa;

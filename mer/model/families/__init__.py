@@ -11,6 +11,7 @@ from mer.model.families import (
     bailing_moe,
     deepseek_v2,
     deepseek_v3,
+    deepseek_v4,
     deepseek_v32,
     dots1,
     ernie4_5_moe,
@@ -42,6 +43,7 @@ FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
     "deepseek_v2": deepseek_v2.read,
     "deepseek_v3": deepseek_v3.read,
     "deepseek_v32": deepseek_v32.read_deepseek,
+    "deepseek_v4": deepseek_v4.read,
     "dots1": dots1.read,
     "ernie4_5_moe": ernie4_5_moe.read,
     "gemma4": gemma4.read,
@@ -80,12 +82,6 @@ _PREDICTING: Final = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
 # Positions that such a layer sees here. It was trained to see all, but each would take memory.
 _PREDICTION_WINDOW: Final = 512
 
-# What these have that no other family has.
-_NOT_YET: Final = {
-    "deepseek_v4": "streams of hidden states that learnt weights mix (hyper-connections), compressed keys "
-    "beside a window, and experts chosen by the token's id",
-}
-
 
 @frozen
 class Architecture:
@@ -103,7 +99,7 @@ class Architecture:
         """Names of dense tensors that are small and that much hangs on: no conversion may change them."""
         ends = (
             "norm", "bias", "sinks", "scale", "router", "shared_gate", "index_weights", "conv", "a_log",
-            "decay_rate",
+            "decay_rate", "router_table", "streams",
         )  # fmt: skip
         return frozenset(name for part, name in self.dense.items() if part.endswith(ends))
 
@@ -120,9 +116,8 @@ def load(checkpoint: Checkpoint) -> Architecture:
         raise config.wrong("the key model_type is missing, so the architecture is not known")
     read = FAMILIES.get(kind)
     if read is None:
-        known, why = ", ".join(sorted(FAMILIES)), _NOT_YET.get(kind)
-        why = f" (it has {why}, which mer does not compute)" if why else ""
-        raise config.unsupported(f"model_type {kind!r} is not supported{why}; known are {known}")
+        known = ", ".join(sorted(FAMILIES))
+        raise config.unsupported(f"model_type {kind!r} is not supported; known are {known}")
     for each in config, config.inner("text_config"):
         _refuse_layers_without_tensors(each, len(checkpoint.tensors))
     tensors = Tensors(checkpoint)

@@ -18,7 +18,7 @@ from mer.weights.experts import (
     stored,
     transposed,
 )
-from mer.weights.formats import FORMATS
+from mer.weights.formats import FORMATS, I64
 
 
 @frozen
@@ -58,6 +58,12 @@ class Tensors:
             self._before = f"{part}."
         return self
 
+    def without_root(self) -> Tensors:
+        """From here on `model.` stands for nothing, if no name begins with it."""
+        if not any(name.startswith("model.") for name in self._infos):
+            self._root = ""
+        return self
+
     def _full(self, name: str) -> str:
         name = self._root + name.removeprefix("model.") if name.startswith("model.") else name
         return self._before + name
@@ -75,6 +81,12 @@ class Tensors:
         """The dense tensor `name`, of this shape, is the model's `part`."""
         name = self._full(name)
         self._check(name, shape)
+        self.dense[part] = name
+
+    def take_table(self, part: str, name: str, *shape: int) -> None:
+        """Numbers of experts: integers, or, in a store, F32."""
+        name = self._full(name)
+        self._check(name, shape, "I64")
         self.dense[part] = name
 
     def take_conv(self, part: str, name: str, channels: int, kernel: int) -> None:
@@ -158,7 +170,7 @@ class Tensors:
                 f"{self._checkpoint.files[info.file]}: tensor {name} has shape {list(info.shape)}, "
                 f"by config.json it must be {list(shape)}"
             )
-        if info.weights is None and info.dtype != codes:
+        if (info.weights is None or info.weights is I64) and info.dtype != codes:
             known = "BF16, F16, F32 or FP8"
             if self._checkpoint.kind == "gguf":
                 known = ", ".join(each.name.upper() for each in FORMATS)

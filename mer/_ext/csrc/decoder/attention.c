@@ -208,6 +208,33 @@ void mer_attend_chosen(const mer_attention *a, const int32_t *table, const int32
     end(a, t, t + 1, h0, h1, sum);
 }
 
+MER_CLONES
+void mer_attend_rows(const mer_attention *a, const mer_rows *r, const int32_t *table, const int32_t *chosen, long n,
+                     long t, long h0, long h1, int thread) {
+    float *keys = a->scratch + (size_t)thread * a->scratch_floats;
+    float *max = keys + MER_KV_BLOCK * (size_t)a->key_dim, *sum = max + (h1 - h0);
+    const size_t row = mer_kv_row_bytes(a->kv, a->key_dim);
+    const long position = a->positions[t], oldest = position >= a->window ? position - a->window + 1 : 0;
+    const long seen = position + 1 - oldest;
+    begin(a, t, t + 1, h0, h1, max, sum);
+    for (long first = 0; first < seen + n; first += MER_KV_BLOCK) {
+        const long count = seen + n - first < MER_KV_BLOCK ? seen + n - first : MER_KV_BLOCK;
+        for (long j = 0; j < count; j++) {
+            const long i = first + j, p = oldest + i;
+            const char *key;
+            if (i < seen)
+                key = a->blocks + (size_t)table[p / MER_KV_BLOCK] * a->block_bytes + p % MER_KV_BLOCK * row;
+            else
+                key = mer_entry(r, table, chosen ? chosen[i - seen] : i - seen);
+            mer_kv_row_load(key, a->kv, a->key_dim, keys + j * a->key_dim);
+        }
+        for (long h = h0; h < h1; h++)
+            attend_block(a, a->q + (t * a->n_heads + h) * a->key_dim, keys, keys, 0, count, max + h - h0,
+                         sum + h - h0, a->out + (t * a->n_heads + h) * a->value_dim);
+    }
+    end(a, t, t + 1, h0, h1, sum);
+}
+
 /* Every head's query times 16 keys; what is above 0 counts, times the head's weight. */
 MER_CLONES
 void mer_index_scores(const mer_index *x, const int32_t *table, long t, long b0, long b1, float *scratch,

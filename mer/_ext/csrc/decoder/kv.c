@@ -4,7 +4,7 @@
 #include "kv.h"
 
 /* Round to nearest even; beyond F16's range the largest finite number, so that a key never becomes infinite. */
-static uint16_t float_to_half(float f) {
+uint16_t mer_float_to_half(float f) {
     uint32_t bits;
     memcpy(&bits, &f, 4);
     const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000u);
@@ -29,7 +29,7 @@ size_t mer_kv_part_bytes(int kv, long dim) {
 }
 
 /* Codes of n neighbours, `step` apart, and their scale, as GGUF's Q8_0 rounds. What is not finite makes all of them NaN. */
-static uint16_t quantise(const float *x, long n, int8_t *q, long step) {
+uint16_t mer_quantise_group(const float *x, long n, int8_t *q, long step) {
     float top = 0.0f, wrong = 0.0f;
     for (long i = 0; i < n; i++) {
         top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
@@ -41,7 +41,7 @@ static uint16_t quantise(const float *x, long n, int8_t *q, long step) {
         const float code = inverse > 0.0f ? roundf(x[i] * inverse) : 0.0f;
         q[i * step] = (int8_t)(code > 127.0f ? 127.0f : code < -127.0f ? -127.0f : code);
     }
-    return float_to_half(wrong == 0.0f ? scale : wrong);
+    return mer_float_to_half(wrong == 0.0f ? scale : wrong);
 }
 
 /* One vector [dim] to place `at` of a part: [dim, 16] by_element, else [16, dim]. */
@@ -50,14 +50,14 @@ static void store(char *part, int kv, long at, const float *x, long dim, int by_
     if (kv == MER_KV_F32)
         for (long d = 0; d < dim; d++) ((float *)part)[first + d * step] = x[d];
     else if (kv == MER_KV_F16)
-        for (long d = 0; d < dim; d++) ((uint16_t *)part)[first + d * step] = float_to_half(x[d]);
+        for (long d = 0; d < dim; d++) ((uint16_t *)part)[first + d * step] = mer_float_to_half(x[d]);
     else {
         const long groups = (dim + MER_KV_GROUP - 1) / MER_KV_GROUP;
         uint16_t *scales = (uint16_t *)(part + MER_KV_BLOCK * dim);
         for (long g = 0; g < groups; g++) {
             const long d = g * MER_KV_GROUP, n = dim - d < MER_KV_GROUP ? dim - d : MER_KV_GROUP;
             scales[by_element ? g * MER_KV_BLOCK + at : at * groups + g] =
-                quantise(x + d, n, (int8_t *)part + first + d * step, step);
+                mer_quantise_group(x + d, n, (int8_t *)part + first + d * step, step);
         }
     }
 }

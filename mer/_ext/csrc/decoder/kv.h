@@ -7,6 +7,9 @@
 
 #define MER_KV_GROUP 32 /* elements of a key or value that share a scale in Q8_0; the last group may be shorter */
 
+uint16_t mer_float_to_half(float f);
+uint16_t mer_quantise_group(const float *x, long n, int8_t *q, long step);
+
 /* F16 without F16C and without branches, so that every clone vectorises it; exact, infinities included. */
 MER_INLINE float half_to_float(uint16_t h) {
     const uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13;
@@ -73,6 +76,22 @@ MER_INLINE void row_as_floats(const char *part, int kv, long dim, long at, float
         const long groups = (dim + MER_KV_GROUP - 1) / MER_KV_GROUP;
         const uint16_t *scales = (const uint16_t *)(part + MER_KV_BLOCK * dim) + at * groups;
         for (long d = 0; d < dim; d++) to[d] = (float)q[d] * half_to_float(scales[d / MER_KV_GROUP]);
+    }
+}
+
+/* A row as mer_kv_row_store() wrote it: codes, then scales. */
+MER_INLINE void mer_kv_row_load(const char *row, int kv, long n, float *to) {
+    if (kv != MER_KV_Q8_0) {
+        row_as_floats(row, kv, n, 0, to);
+        return;
+    }
+    for (long i = 0; i < n; i++) to[i] = (float)((const int8_t *)row)[i];
+    for (long i = 0; i < n; i += MER_KV_GROUP) {
+        const long end = i + MER_KV_GROUP < n ? i + MER_KV_GROUP : n;
+        uint16_t half;
+        memcpy(&half, row + n + i / MER_KV_GROUP * 2, 2);
+        const float scale = half_to_float(half);
+        for (long j = i; j < end; j++) to[j] *= scale;
     }
 }
 

@@ -59,14 +59,17 @@ static void mix_sparsely(const mer_router *r, const float *logits, float *choice
     }
 }
 
-void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, float *weights) {
+void mer_route(const mer_router *r, float *logits, float *choice, const int32_t *fixed, int32_t *ids,
+               float *weights) {
     const long n = r->n_experts;
     if (r->jitter > 0.0f) {
         mix_sparsely(r, logits, choice, ids, weights);
         return;
     }
-    if (r->sigmoid)
+    if (r->score == MER_SCORE_SIGMOID)
         for (long i = 0; i < n; i++) logits[i] = mer_sigmoid(logits[i]);
+    else if (r->score == MER_SCORE_SQRT_SOFTPLUS) /* beyond 20 a float's softplus is the float */
+        for (long i = 0; i < n; i++) logits[i] = sqrtf(logits[i] > 20.0f ? logits[i] : log1pf(expf(logits[i])));
     else
         softmax(logits, n);
     for (long i = 0; i < n; i++) {
@@ -77,9 +80,8 @@ void mer_route(const mer_router *r, float *logits, float *choice, int32_t *ids, 
     if (r->n_groups > 1) keep_best_groups(r, choice);
     float sum = r->epsilon;
     for (long k = 0; k < r->top_k; k++) {
-        const long best = take_best(choice, n);
-        ids[k] = (int32_t)best;
-        weights[k] = logits[best];
+        ids[k] = fixed ? fixed[k] : (int32_t)take_best(choice, n);
+        weights[k] = logits[ids[k]];
     }
     for (long k = 0; k < r->top_k; k++) sum += weights[k];
     for (long k = 0; k < r->top_k; k++) {

@@ -14,6 +14,9 @@ void mer_rms_norm(const float *x, const float *w, float *y, long n, float eps) {
 }
 
 MER_CLONES
+float mer_square_sum(const float *x, long n) { return dot(x, x, n); }
+
+MER_CLONES
 void mer_scale(float *x, float factor, long n) {
     for (long i = 0; i < n; i++) x[i] *= factor;
 }

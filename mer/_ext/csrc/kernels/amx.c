@@ -315,8 +315,8 @@ static void swiglu(const float *gate, const float *up, float *h, long n) { mer_i
 
 static void geglu(const float *gate, const float *up, float *h, long n) { mer_isa_avx512.geglu(gate, up, h, n); }
 
-static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit) {
-    mer_isa_avx512.clamped_swiglu(gate, up, h, n, alpha, limit);
+static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit, float added) {
+    mer_isa_avx512.clamped_swiglu(gate, up, h, n, alpha, limit, added);
 }
 
 static void matmul_f16(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, float *y,

@@ -178,7 +178,7 @@ static void geglu(const float *gate, const float *up, float *h, long n) {
     for (; i < n; i++) h[i] = mer_geglu1(gate[i], up[i]);
 }
 
-static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit) {
+static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit, float added) {
     const __m256 one = _mm256_set1_ps(1.0f), sign = _mm256_set1_ps(-0.0f), a = _mm256_set1_ps(alpha);
     const __m256 high = _mm256_set1_ps(limit), low = _mm256_set1_ps(-limit);
     long i = 0;
@@ -186,9 +186,9 @@ static void clamped_swiglu(const float *gate, const float *up, float *h, long n,
         const __m256 g = _mm256_min_ps(high, _mm256_loadu_ps(gate + i));
         const __m256 u = _mm256_max_ps(low, _mm256_min_ps(high, _mm256_loadu_ps(up + i)));
         const __m256 below = _mm256_add_ps(one, exp8(_mm256_xor_ps(_mm256_mul_ps(a, g), sign)));
-        _mm256_storeu_ps(h + i, _mm256_mul_ps(_mm256_div_ps(g, below), _mm256_add_ps(u, one)));
+        _mm256_storeu_ps(h + i, _mm256_mul_ps(_mm256_div_ps(g, below), _mm256_add_ps(u, _mm256_set1_ps(added))));
     }
-    for (; i < n; i++) h[i] = mer_clamped_swiglu1(gate[i], up[i], alpha, limit);
+    for (; i < n; i++) h[i] = mer_clamped_swiglu1(gate[i], up[i], alpha, limit, added);
 }
 
 const mer_isa mer_isa_avx2 = {

@@ -163,7 +163,7 @@ static void geglu(const float *gate, const float *up, float *h, long n) {
     }
 }
 
-static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit) {
+static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit, float added) {
     const __m512 one = _mm512_set1_ps(1.0f), high = _mm512_set1_ps(limit), low = _mm512_set1_ps(-limit);
     for (long i = 0; i < n; i += LANES) {
         const __mmask16 lanes = (__mmask16)(n - i < LANES ? (1u << (n - i)) - 1 : 0xffff);
@@ -171,7 +171,7 @@ static void clamped_swiglu(const float *gate, const float *up, float *h, long n,
         const __m512 u = _mm512_max_ps(low, _mm512_min_ps(high, _mm512_maskz_loadu_ps(lanes, up + i)));
         const __m512 turned = _mm512_xor_ps(_mm512_mul_ps(_mm512_set1_ps(alpha), g), _mm512_set1_ps(-0.0f));
         const __m512 part = _mm512_div_ps(g, _mm512_add_ps(one, exp16(turned)));
-        _mm512_mask_storeu_ps(h + i, lanes, _mm512_mul_ps(part, _mm512_add_ps(u, one)));
+        _mm512_mask_storeu_ps(h + i, lanes, _mm512_mul_ps(part, _mm512_add_ps(u, _mm512_set1_ps(added))));
     }
 }
 

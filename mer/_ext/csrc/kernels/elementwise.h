@@ -52,11 +52,11 @@ static inline float mer_geglu1(float gate, float up) {
     return gate / (1.0f + mer_exp1(-(gate * (GELU_1 + GELU_3 * (gate * gate))))) * up;
 }
 
-static inline float mer_clamped_swiglu1(float gate, float up, float alpha, float limit) {
+static inline float mer_clamped_swiglu1(float gate, float up, float alpha, float limit, float added) {
     gate = limit < gate ? limit : gate;
     up = limit < up ? limit : up;
     up = -limit > up ? -limit : up;
-    return gate / (1.0f + mer_exp1(-(alpha * gate))) * (up + 1.0f);
+    return gate / (1.0f + mer_exp1(-(alpha * gate))) * (up + added);
 }
 
 /* The scale of a block of activations, and the sums of its two halves; see mer_act_q8. */

@@ -16,8 +16,8 @@ static void geglu(const float *gate, const float *up, float *h, long n) {
     for (long i = 0; i < n; i++) h[i] = mer_geglu1(gate[i], up[i]);
 }
 
-static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit) {
-    for (long i = 0; i < n; i++) h[i] = mer_clamped_swiglu1(gate[i], up[i], alpha, limit);
+static void clamped_swiglu(const float *gate, const float *up, float *h, long n, float alpha, float limit, float added) {
+    for (long i = 0; i < n; i++) h[i] = mer_clamped_swiglu1(gate[i], up[i], alpha, limit, added);
 }
 
 /* Four partial sums: a quarter of the rounding error of one, and they need not wait for each other. */
