@@ -94,7 +94,7 @@ class Soak:
         now = time.monotonic()
         if "Input/output error" in text and now - self.fault_at < 60:
             return OSError(text)
-        ended = ("written over", "is being loaded", "was closed")
+        ended = ("written over", "is being loaded", "was closed", "is closed", "files changed while")
         if any(words in text for words in ended) and now - self.touch_at < 60:
             return InterruptedError(text)
         return WrongError(f"{status}: {text[:300]}")
@@ -194,13 +194,14 @@ class Soak:
             except (WrongError, httpx2.HTTPError) as error:
                 self.wrong.append(f"{kind}: {error!r}")
 
-    async def ask_admin(self, path: str, body: dict[str, Any], status: int) -> None:
+    async def ask_admin(self, path: str, body: dict[str, Any], *statuses: int) -> None:
         answer = await self.http.post(self.admin + path, json=body)
-        if answer.status_code != status:
+        if answer.status_code not in statuses:
             raise WrongError(f"{answer.status_code}: {answer.text[:300]}")
 
     async def reload(self) -> None:
-        await self.ask_admin("/admin/reload", {"path": str(self.good)}, 200)
+        touched = time.monotonic() - self.touch_at < 60
+        await self.ask_admin("/admin/reload", {"path": str(self.good)}, 200, *[409] * touched)
 
     async def damaged(self) -> None:
         await self.ask_admin("/admin/reload", {"path": str(self.bad)}, 409)
@@ -228,13 +229,18 @@ def look(pid: int) -> dict[str, int]:
     }
 
 
+def quarters(seen: list[dict[str, int]]) -> dict[str, list[float]]:
+    """Medians of what was held."""
+    size = max(1, len(seen) // 4)
+    parts = [seen[i : i + size] for i in range(0, 4 * size, size)]
+    return {name: [statistics.median(each[name] for each in part or seen) for part in parts] for name in MORE}
+
+
 def grown(seen: list[dict[str, int]]) -> dict[str, str]:
-    """What the last quarter holds more of than the second, by medians."""
-    quarter, found = max(1, len(seen) // 4), {}
-    for name, more in MORE.items():
-        before = statistics.median(each[name] for each in seen[quarter : 2 * quarter] or seen[:1])
-        after = statistics.median(each[name] for each in seen[-quarter:])
-        if after > before + more:
+    """What the last quarter holds more of than the second."""
+    found = {}
+    for name, (_, before, _, after) in quarters(seen).items():
+        if after > before + MORE[name]:
             found[name] = f"{before:.0f} -> {after:.0f}"
     return found
 
@@ -345,8 +351,7 @@ async def run_clients(
         "wrong": each.wrong[:20],
         "wrong in all": len(each.wrong),
         "grown": grown(seen),
-        "first": seen[len(seen) // 4],
-        "last": seen[-1],
+        "held by quarters": quarters(seen),
         "looks": len(seen),
     }
 

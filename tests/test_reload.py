@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import shutil
+import threading
 
 import httpx
 import pytest
@@ -88,6 +89,30 @@ async def test_a_file_that_was_touched_is_verified_and_the_model_served_again(tm
     await until(lambda: models.first.state == "ready")
     assert (models.first.generation, models.first.error, models.first.files_changed) == (2, "", False)
     assert await ask(models) == expected
+    await models.close(drain=True)
+
+
+async def test_nobody_loads_a_model_past_its_verification(tmp_path, monkeypatch):
+    path = tmp_path / "copy"
+    shutil.copytree(model_path(), path)
+    models = Models([Model("demo", path, CONFIG)])
+    await models.open_first()
+    expected, verify, waiting = await ask(models), api_models._verify, threading.Event()
+
+    def slow(*given):
+        assert waiting.wait(PATIENCE)
+        verify(*given)
+
+    monkeypatch.setattr(api_models, "_verify", slow)
+    os.utime(path / "experts-00001.safetensors", ns=(1, 1))
+    await models.check_files()
+    await until(lambda: models.first.state == "reloading")
+    asked = asyncio.create_task(ask(models))
+    await asyncio.sleep(0.05)
+    assert (models.first.engine, models.first.state) == (None, "reloading")
+    waiting.set()
+    assert await asked == expected
+    assert models.first.generation == 2
     await models.close(drain=True)
 
 

@@ -346,6 +346,9 @@ class Models:
         """Waits for it; a waiter that leaves ends nothing."""
         if model.state == "failed" and model.files_changed:
             raise LoadingError(model.error)
+        if model.state == "reloading":  # what it reads is being verified: nobody loads it past that
+            async with self._reloading:
+                return
         if model._task is None:
             model._task = asyncio.create_task(self._load_now(model))
         await asyncio.shield(model._task)

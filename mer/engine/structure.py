@@ -46,14 +46,14 @@ class Structure:
         if isinstance(schema, str):
             try:
                 schema = json.loads(schema)
-            except ValueError as error:
-                raise RequestError(f"structure: the JSON schema is no JSON: {error}", "structure") from None
+            except (ValueError, RecursionError) as error:
+                raise _no_json(error) from None
         if not isinstance(schema, dict):
             raise RequestError("structure: a JSON schema must be an object", "structure")
         try:
             return cls("json_schema", json.dumps(schema, ensure_ascii=False))
-        except (TypeError, ValueError) as error:
-            raise RequestError(f"structure: the JSON schema is no JSON: {error}", "structure") from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise _no_json(error) from None
 
     @classmethod
     def regex(cls, pattern: str) -> Self:
@@ -84,3 +84,8 @@ def _text(what: str, source: str) -> str:
     if not isinstance(source, str) or not source:
         raise RequestError(f"structure: the {what} must be a text that is not empty", "structure")
     return source
+
+
+def _no_json(error: Exception) -> RequestError:
+    why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return RequestError(f"structure: the JSON schema is no JSON: {why}", "structure")
