@@ -183,8 +183,9 @@ def _gpu(now: Snapshot) -> Iterable[Metric]:
     nbytes, lost = (vram.nbytes, vram.lost is not None) if vram else (0, False)
     yield GaugeMetricFamily("mer_vram_bytes", "What experts and their buffers take of the GPU.", nbytes)
     yield GaugeMetricFamily("mer_vram_lost", "Whether the GPU was given up for an error.", int(lost))
-    yield _counter("mer_vram_promotions", "Experts copied to the GPU.", steps.vram_promotions)
-    yield _counter("mer_bus_bytes", "Bytes of those copies.", steps.bus_bytes)
+    yield _counter("mer_vram_promotions", "Experts copied to the GPU to stay.", steps.vram_promotions)
+    yield _counter("mer_vram_passed", "Experts copied to the GPU for one step.", steps.vram_passed)
+    yield _counter("mer_bus_bytes", "Bytes of both kinds of copies.", steps.bus_bytes)
 
 
 def _time(now: Snapshot) -> Iterable[Metric]:

@@ -199,7 +199,8 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
     """Speed, where the time went, the cache, reads and memory."""
     steps, budget = timings.steps, engine.budget
     total = timings.prefill_s + timings.decode_s
-    rest = max(steps.step_s - steps.expert_s - steps.io_wait_s, 0.0)
+    experts = steps.expert_s + steps.gpu_wait_s
+    rest = max(steps.step_s - experts - steps.io_wait_s, 0.0)
     tokens = usage.prompt_tokens + usage.completion_tokens - 1
 
     def share(seconds: float) -> str:
@@ -214,7 +215,7 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
     if budget.experts:
         lines = {
             "speed": spoken,
-            "time": f"experts {share(steps.expert_s)}, attention and dense {share(rest)}, waiting for reads "
+            "time": f"experts {share(experts)}, attention and dense {share(rest)}, waiting for reads "
             f"{share(steps.io_wait_s)}, {text}",
             "experts": f"hit rate {timings.hit_rate:.1%}, {size(steps.bytes_read)} read "
             f"({size(steps.bytes_read / tokens)} per token), "
@@ -257,11 +258,10 @@ def _read_ahead(steps: StepStats, facts: Mapping[str, Any]) -> str:
 def _gpu(vram: Vram, steps: StepStats) -> str:
     if vram.lost is not None:
         return f"{vram.device} was given up ({vram.lost}); all went on without it"
-    wanted = steps.vram_hits + steps.hits + steps.misses
     return (
         f"{vram.device}, {size(vram.nbytes)} with {vram.resident} of {vram.slots} experts; it computed "
-        f"{steps.vram_hits / max(wanted, 1):.1%} of experts, {size(steps.bus_bytes)} went over the bus for "
-        f"{steps.vram_promotions} experts, waiting for it {steps.gpu_wait_s:.2f} s"
+        f"{steps.on_gpu:.1%} of experts, {size(steps.bus_bytes)} went over the bus for "
+        f"{steps.vram_promotions + steps.vram_passed}, waiting for it took {steps.gpu_wait_s:.2f} s"
     )
 
 

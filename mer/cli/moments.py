@@ -47,7 +47,8 @@ class RequestLine:
 class Shares:
     """Where the time went, as shares of 1.
 
-    experts: computing them; io_wait: waiting for them; other: the rest of the steps; idle: between steps.
+    experts: computing them, here or on a GPU; io_wait: waiting for them; other: the rest of the steps;
+    idle: between steps.
     """
 
     experts: float
@@ -119,10 +120,13 @@ class Moment:
                 "hits",
                 "misses",
                 "vram_hits",
+                "vram_passed",
+                "gpu_wait_s",
                 "bus_bytes",
             )
         }
         found = steps["hits"] + steps["vram_hits"]
+        experts = steps["expert_s"] + steps["gpu_wait_s"]
         # A step counts when it is over: some of its time may lie before the interval.
         whole = max(seconds, steps["step_s"])
         return cls(
@@ -158,9 +162,9 @@ class Moment:
             queue_depth=(after.device.read_s - before.device.read_s) / seconds,
             read_errors=after.device.errors,
             time_share=Shares(
-                experts=steps["expert_s"] / whole,
+                experts=experts / whole,
                 io_wait=steps["io_wait_s"] / whole,
-                other=max(steps["step_s"] - steps["expert_s"] - steps["io_wait_s"], 0.0) / whole,
+                other=max(steps["step_s"] - experts - steps["io_wait_s"], 0.0) / whole,
                 idle=max(whole - steps["step_s"], 0.0) / whole,
             ),
             vram=_vram(now.vram, steps, seconds) if now.HasField("vram") else None,
@@ -199,7 +203,9 @@ def _vram(given: pb.Vram, steps: Mapping[str, float], seconds: float) -> VramLin
         slots=given.slots,
         nbytes=given.nbytes,
         resident=given.resident,
-        computed_share=_share(steps["vram_hits"], steps["vram_hits"] + steps["hits"] + steps["misses"]),
+        computed_share=_share(
+            steps["vram_hits"] + steps["vram_passed"], steps["vram_hits"] + steps["hits"] + steps["misses"]
+        ),
         bus_bytes_per_s=steps["bus_bytes"] / seconds,
         lost=given.lost if given.HasField("lost") else None,
     )

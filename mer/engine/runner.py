@@ -47,8 +47,9 @@ class StepStats:
     were evicted; prefetch_bytes and prefetch_used_bytes: of all and of those. guesses: what the next layer's
     router was expected to choose, asked a layer early; guesses_right: what of that it chose.
     vram_hits: experts found in a GPU's memory and computed there, which count neither as hits nor as misses;
-    vram_promotions: experts that were copied there; bus_bytes: of those copies; gpu_wait_s: with nothing to
-    compute here, and the GPU not done. All 0 without one.
+    vram_passed: those of hits and misses that were copied there and computed there, for many tokens at once;
+    vram_promotions: experts that were copied there to stay; bus_bytes: of all copies; gpu_wait_s: of step_s,
+    with nothing to compute here, and the GPU not done. All 0 without one.
     """
 
     step_s: float = 0.0
@@ -64,9 +65,15 @@ class StepStats:
     guesses: int = 0
     guesses_right: int = 0
     vram_hits: int = 0
+    vram_passed: int = 0
     vram_promotions: int = 0
     bus_bytes: int = 0
     gpu_wait_s: float = 0.0
+
+    @property
+    def on_gpu(self) -> float:
+        """Which share of the experts a GPU computed."""
+        return (self.vram_hits + self.vram_passed) / max(self.vram_hits + self.hits + self.misses, 1)
 
     def __sub__(self, other: StepStats) -> StepStats:
         return StepStats(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -238,6 +245,7 @@ class Runner:
             guesses=int(s["guesses"]),
             guesses_right=int(s["guesses_right"]),
             vram_hits=int(s.get("vram_hits", 0)),
+            vram_passed=int(s.get("vram_passed", 0)),
             vram_promotions=int(s.get("vram_promotions", 0)),
             bus_bytes=int(s.get("bus_bytes", 0)),
             gpu_wait_s=s.get("gpu_wait_s", 0.0),

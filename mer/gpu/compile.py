@@ -31,6 +31,8 @@ _log = logging.getLogger("mer")
 _KERNELS: Final = Path(__file__).parent / "kernels"
 # A product is fused with a sum only where the code says so: on every device the same operations.
 _OPTIONS: Final = ("--std=c++17", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
+# In as many threads as there are processors.
+_SPLIT: Final = "--split-compile=0"
 _INSTALL: Final = "pip install 'mer[cuda]'"
 _INSTALL_12: Final = "what goes with it: pip install 'mer[cuda12]'"
 # The first with dp4a.
@@ -126,7 +128,7 @@ def check(target: Target) -> None:
 
 
 def kernels(target: Target, folder: Path = _KERNELS) -> bytes:
-    """The cubin, from the cache or compiled now, which takes some seconds.
+    """The cubin, from the cache or compiled now, which takes some twenty seconds of a processor.
 
     Raises GpuError where NVRTC is missing or does not know such a device, and for code that does not compile.
     """
@@ -153,10 +155,8 @@ def compile_kernels(code: Mapping[str, bytes], target: Target) -> bytes:
     names, files = [name.encode() for name in code], list(code.values())
     program = _asked(nvrtc.nvrtcCreateProgram(text, b"mer.cu", len(names), files, names), "making a program")
     try:
-        options = [
-            f"--gpu-architecture={target.architecture}".encode(),
-            *(each.encode() for each in _OPTIONS),
-        ]
+        given = (f"--gpu-architecture={target.architecture}", _SPLIT, *_OPTIONS)
+        options = [each.encode() for each in given]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if status:
             log = bytearray(_asked(nvrtc.nvrtcGetProgramLogSize(program), "asking for its log"))

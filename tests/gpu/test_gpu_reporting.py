@@ -24,7 +24,7 @@ from mer.v1 import inference_pb2 as pb
 
 FOUND: dict[str, Any] = {
     "vram_slots": 7, "vram_bytes": 7 << 20, "vram_resident": 5, "vram_hits": 300, "vram_promotions": 11,
-    "vram_evictions": 6, "bus_bytes": 11 << 20, "gpu_wait_s": 0.25, "lost": None,
+    "vram_evictions": 6, "vram_passed": 9, "bus_bytes": 11 << 20, "gpu_wait_s": 0.25, "lost": None,
 }  # fmt: skip
 
 
@@ -89,9 +89,7 @@ async def test_with_a_gpu(model: Path) -> None:
             result = await engine.generate([1, 5, 6], SamplingParams(max_tokens=4, ignore_eos=True))
             assert given is engine._worker
             steps = engine.stats
-            assert (steps.vram_hits, steps.vram_promotions, steps.bus_bytes, steps.gpu_wait_s) == (
-                300, 11, 11 << 20, 0.25,
-            )  # fmt: skip
+            assert attrs.astuple(steps)[-5:] == (300, 9, 11, 11 << 20, 0.25)
             now = exported(Metrics(engine, "small"))
             assert now["mer_expert_cache_slots vram"] == 7
             assert now["mer_expert_cache_resident vram"] == 5
@@ -100,16 +98,17 @@ async def test_with_a_gpu(model: Path) -> None:
             assert now["mer_expert_cache_evictions_total vram"] == 6
             assert (now["mer_vram_bytes"], now["mer_vram_lost"]) == (7 << 20, 0)
             assert (now["mer_vram_promotions_total"], now["mer_bus_bytes_total"]) == (11, 11 << 20)
+            assert now["mer_vram_passed_total"] == 9
             assert now["mer_gpu_wait_seconds_total"] == 0.25
             assert engine.facts()["device"] == "Card 1"
 
             timings = attrs.evolve(result.timings, steps=steps)
             assert timings.hit_rate == (steps.hits + 300) / (steps.hits + steps.misses + 300)
             shown = summary(engine, attrs.evolve(result, timings=timings))
-            share = 300 / (300 + steps.hits + steps.misses)
+            share = 309 / (300 + steps.hits + steps.misses)
             assert (
                 f"Card 1, 7 MiB with 5 of 7 experts; it computed {share:.1%} of experts, 11 MiB went over "
-                "the bus for 11 experts, waiting for it 0.25 s"
+                "the bus for 20, waiting for it took 0.25 s"
             ) in " ".join(shown.split())
             said = describe(engine, result.usage, timings)
             assert said["timings"]["vram_hits"] == 300
@@ -125,7 +124,7 @@ async def test_with_a_gpu(model: Path) -> None:
             assert moment.vram is not None
             assert moment.vram.bus_bytes_per_s == (11 << 20) / 2
             wanted = 300 + answers[1].stats.steps.hits - answers[0].stats.steps.hits + steps.misses
-            assert moment.vram.computed_share == pytest.approx(300 / wanted, abs=0.05)
+            assert moment.vram.computed_share == pytest.approx(309 / wanted, abs=0.05)
             told = "\n".join(str(line) for line in speed(moment, [1.0], 60))
             assert "5 of 7, " in told
             assert "% computed" in told
