@@ -35,6 +35,11 @@ CASES: dict[str, dict[str, Any]] = {
         "networkPolicy": {"enabled": True, "from": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}]},
         "apiKeys": {"keys": ["alice sk-0123456789", "sk-9876543210"]},
         "serviceMonitor": {"enabled": True, "interval": "5s", "labels": {"r": "p"}, "keySecret": "scrape"},
+        "admin": {
+            "enabled": True,
+            "secret": "operators",
+            "from": [{"podSelector": {"matchLabels": {"o": "p"}}}],
+        },
     },
     "converted": {
         "model": {
@@ -76,6 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
     "account": {
         "serviceAccount": {"name": "mine", "annotations": {"a": "b"}},
         "podDisruptionBudget": {"maxUnavailable": "50%"},
+        "admin": {"enabled": True},
     },
 }
 
@@ -189,6 +195,23 @@ def restricted(pod: dict[str, Any]) -> None:
         assert security["capabilities"] == {"drop": ["ALL"]}
         assert security["readOnlyRootFilesystem"] is True
         assert each["resources"]["limits"]["memory"] == each["resources"]["requests"]["memory"]
+
+
+def test_operators_ports_are_reached_with_a_key_or_from_inside_the_pod_alone(helm):
+    for case, outside in (("pulled", True), ("account", False)):
+        objects = rendered(helm, CASES[case])
+        (container,) = objects["StatefulSet", "a-mer"]["spec"]["template"]["spec"]["containers"]
+        ports = [each["name"] for each in container["ports"]]
+        assert {"--admin-port=8001", "--admin-grpc-port=50052"} < set(container["args"])
+        assert ("--admin-host=0.0.0.0" in container["args"]) == outside
+        assert ("--admin-key-file=/etc/mer/admin/keys" in container["args"]) == outside
+        assert ("admin" in ports) == ("admin-grpc" in ports) == outside
+        for name in ("a-mer", "a-mer-pods"):  # not of the services
+            assert len(objects["Service", name]["spec"]["ports"]) == 2
+    clients, operators = rendered(helm, CASES["pulled"])["NetworkPolicy", "a-mer"]["spec"]["ingress"]
+    assert [each["port"] for each in clients["ports"]] == ["http", "grpc"]
+    assert operators["from"] == [{"podSelector": {"matchLabels": {"o": "p"}}}]
+    assert [each["port"] for each in operators["ports"]] == ["admin", "admin-grpc"]
 
 
 def test_what_is_said_in_them(helm):
