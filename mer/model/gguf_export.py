@@ -12,14 +12,14 @@ import numpy as np
 
 from mer.errors import UnsupportedModelError
 from mer.model.families import Architecture
-from mer.model.gguf_metadata import hyper_parameters
+from mer.model.gguf_metadata import NOT_WRITTEN, hyper_parameters
 from mer.model.gguf_recurrent import DELTA_PARTS, conv_form, delta_forms
 from mer.model.spec import AttentionSpec, DeltaSpec, LatentAttentionSpec, ModelSpec
 from mer.weights.convert import Report, left_out
 from mer.weights.encode import Encoder
 from mer.weights.extents import Matrix, MoeLayerSource
 from mer.weights.formats import F32, Format
-from mer.weights.gguf_families import BY_MODEL_TYPE, GGUFFamily
+from mer.weights.gguf_families import BY_FAMILY, GGUFFamily
 from mer.weights.gguf_writer import Entry, Progress, Value, write_gguf
 from mer.weights.plan import Plan, Substitutions, choose
 from mer.weights.reordered import Columns, Mapped, Picked, Source, Turned
@@ -74,11 +74,13 @@ def file_metadata(architecture: Architecture, form: str) -> dict[str, Value]:
 
 
 def _family(architecture: Architecture) -> GGUFFamily:
-    family = BY_MODEL_TYPE.get(architecture.spec.family)
+    name = architecture.spec.family
+    family = BY_FAMILY.get(name)
     if family is None:
-        known = ", ".join(sorted(BY_MODEL_TYPE))
+        why = NOT_WRITTEN.get(name)
         raise UnsupportedModelError(
-            f"models of {architecture.spec.family} are not written as GGUF; known are {known}"
+            f"models of {name} are not written as GGUF"
+            + (f": {why}" if why else f"; known are {', '.join(sorted(BY_FAMILY))}")
         )
     return family
 
@@ -138,6 +140,8 @@ class _Tensors:
             return
         if kind in ("q", "k", "q_bias", "k_bias") and self._family.neighbours and not spec.rope.interleaved:
             yield name, shape, self._turned(name, rows)
+        elif kind == "qkv" and self._family.neighbours:
+            yield from self._parted(name, rows)
         elif kind == "kv_up":
             assert isinstance(a, LatentAttentionSpec)
             both, values = a.nope_dim + a.value_dim, np.arange(a.nope_dim, a.nope_dim + a.value_dim)
@@ -158,6 +162,19 @@ class _Tensors:
             yield name, shape[-1:], rows
         else:
             yield name, shape, rows
+
+    def _parted(self, name: str, rows: Source) -> Iterator[tuple[str, tuple[int, ...], Source]]:
+        """Queries, keys and values that stand one above the other, the first two as _turned() has them."""
+        a = self._architecture.spec.attention
+        assert isinstance(a, AttentionSpec)
+        first = 0
+        for part, heads in ("q", a.n_heads), ("k", a.n_kv_heads), ("v", a.n_kv_heads):
+            order = np.arange(first, first + heads * a.head_dim)
+            if part != "v":
+                order = order.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+            new = name.replace("query_key_value", f"{part}_proj")
+            yield new, (len(order), rows.cols), Picked(rows, rows.rows, order)
+            first += heads * a.head_dim
 
     def _turned(self, name: str, rows: Source) -> Source:
         """Rows of q or k, with elements (i, i + dim / 2) of a head, which turn together, as neighbours."""

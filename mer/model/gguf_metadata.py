@@ -50,6 +50,7 @@ class _Computes:
 
 # By model_type. A family that is not here is not written.
 _KNOWN: Final = {
+    "bailing_moe_1": _Computes(plain=True, tied=False),
     "bailing_moe": _Computes(plain=True, square=True, tied=False),
     "deepseek_v32": _Computes(plain=True),
     "dots1": _Computes(plain=True, heads="as many of keys"),
@@ -60,6 +61,7 @@ _KNOWN: Final = {
     "qwen3_5_moe_text": _Computes(normalise=True),
     "qwen3_next": _Computes(normalise=True),
     "llama": _Computes(plain=True, frequencies=True),
+    "ministral3": _Computes(plain=True),
     "mistral": _Computes(plain=True, frequencies=True),
     "qwen2": _Computes(plain=True, square=True),
     "qwen3": _Computes(plain=True),
@@ -77,6 +79,13 @@ _KNOWN: Final = {
     "hunyuan_v1_moe": _Computes(normalise=True),
     "minimax_m2": _Computes(normalise=True),
     "solar_open": _Computes(plain=True),
+}
+# What llama.cpp would answer otherwise, or not at all.
+NOT_WRITTEN: Final = {
+    "phimoe": "llama.cpp weighs the two experts of a token by their softmax over all experts, normed to one, "
+    "where the model masks those that are far from the best (sparsemixer), so its answers would be others",
+    "flex_olmo": "llama.cpp has no architecture with norms behind attention and experts alone",
+    "deepseek_v4": "the gguf package has no names for its tensors",
 }
 
 
@@ -225,6 +234,10 @@ def _scaling(family: GGUFFamily, spec: ModelSpec) -> dict[str, Value]:
         found["rope.scaling.yarn_log_multiplier"] = multiplier / math.log(scaling.factor)
     else:
         wanted = 0.1 * math.log(scaling.factor) + 1
+        if spec.family == "ministral3":
+            wanted = 1.0
+            found["rope.scaling.yarn_log_multiplier"] = 1.0
+            found["attention.temperature_scale"] = scaling.temperature
     if not math.isclose(spec.rope.scale, wanted, rel_tol=1e-6):
         raise _unsupported(
             family, f"multiplies rotary cos and sin by {wanted:.6g}, the model by {spec.rope.scale:.6g}"
@@ -234,11 +247,7 @@ def _scaling(family: GGUFFamily, spec: ModelSpec) -> dict[str, Value]:
 
 def _check(family: GGUFFamily, spec: ModelSpec) -> None:
     """Refuse what would be computed otherwise: such a file would answer, but nonsense."""
-    known = _KNOWN.get(family.model_type)
-    if known is None:
-        raise UnsupportedModelError(
-            f"models of {family.model_type} are not written as GGUF; known are {', '.join(sorted(_KNOWN))}"
-        )
+    known = _KNOWN[spec.family]
     a, r = spec.attention, spec.router
     plain = spec.n_layers - spec.n_moe_layers
     even = [layer.window is not None for layer in spec.layers] == [i % 2 == 0 for i in range(spec.n_layers)]

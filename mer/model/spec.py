@@ -16,6 +16,8 @@ class RopeScaling:
     original: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    # Beyond `original` queries grow by this times ln(position / original); mer's contexts end there.
+    temperature: float = 0.0
 
 
 @frozen

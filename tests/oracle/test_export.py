@@ -144,6 +144,17 @@ def test_what_llama_cpp_does_otherwise_is_refused(family, changes, message, tmp_
     assert sorted(os.listdir(tmp_path)) == ["hf"]
 
 
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [("phimoe", "sparsemixer"), ("flex_olmo", "no architecture"), ("deepseek_v4", "gguf package")],
+)
+def test_what_llama_cpp_has_not_is_refused(family, why, tmp_path):
+    make(tmp_path / "hf", family)
+    with pytest.raises(UnsupportedModelError, match=f"models of {family} are not written as GGUF: .*{why}"):
+        write(tmp_path / "hf", tmp_path / "x.gguf")
+    assert sorted(os.listdir(tmp_path)) == ["hf"]
+
+
 def test_nothing_half_written(tmp_path, monkeypatch):
     make(tmp_path / "hf", "qwen3_moe")
 

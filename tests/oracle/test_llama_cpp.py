@@ -67,8 +67,6 @@ WIDE_OF = {
         **LATENT,
     },
 }
-# Those that mer reads, and does not write.
-READ = {"ministral3": {"max_position_embeddings": 32768}}
 # Those that are compared once, as F32. llama.cpp knows no routed_scaling_factor of LFM2-MoE.
 INDEXED = {"index_n_heads": 64, "index_head_dim": 64, "qk_rope_head_dim": 32}
 ONCE = {
@@ -175,14 +173,23 @@ def test_exported_llama(changes, tmp_path):
     assert max(theirs, ours, preferred) < EXACT
 
 
-@pytest.mark.parametrize("family", sorted(READ))
-def test_read(family, tmp_path):
-    model = make(tmp_path / "hf", family, vocab_size=VOCAB, **READ[family])
-    path = write_gguf(model, tmp_path / "model.gguf", tokenizer=add_words)
-    theirs, ours, preferred = deviations(path, model)
-    assert theirs < EXACT
-    assert ours < EXACT
-    assert preferred < EXACT
+def test_ministral3(tmp_path):
+    """As llama.cpp's converter writes it, and as `mer convert` does, for the context that mer computes."""
+    model = make(tmp_path / "hf", "ministral3", vocab_size=VOCAB, max_position_embeddings=32768)
+    write_words(tmp_path / "hf")
+    wanted = write_gguf(model, tmp_path / "model.gguf", tokenizer=add_words)
+    path = export(tmp_path / "hf", "--format", "f32")
+    for each in wanted, path:
+        theirs, ours, preferred = deviations(each, model)
+        assert max(theirs, ours, preferred) < EXACT
+    found, there = (
+        {field.name: field.contents() for field in gguf.GGUFReader(each).fields.values()}
+        for each in (path, wanted)
+    )
+    assert found["mistral3.context_length"] == 16384
+    for key in there:
+        if key.startswith("mistral3.") and key != "mistral3.context_length":
+            assert found[key] == pytest.approx(there[key]), key
 
 
 def within(family: str) -> float:

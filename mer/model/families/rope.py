@@ -122,7 +122,8 @@ class Rope:
             frequencies = self._llama3(frequencies)
         elif self.type == "yarn":
             fast, slow = self._number("beta_fast", 32.0), self._number("beta_slow", 1.0)
-            scaling = RopeScaling("yarn", self._yarn_factor(), self._original, fast, slow)
+            grows = self._values.get("llama_4_scaling_beta") or 0.0
+            scaling = RopeScaling("yarn", self._yarn_factor(), self._original, fast, slow, grows)
             frequencies, scale = self._yarn(frequencies, dim, scaling)
         elif self.type == "longrope":
             return self._longrope(frequencies, interleaved)

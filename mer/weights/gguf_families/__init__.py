@@ -29,7 +29,7 @@ from mer.weights.gguf_families import (
 from mer.weights.gguf_families.family import GGUFFamily
 from mer.weights.gguf_keys import Keys
 
-__all__ = ["ARCHITECTURES", "BY_MODEL_TYPE", "GGUFFamily", "family_of"]
+__all__ = ["ARCHITECTURES", "BY_FAMILY", "GGUFFamily", "family_of"]
 
 _KNOWN: Final = (
     bailing_moe.FIRST,
@@ -64,8 +64,8 @@ _KNOWN: Final = (
     qwen_next.QWEN3_NEXT,
 )
 ARCHITECTURES: Final = sorted({family.architecture for family in _KNOWN})
-# Those that can be written.
-BY_MODEL_TYPE: Final = {family.model_type: family for family in _KNOWN if family.written}
+# Those that can be written, by ModelSpec.family.
+BY_FAMILY: Final = {family.of_spec or family.model_type: family for family in _KNOWN if family.written}
 
 
 def family_of(keys: Keys) -> GGUFFamily | None:

@@ -50,7 +50,7 @@ FIRST = GGUFFamily(
     names=Names(_NAMES, whole=_WHOLE),
     # Rows of q and k stand in another order in these files than in Hugging Face's.
     neighbours=True,
-    written=False,
+    of_spec="bailing_moe_1",
 )
 SECOND = GGUFFamily(
     architecture="bailingmoe2",

@@ -21,6 +21,7 @@ class GGUFFamily:
     architecture is of this family, where several families share one. written: whether names are all that
     differs, so that such a file can also be written. tiled: value heads of the delta rule stand as one of
     each key head, then the next of each. merged: gate and up of a layer's experts are written as one tensor.
+    of_spec: ModelSpec.family, where several share a model_type.
     """
 
     architecture: str
@@ -32,3 +33,4 @@ class GGUFFamily:
     written: bool = True
     tiled: bool = False
     merged: bool = False
+    of_spec: str | None = None

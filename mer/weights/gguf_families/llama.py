@@ -56,7 +56,6 @@ MISTRAL3 = GGUFFamily(
     names=Names({}),
     neighbours=True,
     is_of=lambda keys: not keys.get("expert_count"),
-    written=False,
 )
 QWEN2 = GGUFFamily(architecture="qwen2", model_type="qwen2", config=lambda keys: {}, names=Names({}))
 QWEN3 = GGUFFamily(architecture="qwen3", model_type="qwen3", config=_qwen3, names=Names({}))

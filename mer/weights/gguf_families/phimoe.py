@@ -30,4 +30,5 @@ FAMILY = GGUFFamily(
     model_type="phimoe",
     config=_config,
     names=Names({"ffn_gate_inp": "block_sparse_moe.gate"}),
+    written=False,
 )
