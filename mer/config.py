@@ -82,6 +82,15 @@ def _vram(value: str | int | None) -> int | None:
     return _size(value)
 
 
+def _layers(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
+def _auto_or_at_least_0(_: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ConfigError(f"{attribute.name} {value!r}: must be auto, or a number of layers of at least 0")
+
+
 def _device(_: Any, attribute: Attribute[Any], value: Any) -> None:
     if not isinstance(value, str) or re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", value) is None:
         raise ConfigError(
@@ -103,6 +112,11 @@ class EngineConfig:
     device: str = field(default="auto", validator=_device)
     # Bytes of the GPU's memory that may be used (or '6GiB'); None: what is free there, less a margin.
     vram: int | None = field(default=None, converter=_vram)
+    # Of how many layers, from the first on, the GPU computes all but the routed experts; the head counts as
+    # one behind the last. auto: as many as `vram` has room for beside some experts.
+    gpu_layers: int | Literal["auto"] = field(
+        default="auto", converter=_layers, validator=_auto_or_at_least_0
+    )
     # Tokens that the KV cache holds, of all requests together; None: the model's context, at most 4096.
     context: int | None = field(default=None, validator=_at_least(16))
     # Compute threads; None: the CPUs that affinity and control groups leave.
@@ -151,6 +165,14 @@ class EngineConfig:
             raise ConfigError(
                 "vram is a GPU's memory, which device cpu leaves alone; leave one of the two out"
             )
+        if self.gpu_layers != "auto" and self.gpu_layers > 0:
+            if self.device == "cpu":
+                raise ConfigError("gpu_layers are for a GPU, which device cpu leaves alone; leave one out")
+            if self.prefix_store is not None:
+                raise ConfigError(
+                    "prefix_store keeps keys and values of the memory, and with gpu_layers they are in that "
+                    "of the GPU; leave one of the two out"
+                )
         if self.prefix_store is not None and not self.prefix_cache:
             raise ConfigError(
                 "prefix_store keeps what the prefix cache has no room for; leave prefix_cache on"

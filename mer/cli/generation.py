@@ -35,6 +35,13 @@ _ENGINE: Final = (
         help="What computes beside the CPU; auto: an NVIDIA GPU where there is one that can.",
     ),
     click.option("--vram", help="Memory of the GPU to use (6GiB); default: what is free, less a margin."),
+    click.option(
+        "--gpu-layers",
+        metavar="N|auto",
+        default="auto",
+        show_default=True,
+        help="Layers, from the first on, whose attention and dense weights are on the GPU.",
+    ),
     click.option("--context", type=int, help="Tokens of KV cache; default: the model's, at most 4096."),
     click.option(
         "--cache-experts", metavar="N|P%", help="Experts kept in memory; default: what --ram holds."

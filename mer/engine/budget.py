@@ -19,10 +19,12 @@ from mer.engine.prefix_store import buffer_bytes
 from mer.engine.speculation import MOST_DRAFTED
 from mer.engine.states import IMAGES
 from mer.errors import BudgetError, ConfigError
+from mer.model import device_scratch
 from mer.model.dense import dense_bytes
 from mer.model.families import Architecture
 from mer.model.forward import Forward
 from mer.model.kv import BLOCK, KVCache, KVDtype
+from mer.model.placement import ON_THE_CPU, Placement
 from mer.model.spec import ModelSpec
 from mer.model.state import StateCache
 from mer.streaming.experts import ExpertTables
@@ -150,13 +152,14 @@ def plan(
     config: EngineConfig,
     drafting: Iterable[DraftSource] = (),
     process: int | None = None,
+    placement: Placement = ON_THE_CPU,
 ) -> Budget:
     """Divide `config.ram`. Raises BudgetError, with the least that works and what takes it, if too small.
 
     Also ConfigError for a context or a number of cached experts that makes no sense for this model.
-    process: bytes that it holds without any engine; None: what it holds now.
+    process: bytes that it holds without any engine; None: what it holds now. placement: what a GPU has.
     """
-    budget = measure(checkpoint, architecture, tables, config, drafting, process)
+    budget = measure(checkpoint, architecture, tables, config, drafting, process, placement)
     if not budget.fits:
         raise BudgetError(_too_small(budget))
     wanted = _wanted_slots(config, budget.experts)
@@ -176,6 +179,7 @@ def measure(
     config: EngineConfig,
     drafting: Iterable[DraftSource] = (),
     process: int | None = None,
+    placement: Placement = ON_THE_CPU,
 ) -> Budget:
     """The same division, which does not fit where `config.ram` is too small."""
     spec = architecture.spec
@@ -196,7 +200,9 @@ def measure(
         + _of_process(spec)
     )
     ram = config.ram or default_ram()
-    block = KVCache.bytes_per_block(spec, dtype)
+    block = KVCache.bytes_per_block(spec, dtype, placement.layers)
+    if placement.layers:
+        buffers += device_scratch.host_bytes(spec, step, rows, blocks_for(limit))
     kv = blocks_for(limit) * block
     if config.prefix_store is not None:
         buffers += buffer_bytes(block)
@@ -204,7 +210,7 @@ def measure(
     draft = sum(source.nbytes(shape) for source in drafting)
     least_slots = min(spec.top_k, tables.total)
     interpreter = resident_bytes() if process is None else process
-    dense = dense_bytes(checkpoint, architecture)
+    dense = dense_bytes(checkpoint, architecture, placement)
     left = usable(ram) - (interpreter + dense + kv + buffers + draft)
     running, image = config.max_running, IMAGES * StateCache.bytes_per_image(spec)
     if image:

@@ -17,8 +17,10 @@ from mer._ext.kernels import Kernels, Pool, interleave
 from mer._ext.uring import Reader
 from mer.config import EngineConfig
 from mer.engine import budget as budgets
+from mer.engine import placing
 from mer.engine.budget import Budget
 from mer.engine.draft import DraftSource
+from mer.engine.placing import ALONE, OnDevice
 from mer.engine.routed import RoutedExperts, extra_experts
 from mer.engine.scheduler import Chunk
 from mer.errors import ConfigError
@@ -27,6 +29,7 @@ from mer.model.dense import DenseWeights, load_dense
 from mer.model.families import Architecture, load
 from mer.model.forward import Forward
 from mer.model.kv import KVCache
+from mer.model.placement import ON_THE_CPU, Placement
 from mer.model.spec import ModelSpec
 from mer.model.state import StateCache
 from mer.streaming.experts import ExpertTables, expert_tables
@@ -102,7 +105,8 @@ class Vram:
 class Runner:
     """Computes steps of one model. One thread at a time.
 
-    experts: None in a dense model. device: the GPU that computes, too; None: there is none.
+    experts: None in a dense model. device: the GPU that computes, too; None: there is none. placement: what
+    of the dense part is there.
     """
 
     checkpoint: Checkpoint
@@ -116,6 +120,7 @@ class Runner:
     _unchanged: Unchanged = field(alias="unchanged")
     profile: Profile | None = None
     device: Device | None = None
+    placement: Placement = ON_THE_CPU
     _step_s: float = field(default=0.0, init=False)
     _reads: int = field(default=0, init=False)  # that were there at the last look at the files
 
@@ -139,8 +144,10 @@ class Runner:
         architecture = load(checkpoint)
         tables = expert_tables(architecture.experts, path)
         sources = prepare(checkpoint, architecture)
-        budget = budgets.plan(checkpoint, architecture, tables, config, sources, process)
-        return cls.load(checkpoint, architecture, tables, budget, config)
+        sizes = budgets.measure(checkpoint, architecture, tables, config, sources, process)
+        gpu = placing.place(checkpoint, architecture, tables, sizes, config)
+        budget = budgets.plan(checkpoint, architecture, tables, config, sources, process, gpu.placement)
+        return cls.load(checkpoint, architecture, tables, budget, config, gpu=gpu)
 
     @classmethod
     def load(
@@ -151,10 +158,11 @@ class Runner:
         budget: Budget,
         config: EngineConfig,
         pool: Pool | None = None,
+        gpu: OnDevice = ALONE,
     ) -> Runner:
         """The same, once memory is divided. pool: threads of another Runner, which computes at other times.
 
-        Raises CheckpointError, ConfigError or DeviceReadError.
+        Raises CheckpointError, ConfigError, DeviceReadError or GpuError.
         """
         profile: Profile | None = None
         kernels, pool = Kernels(), pool or Pool(budget.threads)
@@ -168,9 +176,9 @@ class Runner:
             raise
         try:
             experts = RoutedExperts(spec, tables, budget, config) if spec.router else None
-            dense = load_dense(checkpoint, architecture, reader)
+            dense = load_dense(checkpoint, architecture, reader, gpu.placement)
             unchanged.check()
-            kv = KVCache(spec, budget.kv_blocks, budget.kv_dtype)
+            kv = KVCache(spec, budget.kv_blocks, budget.kv_dtype, gpu.placement.layers)
             states = StateCache(spec, budget.state_images)
             _spread(numa_nodes(), dense, [*kv.layers, *states.layers], experts)
             if experts is not None:
@@ -178,7 +186,9 @@ class Runner:
             forward = Forward(
                 spec, dense, experts.streamer if experts else None, kv, states, pool, kernels,
                 max_tokens=budget.step_tokens, max_rows=budget.rows,
+                device=gpu.device, placement=gpu.placement,
             )  # fmt: skip
+            unchanged.check()
             if spec.router and budgets.drafts(spec, config):
                 forward.routes = np.zeros((spec.n_moe_layers, budget.rows, spec.top_k), np.int32)
             if config.trace is not None:
@@ -200,7 +210,10 @@ class Runner:
             reader.close()
             unchanged.close()
             raise
-        return cls(checkpoint, spec, budget, reader, experts, kernels.isa, pool, forward, unchanged, profile)
+        return cls(
+            checkpoint, spec, budget, reader, experts, kernels.isa, pool, forward, unchanged, profile,
+            gpu.device, gpu.placement,
+        )  # fmt: skip
 
     def resize(self, ram: int) -> Budget:
         """Have the expert cache shrink or grow so that the process keeps to `ram` bytes; between steps.

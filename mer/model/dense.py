@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mer.errors import CheckpointError
 from mer.model.families import Architecture
+from mer.model.placement import ON_THE_CPU, Placement
 from mer.model.spec import Attention, AttentionSpec, DeltaSpec, LatentAttentionSpec, ModelSpec
 from mer.streaming.reader import aligned_empty
 from mer.weights import formats
@@ -45,11 +46,19 @@ class Matrix:
 
 @frozen(eq=False)
 class DenseWeights:
-    """Weights of the whole model ('head', 'final_norm') and of each layer, by part."""
+    """Weights of the whole model ('head', 'final_norm') and of each layer, by part.
+
+    late: reads the matrices of a layer that were not read with the others, those of a GPU's layers.
+    """
 
     model: dict[str, Any]
     layers: list[dict[str, Any]]
     embedding: Matrix
+    late: Callable[[int], dict[str, Any]] | None = None
+
+    def layer(self, index: int) -> dict[str, Any]:
+        """All of one layer's. Raises DeviceReadError where some have still to be read."""
+        return self.layers[index] | (self.late(index) if self.late is not None else {})
 
     def matrices(self) -> list[NDArray[np.uint8]]:
         """The bytes of every matrix."""
@@ -80,10 +89,18 @@ def _parts(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Tens
     return parts
 
 
-def dense_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
-    """Bytes that the dense weights take in memory, at the worst moment of loading them."""
+def _on_device(part: str, placement: Placement) -> bool:
+    """Whether a GPU alone has this. Routers and the head stay here, too: draft heads want them."""
+    layer, _, name = part.rpartition(".")
+    return layer != "" and int(layer) < placement.layers and name != "router" and not _is_vector(part)
+
+
+def dense_bytes(checkpoint: Checkpoint, architecture: Architecture, placement: Placement = ON_THE_CPU) -> int:
+    """Bytes that they take in memory, at the worst moment of loading them; without those of a GPU."""
     total = spare = 0
     for part, info in _parts(checkpoint, architecture).items():
+        if _on_device(part, placement):
+            continue
         if part.endswith(".kv_up"):
             total += _kv_up_bytes(architecture.spec.attentions[int(part.partition(".")[0])], info)
             spare = max(spare, info.nbytes)
@@ -95,19 +112,49 @@ def dense_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
     return total + spare
 
 
-def load_dense(checkpoint: Checkpoint, architecture: Architecture, source: Source) -> DenseWeights:
-    """Read every dense tensor. Raises DeviceReadError, or CheckpointError for a format without a kernel."""
-    model, layers = load_parts(checkpoint, architecture, source)
+def device_bytes(checkpoint: Checkpoint, architecture: Architecture) -> tuple[list[int], int]:
+    """Bytes of each layer's dense weights on a GPU, and of the head's, each array on a boundary."""
+    layers = [0] * architecture.spec.n_layers
+    head = 0
+    for part, info in _parts(checkpoint, architecture).items():
+        layer, _, name = part.rpartition(".")
+        nbytes = 256 + (4 * math.prod(info.shape) if _is_vector(part) else info.nbytes)
+        if layer and not name.startswith("expert_"):
+            layers[int(layer)] += nbytes
+        elif name in ("head", "head_bias") or (name == "embedding" and architecture.spec.tied_embeddings):
+            head += nbytes
+    return layers, head
+
+
+def load_dense(
+    checkpoint: Checkpoint, architecture: Architecture, source: Source, placement: Placement = ON_THE_CPU
+) -> DenseWeights:
+    """Read every dense tensor; matrices of a GPU's layers are read when their layer is asked for.
+
+    Raises DeviceReadError, or CheckpointError for a format without a kernel.
+    """
+
+    def late(index: int) -> dict[str, Any]:
+        if index >= placement.layers:
+            return {}
+        parts = {part for part in architecture.dense if part.startswith(f"{index}.")}
+        wanted = {part for part in parts if _on_device(part, placement)}
+        return load_parts(checkpoint, architecture, source, wanted.__contains__)[1][index]
+
+    model, layers = load_parts(checkpoint, architecture, source, lambda part: not _on_device(part, placement))
     embedding = model.pop("embedding")
     model.setdefault("head", embedding)
-    return DenseWeights(model, layers, embedding)
+    return DenseWeights(model, layers, embedding, late if placement.layers else None)
 
 
 def load_parts(
-    checkpoint: Checkpoint, architecture: Architecture, source: Source
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    source: Source,
+    wanted: Callable[[str], bool] = lambda _: True,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The same of a part of a model: what belongs to no layer, and of each layer, by part."""
-    parts = _parts(checkpoint, architecture)
+    """The wanted parts of it: what belongs to no layer, and of each layer, by part."""
+    parts = {p: info for p, info in _parts(checkpoint, architecture).items() if wanted(p)}
     for info in parts.values():
         if info.format not in (*formats.FORMATS, formats.I64):
             raise CheckpointError(

@@ -72,3 +72,9 @@ def places(
         found[name] = (at, nbytes)
         at += -(-nbytes // _ALIGN) * _ALIGN
     return found
+
+
+def host_bytes(spec: ModelSpec, tokens: int, rows: int, n_blocks: int) -> int:
+    """Bytes of memory, pinned, that go with them: what a step brings, products, the next router's."""
+    sizes = shapes(spec, tokens, rows, n_blocks)
+    return sizes["step"] + sizes["rows"] + sizes["products"] + 4 * tokens * max(spec.n_experts, 1)

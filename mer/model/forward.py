@@ -67,8 +67,7 @@ class Forward:
         """moe: None where no layer has experts.
 
         max_tokens: most tokens of one step. max_rows: most tokens of one step whose logits are wanted.
-        placement: what is to be on `device`, which has the kernels; `dense` loses it. Raises GpuError, or
-        GpuMemoryError.
+        placement: what is to be on `device`, which has the kernels. Raises GpuError, or GpuMemoryError.
         """
         self.spec = spec
         self.max_tokens = max_tokens
@@ -79,10 +78,8 @@ class Forward:
         self._states = states
         self._buffers = scratch.allocate(spec, max_tokens, max_rows, pool.n_threads)
         self._decoder = self._place(kernels, pool, device, placement)
-        for weights, blocks in zip(dense.layers, kv.layers, strict=True):
-            self._decoder.add_layer(weights, blocks)
-            if self._decoder.n_layers <= placement.layers:
-                weights.clear()
+        for index, blocks in enumerate(kv.layers):
+            self._decoder.add_layer(dense.layer(index), blocks)
         self._recurrent: Recurrent | None = None
         if spec.recurrent is not None:
             self._recurrent = Recurrent(self._decoder, spec, self._buffers)
@@ -110,7 +107,6 @@ class Forward:
         head: dict[str, Any] = {}
         if placement.head:
             head = {name: model.pop(name) for name in ("head", "head_bias") if name in model}
-            self._dense.model.pop("head")
         decoder = GpuDecoder(self.spec, kernels, pool, self._buffers, model, self._kv.number)
         blocks = self._kv.n_blocks
         places = device_scratch.places(self.spec, self.max_tokens, self.max_rows, blocks)

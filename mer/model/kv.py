@@ -56,7 +56,7 @@ def _even(nbytes: int) -> int:
     return (nbytes + 15) // 16 * 16
 
 
-def _layer_bytes(spec: ModelSpec, dtype: KVDtype) -> list[int]:
+def layer_bytes(spec: ModelSpec, dtype: KVDtype) -> list[int]:
     """Bytes that one block takes in each layer."""
     return [
         _block_bytes(attention, dtype) if layer.state_index is None else 0
@@ -76,17 +76,19 @@ class KVCache:
     layers without attention have no elements.
     """
 
-    def __init__(self, spec: ModelSpec, n_blocks: int, dtype: KVDtype = "f32") -> None:
+    def __init__(self, spec: ModelSpec, n_blocks: int, dtype: KVDtype = "f32", elsewhere: int = 0) -> None:
+        """elsewhere: of so many layers, the first ones, a GPU has them, and there are no elements here."""
         if n_blocks < 1:
             raise ValueError("a KV cache has at least one block")
         self.n_blocks = n_blocks
         self.dtype: KVDtype = dtype
         self.number = _NAMES.index(dtype)
         element = _DTYPES[self.number]
-        elements = [nbytes // element.itemsize for nbytes in _layer_bytes(spec, dtype)]
+        elements = [nbytes // element.itemsize for nbytes in layer_bytes(spec, dtype)]
+        elements[:elsewhere] = [0] * elsewhere
         self.layers: list[NDArray[Any]] = [np.zeros((n_blocks, count), element) for count in elements]
 
     @staticmethod
-    def bytes_per_block(spec: ModelSpec, dtype: KVDtype = "f32") -> int:
-        """Bytes of one block of 16 positions over all layers."""
-        return sum(_layer_bytes(spec, dtype))
+    def bytes_per_block(spec: ModelSpec, dtype: KVDtype = "f32", elsewhere: int = 0) -> int:
+        """Bytes of one block of 16 positions over all layers but the first `elsewhere`."""
+        return sum(layer_bytes(spec, dtype)[elsewhere:])

@@ -11,7 +11,7 @@ from mer.model.spec import AttentionSpec, CompressedAttentionSpec, ModelSpec
 
 @frozen
 class Placement:
-    """The first `layers` layers, with their keys and values, and the head."""
+    """What a GPU computes: the first `layers` layers but for their routed experts, and the head."""
 
     layers: int = 0
     head: bool = False
@@ -24,6 +24,10 @@ def refusal(spec: ModelSpec) -> str | None:
     """Why nothing of this model's dense part can be on a GPU; None: it can."""
     if spec.recurrent is not None:
         return "some of its layers have a recurrent state"
+    if spec.streams is not None:
+        return "its hidden states are of several streams"
+    if spec.clamp is not None and (spec.dense_inter or spec.shared_inter):
+        return "its feed-forward blocks are clamped"
     for attention in spec.attentions:
         if isinstance(attention, CompressedAttentionSpec):
             return "its attention is over compressed positions"

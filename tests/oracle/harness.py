@@ -90,8 +90,8 @@ class Runner:
         evidence.opened(self.checkpoint, self.architecture)
         self.spec = self.architecture.spec.reaching(longest)
         kernels, pool = Kernels(isa), Pool(threads)
-        with Reader([str(file) for file in self.checkpoint.files], backend="preadv") as reader:
-            dense = load_dense(self.checkpoint, self.architecture, reader)
+        reader = Reader([str(file) for file in self.checkpoint.files], backend="preadv")
+        dense = load_dense(self.checkpoint, self.architecture, reader, placement)
         experts = ResidentExperts(
             self.checkpoint, self.architecture.experts, kernels, self.spec, dense.expert_biases()
         )
@@ -114,6 +114,7 @@ class Runner:
             device=device,
             placement=placement,
         )
+        reader.close()
         # The image of each sequence's state, and those that are free.
         self.images: dict[int, int] = {}
         self.blank = list(range(self.states.n_images))

@@ -55,7 +55,7 @@ def check(path: Path, device: Device, layers: int, head: bool = False, **setting
     expected = steps(Runner(path, **settings))
     assert np.isfinite(np.frombuffer(expected, np.float32)).all()
     runner = Runner(path, device=device, placement=Placement(layers, head), **settings)
-    assert runner.model.dense.layers[:layers] == [{}] * layers  # the RAM is given back
+    assert not any("q" in weights for weights in runner.model.dense.layers[:layers])  # no RAM is taken
     assert steps(runner) == expected
 
 

@@ -1,0 +1,112 @@
+"""Dense layers on a (simulated) GPU: which, what they take, and that no answer depends on them."""
+
+from __future__ import annotations
+
+import pytest
+from attrs import evolve
+from engine_models import GREEDY, Logits, opened, prompt, write_text_model
+from gpu_simulator import Simulator
+from oracle.make_checkpoints import make
+
+from mer.config import EngineConfig
+from mer.engine import budget as budgets
+from mer.engine.placing import choose
+from mer.engine.runner import Runner
+from mer.errors import BudgetError, ConfigError
+from mer.model.families import load
+from mer.model.placement import ON_THE_CPU, Placement
+from mer.streaming.experts import expert_tables
+from mer.weights.checkpoint import open_checkpoint
+
+PROMPTS = [prompt(40, vocab=300), prompt(9, 1, 300)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_text_model(tmp_path_factory.mktemp("layers") / "model")
+
+
+@pytest.fixture
+def simulator(monkeypatch):
+    found = Simulator()
+    monkeypatch.setenv("MER_CUDA_DRIVER", str(found.path))
+    monkeypatch.setenv("MER_ISA", "avx2")
+    yield found
+    found.reset()
+
+
+def chosen(path, vram, **settings):
+    """(Placement, bytes) of that much memory."""
+    checkpoint = open_checkpoint(path)
+    architecture, config = load(checkpoint), EngineConfig(context=64, step_tokens=16, **settings)
+    tables = expert_tables(architecture.experts, path)
+    sizes = budgets.measure(checkpoint, architecture, tables, config)
+    return choose(checkpoint, architecture, tables, sizes, config, vram)
+
+
+@pytest.mark.parametrize("layers", [0, 1, "auto"])
+async def test_an_engine_with_layers_there(model, simulator, monkeypatch, layers):
+    logits = Logits(monkeypatch)
+    rows, kv = [], []
+    for settings in ({"device": "cpu"}, {"device": "cuda", "vram": "200MiB", "gpu_layers": layers}):
+        async with opened(model, context=64, step_tokens=16, max_running=2, **settings) as engine:
+            for ids in PROMPTS:
+                await engine.generate(ids, evolve(GREEDY, max_tokens=3))
+                rows.append(logits.take(ids))
+            placement = engine._runner.placement
+            kv.append(engine._runner.budget.kv)
+    assert rows[:2] == rows[2:]
+    assert placement == {0: ON_THE_CPU, 1: Placement(1), "auto": Placement(2, True)}[layers]
+    assert kv[1] == kv[0] * (2 - placement.layers) // 2
+
+
+def test_as_many_as_there_is_room_for(model):
+    everything, taken = chosen(model, 1 << 30)
+    assert everything == Placement(2, True)
+    counts = [chosen(model, taken * 2 * i // 12) for i in range(13)]
+    sizes = [placement.layers + placement.head for placement, _ in counts]
+    assert sizes == sorted(sizes)
+    assert set(sizes) == {0, 1, 2, 3}
+    assert all(used <= taken * 2 * i // 12 for i, (_, used) in enumerate(counts))
+    # Who asks for a number gets it, without room for experts, or is told what it takes.
+    assert chosen(model, taken, gpu_layers=99) == (everything, taken)
+    with pytest.raises(BudgetError, match=r"gpu_layers 3: .* MiB of the GPU's memory, and .* may be used"):
+        chosen(model, taken - 1, gpu_layers=3)
+    assert chosen(model, 1 << 30, gpu_layers=0) == (ON_THE_CPU, 0)
+
+
+def test_what_the_device_takes(model, simulator):
+    """No more than was planned."""
+    before = simulator.counts()
+    runner = Runner.open(model, EngineConfig(device="cuda", vram="200MiB", context=64, step_tokens=16))
+    _, planned = chosen(model, 1 << 30)
+    after = simulator.counts()
+    assert 0 < after.bytes - before.bytes <= planned
+    runner.close()
+
+
+def test_who_stays_on_the_cpu(tmp_path, model):
+    make(tmp_path / "mla", "deepseek_v3")
+    assert chosen(tmp_path / "mla", 1 << 30) == (ON_THE_CPU, 0)
+    with pytest.raises(
+        ConfigError, match="gpu_layers 2: of this model only experts can be on a GPU, its attention"
+    ):
+        chosen(tmp_path / "mla", 1 << 30, gpu_layers=2)
+    assert chosen(model, 1 << 30, prefix_store=tmp_path) == (ON_THE_CPU, 0)
+    with pytest.raises(ConfigError, match="prefix_store"):
+        EngineConfig(prefix_store=tmp_path, gpu_layers=1)
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.5, "some"])
+def test_refused_numbers(value):
+    with pytest.raises(ConfigError, match="gpu_layers"):
+        EngineConfig(gpu_layers=value)
+    assert EngineConfig(gpu_layers="3").gpu_layers == 3
+
+
+def test_layers_without_a_gpu(model, monkeypatch):
+    monkeypatch.setenv("MER_CUDA_DRIVER", "/nowhere/libcuda.so.1")
+    with pytest.raises(ConfigError, match="gpu_layers 1: there is no GPU"):
+        Runner.open(model, EngineConfig(gpu_layers=1))
+    with pytest.raises(ConfigError, match="leave one"):
+        EngineConfig(device="cpu", gpu_layers=1)
