@@ -4,6 +4,9 @@
     python -m bench.make_model gpt-oss-20b /tmp/oss --layers 8 --experts mxfp4
     python -m bench.gpu /tmp/qwen /tmp/oss [--vram none,4,8,16] [--experts 25,100] [--json FILE]
 
+    python -m bench.make_model qwen3-30b-a3b /tmp/qwen.gguf --layers 12 --as gguf
+    python -m bench.gpu /tmp/qwen --llama-bench /tmp/llama.cpp/bin/llama-bench
+
 --vram is for the whole model: one with a quarter of the layers gets a quarter, but for the head, which is not
 of a layer. --experts: percent of them that memory has room for. Every run is a process of its own
 (bench/gpu_engine.py), warmed with other text.
@@ -17,6 +20,9 @@ bytes of the experts computed by the GPU and by the CPU, at the same time but af
 experts copied to the GPU; missed: experts read from disk. G, M, B, S: bandwidth of the GPU's memory (a copy
 inside it, bytes read and written), of memory (all threads reading), of the bus (pinned memory to the GPU), of
 the disk (reads of one expert, 32 at once), measured here before the runs.
+
+--llama-bench: llama.cpp's CUDA build beside it (bench/gpu_peer.py), on the same weights in STORE.gguf, with
+as much of the GPU and all of memory.
 
 What is drawn, with its log-probabilities, must be the same bits in every run; if not, the exit status is 1.
 """
@@ -32,7 +38,7 @@ from attrs import asdict, frozen
 from rich.console import Console
 from rich.table import Table
 
-from bench import gpu_engine
+from bench import gpu_engine, gpu_peer
 from bench.compare import Model
 from bench.gpu_kernels import bandwidths
 from bench.help import help_of
@@ -96,6 +102,7 @@ class Shape:
         self.layers, self.share = layers, layers / self.of
         spec = self.model.spec
         self.experts_bytes = spec.n_moe_layers * spec.top_k * self.model.expert
+        self.layer_bytes = self.model.budget.experts // spec.n_moe_layers * self.model.expert
         self.dense_bytes = self.model.token_bytes - self.experts_bytes
 
     def vram(self, gigabytes: str) -> int:
@@ -141,6 +148,7 @@ def ceiling(shape: Shape, found: dict[str, Any], per: dict[str, float], have: Ba
 @click.option("--warm", default=1024, show_default=True, help="Tokens of the text before.")
 @click.option("--threads", type=int)
 @click.option("--seconds", default=60.0, show_default=True, help="A run that takes longer is given up.")
+@click.option("--llama-bench", "peer", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything there, too.")
 def main(
     stores: tuple[Path, ...],
@@ -152,6 +160,7 @@ def main(
     warm: int,
     threads: int | None,
     seconds: float,
+    peer: Path | None,
     out: Path | None,
 ) -> None:
     console = Console(width=150)
@@ -187,6 +196,9 @@ def main(
                 first = next(r["found"]["drawn"] for r in runs if "found" in r)
                 run["same"] = found["drawn"] == first
                 differs |= not run["same"]
+        theirs = (
+            peer_runs(console, peer, shape, vram.split(","), seconds, prompt, decode, threads) if peer else []
+        )
         report["shapes"].append(
             {
                 "name": shape.name,
@@ -195,9 +207,10 @@ def main(
                 "dense_bytes": shape.dense_bytes,
                 "experts_bytes": shape.experts_bytes,
                 "runs": runs,
+                "llama.cpp": theirs,
             }
         )
-        show(console, runs)
+        show(console, runs, theirs)
         if out:  # what there is, should the next be stopped
             out.write_text(json.dumps(report, indent=1) + "\n")
     if differs:
@@ -210,7 +223,35 @@ COLUMNS = (
 )
 
 
-def show(console: Console, runs: list[dict[str, Any]]) -> None:
+def peer_runs(
+    console: Console,
+    bench: Path,
+    shape: Shape,
+    budgets: list[str],
+    seconds: float,
+    prompt: int,
+    decode: int,
+    threads: int | None,
+) -> list[dict[str, Any]]:
+    """llama.cpp with each of the budgets."""
+    runs = []
+    for budget in budgets:
+        left = None
+        if budget != "none":
+            left = gpu_peer.cpu_layers(shape.layers, shape.dense_bytes, shape.layer_bytes, shape.vram(budget))
+        run: dict[str, Any] = {"vram_gb": budget, "cpu_layers": left}
+        runs.append(run)
+        try:
+            gguf = Path(f"{shape.store}.gguf")
+            settings = {"prompt": prompt, "decode": decode, "threads": threads, "left": left}
+            run["found"] = gpu_peer.measure(bench, gguf, seconds, **settings)
+        except gpu_peer.GpuPeerError as error:
+            run["error"] = str(error)
+            console.print(f"llama.cpp, vram {budget}: {error}")
+    return runs
+
+
+def show(console: Console, runs: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     table = Table(*COLUMNS)
     for run in runs:
         budget = "none" if run["vram_gb"] == "none" else f"{run['vram_gb']} GB"
@@ -231,6 +272,12 @@ def show(console: Console, runs: list[dict[str, Any]]) -> None:
             f"{vram['resident']} of {vram['slots']}" + (", lost" if vram["lost"] else "") if vram else "",
             "yes" if run["same"] else "NO",
         )
+    for run in theirs:
+        if "found" in run:
+            left, found = run["cpu_layers"], run["found"]
+            where = "no GPU" if left is None else f"{left} layers' experts on the CPU"
+            budget = "none" if run["vram_gb"] == "none" else f"{run['vram_gb']} GB"
+            table.add_row(budget, "llama.cpp", f"{found['decode']:.1f}", "", f"{found['prefill']:.0f}", where)
     console.print(table)
 
 

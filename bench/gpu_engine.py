@@ -23,8 +23,8 @@ from mer import Engine, EngineConfig, SamplingParams
 from mer.cli.generation import describe
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-# First tokens of the texts: far from each other, within every vocabulary here.
-WARM, DRAWN, DECODE, PREFILL = 20_000, 60_000, 80_000, 110_000
+# Where in the vocabulary, which is the text, each begins.
+WARM, DRAWN, DECODE, PREFILL = 0.1, 0.4, 0.5, 0.7
 SHORT = 16  # tokens
 
 
@@ -57,11 +57,16 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
     config = EngineConfig(**settings, context=args.warm + args.prompt + 1024, speculate="off")
     more = attrs.evolve(GREEDY, max_tokens=args.decode + 1)
     async with Engine.open(args.model, config) as engine:
-        await engine.generate(list(range(WARM, WARM + args.warm)), more)
+
+        def text(part: float, tokens: int) -> list[int]:
+            start = int(part * engine.spec.vocab)
+            return list(range(start, start + tokens))
+
+        await engine.generate(text(WARM, args.warm), more)
         params = attrs.evolve(GREEDY, max_tokens=SHORT, logprobs=5)
-        drawn = await engine.generate(list(range(DRAWN, DRAWN + 2 * SHORT)), params)
-        found = {"decode": await engine.generate(list(range(DECODE, DECODE + SHORT)), more)}
-        found["prefill"] = await engine.generate(list(range(PREFILL, PREFILL + args.prompt)), GREEDY)
+        drawn = await engine.generate(text(DRAWN, 2 * SHORT), params)
+        found = {"decode": await engine.generate(text(DECODE, SHORT), more)}
+        found["prefill"] = await engine.generate(text(PREFILL, args.prompt), GREEDY)
         vram = engine.snapshot().vram
         logprobs = [[each.logprob, [p for *_, p in each.top]] for each in drawn.logprobs or ()]
         return {
