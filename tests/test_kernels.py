@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import gguf
 import numpy as np
 import pytest
@@ -67,12 +69,15 @@ def split_acts(
     return q, d.view(np.float32), s.view(np.int32), ds.view(np.float32), half.view(np.int32)
 
 
-def activations(k: Kernels, fmt: int, x: Floats) -> NDArray[np.float64]:
-    """What the prepared activations stand for."""
-    acts = k.prepare_py(fmt, x)
+class Prepares(Protocol):
+    def prepare_py(self, fmt: int, x: Floats) -> Bytes: ...
+
+
+def activations(k: Prepares, fmt: int, x: Floats) -> NDArray[np.float64]:
+    """What the prepared activations stand for: with floats what went in, in parts or whole."""
     if fmt not in INTEGER:
-        return acts[:, : 4 * x.shape[1]].view(np.float32).astype(np.float64)
-    q, d, *_ = split_acts(acts, x.shape[1])
+        return x.astype(np.float64)
+    q, d, *_ = split_acts(k.prepare_py(fmt, x), x.shape[1])
     return q.astype(np.float64) * np.repeat(d.astype(np.float64), 32, axis=1)
 
 
@@ -95,7 +100,7 @@ def make(fmt: int, rows: int, cols: int, n_tok: int, seed: int = 0) -> tuple[Byt
     return w, x.astype(np.float32)
 
 
-def assert_close(k: Kernels, fmt: int, w: Bytes, x: Floats, y: Floats) -> None:
+def assert_close(k: Prepares, fmt: int, w: Bytes, x: Floats, y: Floats) -> None:
     """Within 2^-23 * (4 + sqrt(terms)) of the sum of the terms' magnitudes, from the exact product."""
     acts = activations(k, fmt, x)
     exact = acts @ decode(fmt, w).T

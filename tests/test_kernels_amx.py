@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import BF16, BLOCK, FORMATS, INTEGER, Bytes, Floats, decode, encode, make
+from test_kernels import BF16, BLOCK, FORMATS, INTEGER, Bytes, Floats, assert_close, encode, make
 
 from mer._ext.kernels import Kernels, isas
 
@@ -97,8 +97,7 @@ def test_bytes_of_avx512_but_for_bf16(amx: SoftAmx, fmt: int) -> None:
         if fmt != BF16:
             assert y.tobytes() == other.tobytes()
             continue
-        exact, magnitude = x.astype(np.float64) @ decode(fmt, w).T, np.abs(x) @ np.abs(decode(fmt, w)).T
-        assert np.all(np.abs(y - exact) <= magnitude * 2.0**-23 * (4 + np.sqrt(cols)))
+        assert_close(amx, fmt, w, x, y)
 
 
 @pytest.mark.skipif("amx" not in isas(), reason="this CPU has no AMX")
