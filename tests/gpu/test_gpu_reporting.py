@@ -123,8 +123,15 @@ async def test_with_a_gpu(model: Path) -> None:
             moment = Moment.between(*answers)
             assert moment.vram is not None
             assert moment.vram.bus_bytes_per_s == (11 << 20) / 2
-            wanted = 300 + answers[1].stats.steps.hits - answers[0].stats.steps.hits + steps.misses
-            assert moment.vram.computed_share == pytest.approx(309 / wanted, abs=0.05)
+            old, new = (each.stats.steps for each in answers)
+            hits, misses = new.hits - old.hits, new.misses - old.misses
+            assert hits > 0
+            assert moment.vram.computed_share == 309 / (300 + hits + misses)
+            assert moment.expert_hit_rate == (300 + hits) / (300 + hits + misses)
+            spent = new.step_s - old.step_s
+            assert moment.time_share.experts == pytest.approx(
+                (new.expert_s - old.expert_s + 0.25) / max(spent, 2), rel=1e-6
+            )
             told = "\n".join(str(line) for line in speed(moment, [1.0], 60))
             assert "5 of 7, " in told
             assert "% computed" in told
