@@ -8,17 +8,30 @@ import urllib.request
 from contextlib import aclosing
 from pathlib import Path
 
+import grpc
+import httpx
 import pytest
+from click.testing import CliRunner
 from engine_models import write_text_model
-from http_server import serving
+from grpc_client import connected
+from http_server import PATIENCE, serving
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from mer import Engine, SamplingParams
+from mer.api.http.errors import ApiError
+from mer.api.http.service import Service
 from mer.api.metrics import Metrics
+from mer.api.models import Model, Models
+from mer.api.settings import ServerSettings
+from mer.cli.monitor import monitor
+from mer.config import EngineConfig
+from mer.demo import model_path
 from mer.errors import DeviceReadError, RequestTimeoutError
+from mer.v1 import inference_pb2 as pb
 
 DOCS = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+SMALL = EngineConfig(context=64)
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
@@ -174,8 +187,68 @@ def test_over_http(model):
         with urllib.request.urlopen(f"{server.url}/metrics") as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             found = values(answer.read())
-        assert found["mer_completion_tokens_total"] == 3
+        assert found[f"mer_completion_tokens_total {model.name}"] == 3
         asked = urllib.request.Request(f"{server.url}/metrics", headers={"Accept": OPENMETRICS})
         with urllib.request.urlopen(asked) as answer:
             assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
             assert {family.name for family in parse_openmetrics(answer.read().decode())} >= {"mer_requests"}
+
+
+async def test_of_all_models_of_a_server():
+    """Each has the label `model`; what is the process's is there once; of one that is not loaded, none."""
+    models = Models([Model(name, model_path(), EngineConfig(context=64)) for name in ("one", "two", "three")])
+    service = Service(ServerSettings(model_name="one"), models=models)
+    with pytest.raises(ApiError, match="being loaded"):
+        _ = service.metrics
+    await models.open_first()
+    for name, tokens in (("one", 3), ("two", 5)):
+        async with models.use(models.find(name)) as engine:
+            await engine.generate([5], SamplingParams(max_tokens=tokens, ignore_eos=True))
+    text = service.metrics.render()[0]
+    found = values(text)
+    assert found["mer_completion_tokens_total one"] == 3
+    assert found["mer_completion_tokens_total two"] == 5
+    assert not any("three" in key for key in found)
+    assert found["mer_ram_budget_bytes"] == models.ram
+    assert found["mer_requests_refused_total queue_full"] == 0
+    listed = set(re.findall(r"^\| `(mer_\w+)` \| \w+ \|", DOCS, re.MULTILINE))
+    here = {family.name + "_total" * (family.type == "counter") for family in families(text).values()}
+    assert here == listed
+    strict = {
+        family.name: family for family in parse_openmetrics(service.metrics.render(OPENMETRICS)[0].decode())
+    }
+    assert {sample.labels["model"] for sample in strict["mer_step_requests"].samples} == {"one", "two"}
+    await models.reload(models.first)
+    assert await models._unload_one(models.first)
+    found = values(service.metrics.render()[0])
+    assert found["mer_completion_tokens_total one"] == 3, "what was counted before a reload goes on"
+    assert not any("two" in key for key in found)
+    await models.close(drain=True)
+
+
+async def test_what_is_live_and_watched_of_each_model():
+    options = ("two=demo", "--context", 64, "--grpc-port", 0)
+    with serving("demo", *options) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client:
+
+            async def live(model):
+                answer = await client.get("/live", params={"model": model} if model else {})
+                return answer.status_code, answer.json().get("name")
+
+            assert await live(None) == await live("demo") == (200, "demo")
+            assert await live("two") == (503, None), "watching loads nothing"
+            assert await live("other") == (404, None)
+            body = {"model": "two", "prompt": "Once", "max_tokens": 3}
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+            assert await live("two") == (200, "two")
+            async with connected(server.grpc_port) as stub:
+                seen = await stub.Watch(pb.WatchRequest(model="two")).read()
+                assert (seen.name, seen.completion_tokens) == ("two", 3)
+                assert (await stub.Watch(pb.WatchRequest()).read()).name == "demo"
+                with pytest.raises(grpc.aio.AioRpcError, match="'other' is not served here"):
+                    await stub.Watch(pb.WatchRequest(model="other")).read()
+            address = f"127.0.0.1:{server.grpc_port}"
+            done = await asyncio.to_thread(
+                CliRunner().invoke, monitor, [address, "--model", "two", "-n", "1", "--interval", "0.1"]
+            )
+            assert done.exit_code == 0, done.output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -19,6 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from mer.api.access import REASONS
+from mer.engine.budget import resident_bytes
 from mer.engine.engine import Engine
 from mer.engine.observer import EndReason, Snapshot
 from mer.engine.outputs import Usage
@@ -29,6 +30,7 @@ _FIRST_TOKEN_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 6
 _NEXT_TOKEN_S: Final = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)
 _REQUESTS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_OF_PROCESS: Final = ("mer_requests_refused", "mer_ram_budget_bytes", "mer_resident_bytes")
 _REASONS: Final[tuple[EndReason, ...]] = ("stop", "length", "cancelled", "timeout", "error")
 
 
@@ -58,6 +60,10 @@ class Metrics(Collector):
             name: str(engine.facts()[name]) for name in ("io_backend", "isa", "device", "threads", "kv_dtype")
         }
         engine.observe(self)
+
+    def leave(self) -> None:
+        """There is no engine for now: nothing can be told until `follow`."""
+        del self._engine
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics as text, and its content type.
@@ -105,7 +111,7 @@ class Metrics(Collector):
         states = {"waiting": now.waiting, "running": now.running}
         yield _gauges("mer_requests", "Requests that are here now.", "state", states)
         yield _counters("mer_requests_ended", "Requests that are over, and why.", "reason", self._ended)
-        yield _counters("mer_requests_refused", "Requests that were not served.", "reason", self._refused)
+        yield _refusals(self._refused)
         yield self._queue.metric("mer_request_queue_seconds", "From a request to its first step.")
         yield self._first_token.metric(
             "mer_time_to_first_token_seconds", "From a request to its first token."
@@ -129,6 +135,64 @@ class Metrics(Collector):
         )
 
 
+class ServerMetrics(Collector):
+    """Of all models of a server, each with the label `model`; what is the process's is there once."""
+
+    def __init__(self, refused: Mapping[str, int], ram: Callable[[], int]) -> None:
+        """refused: see Metrics. ram: bytes that the server keeps to."""
+        self._refused = refused
+        self._ram = ram
+        self._all: dict[str, Metrics] = {}
+        self._loaded: set[str] = set()
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def follow(self, name: str, engine: Engine | None) -> None:
+        """The model of this name has another engine; None: none, so that there is nothing to tell of it."""
+        self._loaded.discard(name)
+        if engine is None:
+            if name in self._all:
+                self._all[name].leave()
+            return
+        if name in self._all:
+            self._all[name].follow(engine)
+        else:
+            self._all[name] = Metrics(engine, name)
+        self._loaded.add(name)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """As Metrics.render."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for name in sorted(self._loaded):
+            for family in self._all[name].collect():
+                if family.name in _OF_PROCESS:
+                    continue
+                labelled = [each._replace(labels={**each.labels, "model": name}) for each in family.samples]
+                family.samples = labelled
+                families.setdefault(family.name, family)
+                if families[family.name] is not family:
+                    families[family.name].samples += labelled
+        yield from families.values()
+        yield _refusals(self._refused)
+        yield from _process(self._ram(), resident_bytes())
+
+
+def _refusals(refused: Mapping[str, int]) -> Metric:
+    return _counters("mer_requests_refused", "Requests that were not served.", "reason", refused)
+
+
+def _process(ram: int, resident: int) -> Iterable[Metric]:
+    yield GaugeMetricFamily("mer_ram_budget_bytes", "What the process may hold.", ram)
+    yield GaugeMetricFamily("mer_resident_bytes", "What the process holds.", resident)
+
+
 def _memory(now: Snapshot) -> Iterable[Metric]:
     blocks = {
         "used": now.kv_blocks - now.kv_blocks_free,
@@ -142,8 +206,7 @@ def _memory(now: Snapshot) -> Iterable[Metric]:
         now.prefix_query_tokens,
     )
     yield _counter("mer_prefix_cache_hit_tokens", "Prompt tokens found there.", now.prefix_hit_tokens)
-    yield GaugeMetricFamily("mer_ram_budget_bytes", "What the process may hold.", now.ram_budget_bytes)
-    yield GaugeMetricFamily("mer_resident_bytes", "What the process holds.", now.resident_bytes)
+    yield from _process(now.ram_budget_bytes, now.resident_bytes)
 
 
 def _experts(now: Snapshot) -> Iterable[Metric]:

@@ -137,7 +137,7 @@ class ModelState:
 class Models:
     """At least one. The first is loaded by `open_first` or given to `adopt`, others when a request asks.
 
-    changed: called with the first model's engine whenever that is another one.
+    changed: called with a model and its engine whenever that is another one; None: it has none now.
     """
 
     def __init__(self, models: Sequence[Model], *, load_timeout: float = LOAD_TIMEOUT) -> None:
@@ -145,7 +145,7 @@ class Models:
         if len(self.all) < len(models):
             raise ConfigError("two models have the same name; give each a name of its own: NAME=MODEL")
         self.first = models[0]
-        self.changed: list[Callable[[Engine], object]] = []
+        self.changed: list[Callable[[Model, Engine | None], object]] = []
         self.ram = 0  # bytes of the process that are kept to; 0 before the first model is there
         self.asked = 0  # what an operator wants; `ram` is less while memory is short
         self._timeout = load_timeout
@@ -314,6 +314,7 @@ class Models:
             model.error = f"{broken[0]} was written over while it was served; put it right, then `mer reload`"
             _log.error("model %s: %s", model.name, model.error)
             model.state, model._loaded = "failed", None
+            self._tell(model)
             await loaded.engine.close(drain=False)
             if all(now[file][2:3] == loaded.mark[file][2:3] for file in broken):
                 self._again = asyncio.create_task(self._touched(model))
@@ -403,6 +404,7 @@ class Models:
             return False
         model = min(there, key=lambda each: each.used)
         loaded, model._loaded, model.state = model._loaded, None, "unloaded"
+        self._tell(model)
         assert loaded is not None
         _log.info("model %s: unloaded, its memory is needed", model.name)
         await loaded.until_idle()
@@ -412,9 +414,11 @@ class Models:
     def _take_over(self, model: Model, loaded: _Loaded) -> None:
         model._loaded, model.state, model.error, model.files_changed = loaded, "ready", "", False
         model.generation += 1
-        if model is self.first:
-            for tell in self.changed:
-                tell(loaded.engine)
+        self._tell(model)
+
+    def _tell(self, model: Model) -> None:
+        for tell in self.changed:
+            tell(model, model.engine)
 
     def _leave(self, old: _Loaded) -> None:
         old.engine.resume()  # whom a pause holds up would keep it here

@@ -176,10 +176,10 @@ class Moment:
 
 
 async def watch(
-    remote: Remote, channel: grpc.aio.Channel, interval: float
+    remote: Remote, channel: grpc.aio.Channel, interval: float, model: str = ""
 ) -> AsyncIterator[tuple[pb.WatchResponse, Moment]]:
     """From the second answer on, since the first has nothing before it. Raises RemoteError."""
-    request = pb.WatchRequest(interval=interval)
+    request = pb.WatchRequest(interval=interval, model=model)
     before: pb.WatchResponse | None = None
     with remote.explained():
         async for answer in rpc.InferenceStub(channel).Watch(request, metadata=remote.metadata):

@@ -12,7 +12,7 @@ import click
 
 from mer.cli.common import percent, rate, seconds
 from mer.cli.moments import Moment, watch
-from mer.cli.remote import Remote, remote_options
+from mer.cli.remote import Remote, model_option, remote_options
 
 _COLUMNS: Final = {
     "time": 8, "tok/s": 8, "run": 4, "wait": 4, "first p50": 9, "next p50": 9, "hits": 5, "read": 10,
@@ -30,20 +30,21 @@ _COLUMNS: Final = {
     metavar="SECONDS",
     help="From one line to the next.",
 )
+@model_option
 @click.option("--count", "-n", type=click.IntRange(1), metavar="N", help="Lines; default: until interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def monitor(interval: float, count: int | None, as_json: bool, **where: Any) -> None:
+def monitor(interval: float, model: str, count: int | None, as_json: bool, **where: Any) -> None:
     """Write what the server at ADDRESS (HOST:PORT of its gRPC API) does, line by line.
 
     Rates are of the interval before. An API key is taken from MER_API_KEY.
     """
-    asyncio.run(_monitor(Remote(**where), interval, count, as_json))
+    asyncio.run(_monitor(Remote(**where), interval, model, count, as_json))
 
 
-async def _monitor(remote: Remote, interval: float, count: int | None, as_json: bool) -> None:
+async def _monitor(remote: Remote, interval: float, model: str, count: int | None, as_json: bool) -> None:
     async with remote.channel() as channel:
         written = 0
-        async for _, moment in watch(remote, channel, interval):
+        async for _, moment in watch(remote, channel, interval, model):
             if not (as_json or written):
                 click.echo(_row(_COLUMNS))
             click.echo(json.dumps(moment.as_json()) if as_json else _line(moment))

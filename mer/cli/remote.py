@@ -89,6 +89,11 @@ def remote_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+model_option: Final = click.option(
+    "--model", default="", metavar="NAME", help="Of a server with several; default: its first."
+)
+
+
 def _contents(file: Path | None) -> bytes | None:
     if file is None:
         return None

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import click
 
-from mer.cli.remote import ADMIN_KEY, Remote, remote_options
+from mer.cli.remote import ADMIN_KEY, Remote, model_option, remote_options
 
 
 @click.command()
@@ -21,8 +21,9 @@ from mer.cli.remote import ADMIN_KEY, Remote, remote_options
     metavar="SECONDS",
     help="From one picture to the next.",
 )
+@model_option
 @click.option("--admin", metavar="ADDRESS", help="Its admin API (gRPC): to pause, pin, reload, see the log.")
-def top(interval: float, admin: str | None, **where: Any) -> None:
+def top(interval: float, model: str, admin: str | None, **where: Any) -> None:
     """Show what the server at ADDRESS (HOST:PORT of its gRPC API) does.
 
     Keys are taken from MER_API_KEY, and of the admin API from MER_ADMIN_KEY.
@@ -33,6 +34,6 @@ def top(interval: float, admin: str | None, **where: Any) -> None:
 
     remote = Remote(**where)
     operator = attrs.evolve(remote, address=admin, key=ADMIN_KEY) if admin else None
-    error = Dashboard(remote, interval, operator).run()
+    error = Dashboard(remote, interval, operator, model).run()
     if error is not None:
         raise error

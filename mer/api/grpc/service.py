@@ -246,16 +246,23 @@ class Inference:
                 )
             with self._watching():
                 while not self._gate.draining.is_set():
-                    view = await asyncio.to_thread(self._engine.view)
-                    await context.write(self._watched(view, request).SerializeToString())
+                    name, engine = self._loaded(request.model)
+                    view = await asyncio.to_thread(engine.view)
+                    await context.write(self._watched(view, name, request).SerializeToString())
                     with suppress(TimeoutError):
                         async with asyncio.timeout(interval):
                             await self._gate.draining.wait()
             raise EngineClosedError("the server is shutting down")
 
-    def _watched(self, view: View, request: pb.WatchRequest) -> pb.WatchResponse:
+    def _loaded(self, name: str) -> tuple[str, Engine]:
+        model = self._models.find(name)
+        if model.engine is None:
+            raise LoadingError(f"the model {model.name!r} is not loaded")
+        return model.name, model.engine
+
+    def _watched(self, view: View, name: str, request: pb.WatchRequest) -> pb.WatchResponse:
         uptime = time.monotonic() - self._begun
-        return convert.watched(view, self._settings.model_name, uptime, experts=not request.without_experts)
+        return convert.watched(view, name, uptime, experts=not request.without_experts)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

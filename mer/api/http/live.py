@@ -1,4 +1,4 @@
-"""GET /live: what the server does, once or as a stream of events; the same facts as gRPC's Watch."""
+"""GET /live[?model=NAME]: what a model does, once or as events; the same facts as gRPC's Watch."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def blueprint(service: Service) -> Blueprint:
     made = Blueprint("live", __name__)
     listeners = 0
 
-    async def stream() -> AsyncGenerator[bytes, None]:
+    async def stream(model: str | None) -> AsyncGenerator[bytes, None]:
         nonlocal listeners
         if listeners == _MOST:
             raise QueueFullError(f"{_MOST} are listening to /live; try again later", 5.0)
         listeners += 1
         try:
             while not service.draining:
-                yield sse.data(await _live(service))
+                yield sse.data(await _live(service, model))
                 await asyncio.sleep(_INTERVAL)
             raise unavailable("the server is shutting down", 5, "shutting_down")
         finally:
@@ -83,15 +83,16 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.get("/live")
     async def live() -> Response:
+        model = request.args.get("model")
         if "text/event-stream" in request.headers.get("Accept", ""):
-            return await sse.respond(stream())
-        return json_response(await _live(service))
+            return await sse.respond(stream(model))
+        return json_response(await _live(service, model))
 
     return made
 
 
-async def _live(service: Service) -> Live:
-    engine = service.engine
+async def _live(service: Service, model: str | None) -> Live:
+    name, engine = service.engine_of(model)
     view = await asyncio.to_thread(engine.view)
     tokenizer = engine.tokenizer
     # Two names mean more in the view: steps, of which the snapshot has details, and experts, which are a map.
@@ -100,7 +101,7 @@ async def _live(service: Service) -> Live:
         facts |= attrs.asdict(given, recurse=False)
     return Live(
         **{name: facts[name] for name in Live.__struct_fields__ if name in facts},
-        name=service.settings.model_name,
+        name=name,
         chat=tokenizer is not None and tokenizer.chat_template is not None,
         uptime_s=time.time() - service.started,
         read_s=view.now.read_latency.seconds,

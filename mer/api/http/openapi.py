@@ -72,7 +72,7 @@ _OPERATIONS: Final = [
     _Operation("get", "/metrics", "Counters and histograms, as Prometheus reads them.", str, errors=(503,)),
     _Operation(
         "get", "/live", "What the server does now; every second anew, as events, to who accepts those.",
-        live.Live, errors=(503,),
+        live.Live, errors=(404, 503),
     ),
     _Operation("get", "/version", "The version of mer.", answers.Version),
 ]  # fmt: skip
@@ -147,6 +147,11 @@ def _operation(each: _Operation) -> dict[str, Any]:
     if "{model}" in each.path:
         name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
         made["parameters"] = [name]
+    if each.path == "/live":
+        which = "Of a server with several models; default: the first."
+        made["parameters"] = [
+            {"name": "model", "in": "query", "description": which, "schema": {"type": "string"}}
+        ]
     return made
 
 

@@ -18,7 +18,7 @@ from mer.api.http.errors import ApiError, unavailable
 from mer.api.http.large_bodies import decode_body, decode_conversation, too_long
 from mer.api.http.long_lists import decode_large
 from mer.api.large_json import PIECE, most_bytes
-from mer.api.metrics import Metrics
+from mer.api.metrics import ServerMetrics
 from mer.api.models import Model, Models, UnknownModelError
 from mer.api.settings import ServerSettings
 from mer.api.tracing import Tracing
@@ -53,16 +53,10 @@ class Service:
         self.running = 0
         self.idle = asyncio.Event()
         self.idle.set()
-        self._metrics: Metrics | None = None
-        self.models.changed.append(self._follow)
+        self._metrics = ServerMetrics(self.access.refused, lambda: self.models.ram)
+        self.models.changed.append(lambda model, engine: self._metrics.follow(model.name, engine))
         if engine is not None:
             self.models.adopt(engine)
-
-    def _follow(self, engine: Engine) -> None:
-        if self._metrics is None:
-            self._metrics = Metrics(engine, self.settings.model_name, self.access.refused)
-        else:
-            self._metrics.follow(engine)
 
     @property
     def engine(self) -> Engine:
@@ -72,10 +66,17 @@ class Service:
             raise unavailable("the model is being loaded", 2, "loading")
         return engine
 
+    def engine_of(self, name: str | None) -> tuple[str, Engine]:
+        """A model's name and engine, where it is loaded. Raises ApiError (404, 503)."""
+        model = self.find(name)
+        if model.engine is None:
+            raise unavailable(f"the model {model.name!r} is not loaded", 2, "loading")
+        return model.name, model.engine
+
     @property
-    def metrics(self) -> Metrics:
-        """What the first model's engine did. Raises ApiError (503) while it is being loaded."""
-        if self._metrics is None:
+    def metrics(self) -> ServerMetrics:
+        """What all models did. Raises ApiError (503) while the first is being loaded."""
+        if not self.models.ram:
             raise unavailable("the model is being loaded", 2, "loading")
         return self._metrics
 

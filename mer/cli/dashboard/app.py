@@ -51,12 +51,13 @@ class Dashboard(App[RemoteError | None]):
         Binding("r", "reload", "reload"),
     ]
 
-    def __init__(self, remote: Remote, interval: float, admin: Remote | None = None) -> None:
+    def __init__(self, remote: Remote, interval: float, admin: Remote | None = None, model: str = "") -> None:
         super().__init__()
         self.theme = "ansi-dark"
         self._remote = remote
         self._interval = interval
-        self._operator = Operator(admin) if admin else None
+        self._model = model
+        self._operator = Operator(admin, model) if admin else None
         self._now: tuple[pb.WatchResponse, Moment] | None = None
         self._speeds: deque[float] = deque(maxlen=_HISTORY)
         self._lines: deque[str] = deque(maxlen=_HISTORY)
@@ -95,7 +96,7 @@ class Dashboard(App[RemoteError | None]):
         while True:
             try:
                 async with self._remote.channel() as channel:
-                    async for found in watch(self._remote, channel, self._interval):
+                    async for found in watch(self._remote, channel, self._interval, self._model):
                         self._now = found
                         self._speeds.append(found[1].tokens_per_s)
                         if lost:

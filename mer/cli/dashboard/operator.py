@@ -14,22 +14,24 @@ from mer.v1 import admin_pb2_grpc as rpc
 class Operator:
     """Each call says what came of it. Raises RemoteError."""
 
-    def __init__(self, remote: Remote) -> None:
+    def __init__(self, remote: Remote, model: str = "") -> None:
+        """model: whose; empty: the first."""
+        self._model = model
         self._remote = remote
 
     async def pause(self) -> str:
         async with self._stub() as stub:
-            await stub.Pause(pb.PauseRequest(), metadata=self._remote.metadata)
+            await stub.Pause(pb.PauseRequest(model=self._model), metadata=self._remote.metadata)
         return "paused: nobody new begins"
 
     async def resume(self) -> str:
         async with self._stub() as stub:
-            await stub.Resume(pb.ResumeRequest(), metadata=self._remote.metadata)
+            await stub.Resume(pb.ResumeRequest(model=self._model), metadata=self._remote.metadata)
         return "going on"
 
     async def reload(self) -> str:
         async with self._stub() as stub:
-            done = await stub.Reload(pb.ReloadRequest(), metadata=self._remote.metadata)
+            done = await stub.Reload(pb.ReloadRequest(model=self._model), metadata=self._remote.metadata)
         return f"loaded anew in {done.seconds:.1f} s"
 
     async def pin(self, text: str) -> str:
@@ -40,10 +42,10 @@ class Operator:
         layer, expert = int(found[2]), int(found[3]) if found[3] else None
         async with self._stub() as stub:
             if found[1]:
-                gone = pb.UnpinRequest(layer=layer, expert=expert)
+                gone = pb.UnpinRequest(model=self._model, layer=layer, expert=expert)
                 pinned = (await stub.Unpin(gone, metadata=self._remote.metadata)).pinned
             else:
-                kept = pb.PinRequest(layer=layer, expert=expert)
+                kept = pb.PinRequest(model=self._model, layer=layer, expert=expert)
                 pinned = (await stub.Pin(kept, metadata=self._remote.metadata)).pinned
         return f"{pinned} experts are pinned"
 

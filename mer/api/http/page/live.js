@@ -1,4 +1,4 @@
-// What the server does, from /live: figures, where the time goes, the map of experts.
+// What the server does, from /live (of the model that the page's own ?model= names): figures, where the time goes, the map of experts.
 
 import { ask, events } from "./server.js";
 
@@ -9,7 +9,7 @@ const $ = id => document.getElementById(id);
 export async function follow(first) {
   for (;;) {
     try {
-      const response = await ask("live", { headers: { Accept: "text/event-stream" } });
+      const response = await ask(`live${location.search}`, { headers: { Accept: "text/event-stream" } });
       let before = null;
       for await (const now of events(response)) {
         if (now.error) throw new Error(now.error.message);
