@@ -56,8 +56,8 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
 
     shards: most tensors of a part, 0: one part. more: `tokenizer`, a function that adds to the writer;
     `formats` of matrices, by what a name ends with before `.weight` ("_down_exps": "q6_k"), F32 for others;
-    `predicting`, how many layers for multi-token prediction there are; `fused`: as Qwen3-Next's first files;
-    `merged`: gate and up of the experts in one tensor.
+    `predicting`, how many layers for multi-token prediction there are, and `head`, the first of them;
+    `fused`: as Qwen3-Next's first files; `merged`: gate and up of the experts in one tensor.
     The model gets the weights as they are rounded, or random ones where nobody can round.
     """
     family, config = model.config.model_type, model.config.to_dict()
@@ -67,7 +67,10 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
     predicting = more.get("predicting", 0)
     _metadata(writer, family, config, predicting)
     more.get("tokenizer", lambda writer: writer.add_tokenizer_model("none"))(writer)
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"] + predicting)
+    head = more.get("head")
+    if head is not None:
+        model.model.layers.append(head.layer)
     choices = {key: more.get(key) for key in ("fused", "merged")}
     for name, tensor in _tensors(model, family, config | choices):
         found = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -83,7 +86,18 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
             with torch.no_grad():
                 tensor.copy_(torch.from_numpy(gguf.quants.dequantize(data, kind)).reshape(tensor.shape))
         writer.add_tensor(found, data, raw_dtype=kind)
-    for layer in range(predicting):
+    if head is not None:
+        model.model.layers = model.model.layers[:-1]
+        own = {
+            "enorm": head.enorm,
+            "hnorm": head.hnorm,
+            "eh_proj": head.eh_proj,
+            "shared_head_norm": head.norm,
+        }
+        for name, part in own.items():
+            full = f"blk.{config['num_hidden_layers']}.nextn.{name}.weight"
+            writer.add_tensor(full, part.weight.detach().numpy())
+    for layer in range(predicting if head is None else 0):
         name = f"blk.{config['num_hidden_layers'] + layer}"
         for part in ("attn_norm", "nextn.enorm"):
             writer.add_tensor(f"{name}.{part}.weight", np.ones(config["hidden_size"], np.float32))

@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from draft_models import WINDOW, write_head, write_predicting
 from engine_models import GREEDY, make, opened, prompt
+from gguf_models import write_gguf
 from test_speculation import always, essence  # noqa: F401 (a fixture)
 
 from mer.cli.convert import convert
@@ -130,7 +131,7 @@ async def test_which_head_is_taken(model, tmp_path):
     ],
 )
 async def test_a_models_own_head(family, changes, tmp_path, always, proposed):  # noqa: F811
-    """Layers for multi-token prediction: from the checkpoint, and from a store made of it."""
+    """Layers for multi-token prediction: from the checkpoint, a store made of it, and a GGUF."""
     main, head = write_predicting(tmp_path / "model", family, **changes)
     prompts = [prompt(n) for n in (5, 20)]
     async with opened(tmp_path / "model", speculate="off") as engine:
@@ -139,7 +140,11 @@ async def test_a_models_own_head(family, changes, tmp_path, always, proposed):  
         convert, [str(tmp_path / "model"), str(tmp_path / "store"), "--format", "f32"], catch_exceptions=False
     )
     assert result.exit_code == 0
-    for path in (tmp_path / "model", tmp_path / "store"):
+    paths = [tmp_path / "model", tmp_path / "store"]
+    if family == "glm4_moe":  # the one of these whose GGUF files have the layer
+        main.config.num_hidden_layers -= 1
+        paths.append(write_gguf(main, tmp_path / "model.gguf", predicting=1, head=head))
+    for path in paths:
         proposed.clear()
         async with opened(path) as engine:
             assert await ask(engine, prompts) == expected

@@ -144,9 +144,12 @@ def load_head(checkpoint: Checkpoint, main: Architecture) -> Architecture | None
     """
     config, at = Config(checkpoint.path, checkpoint.config), main.spec.n_layers
     kind, name = config.get("model_type"), f"model.layers.{at}"
-    if checkpoint.kind == "gguf" or kind not in _PREDICTING:
+    if kind not in _PREDICTING:
         return None
-    if f"{name}.eh_proj.weight" not in checkpoint.tensors:
+    own = [f"{name}.{each}.weight" for each in ("eh_proj", "enorm", "hnorm", "shared_head.norm")]
+    # GGUF files may leave out some of them, and answer all the same.
+    needed = own if checkpoint.kind == "gguf" else own[:1]
+    if any(each not in checkpoint.tensors for each in needed):
         return None
     tensors, hidden = Tensors(checkpoint), main.spec.hidden
     # Like the last layer of a model that has one more.

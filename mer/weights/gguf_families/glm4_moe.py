@@ -8,7 +8,7 @@ from attrs import evolve
 
 from mer.weights.gguf_families.family import GGUFFamily
 from mer.weights.gguf_families.names import Names
-from mer.weights.gguf_families.shared import SHARED_EXPERTS, deepseek_experts, partial_rotary
+from mer.weights.gguf_families.shared import PREDICTION, SHARED_EXPERTS, deepseek_experts, partial_rotary
 from mer.weights.gguf_keys import Keys
 
 
@@ -25,7 +25,7 @@ FAMILY = GGUFFamily(
     architecture="glm4moe",
     model_type="glm4_moe",
     config=_config,
-    names=Names(SHARED_EXPERTS | {"post_attention_norm": "post_attention_layernorm"}),
+    names=Names(SHARED_EXPERTS | PREDICTION | {"post_attention_norm": "post_attention_layernorm"}),
 )
 # Its files are read as GLM-4-MoE, whose head turns as a whole.
 SOLAR_OPEN = evolve(FAMILY, model_type="solar_open", is_of=lambda keys: False)

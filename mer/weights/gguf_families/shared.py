@@ -6,6 +6,13 @@ from typing import Any, Final
 
 from mer.weights.gguf_keys import SCORES, SIGMOID, SOFTMAX, Keys
 
+# Of a layer for multi-token prediction, besides what every layer has.
+PREDICTION: Final = {
+    "nextn.eh_proj": "eh_proj",
+    "nextn.enorm": "enorm",
+    "nextn.hnorm": "hnorm",
+    "nextn.shared_head_norm": "shared_head.norm",
+}
 # A layer's tensors, DeepSeek's experts with their choice.
 SHARED_EXPERTS: Final = {
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
