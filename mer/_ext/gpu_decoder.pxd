@@ -6,6 +6,7 @@ from mer._ext.device cimport Device, mer_gpu_product
 
 cdef extern from "mer_gpu_decoder.h" nogil:
     enum:
+        MER_GPU_JOIN_THREADS
         MER_GPU_QUERIES
     ctypedef struct mer_gpu_join:
         uint64_t x, y, shared, shared_gate, y_norm, shared_norm, out_norm, layer_scale

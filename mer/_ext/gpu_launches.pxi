@@ -6,10 +6,11 @@ cdef inline void note(GpuDecoder d, int error) noexcept nogil:
         d.error = error
 
 
-cdef inline void call(GpuDecoder d, void *function, long x, long y, long z, size_t shared, void **arguments) noexcept nogil:
+cdef inline void call(GpuDecoder d, void *function, long x, long y, long z, size_t shared, void **arguments,
+                      unsigned threads=THREADS) noexcept nogil:
     cdef unsigned int grid[3]
     grid[0], grid[1], grid[2] = <unsigned>x, <unsigned>y, <unsigned>z
-    note(d, d.device.launch(MER_STREAM_COMPUTE, function, grid, THREADS, <unsigned>shared, arguments))
+    note(d, d.device.launch(MER_STREAM_COMPUTE, function, grid, threads, <unsigned>shared, arguments))
 
 
 cdef inline void wait_for_all(GpuDecoder d) noexcept nogil:
@@ -55,7 +56,7 @@ cdef void join(GpuDecoder d, uint64_t norm, uint64_t h, uint64_t h_host, uint64_
     d.pending.norm, d.pending.h, d.pending.h_host, d.pending.acts = norm, h, h_host, acts
     d.pending.norm2, d.pending.h2, d.pending.acts2 = norm2, h2, acts2
     arguments[0] = &d.pending
-    call(d, d.join_kernel, d.n_tokens, 1, 1, d.hidden * sizeof(float), arguments)
+    call(d, d.join_kernel, d.n_tokens, 1, 1, d.hidden * sizeof(float), arguments, MER_GPU_JOIN_THREADS)
     owe(d, 0, 0, 0)
 
 

@@ -66,6 +66,12 @@ def test_families(tmp_path, device, simulator, family):
     assert simulator.counts().launches > 100
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "llama"])
+def test_nothing_happens_before_it_is_waited_for(tmp_path, device, simulator, family):
+    simulator.defer()
+    check(write(tmp_path, family, num_hidden_layers=2), device, 2, head=True)
+
+
 @pytest.mark.parametrize(("layers", "head"), [(1, False), (2, False), (3, False), (3, True)])
 def test_some_layers(tmp_path, device, layers, head):
     check(write(tmp_path, "qwen2_moe"), device, layers, head)

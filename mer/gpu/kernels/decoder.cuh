@@ -8,6 +8,7 @@
 #include <stdint.h>
 #endif
 
+#define MER_GPU_JOIN_THREADS 512
 #define MER_GPU_QUERIES 8 /* rows of a tile of attention: queries of one key's heads */
 
 /* The end of one block of a layer and the beginning of the next; pointers may be 0. */

@@ -4,8 +4,27 @@
 #include "kv.cuh"
 #include "vec.cuh"
 
-/* Each thread has the same elements throughout: those that are its own number modulo MER_GPU_THREADS. */
-#define EACH(I, N) for (int I = threadIdx.x; I < (N); I += MER_GPU_THREADS)
+/* use(i, load(i)) for i below n. Each thread has the same elements throughout: those that are its own number modulo the
+ * block's threads. Four loads at a time are under way. */
+template <class Load, class Use> INLINE void each(int n, Load load, Use use) {
+    for (int first = threadIdx.x; first < n; first += 4 * blockDim.x) {
+        float loaded[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const int i = first + k * blockDim.x;
+            loaded[k] = i < n ? load(i) : 0.0f;
+        }
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const int i = first + k * blockDim.x;
+            if (i < n) use(i, loaded[k]);
+        }
+    }
+}
+
+INLINE void load_row(float *row, const float *from, int n) {
+    each(n, [=](int i) { return from[i]; }, [=](int i, float v) { row[i] = v; });
+}
 
 /* row = norm(row) by the block: RMS, w 0: all ones. */
 INLINE void rms_norm_row(float *row, const float *w, int n, float eps, float *slot) {
@@ -16,7 +35,8 @@ INLINE void rms_norm_row(float *row, const float *w, int n, float eps, float *sl
     }
     __syncthreads();
     const float factor = *slot;
-    EACH(i, n) row[i] = w ? w[i] * (row[i] * factor) : row[i] * factor;
+    each(n, [=](int i) { return w ? w[i] : 0.0f; },
+         [=](int i, float weight) { row[i] = w ? weight * (row[i] * factor) : row[i] * factor; });
 }
 
 INLINE void layer_norm_row(float *row, const float *w, int n, float eps, float *slot) {
@@ -27,7 +47,7 @@ INLINE void layer_norm_row(float *row, const float *w, int n, float eps, float *
     }
     __syncthreads();
     const float mean = *slot;
-    EACH(i, n) row[i] = row[i] - mean;
+    each(n, [=](int i) { return row[i]; }, [=](int i, float v) { row[i] = v - mean; });
     __syncthreads();
     if (threadIdx.x < 32) {
         const float factor = norm_factor(row, n, eps);
@@ -35,56 +55,52 @@ INLINE void layer_norm_row(float *row, const float *w, int n, float eps, float *
     }
     __syncthreads();
     const float factor = *slot;
-    EACH(i, n) row[i] = row[i] * factor * w[i] + w[n + i];
+    each(n, [=](int i) { return w[i]; }, [=](int i, float weight) { row[i] = row[i] * factor * weight; });
+    each(n, [=](int i) { return w[n + i]; }, [=](int i, float bias) { row[i] = row[i] + bias; });
 }
 
 /* One token's norm(x), where it is wanted. */
 INLINE void norm_of_x(const mer_gpu_join &j, const float *x, float *row, float *slot, long t, uint64_t norm, uint64_t h,
                       uint64_t h_host, uint64_t acts) {
     const int n = j.hidden;
-    EACH(i, n) row[i] = x[i];
+    load_row(row, x, n);
     if (norm && j.layer_norm) layer_norm_row(row, (const float *)norm, n, j.eps, slot);
     else if (norm) rms_norm_row(row, (const float *)norm, n, j.eps, slot);
-    EACH(i, n) {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
         if (h) ((float *)h)[t * n + i] = row[i];
         if (h_host) ((float *)h_host)[t * n + i] = row[i];
     }
     if (acts) {
         const act_q8 a = act_view((uint8_t *)acts + t * j.act_bytes, n);
         /* A warp's elements of a turn are a block. */
-        for (int i = threadIdx.x; i / 32 < n / ACT_BLOCK; i += MER_GPU_THREADS)
+        for (int i = threadIdx.x; i / 32 < n / ACT_BLOCK; i += blockDim.x)
             quantise_block(row[i], a, i / 32, threadIdx.x % 32);
     }
 }
 
-/* grid = (tokens); dynamic shared memory: hidden floats. */
-MER_KERNEL(mer_join, mer_gpu_join j) {
+/* grid = (tokens), MER_GPU_JOIN_THREADS; dynamic shared memory: hidden floats. */
+MER_KERNEL_OF(MER_GPU_JOIN_THREADS, mer_join, mer_gpu_join j) {
     MER_DYNAMIC_SHARED(row);
     __shared__ float slot;
     const int n = j.hidden;
     const long t = blockIdx.x;
     float *const x = (float *)j.x + (j.rows ? ((const int32_t *)j.rows)[t] : t) * n;
     if (j.y) {
-        float *const y = (float *)j.y + t * n;
-        const float *const shared = j.shared ? (const float *)j.shared + t * n : nullptr;
-        const bool alone = j.shared_norm != 0;
-        if (alone) { /* `shared` is the device's own and may be written */
-            EACH(i, n) row[i] = shared[i];
+        float *const shared = j.shared ? (float *)j.shared + t * n : nullptr;
+        if (j.shared_norm) { /* `shared` is the device's own and may be written */
+            load_row(row, shared, n);
             rms_norm_row(row, (const float *)j.shared_norm, n, j.eps, &slot);
-            EACH(i, n) ((float *)shared)[i] = row[i];
+            for (int i = threadIdx.x; i < n; i += blockDim.x) shared[i] = row[i];
         }
-        EACH(i, n) row[i] = y[i];
+        load_row(row, (const float *)j.y + t * n, n);
         if (j.y_norm) rms_norm_row(row, (const float *)j.y_norm, n, j.eps, &slot);
         if (shared) {
             const float gate = j.shared_gate ? sigmoid(((const float *)j.shared_gate)[t]) : 1.0f;
-            EACH(i, n) row[i] += gate * shared[i];
+            each(n, [=](int i) { return shared[i]; }, [=](int i, float v) { row[i] += gate * v; });
         }
         if (j.out_norm) rms_norm_row(row, (const float *)j.out_norm, n, j.eps, &slot);
-        EACH(i, n) {
-            float sum = x[i] + j.scale * row[i];
-            if (j.layer_scale) sum *= *(const float *)j.layer_scale;
-            x[i] = sum;
-        }
+        const float scale = j.scale, end = j.layer_scale ? *(const float *)j.layer_scale : 1.0f;
+        each(n, [=](int i) { return x[i]; }, [=](int i, float v) { x[i] = (v + scale * row[i]) * end; });
     }
     if (j.h || j.h_host || j.acts) norm_of_x(j, x, row, &slot, t, j.norm, j.h, j.h_host, j.acts);
     if (j.h2 || j.acts2) norm_of_x(j, x, row, &slot, t, j.norm2, j.h2, 0, j.acts2);
@@ -101,7 +117,7 @@ INLINE void norm_head(const mer_gpu_heads &a, float *row, float *slot, const flo
         }
         __syncthreads();
         const float factor = *slot;
-        EACH(i, a.dim) row[i] = w[head * a.dim + i] * (row[i] * factor);
+        for (int i = threadIdx.x; i < a.dim; i += blockDim.x) row[i] = w[head * a.dim + i] * (row[i] * factor);
     }
 }
 
@@ -121,11 +137,11 @@ MER_KERNEL(mer_heads, mer_gpu_heads a) {
     if (part == 2 && !a.no_v) whole += a.n_kv * dim;
     const int n = (part ? a.n_kv : a.n_heads) * dim;
     const float *const w = (const float *)(part ? a.k_norm : a.q_norm);
-    EACH(i, dim) row[i] = whole[head * dim + i];
+    for (int i = threadIdx.x; i < dim; i += blockDim.x) row[i] = whole[head * dim + i];
     if (part < 2 && !a.qk_norm_last) norm_head(a, row, &slot, whole, n, w, head);
     if (part == 2 && a.v_norm) rms_norm_row(row, nullptr, dim, a.eps, &slot);
     if (a.limit >= 0) {
-        EACH(i, dim) {
+        for (int i = threadIdx.x; i < dim; i += blockDim.x) {
             if (row[i] > a.limit) row[i] = a.limit;
             if (row[i] < -a.limit) row[i] = -a.limit;
         }
@@ -133,7 +149,7 @@ MER_KERNEL(mer_heads, mer_gpu_heads a) {
     if (part < 2) {
         __syncthreads();
         const float *const cosine = (const float *)a.cosine + t * a.pairs, *const sine = (const float *)a.sine + t * a.pairs;
-        EACH(i, a.pairs) {
+        for (int i = threadIdx.x; i < a.pairs; i += blockDim.x) {
             float *const first = row + (a.interleaved ? 2 * i : i), *const second = a.interleaved ? first + 1 : first + a.pairs;
             const float f = *first, s = *second;
             *first = f * cosine[i] - s * sine[i];
@@ -143,7 +159,7 @@ MER_KERNEL(mer_heads, mer_gpu_heads a) {
     }
     __syncthreads();
     if (part == 0) {
-        EACH(i, dim) ((float *)a.q)[(t * a.n_heads + head) * dim + i] = row[i];
+        for (int i = threadIdx.x; i < dim; i += blockDim.x) ((float *)a.q)[(t * a.n_heads + head) * dim + i] = row[i];
         return;
     }
     const int position = ((const int32_t *)a.positions)[t];

@@ -4,9 +4,12 @@
 
 #include "mer_gpu.cuh"
 
+/* A kernel whose blocks have that many threads. */
 #ifdef MER_SIMULATED
+#define MER_KERNEL_OF(THREADS, NAME, ...) MER_KERNEL(NAME, __VA_ARGS__)
 #define MER_DYNAMIC_SHARED(NAME) float *const NAME = (float *)simulated::dynamic_shared
 #else
+#define MER_KERNEL_OF(THREADS, NAME, ...) extern "C" __global__ void __launch_bounds__(THREADS) NAME(__VA_ARGS__)
 #define MER_DYNAMIC_SHARED(NAME) extern __shared__ float NAME[]
 #endif
 
