@@ -105,59 +105,59 @@ class EngineConfig:
     Raises ConfigError for a value that can't be, naming the setting.
     """
 
-    # Bytes that the whole process may hold (or '8GiB'); None: what is free, less a margin.
+    #: Bytes that the whole process may hold (or '8GiB'); None: what is free, less a margin.
     ram: int | None = field(default=None, converter=_size)
-    # What computes beside the CPU. auto: a GPU where there is all that it needs. cuda, cuda:1: that GPU, or
-    # an error that says what is missing.
+    #: What computes beside the CPU. auto: a GPU where there is all that it needs. cuda, cuda:1: that GPU, or
+    #: an error that says what is missing.
     device: str = field(default="auto", validator=_device)
-    # Bytes of the GPU's memory that may be used (or '6GiB'); None: what is free there, less a margin.
+    #: Bytes of the GPU's memory that may be used (or '6GiB'); None: what is free there, less a margin.
     vram: int | None = field(default=None, converter=_vram)
-    # Of how many layers, from the first on, the GPU computes all but the routed experts; the head counts as
-    # one behind the last. auto: as many as `vram` has room for beside some experts.
+    #: Of how many layers, from the first on, the GPU computes all but the routed experts; the head counts as
+    #: one behind the last. auto: as many as `vram` has room for beside some experts.
     gpu_layers: int | Literal["auto"] = field(
         default="auto", converter=_layers, validator=_auto_or_at_least_0
     )
-    # Tokens that the KV cache holds, of all requests together; None: the model's context, at most 4096.
+    #: Tokens that the KV cache holds, of all requests together; None: the model's context, at most 4096.
     context: int | None = field(default=None, validator=_at_least(16))
-    # Compute threads; None: the CPUs that affinity and control groups leave.
+    #: Compute threads; None: the CPUs that affinity and control groups leave.
     threads: int | None = field(default=None, validator=_at_least(1))
-    # Most tokens of one step: the size of a prompt's chunks.
+    #: Most tokens of one step: the size of a prompt's chunks.
     step_tokens: int = field(default=512, validator=_at_least(1))
-    # Most requests that are computed at the same time; further ones wait.
+    #: Most requests that are computed at the same time; further ones wait.
     max_running: int = field(default=16, validator=_at_least(1))
-    # Most requests that wait for their first step; further ones are refused with QueueFullError.
+    #: Most requests that wait for their first step; further ones are refused with QueueFullError.
     max_waiting: int = field(default=256, validator=_at_least(1))
-    # Whether keys and values of a prompt's beginning are taken from requests that began the same way.
+    #: Whether keys and values of a prompt's beginning are taken from requests that began the same way.
     prefix_cache: bool = field(default=True, validator=_flag)
-    # A directory for those that memory has no room for; they survive a restart. None: there is none.
+    #: A directory for those that memory has no room for; they survive a restart. None: there is none.
     prefix_store: Path | None = field(default=None, converter=converters.optional(Path))
-    # Most bytes that the directory holds (or '20GiB').
+    #: Most bytes that the directory holds (or '20GiB').
     prefix_store_size: int = field(default=20 << 30, converter=parse_size)
-    # Keys and values. auto: f16 beside quantised weights, f32 beside others, so that nothing is rounded.
+    #: Keys and values. auto: f16 beside quantised weights, f32 beside others, so that nothing is rounded.
     kv_dtype: KVChoice = field(default="auto", validator=_one_of("auto", "f32", "f16", "q8_0"))
-    # Slots of the expert cache: a number, or a share of all experts (0.25, '25%'). None: what `ram` leaves.
+    #: Slots of the expert cache: a number, or a share of all experts (0.25, '25%'). None: what `ram` leaves.
     cache_experts: int | float | None = field(default=None, converter=_share)
-    # Which expert makes room: 'next-use', the one expected to be wanted last, or 'lru'.
+    #: Which expert makes room: 'next-use', the one expected to be wanted last, or 'lru'.
     cache_policy: str = "next-use"
-    # 'auto', 'uring', 'preadv' or 'buffered'.
+    #: 'auto', 'uring', 'preadv' or 'buffered'.
     io_backend: str = "auto"
     queue_depth: int = field(default=64, validator=_at_least(1))
-    # Experts that may be on their way before their layer asks for them; 0: none.
+    #: Experts that may be on their way before their layer asks for them; 0: none.
     prefetch: int = field(default=8, validator=_at_least(0))
-    # How next tokens are drafted, to be verified several at a time where that has been quicker. 'ngram': from
-    # what stood in the text before. 'draft': by a draft model or head. 'auto': by either. 'off': they come
-    # one by one. The answers are the same.
+    #: How next tokens are drafted, to be verified several at a time where that has been quicker. 'ngram':
+    #: from what stood in the text before. 'draft': by a draft model or head. 'auto': by either. 'off':
+    #: they come one by one. The answers are the same.
     speculate: Speculate = field(default="auto", validator=_one_of(*get_args(Speculate)))
-    # A small model with the same tokenizer, all of it in memory, that drafts: a path or a hub's name.
+    #: A small model with the same tokenizer, all of it in memory, that drafts: a path or a hub's name.
     draft_model: str | None = field(default=None, converter=converters.optional(str))
-    # A draft head that `mer draft train` wrote for this model; None: the one in the model's own directory
-    # (draft/), if there is one.
+    #: A draft head that `mer draft train` wrote for this model; None: the one in the model's own directory
+    #: (draft/), if there is one.
     draft_head: Path | None = field(default=None, converter=converters.optional(Path))
-    # Whether the experts that are in memory at the end are read back at the next start, in the background.
+    #: Whether the experts that are in memory at the end are read back at the next start, in the background.
     warm_start: bool = False
-    # A file for the routing of every step, as bench/policy.py replays it; None: none is written.
+    #: A file for the routing of every step, as bench/policy.py replays it; None: none is written.
     trace: Path | None = field(default=None, converter=converters.optional(Path))
-    # A file for a Chrome trace of where the time of every step went; None: none is written.
+    #: A file for a Chrome trace of where the time of every step went; None: none is written.
     profile: Path | None = field(default=None, converter=converters.optional(Path))
 
     def __attrs_post_init__(self) -> None:

@@ -92,6 +92,21 @@ async def test_a_file_that_was_touched_is_verified_and_the_model_served_again(tm
     await models.close(drain=True)
 
 
+async def test_each_engine_writes_a_trace_of_its_own(tmp_path):
+    config = EngineConfig(context=256, trace=tmp_path / "trace.csv")
+    models = Models([Model("demo", model_path(), config)])
+    await models.open_first()
+    for _ in range(2):
+        await ask(models)
+        await models.reload(models.first)
+    await ask(models)
+    await models.close(drain=True)
+    sizes = {file.name: len(file.read_text().splitlines()) for file in tmp_path.iterdir()}
+    assert sorted(sizes) == ["trace.2.csv", "trace.3.csv", "trace.csv"]
+    assert len(set(sizes.values())) == 1
+    assert sizes["trace.csv"] > 100
+
+
 async def test_nobody_loads_a_model_past_its_verification(tmp_path, monkeypatch):
     path = tmp_path / "copy"
     shutil.copytree(model_path(), path)

@@ -222,11 +222,10 @@ class Models:
         leaving since the last time. Raises ReloadError, after which the old one serves on as before.
         """
         path, config = path or model.path, config or model.config
-        for name in ("prefix_store", "trace", "profile"):
-            if getattr(config, name) is not None and model._loaded is not None:
-                raise ReloadError(
-                    f"a model with {name} has that to itself and can't be reloaded; restart mer"
-                )
+        if config.prefix_store is not None and model._loaded is not None:
+            raise ReloadError(
+                "a model with prefix_store has that to itself and can't be reloaded; restart mer"
+            )
         async with self._reloading:
             while self._leaving:
                 await asyncio.wait(self._leaving)
@@ -236,7 +235,7 @@ class Models:
                 await asyncio.to_thread(_verify, path, None if verify_all else _SAMPLE)
                 async with self._changing:
                     try:
-                        loaded = await self._bring(path, config, mark, but=model)
+                        loaded = await self._bring(path, _numbered(config, model), mark, but=model)
                     except Exception:
                         await self._share()
                         raise
@@ -362,7 +361,8 @@ class Models:
                 model.state = "loading"
                 try:
                     mark = await asyncio.to_thread(_mark, model.path)
-                    self._take_over(model, await self._bring(model.path, model.config, mark))
+                    config = _numbered(model.config, model)
+                    self._take_over(model, await self._bring(model.path, config, mark))
                 except Exception as error:
                     model.state, model.error = "failed", str(error)
                     await self._share()
@@ -480,6 +480,16 @@ def _look(files: Mapping[Path, object]) -> dict[Path, tuple[int, ...]]:
         except OSError:
             found[file] = ()
     return found
+
+
+def _numbered(config: EngineConfig, model: Model) -> EngineConfig:
+    """Files that an engine writes get a number from the second one on: trace.csv, trace.2.csv."""
+    number = model.generation + 1
+
+    def name(file: Path | None) -> Path | None:
+        return file if file is None or number == 1 else file.with_suffix(f".{number}{file.suffix}")
+
+    return attrs.evolve(config, trace=name(config.trace), profile=name(config.profile))
 
 
 def _all_have_checksums(path: Path) -> bool:
