@@ -8,11 +8,12 @@ from engine_models import GREEDY, Logits, opened, prompt, write_text_model
 from gpu_simulator import Simulator
 from oracle.make_checkpoints import make
 
+from mer import Engine
 from mer.config import EngineConfig
 from mer.engine import budget as budgets
 from mer.engine.placing import choose
 from mer.engine.runner import Runner
-from mer.errors import BudgetError, ConfigError
+from mer.errors import BudgetError, ConfigError, GpuError
 from mer.model.families import load
 from mer.model.placement import ON_THE_CPU, Placement
 from mer.streaming.experts import expert_tables
@@ -95,6 +96,21 @@ def test_who_stays_on_the_cpu(tmp_path, model):
     assert chosen(model, 1 << 30, prefix_store=tmp_path) == (ON_THE_CPU, 0)
     with pytest.raises(ConfigError, match="prefix_store"):
         EngineConfig(prefix_store=tmp_path, gpu_layers=1)
+
+
+async def test_a_device_that_fails(model, simulator):
+    """Whoever asks is told, and the engine can be closed and opened again."""
+    settings = {"device": "cuda", "vram": "200MiB", "context": 64, "step_tokens": 16}
+    engine = await Engine.open(model, **settings)
+    before = (await engine.generate(PROMPTS[1], evolve(GREEDY, max_tokens=3))).token_ids
+    simulator.fail_from(40)
+    for _ in range(2):
+        with pytest.raises(GpuError, match=r"device 0 .Simulated GPU."):
+            await engine.generate(PROMPTS[0], GREEDY)
+    await engine.close()
+    simulator.reset()
+    async with opened(model, **settings) as engine:
+        assert (await engine.generate(PROMPTS[1], evolve(GREEDY, max_tokens=3))).token_ids == before
 
 
 @pytest.mark.parametrize("value", [-1, True, 1.5, "some"])
