@@ -214,6 +214,14 @@ def test_a_table_that_names_no_expert(checkpoint):
         Runner(path)
 
 
+def test_experts_of_two_codes_a_byte(checkpoint):
+    """DeepSeek-V4 as published; what it is stored as is said, not that its shape is another."""
+    path, name = checkpoint("deepseek_v4"), "model.layers.0.ffn.experts.0.w1.weight"
+    rename(path, lambda t: t | {name: np.zeros((32, 32), np.int8)})
+    with pytest.raises(UnsupportedModelError, match=f"{name} has dtype I8, which holds no weights"):
+        load(open_checkpoint(path))
+
+
 def test_published_names(checkpoint, originals):
     """DeepSeek-V4's files have no `model.` before a name, and some names that transformers changes."""
     prompt = list(range(40))

@@ -165,11 +165,6 @@ class Tensors:
                 f"{self._checkpoint.path}: the tensor {name} is missing; config.json asks for it, "
                 "so the download may be incomplete"
             )
-        if tuple(info.shape) != shape:
-            raise CheckpointError(
-                f"{self._checkpoint.files[info.file]}: tensor {name} has shape {list(info.shape)}, "
-                f"by config.json it must be {list(shape)}"
-            )
         if (info.weights is None or info.weights is I64) and info.dtype != codes:
             known = "BF16, F16, F32 or FP8"
             if self._checkpoint.kind == "gguf":
@@ -177,4 +172,9 @@ class Tensors:
             raise UnsupportedModelError(
                 f"{self._checkpoint.files[info.file]}: tensor {name} has dtype {info.dtype}, which "
                 f"holds no weights that mer multiplies; take a file in {known}"
+            )
+        if tuple(info.shape) != shape:
+            raise CheckpointError(
+                f"{self._checkpoint.files[info.file]}: tensor {name} has shape {list(info.shape)}, "
+                f"by config.json it must be {list(shape)}"
             )
