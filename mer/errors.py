@@ -15,6 +15,10 @@ class CheckpointError(MerError):
     """A file of weights, or its config.json, that is missing, damaged or contradicts itself."""
 
 
+class FilesChangedError(CheckpointError):
+    """A model's files were written over in place while they were read."""
+
+
 class UnsupportedModelError(CheckpointError):
     """An architecture or a weight format that `mer` does not know."""
 

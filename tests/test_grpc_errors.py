@@ -28,7 +28,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mer.api.grpc.errors import Failure
 from mer.api.grpc.server import serve_grpc
 from mer.api.settings import ServerSettings
-from mer.errors import ConfigError, DeviceReadError, EngineClosedError, QueueFullError, RequestError
+from mer.errors import (
+    ConfigError,
+    DeviceReadError,
+    EngineClosedError,
+    FilesChangedError,
+    QueueFullError,
+    RequestError,
+)
 from mer.v1 import inference_pb2 as pb
 
 Params, Structure, Message = pb.SamplingParams, pb.Structure, pb.Message
@@ -409,6 +416,7 @@ async def test_a_port_that_is_taken():
         (QueueFullError("full", 1.5), "RESOURCE_EXHAUSTED", "QUEUE_FULL"),
         (EngineClosedError("closed"), "UNAVAILABLE", "SHUTTING_DOWN"),
         (DeviceReadError("disk"), "INTERNAL", "READ_ERROR"),
+        (FilesChangedError("x"), "UNAVAILABLE", "FILES_CHANGED"),
         (ZeroDivisionError("secret"), "INTERNAL", "INTERNAL_ERROR"),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+from http_server import asking
 
 from mer import Engine, SamplingParams
 from mer.demo import model_path
@@ -72,3 +73,13 @@ async def test_others_put_in_their_place_are_not_looked_at(model):
         os.replace(other, model / "experts-00001.safetensors")
         again = await engine.generate("Once upon a time", GREEDY)
         assert again.token_ids == expected.token_ids
+
+
+async def test_clients_are_told_to_try_again(model):
+    async with Engine.open(model, context=512, cache_experts="15%") as engine, asking(engine) as http:
+        body = {"prompt": "Once", "max_tokens": 20, "ignore_eos": True}
+        assert (await http.post("/v1/completions", json=body)).status_code == 200
+        write_over(model / "experts-00001.safetensors")
+        answer = await http.post("/v1/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "files_changed")
+        assert answer.headers["Retry-After"] == "2"

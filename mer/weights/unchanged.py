@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from mer.errors import CheckpointError
+from mer.errors import CheckpointError, FilesChangedError
 
 
 class Unchanged:
@@ -30,13 +30,13 @@ class Unchanged:
         self._error = ""
 
     def check(self) -> None:
-        """Raises CheckpointError if bytes may have changed; from then on always."""
+        """Raises FilesChangedError if bytes may have changed; from then on always."""
         if not self._error:
             for file, descriptor, was in zip(self._files, self._descriptors, self._were, strict=True):
                 if _mark(descriptor) != was:
                     self._error = f"{file} was written over while it was read; open the model anew"
         if self._error:
-            raise CheckpointError(self._error)
+            raise FilesChangedError(self._error)
 
     def close(self) -> None:
         """May be called again."""

@@ -13,6 +13,7 @@ from mer.api.models import LoadingError
 from mer.errors import (
     DeviceReadError,
     EngineClosedError,
+    FilesChangedError,
     MerError,
     QueueFullError,
     RequestError,
@@ -104,6 +105,8 @@ def api_error(error: BaseException, names: Mapping[str, str] | None = None) -> A
         )
     if isinstance(error, LoadingError):
         return unavailable(str(error), 2, "loading")
+    if isinstance(error, FilesChangedError):
+        return unavailable(str(error), 2, "files_changed")
     if isinstance(error, EngineClosedError):
         return unavailable(str(error), 1, "shutting_down")
     code = "read_error" if isinstance(error, DeviceReadError) else "internal_error"
