@@ -230,8 +230,6 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
             "memory": memory,
             "uses": f"{facts['io_backend']} reads, {facts['isa']} kernels, {facts['threads']} threads",
         }
-        if (vram := engine.snapshot().vram) is not None:
-            lines["gpu"] = _gpu(vram, steps)
     else:
         lines = {
             "speed": spoken,
@@ -239,6 +237,8 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
             "memory": f"{memory}; all {size(budget.dense)} of weights are in it, the model is dense",
             "uses": f"{facts['isa']} kernels, {facts['threads']} threads",
         }
+    if (vram := engine.snapshot().vram) is not None:
+        lines["gpu"] = _gpu(vram, steps)
     if timings.drafted:
         lines["drafts"] = f"{timings.accepted} of {timings.drafted} drafted tokens were right"
         if budget.experts:
@@ -264,10 +264,15 @@ def _read_ahead(steps: StepStats, facts: Mapping[str, Any]) -> str:
 
 def _gpu(vram: Vram, steps: StepStats) -> str:
     if vram.lost is not None:
-        return f"{vram.device} was given up ({vram.lost}); all went on without it"
+        return f"{vram.device} was given up ({vram.lost})" + (
+            "" if vram.layers else "; all went on without it"
+        )
+    dense = f"{vram.device}, dense part of {vram.layers} layers"
+    if not vram.slots:
+        return dense
     return (
-        f"{vram.device}, {size(vram.nbytes)} with {vram.resident} of {vram.slots} experts; it computed "
-        f"{steps.on_gpu:.1%} of experts, {size(steps.bus_bytes)} went over the bus for "
+        f"{dense if vram.layers else vram.device}, {size(vram.nbytes)} with {vram.resident} of {vram.slots} "
+        f"experts; it computed {steps.on_gpu:.1%} of experts, {size(steps.bus_bytes)} went over the bus for "
         f"{steps.vram_promotions + steps.vram_passed}, waiting for it took {steps.gpu_wait_s:.2f} s"
     )
 

@@ -59,9 +59,10 @@ class Shares:
 
 @frozen(kw_only=True)
 class VramLine:
-    """Experts in a GPU's memory. computed_share: of all experts, those that it computed; lost: see Vram."""
+    """What is in a GPU's memory. computed_share: of all experts, those that it computed; lost: see Vram."""
 
     device: str
+    layers: int
     slots: int
     nbytes: int
     resident: int
@@ -200,6 +201,7 @@ def _line(given: pb.RequestStatus) -> RequestLine:
 def _vram(given: pb.Vram, steps: Mapping[str, float], seconds: float) -> VramLine:
     return VramLine(
         device=given.device,
+        layers=given.layers,
         slots=given.slots,
         nbytes=given.nbytes,
         resident=given.resident,

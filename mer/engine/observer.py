@@ -50,7 +50,7 @@ class Snapshot:
     ram_budget_bytes: int
     resident_bytes: int  # of the process
     steps: StepStats  # totals
-    vram: Vram | None  # None: there is no GPU, or no expert is in its memory
+    vram: Vram | None  # None: there is no GPU, or nothing is in its memory
 
 
 class Observer(Protocol):

@@ -87,13 +87,14 @@ class StepStats:
 
 @frozen(kw_only=True)
 class Vram:
-    """The experts in a GPU's memory at a moment. evictions: total. Sizes in bytes.
+    """What is in a GPU's memory at a moment. evictions: total. Sizes in bytes.
 
-    device: its name; slots: how many experts there is room for; nbytes: what that takes, with buffers;
-    lost: why it was given up, after which all goes on without it; None: it works.
+    device: its name; layers: whose dense part it has; slots: how many experts there is room for; nbytes: what
+    those take, with buffers; lost: why it was given up, after which experts go on without it; None: it works.
     """
 
     device: str
+    layers: int
     slots: int
     nbytes: int
     resident: int
@@ -281,17 +282,19 @@ class Runner:
 
     @property
     def vram(self) -> Vram | None:
-        """The experts in the GPU's memory; None: no expert ever was there."""
+        """What is in the GPU's memory; None: nothing ever was."""
         found: Mapping[str, Any] = self.experts.streamer.stats() if self.experts else {}
-        if self.device is None or not (found.get("vram_slots") or found.get("lost")):
+        layers, lost = self.placement.layers, found.get("lost")
+        if self.device is None or not (layers or found.get("vram_slots") or lost):
             return None
         return Vram(
             device=self.device.name,
-            slots=int(found["vram_slots"]),
-            nbytes=int(found["vram_bytes"]),
-            resident=int(found["vram_resident"]),
-            evictions=int(found["vram_evictions"]),
-            lost=found["lost"],
+            layers=layers,
+            slots=int(found.get("vram_slots", 0)),
+            nbytes=int(found.get("vram_bytes", 0)),
+            resident=int(found.get("vram_resident", 0)),
+            evictions=int(found.get("vram_evictions", 0)),
+            lost=lost or self.device.lost,
         )
 
     @property

@@ -20,6 +20,7 @@ from mer.api.metrics import Metrics
 from mer.cli.dashboard.panels import speed
 from mer.cli.generation import describe, print_summary
 from mer.cli.moments import Moment
+from mer.model.placement import ON_THE_CPU, Placement
 from mer.v1 import inference_pb2 as pb
 
 FOUND: dict[str, Any] = {
@@ -44,6 +45,7 @@ class Streamer:
 @attrs.frozen
 class Card:
     name: str = "Card 1"
+    lost: str | None = None
 
 
 @contextmanager
@@ -148,6 +150,20 @@ async def test_a_gpu_that_was_lost(model: Path) -> None:
             assert moment.as_json()["vram"]["lost"] == "it fell off the bus"
             told = "\n".join(str(line) for line in speed(moment, [1.0], 60))
             assert "given up: it fell off the bus" in told
+
+
+async def test_with_dense_layers_alone(model: Path) -> None:
+    async with Engine.open(model, context=64, device="cpu") as engine:
+        result = await engine.generate([1, 5, 6], SamplingParams(max_tokens=4, ignore_eos=True))
+        with with_gpu(engine, {}):
+            engine._runner.placement = Placement(2)
+            assert "Card 1, dense part of 2 layers" in summary(engine, result)
+            answer = convert.watched(engine.view(), "m", 1.0, experts=False)
+            assert (answer.stats.vram.layers, answer.stats.vram.slots) == (2, 0)
+            told = "\n".join(str(line) for line in speed(Moment.between(answer, answer), [1.0], 60))
+            assert "2 dense layers" in told
+            engine._runner.placement = ON_THE_CPU
+            assert engine.snapshot().vram is None
 
 
 async def test_without_a_gpu_nothing_is_said(model: Path) -> None:

@@ -73,6 +73,8 @@ def speed(now: Moment, history: Sequence[float], width: int) -> list[Text]:
 def _vram(vram: VramLine, room: int) -> tuple[tuple[str, str] | str, ...]:
     if vram.lost is not None:
         return ((f"given up: {vram.lost}", "red"),)
+    if not vram.slots:
+        return (f"{vram.layers} dense layers",)
     share = "" if vram.computed_share is None else f", {percent(vram.computed_share)} computed"
     return bar(vram.resident, vram.slots, room, f"{vram.resident} of {vram.slots}{share}")
 
