@@ -77,6 +77,11 @@ def test_help_lists_every_command():
     assert frame.cli.get_command(context, "common") is None
 
 
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "mer", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, mer("--version").stdout, "")
+
+
 def test_version():
     done = mer("--version")
     assert (done.returncode, done.stdout) == (0, f"mer {version('mer')}\n")
