@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 import attrs
 from attrs import define, field, frozen
 
+from mer.api import files
 from mer.config import EngineConfig
 from mer.engine.budget import Budget
 from mer.engine.engine import Engine
@@ -201,7 +202,7 @@ class Models:
         """Raises what Engine.open raises."""
         model = self.first
         model.state = "loading"
-        mark = await asyncio.to_thread(_mark, model.path)
+        mark = await asyncio.to_thread(files.mark, model.path)
         engine = await Engine.open(model.path, model.config)
         # What is there now stays; for the collector to look through it takes 20 ms of the event loop.
         gc.freeze()
@@ -231,7 +232,7 @@ class Models:
                 await asyncio.wait(self._leaving)
             before, model.state = model.state, "reloading"
             try:
-                mark = await asyncio.to_thread(_mark, path)  # of the files that are verified
+                mark = await asyncio.to_thread(files.mark, path)  # of the files that are verified
                 await asyncio.to_thread(_verify, path, None if verify_all else _SAMPLE)
                 async with self._changing:
                     try:
@@ -300,7 +301,7 @@ class Models:
             loaded = model._loaded
             if loaded is None or model.files_changed or not loaded.mark:
                 continue
-            now = await asyncio.to_thread(_look, loaded.mark)
+            now = await asyncio.to_thread(files.look, loaded.mark)
             if now == loaded.mark or loaded is not model._loaded:
                 continue
             model.files_changed = True
@@ -322,7 +323,7 @@ class Models:
         """Its files may hold what they held: serve it again if every byte has a checksum, which is right."""
         error = model.error
         try:
-            if await asyncio.to_thread(_all_have_checksums, model.path):
+            if await asyncio.to_thread(files.all_have_checksums, model.path):
                 await self.reload(model, verify_all=True)
                 _log.info("model %s: its files hold what they held; it is served again", model.name)
         except MerError as why:
@@ -360,7 +361,7 @@ class Models:
                     return
                 model.state = "loading"
                 try:
-                    mark = await asyncio.to_thread(_mark, model.path)
+                    mark = await asyncio.to_thread(files.mark, model.path)
                     config = _numbered(model.config, model)
                     self._take_over(model, await self._bring(model.path, config, mark))
                 except Exception as error:
@@ -392,7 +393,7 @@ class Models:
         for loaded, part in zip(self._loaded(), parts[1:], strict=True):
             await loaded.engine.set_ram(part)
         engine = await Engine.beside(path, attrs.evolve(config, ram=parts[0]), self._process)
-        if await asyncio.to_thread(_look, mark) != mark:
+        if await asyncio.to_thread(files.look, mark) != mark:
             await engine.close(drain=False)
             raise CheckpointError(f"{path}: its files changed while they were opened; try again")
         return _Loaded(engine, mark)
@@ -466,22 +467,6 @@ def start(work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
     return asyncio.create_task(run())
 
 
-def _mark(path: Path) -> dict[Path, tuple[int, ...]]:
-    return _look(dict.fromkeys(open_checkpoint(locate(path)).files, ()))
-
-
-def _look(files: Mapping[Path, object]) -> dict[Path, tuple[int, ...]]:
-    """(device, inode, size, time of the last change in ns) of each; empty for one that is not there."""
-    found: dict[Path, tuple[int, ...]] = {}
-    for file in files:
-        try:
-            stat = file.stat()
-            found[file] = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        except OSError:
-            found[file] = ()
-    return found
-
-
 def _numbered(config: EngineConfig, model: Model) -> EngineConfig:
     """Files that an engine writes get a number from the second one on: trace.csv, trace.2.csv."""
     number = model.generation + 1
@@ -490,13 +475,6 @@ def _numbered(config: EngineConfig, model: Model) -> EngineConfig:
         return file if file is None or number == 1 else file.with_suffix(f".{number}{file.suffix}")
 
     return attrs.evolve(config, trace=name(config.trace), profile=name(config.profile))
-
-
-def _all_have_checksums(path: Path) -> bool:
-    """Raises what opening it raises."""
-    checkpoint = open_checkpoint(locate(path))
-    experts = checkpoint.experts.values()
-    return checkpoint.tensors.keys() <= checkpoint.checksums.keys() and all(each.checksum for each in experts)
 
 
 def _verify(path: Path, sample: int | None) -> None:
