@@ -32,6 +32,8 @@ cdef class ExpertCache:
     cdef void visit(self, int64_t layer, const int32_t *ids, int64_t n, int64_t tokens) noexcept nogil
     # Whether processors are wanted for something else than touching memory ahead of its use.
     cdef void hold_prefault(self, bint on) noexcept nogil
+    # Whether an expert was dropped: it was there, and neither in use nor in the pinned set.
+    cdef bint drop(self, int64_t expert) noexcept nogil
     cdef int64_t free_slots(self) noexcept nogil
     # 0, or -1 where the call makes no sense: not loading; not pinned, or the last pin of a read under way.
     cdef int publish(self, int64_t expert) noexcept nogil

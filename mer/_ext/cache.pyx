@@ -54,6 +54,7 @@ cdef extern from "mer_cache.h" nogil:
     void mer_cache_protect(mer_cache *c, int64_t expert, int on)
     int mer_cache_all_protected(mer_cache *c)
     int64_t mer_cache_clear(mer_cache *c)
+    int mer_cache_drop(mer_cache *c, int64_t expert)
     void mer_cache_chances(mer_cache *c, double *chances)
     void mer_cache_remember(mer_cache *c, int64_t expert, double chance)
     int64_t mer_cache_free_slots(mer_cache *c)
@@ -109,6 +110,9 @@ cdef class ExpertCache:
 
     cdef void hold_prefault(self, bint on) noexcept nogil:
         mer_cache_hold_prefault(self._cache, on)
+
+    cdef bint drop(self, int64_t expert) noexcept nogil:
+        return mer_cache_drop(self._cache, expert)
 
     cdef int64_t free_slots(self) noexcept nogil:
         return mer_cache_free_slots(self._cache)
@@ -266,6 +270,10 @@ cdef class ExpertCache:
         if not 0 < chance <= 1:
             raise ValueError(f"expert {expert}: a chance can't be {chance}")
         mer_cache_remember(self._cache, self._check(expert), chance)
+
+    def drop_py(self, int64_t expert):
+        """Drop an expert, if it is there and neither in use nor in the pinned set; returns whether it was."""
+        return bool(self.drop(self._check(expert)))
 
     def clear(self):
         """Drop every expert that is neither in use nor in the pinned set; returns how many."""

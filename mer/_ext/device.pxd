@@ -30,6 +30,8 @@ cdef class Device:
 
     # Raises GpuError for a name that the module has not.
     cdef void *function(self, str name) except NULL
+    # What the driver calls an error.
+    cdef str describe(self, int error)
     # Raises GpuError, GpuMemoryError where error is not 0; `what` was tried.
     cdef int check(self, int error, str what) except -1
     cdef int lost_error(self) noexcept nogil

@@ -95,10 +95,13 @@ cdef class Device:
         self.check(self.enter(), "loading kernels")
         self.check(mer_device_load(self._device, data), "loading kernels")
 
+    cdef str describe(self, int error):
+        return mer_device_error(self._device, error).decode()
+
     cdef int check(self, int error, str what) except -1:
         if error == 0:
             return 0
-        text = f"device {self.ordinal} ({self.name}), {what}: {mer_device_error(self._device, error).decode()}"
+        text = f"device {self.ordinal} ({self.name}), {what}: {self.describe(error)}"
         raise (GpuMemoryError if error == MER_DEVICE_OUT_OF_MEMORY else GpuError)(text)
 
     cdef void *function(self, str name) except NULL:

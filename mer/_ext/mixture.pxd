@@ -72,6 +72,8 @@ cdef class Mixture:
     # `ready` is empty again; one more expert of the layer in it, its gate, up and down at `places` in the slot.
     cdef void clear(self) noexcept nogil
     cdef void add_ready(self, int64_t expert, const uint8_t *slot, const int64_t *places) noexcept nogil
+    # How many tokens of the call want an expert of the layer.
+    cdef int64_t count(self, int64_t expert) noexcept nogil
     # Everything in `ready`, on the pool.
     cdef void compute_ready(self) noexcept nogil
     # On the pool: out of the rows of all experts.

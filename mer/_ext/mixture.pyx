@@ -24,6 +24,10 @@ cdef extern from "mer_group.h" nogil:
                   int64_t *position)
 
 
+cdef enum:
+    PAGE = 4096
+
+
 cdef void input_task(void *arg, long task, int thread) noexcept nogil:
     (<Mixture>arg).prepare_input(task)
 
@@ -98,7 +102,8 @@ cdef class Mixture:
         self.arrays = (None, None, None, None)
         self.n_layers, self.n_experts, self.top_k, self.max_tokens = layers.shape[0], n_experts, top_k, max_tokens
         self.scratch_bytes = sum(sizes)
-        if posix_memalign(&self.memory, 64, <size_t>self.scratch_bytes):
+        # Whole pages, since a device may be given access to them.
+        if posix_memalign(&self.memory, PAGE, <size_t>(self.scratch_bytes + PAGE - 1) // PAGE * PAGE):
             raise MemoryError(f"no memory for {self.scratch_bytes} bytes of expert buffers")
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         cdef char *memory = <char *>self.memory
@@ -175,6 +180,9 @@ cdef class Mixture:
                                          self.n_rows)
         self.n_ready += 1
         self.n_rows += count
+
+    cdef int64_t count(self, int64_t expert) noexcept nogil:
+        return self.first[expert + 1] - self.first[expert]
 
     cdef void compute_ready(self) noexcept nogil:
         """As three passes over all of its experts at once."""

@@ -6,6 +6,7 @@ from mer._ext.mixture cimport Mixture
 from mer._ext.prefetch cimport Prefetcher, ReadPlan
 from mer._ext.recorder cimport Recorder
 from mer._ext.uring cimport Reader, ReadOp
+from mer._ext.vram cimport VramTier
 
 ctypedef struct Expert:
     int64_t key                # its number in the cache
@@ -21,6 +22,7 @@ cdef class ExpertStreamer:
     cdef Reader reader
     cdef Mixture mixture               # the arithmetic
     cdef Prefetcher prefetcher         # None: nothing is read ahead
+    cdef VramTier vram                 # None: there is no tier above the cache
     cdef Recorder recorder             # None: nothing is recorded
     cdef readonly int64_t n_layers, n_experts, top_k, max_tokens, max_reads, scratch_bytes
     cdef ReadPlan *reads               # [n_layers * n_experts, max_reads]; length 0: not used
@@ -44,5 +46,8 @@ cdef class ExpertStreamer:
     cdef void end_reads(self, Expert *e) noexcept nogil
     cdef void try_acquire(self, Expert *e) noexcept nogil
     cdef void advance(self, Expert *e) noexcept nogil
+    cdef void begin_device(self, int64_t base, int64_t n) noexcept nogil
+    cdef bint end_device(self, int64_t n) noexcept nogil
+    cdef void compute_ready(self, int64_t n) noexcept nogil
     cdef int stream(self, int64_t base) noexcept nogil
     cdef void spent(self, int64_t kind, int64_t since) noexcept nogil

@@ -19,13 +19,16 @@ from posix.time cimport nanosleep, timespec
 
 from mer._ext.cache cimport ACQ_BUSY, ACQ_HIT, ACQ_MISS, ExpertCache, STATE_LOADING, STATE_RESIDENT
 from mer._ext.kernels cimport Kernels, Pool
+from mer._ext.device cimport Device
 from mer._ext.mixture cimport BATCH_ROWS, Mixture
 from mer._ext.prefetch cimport Prefetcher, plan_bytes, plan_read
 from mer._ext.recorder cimport Recorder, SPAN_COMPUTE, SPAN_EXPERTS, SPAN_READ, SPAN_WAIT, now
+from mer._ext.vram cimport VramTier
 from mer._ext.uring cimport MER_IO_DEMAND, Reader, ReadOp, mer_read_done
 
 from mer._ext.mixture import mixture_bytes
 from mer._ext.prefetch import NOTHING_AHEAD
+from mer._ext.vram import NO_VRAM
 from mer.errors import BudgetError
 
 cdef enum:
@@ -34,6 +37,7 @@ cdef enum:
     BUSY             # somebody else is reading it; pinned
     READY            # resident and pinned
     COMPUTING
+    ON_DEVICE        # computed by the tier above memory
     DONE
     N_STATES
 
@@ -245,6 +249,39 @@ cdef class ExpertStreamer:
             else:
                 self.try_acquire(e)
 
+    cdef void begin_device(self, int64_t base, int64_t n) noexcept nogil:
+        """Starts what is in the tier above memory."""
+        cdef int64_t i
+        self.vram.begin(base)
+        for i in range(n):
+            if self.vram.has(self.active[i].key):
+                self.vram.compute(self.active[i].key)
+                self.active[i].state = ON_DEVICE
+        self.vram.launch()
+
+    cdef bint end_device(self, int64_t n) noexcept nogil:
+        """Waits for it. False: it has failed, and its experts are wanted here."""
+        cdef int64_t i
+        cdef bint done = self.vram.wait()
+        if not done:
+            for i in range(n):
+                if self.active[i].state == ON_DEVICE:
+                    self.active[i].state = WAITING
+        return done
+
+    cdef void compute_ready(self, int64_t n) noexcept nogil:
+        cdef int64_t i, start = now(), byte_tokens = 0
+        cdef Expert *each
+        self.mixture.compute_ready()
+        if self.vram is None:
+            return
+        for i in range(n):
+            each = &self.active[i]
+            if each.state == COMPUTING:
+                byte_tokens += self.cache.slot_bytes * self.mixture.count(each.key % self.n_experts)
+                self.vram.offer(each.key, self.cache.slot_ptr(each.slot))
+        self.vram.note_multiplied(now() - start, byte_tokens)
+
     cdef int stream(self, int64_t base) noexcept nogil:
         """Acquires, reads and computes every expert of this step. 0 (see `failed`), or ENOSPC."""
         cdef int64_t n = 0, e, i, mark, submitted = 0
@@ -260,8 +297,10 @@ cdef class ExpertStreamer:
                 n += 1
         if self.prefetcher is not None:
             self.prefetcher.judge(base, self.mixture.ids, self.mixture.tokens, self.mixture.first)
+        if self.vram is not None:
+            self.begin_device(base, n)
         for i in range(n):                           # what is resident is pinned before a miss may evict it
-            if self.cache.state(self.active[i].key) == STATE_RESIDENT:
+            if self.active[i].state == WAITING and self.cache.state(self.active[i].key) == STATE_RESIDENT:
                 self.try_acquire(&self.active[i])
         while True:
             memset(under_way, 0, sizeof(under_way))
@@ -272,6 +311,10 @@ cdef class ExpertStreamer:
             for i in range(n):
                 each = &self.active[i]
                 self.advance(each)
+                if each.state == READY and self.vram is not None and self.vram.take(
+                        each.key, self.cache.slot_ptr(each.slot), self.mixture.count(each.key - base)):
+                    self.cache.release(each.key)
+                    each.state = ON_DEVICE
                 if each.state == READY and self.mixture.n_rows < BATCH_ROWS:
                     self.mixture.add_ready(each.key - base, <const uint8_t *>self.cache.slot_ptr(each.slot),
                                            &self.matrices[each.key * 3])
@@ -283,10 +326,12 @@ cdef class ExpertStreamer:
             if self.ahead is not NULL and not under_way[WAITING] and not under_way[BUSY] and self.failed is NULL:
                 self.prefetcher.look_ahead(base + self.n_experts, self.ahead, self.mixture.tokens)
                 self.ahead = NULL
+            if self.vram is not None:
+                self.vram.launch()
             mark = now()
             if self.mixture.n_ready:
                 if self.failed is NULL:
-                    self.mixture.compute_ready()
+                    self.compute_ready(n)
                 for i in range(n):
                     if self.active[i].state == COMPUTING:
                         self.cache.release(self.active[i].key)
@@ -301,12 +346,14 @@ cdef class ExpertStreamer:
                 self.spent(SPAN_WAIT, mark)
             elif under_way[BUSY] or under_way[WAITING]:
                 if not under_way[BUSY] and self.cache.all_protected():
+                    if self.vram is not None:
+                        self.vram.wait()
                     return ENOSPC
                 # It hangs on others, who read it or hold the slots; nothing here is pinned but what they read.
                 pause.tv_sec, pause.tv_nsec = 0, 50000
                 nanosleep(&pause, NULL)
                 self.spent(SPAN_WAIT, mark)
-            else:
+            elif self.vram is None or not under_way[ON_DEVICE] or self.end_device(n):
                 return 0
 
     cdef void spent(self, int64_t kind, int64_t since) noexcept nogil:
@@ -319,6 +366,17 @@ cdef class ExpertStreamer:
     def wants_guesses(self, int64_t tokens):
         """Whether `ahead` would be of use to the next call, of this many tokens."""
         return self.prefetcher is not None and self.prefetcher.wants_guesses(tokens)
+
+    def use_vram(self, Device device not None, int64_t n_slots):
+        """Put a tier of n_slots experts, at the most, above the cache; after add_biases, gelu and clamp.
+
+        Raises GpuError, GpuMemoryError where the device can't: nothing has changed then.
+        """
+        tier = VramTier(device, self.cache, self.mixture, self.mixture.pool, n_slots)
+        (<VramTier>tier).matrices = self.matrices
+        self.vram = tier
+        if self.prefetcher is not None:
+            self.prefetcher.elsewhere = self.vram.slot_of
 
     def add_biases(self, list layers):
         """See Mixture.add_biases()."""
@@ -348,8 +406,8 @@ cdef class ExpertStreamer:
         """Totals since the start: seconds waiting for reads and computing, bytes asked of the device,
         and experts found in the cache (hits) or read (misses), each counted once a call.
 
-        An expert that is on its way because it was read ahead counts as found. For the rest see StepStats;
-        prefetch_depth: how many guesses of a token are read ahead now; prefetching: experts on their way.
+        An expert that is on its way because it was read ahead counts as found. For the rest see StepStats and
+        VramTier.stats(); prefetch_depth: how many guesses of a token are read ahead now; prefetching: experts on their way.
         """
         ahead = NOTHING_AHEAD if self.prefetcher is None else self.prefetcher.stats()
         return {
@@ -359,4 +417,5 @@ cdef class ExpertStreamer:
             "hits": self.hits,
             "misses": self.misses,
             **ahead,
+            **(NO_VRAM if self.vram is None else self.vram.stats()),
         }

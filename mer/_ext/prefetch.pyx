@@ -161,6 +161,8 @@ cdef class Prefetcher:
         cdef int status
         if self.under_way == self.capacity or self.cache.state(key) != STATE_ABSENT:
             return False
+        if self.elsewhere is not NULL and self.elsewhere[key] >= 0:
+            return False
         status = self.cache.acquire_early(key, &slot)
         if status != ACQ_MISS:
             if status == ACQ_HIT:

@@ -92,6 +92,8 @@ int64_t mer_cache_pins(const mer_cache *c, int64_t expert);
 void mer_cache_protect(mer_cache *c, int64_t expert, int on);
 /* Drops every resident expert that is neither in use nor in the pinned set; returns how many. */
 int64_t mer_cache_clear(mer_cache *c);
+/* Drops this one, if it is such; returns whether it did. */
+int mer_cache_drop(mer_cache *c, int64_t expert);
 /* Whether every slot holds a resident member of the pinned set: MER_ACQ_FULL then lasts until one is taken out. */
 int mer_cache_all_protected(mer_cache *c);
 

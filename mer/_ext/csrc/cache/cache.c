@@ -329,6 +329,18 @@ int64_t mer_cache_clear(mer_cache *c) {
     return dropped;
 }
 
+int mer_cache_drop(mer_cache *c, int64_t expert) {
+    int dropped = 0;
+    pthread_mutex_lock(&c->mutex);
+    const uint64_t seen = atomic_load_explicit(&c->words[expert], memory_order_relaxed);
+    if (state_of(seen) == MER_STATE_RESIDENT && may_go(c, slot_of(seen)) && evict(c, slot_of(seen))) {
+        give_slot(c, slot_of(seen));
+        dropped = 1;
+    }
+    pthread_mutex_unlock(&c->mutex);
+    return dropped;
+}
+
 /* Out of service, with its memory given back. */
 static void retire(mer_cache *c, int64_t slot) {
     if (slot < c->used || c->ahead) madvise(c->arena + (size_t)slot * c->slot_bytes, c->slot_bytes, MADV_DONTNEED);

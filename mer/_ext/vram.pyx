@@ -1,0 +1,287 @@
+"""The tier above memory: experts in the memory of a CUDA device, computed where they are.
+
+An expert gets there by way of memory: its bytes are copied into a pinned buffer, from which the device fetches them
+beside all computation. When it has arrived, its slot of the cache below is given up, unless that has room for every
+expert. Who makes room is wanted least by the tokens lately; the newcomer must be wanted clearly more often, so that
+experts do not take turns. Of a prompt's chunk many tokens want an expert: then it is quicker to have it copied and
+computed there than here, and as many as there are buffers for go over, while the processor computes the others.
+
+Nothing of that shows in a result: the device gives the same bytes. When the device fails, the tier is empty from then on, and
+what it was to compute is computed here.
+"""
+from libc.math cimport pow
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+from posix.stdlib cimport posix_memalign
+
+from mer._ext.device cimport MER_DEVICE_NOT_READY, MER_STREAM_COMPUTE, MER_STREAM_COPY
+from mer._ext.recorder cimport now
+
+from mer.errors import GpuMemoryError
+
+cdef enum:
+    PAGE = 4096
+    PIECE = 262144         # bytes that one task copies
+    MOST_BOUNCES = 16
+    BOUNCE_BYTES = 67108864
+
+# The statistics where there is no tier
+NO_VRAM = {**dict.fromkeys(("vram_slots", "vram_bytes", "vram_resident", "vram_hits", "vram_promotions", "vram_evictions",
+                            "bus_bytes", "gpu_wait_s"), 0), "lost": None}
+
+# Of one token, in the average of how often an expert is wanted.
+cdef double RATE = 0.02
+# A newcomer's heat must be that many times the heat of whom it replaces, and this much more.
+cdef double CLEARLY = 1.5
+cdef double MARGIN = 0.02
+# Tokens of an expert from which on it is copied over for being computed, before speeds are known.
+cdef double FIRST_GUESS = 8.0
+# Of a new measurement in the average of speeds.
+cdef double NEW = 0.1
+
+
+cdef void copy_task(void *arg, long task, int thread) noexcept nogil:
+    (<VramTier>arg).copy_piece(<int64_t>task * PIECE)
+
+
+def bounce_bytes(int64_t slot_bytes):
+    """Bytes of the host's memory that a tier takes for copies."""
+    return _bounces(slot_bytes) * slot_bytes
+
+
+cdef int64_t _bounces(int64_t slot_bytes):
+    return max(<int64_t>2, min(<int64_t>MOST_BOUNCES, BOUNCE_BYTES // slot_bytes))
+
+
+cdef class VramTier:
+    """Up to n_slots experts of a streamer in the memory of a device; fewer where it has not as much left.
+
+    Raises GpuError, GpuMemoryError where not even one fits.
+    """
+
+    def __cinit__(self, Device device not None, ExpertCache cache not None, Mixture mixture not None, Pool pool not None,
+                  int64_t n_slots):
+        cdef int64_t i
+        cdef uint64_t pointer = 0
+        self.device, self.cache, self.mixture, self.pool = device, cache, mixture, pool
+        self.slot_bytes, self.n_keys, self.n_experts = cache.slot_bytes, cache.n_experts, mixture.n_experts
+        self.n_bounces = _bounces(self.slot_bytes)
+        self.slot_of = <int32_t *>calloc(self.n_keys, sizeof(int32_t))
+        self.key_of = <int32_t *>calloc(max(n_slots, <int64_t>1), sizeof(int32_t))
+        self.heat = <float *>calloc(self.n_keys, sizeof(float))
+        self.used = <int64_t *>calloc(max(n_slots, <int64_t>1), sizeof(int64_t))
+        self.bounces = <Bounce *>calloc(self.n_bounces, sizeof(Bounce))
+        if (self.slot_of is NULL or self.key_of is NULL or self.heat is NULL or self.used is NULL or self.bounces is NULL
+                or posix_memalign(<void **>&self.bounce_memory, PAGE, self.n_bounces * self.slot_bytes)):
+            raise MemoryError("no memory for the tables of a VRAM tier")
+        memset(self.slot_of, 0xff, self.n_keys * sizeof(int32_t))
+        self.arithmetic = GpuMixture(device, mixture)
+        device.check(device.pin(self.bounce_memory, self.n_bounces * self.slot_bytes, &pointer), "pinning buffers")
+        self.bounces_pinned = True
+        for i in range(self.n_bounces):
+            self.bounces[i] = Bounce(self.bounce_memory + i * self.slot_bytes, NULL, -1, False)
+            device.check(device.new_event(&self.bounces[i].arrived), "making an event")
+        self.n_slots = self.take_slots(min(n_slots, self.n_keys))
+
+    def take_slots(self, int64_t n):
+        """The slots' memory: as many of n as there are."""
+        while n > 0:
+            error = self.device.alloc(n * self.slot_bytes, &self.arena)
+            if error == 0:
+                return n
+            try:
+                self.device.check(error, f"taking {n} slots of {self.slot_bytes} bytes for experts")
+            except GpuMemoryError:
+                n = n * 7 // 8
+        raise GpuMemoryError(f"device {self.device.ordinal} ({self.device.name}) has no memory left for an expert of "
+                             f"{self.slot_bytes} bytes")
+
+    def __dealloc__(self):
+        cdef int64_t i
+        if self.device is None:
+            return
+        self.device.enter()
+        self.device.finish(MER_STREAM_COPY)
+        for i in range(self.n_bounces if self.bounces is not NULL else 0):
+            self.device.drop_event(self.bounces[i].arrived)
+        if self.bounces_pinned:
+            self.device.unpin(self.bounce_memory)
+        self.device.free(self.arena)
+        free(self.bounce_memory)
+        free(self.bounces)
+        free(self.slot_of)
+        free(self.key_of)
+        free(self.heat)
+        free(self.used)
+
+    cdef bint has(self, int64_t key) noexcept nogil:
+        return self.slot_of[key] >= 0
+
+    cdef void fail(self, int error) noexcept nogil:
+        """The device is of no use any more: every expert is where it was before, or in the files."""
+        self.error = error
+        memset(self.slot_of, 0xff, self.n_keys * sizeof(int32_t))
+        self.n_resident = 0
+
+    cdef void begin(self, int64_t base) noexcept nogil:
+        cdef int64_t e, count, tokens = self.mixture.tokens
+        cdef float kept = <float>pow(1.0 - RATE, <double>tokens)
+        self.base = base
+        self.turn += 1
+        self.coldest = -1
+        for e in range(self.n_experts):
+            count = self.mixture.first[e + 1] - self.mixture.first[e]
+            self.heat[base + e] = self.heat[base + e] * kept + (1 - kept) * <float>count / <float>tokens
+        if self.error == 0 and self.n_moving:
+            self.collect()
+        if self.error == 0:
+            self.arithmetic.begin()
+
+    cdef void collect(self) noexcept nogil:
+        """What has arrived is in the tier from now on."""
+        cdef int64_t i, key
+        cdef int error
+        cdef Bounce *b
+        error = self.device.enter()
+        for i in range(self.n_bounces):
+            b = &self.bounces[i]
+            if b.slot < 0:
+                continue
+            if error == 0:
+                error = self.device.ready(b.arrived)
+            if error == MER_DEVICE_NOT_READY:
+                error = 0
+                continue
+            if error:
+                self.fail(error)
+                return
+            key = self.key_of[b.slot]
+            self.slot_of[key] = <int32_t>b.slot
+            b.slot = -1
+            self.n_moving -= 1
+            self.n_resident += 1
+            if self.cache.n_slots < self.n_keys:   # its slot below is of use to others
+                self.cache.drop(key)
+
+    cdef void compute(self, int64_t key) noexcept nogil:
+        cdef int64_t slot = self.slot_of[key]
+        self.used[slot] = self.turn
+        self.hits += 1
+        self.arithmetic.add(key - self.base, self.arena + <uint64_t>(slot * self.slot_bytes), &self.matrices[key * 3])
+
+    cdef int64_t find_coldest(self) noexcept nogil:
+        """The slot of whom is wanted least, -1: all are on their way, or computed by this layer's call."""
+        cdef int64_t slot, best = -1
+        cdef float least = 0, heat
+        for slot in range(self.n_filled):
+            if self.used[slot] == self.turn or self.slot_of[self.key_of[slot]] != slot:
+                continue
+            heat = self.heat[self.key_of[slot]]
+            if best < 0 or heat < least:
+                best, least = slot, heat
+        return best
+
+    cdef int64_t find_slot(self, int64_t key, bint wanted) noexcept nogil:
+        """A slot for an expert, -1: it is not worth one. wanted: it is to be computed there, whatever its heat."""
+        cdef int64_t best
+        if self.n_filled < self.n_slots:
+            self.n_filled += 1
+            return self.n_filled - 1
+        if self.coldest < 0:
+            self.coldest = self.find_coldest()
+        best = self.coldest
+        if best < 0 or not (wanted or self.heat[key] > CLEARLY * self.heat[self.key_of[best]] + MARGIN):
+            return -1
+        self.coldest = -1
+        self.slot_of[self.key_of[best]] = -1
+        self.n_resident -= 1
+        self.evictions += 1
+        return best
+
+    cdef bint copy(self, int64_t key, const char *weights, bint computed) noexcept nogil:
+        cdef int64_t i, slot, start
+        cdef uint64_t place
+        cdef int error
+        cdef Bounce *b = NULL
+        for i in range(self.n_bounces):
+            if self.bounces[i].slot < 0:
+                b = &self.bounces[i]
+                break
+        if b is NULL:
+            return False
+        slot = self.find_slot(key, computed)
+        if slot < 0:
+            return False
+        start = now()
+        self.copy_to, self.copy_from = b.memory, weights
+        self.pool.run(copy_task, <void *>self, (self.slot_bytes + PIECE - 1) // PIECE)
+        self.copy_ns += ((now() - start) / <double>self.slot_bytes - self.copy_ns) * (NEW if self.copy_ns else 1.0)
+        place = self.arena + <uint64_t>(slot * self.slot_bytes)
+        error = self.device.enter()
+        if error == 0:
+            error = self.device.upload(MER_STREAM_COPY, place, b.memory, self.slot_bytes)
+        if error == 0:
+            error = self.device.record(b.arrived, MER_STREAM_COPY)
+        if error == 0 and computed:
+            error = self.device.follow(MER_STREAM_COMPUTE, b.arrived)
+        if error:
+            self.fail(error)
+            return False
+        self.key_of[slot], self.used[slot] = <int32_t>key, self.turn
+        b.slot = slot
+        self.n_moving += 1
+        self.promotions += 1
+        self.bus_bytes += self.slot_bytes
+        if computed:
+            self.arithmetic.add(key - self.base, place, &self.matrices[key * 3])
+        return True
+
+    cdef void copy_piece(self, int64_t start) noexcept nogil:
+        memcpy(self.copy_to + start, self.copy_from + start, min(<int64_t>PIECE, self.slot_bytes - start))
+
+    cdef bint take(self, int64_t key, const char *weights, int64_t count) noexcept nogil:
+        cdef double least = FIRST_GUESS
+        if self.multiply_ns and self.copy_ns:
+            least = 2 * self.copy_ns / self.multiply_ns
+        if self.error or count < least:
+            return False
+        return self.copy(key, weights, True)
+
+    cdef void offer(self, int64_t key, const char *weights) noexcept nogil:
+        if self.error == 0 and self.slot_of[key] < 0:
+            self.copy(key, weights, False)
+
+    cdef void launch(self) noexcept nogil:
+        cdef int error = self.arithmetic.launch() if self.error == 0 else 0
+        if error:
+            self.fail(error)
+
+    cdef bint wait(self) noexcept nogil:
+        cdef int64_t start = now()
+        cdef int error = self.arithmetic.wait()
+        self.wait_ns += now() - start
+        if error and not self.error:
+            self.fail(error)
+        return self.error == 0
+
+    cdef void note_multiplied(self, int64_t ns, int64_t byte_tokens) noexcept nogil:
+        self.multiply_ns += (ns / <double>byte_tokens - self.multiply_ns) * (NEW if self.multiply_ns else 1.0)
+
+    def stats(self):
+        """Totals since the start, and what is there now.
+
+        vram_slots, vram_bytes: of the tier, activations included; vram_resident: experts in it; vram_hits: experts found
+        there, counted once a call; vram_promotions, vram_evictions; bus_bytes: of weights copied to the device;
+        gpu_wait_s: time with nothing to compute here but the device not done; lost: why the tier was given up, or None.
+        """
+        return {
+            "vram_slots": self.n_slots,
+            "vram_bytes": self.n_slots * self.slot_bytes + self.arithmetic.nbytes,
+            "vram_resident": self.n_resident,
+            "vram_hits": self.hits,
+            "vram_promotions": self.promotions,
+            "vram_evictions": self.evictions,
+            "bus_bytes": self.bus_bytes,
+            "gpu_wait_s": self.wait_ns / 1e9,
+            "lost": self.device.describe(self.error) if self.error else None,
+        }
