@@ -9,9 +9,11 @@ from mer._ext.mixture cimport Mixture
 
 ctypedef struct Bounce:
     char *memory               # pinned, slot_bytes
-    void *arrived              # an event
-    int64_t slot               # where the expert in it goes; -1: free
-    bint computed              # by the layer under way: it follows the event
+    void *arrived              # an event: the device has what is in it
+    void *computed             # the same of one that passes
+    int64_t key                # of the expert in it, -1: free
+    int64_t slot               # where that goes; -1: it passes, in a slot of its own behind the tier's
+    bint launched              # it passes, and its products have been started
 
 
 cdef class VramTier:
@@ -29,7 +31,7 @@ cdef class VramTier:
     cdef int64_t *used                 # [slots] the last layer's call that it was computed in
     cdef Bounce *bounces
     cdef char *bounce_memory
-    cdef int64_t n_bounces, n_filled, n_moving, n_resident, turn, base, coldest
+    cdef int64_t n_bounces, n_filled, n_resident, turn, base, coldest
     cdef bint bounces_pinned
     # what a thread of the pool copies
     cdef char *copy_to
@@ -37,14 +39,14 @@ cdef class VramTier:
     # speeds, ns a byte: of copying an expert to the device; of multiplying with one here, a token
     cdef double copy_ns, multiply_ns
     cdef int error                     # the driver's, which ended the tier; 0: it works
-    cdef int64_t hits, promotions, evictions, bus_bytes, wait_ns
+    cdef int64_t hits, promotions, evictions, passed, bus_bytes, wait_ns
 
     # A layer's turn, after Mixture.begin; its experts begin at `base`.
     cdef void begin(self, int64_t base) noexcept nogil
     cdef bint has(self, int64_t key) noexcept nogil
     # Have an expert that is there computed: at the next `launch`.
     cdef void compute(self, int64_t key) noexcept nogil
-    # Whether it was taken over: its weights are copied to the device, and computed there at the next `launch`.
+    # Whether it was taken over: its weights pass through the device, and are computed there at the next `launch`.
     cdef bint take(self, int64_t key, const char *weights, int64_t count) noexcept nogil
     # The same without computing it, where it is wanted often enough: it will be there some layers later.
     cdef void offer(self, int64_t key, const char *weights) noexcept nogil
@@ -56,7 +58,11 @@ cdef class VramTier:
 
     cdef void collect(self) noexcept nogil
     cdef int64_t find_coldest(self) noexcept nogil
-    cdef int64_t find_slot(self, int64_t key, bint wanted) noexcept nogil
-    cdef bint copy(self, int64_t key, const char *weights, bint computed) noexcept nogil
+    cdef int64_t find_slot(self, int64_t key) noexcept nogil
+    cdef Bounce *free_bounce(self) noexcept nogil
+    cdef int copy(self, Bounce *b, int64_t key, const char *weights, int64_t slot) noexcept nogil
+    cdef Bounce *find_moving(self, int64_t key) noexcept nogil
+    cdef uint64_t place_of(self, const Bounce *b) noexcept nogil
+    cdef void note_computed(self) noexcept nogil
     cdef void copy_piece(self, int64_t start) noexcept nogil
     cdef void fail(self, int error) noexcept nogil

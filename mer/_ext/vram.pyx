@@ -4,7 +4,8 @@ An expert gets there by way of memory: its bytes are copied into a pinned buffer
 beside all computation. When it has arrived, its slot of the cache below is given up, unless that has room for every
 expert. Who makes room is wanted least by the tokens lately; the newcomer must be wanted clearly more often, so that
 experts do not take turns. Of a prompt's chunk many tokens want an expert: then it is quicker to have it copied and
-computed there than here, and as many as there are buffers for go over, while the processor computes the others.
+computed there than here, and as many as there are buffers for pass through the device, while the processor computes the
+others.
 
 Nothing of that shows in a result: the device gives the same bytes. When the device fails, the tier is empty from then on, and
 what it was to compute is computed here.
@@ -26,8 +27,8 @@ cdef enum:
     BOUNCE_BYTES = 67108864
 
 # The statistics where there is no tier
-NO_VRAM = {**dict.fromkeys(("vram_slots", "vram_bytes", "vram_resident", "vram_hits", "vram_promotions", "vram_evictions",
-                            "bus_bytes", "gpu_wait_s"), 0), "lost": None}
+NO_VRAM = {**dict.fromkeys(("vram_slots", "vram_bytes", "vram_resident", "vram_hits", "vram_passed", "vram_promotions",
+                            "vram_evictions", "bus_bytes", "gpu_wait_s"), 0), "lost": None}
 
 # Of one token, in the average of how often an expert is wanted.
 cdef double RATE = 0.02
@@ -79,14 +80,15 @@ cdef class VramTier:
         device.check(device.pin(self.bounce_memory, self.n_bounces * self.slot_bytes, &pointer), "pinning buffers")
         self.bounces_pinned = True
         for i in range(self.n_bounces):
-            self.bounces[i] = Bounce(self.bounce_memory + i * self.slot_bytes, NULL, -1, False)
+            self.bounces[i] = Bounce(self.bounce_memory + i * self.slot_bytes, NULL, NULL, -1, -1, False)
             device.check(device.new_event(&self.bounces[i].arrived), "making an event")
+            device.check(device.new_event(&self.bounces[i].computed), "making an event")
         self.n_slots = self.take_slots(min(n_slots, self.n_keys))
 
     def take_slots(self, int64_t n):
-        """The slots' memory: as many of n as there are."""
+        """The slots' memory: as many of n as there are, and those of experts that pass."""
         while n > 0:
-            error = self.device.alloc(n * self.slot_bytes, &self.arena)
+            error = self.device.alloc((n + self.n_bounces) * self.slot_bytes, &self.arena)
             if error == 0:
                 return n
             try:
@@ -104,6 +106,7 @@ cdef class VramTier:
         self.device.finish(MER_STREAM_COPY)
         for i in range(self.n_bounces if self.bounces is not NULL else 0):
             self.device.drop_event(self.bounces[i].arrived)
+            self.device.drop_event(self.bounces[i].computed)
         if self.bounces_pinned:
             self.device.unpin(self.bounce_memory)
         self.device.free(self.arena)
@@ -132,36 +135,34 @@ cdef class VramTier:
         for e in range(self.n_experts):
             count = self.mixture.first[e + 1] - self.mixture.first[e]
             self.heat[base + e] = self.heat[base + e] * kept + (1 - kept) * <float>count / <float>tokens
-        if self.error == 0 and self.n_moving:
+        if self.error == 0:
             self.collect()
         if self.error == 0:
             self.arithmetic.begin()
 
     cdef void collect(self) noexcept nogil:
-        """What has arrived is in the tier from now on."""
-        cdef int64_t i, key
-        cdef int error
+        """What has arrived is in the tier from now on; buffers are free that the device has done with."""
+        cdef int64_t i
+        cdef int error = self.device.enter()
         cdef Bounce *b
-        error = self.device.enter()
         for i in range(self.n_bounces):
             b = &self.bounces[i]
-            if b.slot < 0:
+            if b.key < 0:
                 continue
             if error == 0:
-                error = self.device.ready(b.arrived)
+                error = self.device.ready(b.arrived if b.slot >= 0 else b.computed)
             if error == MER_DEVICE_NOT_READY:
                 error = 0
                 continue
             if error:
                 self.fail(error)
                 return
-            key = self.key_of[b.slot]
-            self.slot_of[key] = <int32_t>b.slot
-            b.slot = -1
-            self.n_moving -= 1
-            self.n_resident += 1
-            if self.cache.n_slots < self.n_keys:   # its slot below is of use to others
-                self.cache.drop(key)
+            if b.slot >= 0:
+                self.slot_of[b.key] = <int32_t>b.slot
+                self.n_resident += 1
+                if self.cache.n_slots < self.n_keys:   # its slot there is of use to others
+                    self.cache.drop(b.key)
+            b.key = -1
 
     cdef void compute(self, int64_t key) noexcept nogil:
         cdef int64_t slot = self.slot_of[key]
@@ -181,8 +182,8 @@ cdef class VramTier:
                 best, least = slot, heat
         return best
 
-    cdef int64_t find_slot(self, int64_t key, bint wanted) noexcept nogil:
-        """A slot for an expert, -1: it is not worth one. wanted: it is to be computed there, whatever its heat."""
+    cdef int64_t find_slot(self, int64_t key) noexcept nogil:
+        """A slot for an expert, -1: it is not worth one."""
         cdef int64_t best
         if self.n_filled < self.n_slots:
             self.n_filled += 1
@@ -190,7 +191,7 @@ cdef class VramTier:
         if self.coldest < 0:
             self.coldest = self.find_coldest()
         best = self.coldest
-        if best < 0 or not (wanted or self.heat[key] > CLEARLY * self.heat[self.key_of[best]] + MARGIN):
+        if best < 0 or self.heat[key] <= CLEARLY * self.heat[self.key_of[best]] + MARGIN:
             return -1
         self.coldest = -1
         self.slot_of[self.key_of[best]] = -1
@@ -198,63 +199,110 @@ cdef class VramTier:
         self.evictions += 1
         return best
 
-    cdef bint copy(self, int64_t key, const char *weights, bint computed) noexcept nogil:
-        cdef int64_t i, slot, start
-        cdef uint64_t place
-        cdef int error
-        cdef Bounce *b = NULL
+    cdef Bounce *free_bounce(self) noexcept nogil:
+        """NULL: all are in use."""
+        cdef int64_t i
         for i in range(self.n_bounces):
-            if self.bounces[i].slot < 0:
-                b = &self.bounces[i]
-                break
-        if b is NULL:
-            return False
-        slot = self.find_slot(key, computed)
-        if slot < 0:
-            return False
-        start = now()
+            if self.bounces[i].key < 0:
+                return &self.bounces[i]
+        return NULL
+
+    cdef int copy(self, Bounce *b, int64_t key, const char *weights, int64_t slot) noexcept nogil:
+        """An expert's bytes into a buffer, and from there to the device beside all else; slot -1: it passes."""
+        cdef int64_t start = now()
+        cdef int error
         self.copy_to, self.copy_from = b.memory, weights
         self.pool.run(copy_task, <void *>self, (self.slot_bytes + PIECE - 1) // PIECE)
         self.copy_ns += ((now() - start) / <double>self.slot_bytes - self.copy_ns) * (NEW if self.copy_ns else 1.0)
-        place = self.arena + <uint64_t>(slot * self.slot_bytes)
+        b.key, b.slot, b.launched = key, slot, False
+        if slot >= 0:
+            self.key_of[slot], self.used[slot] = <int32_t>key, self.turn
+            self.promotions += 1
+        self.bus_bytes += self.slot_bytes
         error = self.device.enter()
         if error == 0:
-            error = self.device.upload(MER_STREAM_COPY, place, b.memory, self.slot_bytes)
+            error = self.device.upload(MER_STREAM_COPY, self.place_of(b), b.memory, self.slot_bytes)
         if error == 0:
             error = self.device.record(b.arrived, MER_STREAM_COPY)
-        if error == 0 and computed:
-            error = self.device.follow(MER_STREAM_COMPUTE, b.arrived)
-        if error:
-            self.fail(error)
-            return False
-        self.key_of[slot], self.used[slot] = <int32_t>key, self.turn
-        b.slot = slot
-        self.n_moving += 1
-        self.promotions += 1
-        self.bus_bytes += self.slot_bytes
-        if computed:
-            self.arithmetic.add(key - self.base, place, &self.matrices[key * 3])
-        return True
+        return error
 
     cdef void copy_piece(self, int64_t start) noexcept nogil:
         memcpy(self.copy_to + start, self.copy_from + start, min(<int64_t>PIECE, self.slot_bytes - start))
 
     cdef bint take(self, int64_t key, const char *weights, int64_t count) noexcept nogil:
         cdef double least = FIRST_GUESS
+        cdef int error = 0
+        cdef Bounce *b
         if self.multiply_ns and self.copy_ns:
             least = 2 * self.copy_ns / self.multiply_ns
         if self.error or count < least:
             return False
-        return self.copy(key, weights, True)
+        b = self.find_moving(key)
+        if b is NULL:
+            b = self.free_bounce()
+            if b is NULL:
+                self.collect()
+                b = self.free_bounce() if self.error == 0 else NULL
+            if b is NULL:
+                return False
+            error = self.copy(b, key, weights, self.find_slot(key))
+        if error == 0:
+            error = self.device.follow(MER_STREAM_COMPUTE, b.arrived)
+        if error:
+            self.fail(error)
+            return False
+        if b.slot >= 0:
+            self.used[b.slot] = self.turn
+        else:
+            self.passed += 1
+        self.arithmetic.add(key - self.base, self.place_of(b), &self.matrices[key * 3])
+        return True
 
     cdef void offer(self, int64_t key, const char *weights) noexcept nogil:
-        if self.error == 0 and self.slot_of[key] < 0:
-            self.copy(key, weights, False)
+        cdef Bounce *b
+        cdef int64_t slot
+        cdef int error
+        if self.error or self.slot_of[key] >= 0 or self.find_moving(key) is not NULL:
+            return
+        b = self.free_bounce()
+        if b is NULL:
+            return
+        slot = self.find_slot(key)
+        if slot < 0:
+            return
+        error = self.copy(b, key, weights, slot)
+        if error:
+            self.fail(error)
+
+    cdef Bounce *find_moving(self, int64_t key) noexcept nogil:
+        """The buffer by which an expert is on its way into the tier; NULL: there is none."""
+        cdef int64_t i
+        for i in range(self.n_bounces):
+            if self.bounces[i].key == key and self.bounces[i].slot >= 0:
+                return &self.bounces[i]
+        return NULL
+
+    cdef uint64_t place_of(self, const Bounce *b) noexcept nogil:
+        """Where the device has what is in a buffer."""
+        return self.arena + <uint64_t>((b.slot if b.slot >= 0 else self.n_slots + (b - self.bounces)) * self.slot_bytes)
+
+    cdef void note_computed(self) noexcept nogil:
+        """Experts that pass have been computed when the stream is where it is now."""
+        cdef int64_t i
+        cdef int error = 0
+        for i in range(self.n_bounces):
+            if self.bounces[i].key >= 0 and self.bounces[i].slot < 0 and not self.bounces[i].launched and error == 0:
+                self.bounces[i].launched = True
+                error = self.device.record(self.bounces[i].computed, MER_STREAM_COMPUTE)
+        if error:
+            self.fail(error)
 
     cdef void launch(self) noexcept nogil:
         cdef int error = self.arithmetic.launch() if self.error == 0 else 0
         if error:
             self.fail(error)
+        if self.error == 0:
+            self.note_computed()
 
     cdef bint wait(self) noexcept nogil:
         cdef int64_t start = now()
@@ -271,14 +319,16 @@ cdef class VramTier:
         """Totals since the start, and what is there now.
 
         vram_slots, vram_bytes: of the tier, activations included; vram_resident: experts in it; vram_hits: experts found
-        there, counted once a call; vram_promotions, vram_evictions; bus_bytes: of weights copied to the device;
+        there, counted once a call; vram_passed: copied for one layer's call, and computed there; vram_promotions,
+        vram_evictions; bus_bytes: of weights copied to the device;
         gpu_wait_s: time with nothing to compute here but the device not done; lost: why the tier was given up, or None.
         """
         return {
             "vram_slots": self.n_slots,
-            "vram_bytes": self.n_slots * self.slot_bytes + self.arithmetic.nbytes,
+            "vram_bytes": (self.n_slots + self.n_bounces) * self.slot_bytes + self.arithmetic.nbytes,
             "vram_resident": self.n_resident,
             "vram_hits": self.hits,
+            "vram_passed": self.passed,
             "vram_promotions": self.promotions,
             "vram_evictions": self.evictions,
             "bus_bytes": self.bus_bytes,
