@@ -66,7 +66,7 @@ class Model:
         self.layers = layers
         # of each layer: of gate, up and down, one row an expert; and what replaces silu(gate) * up
         self.biases: list[tuple[Floats, Floats, Floats]] = []
-        self.clamp: tuple[float, float] | None = None
+        self.clamp: tuple[float, float, float] | None = None
         self.tables = expert_tables(sources)
 
     def inputs(self, layer: int, tokens: int, seed: int = 0, top_k: int = TOP_K):
@@ -83,7 +83,7 @@ class Model:
         for _, _, hidden, inter in self.layers:
             gate, up, down = (rng.standard_normal((EXPERTS, n), np.float32) for n in (inter, inter, hidden))
             self.biases.append((gate, up, down))
-        self.clamp = (alpha, limit)
+        self.clamp = (alpha, limit, 1.0)
 
     def length(self, key: int) -> int:
         """Bytes that are read for one expert."""

@@ -23,6 +23,7 @@ cdef class GpuMixture:
     cdef Kernel *kernels               # [format ids]
     cdef void *quantise
     cdef void *activate
+    cdef void *activate_quantise
     cdef readonly int64_t nbytes       # of the device's memory
     # the device's memory
     cdef uint64_t buffers              # one allocation; what follows are parts of it

@@ -1,5 +1,10 @@
+import numpy as np
+from numpy.typing import NDArray
+
 from mer._ext.device import Device
 from mer._ext.mixture import Mixture
+
+def staging_bytes(layers: NDArray[np.int64], n_experts: int, top_k: int, max_tokens: int) -> int: ...
 
 class GpuMixture:
     nbytes: int

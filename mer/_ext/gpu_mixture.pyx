@@ -23,8 +23,10 @@ cdef enum:
     # As mer/gpu/kernels/mer_gpu.cuh has them: threads of a block, rows of a matrix that a block multiplies
     THREADS = 128
     ROWS = 8
+    MANY_ROWS = 64         # of the kernel for many tokens, and how many of these
+    MANY_TOKENS = 32
     MOST_Y = 65535         # of a grid
-    FEW = 8                # tokens of a product, beyond which there is a kernel of its own
+    FEW = 12               # tokens of a product up to which the kernel for few is faster
 
 # What the kernels are called, by ggml's numbers of the formats.
 NAMES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k", 12: "q4_k",
@@ -38,6 +40,13 @@ cdef int64_t padded(int64_t nbytes) noexcept nogil:
 cdef int64_t act_stride(int fmt, int64_t cols) noexcept nogil:
     """Bytes between two prepared rows: floats are taken as they are."""
     return <int64_t>mer_act_bytes(fmt, cols) if mer_act_is_q8(fmt) else 4 * cols
+
+
+def staging_bytes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k, int64_t max_tokens):
+    """Bytes of the host's memory for what is uploaded, of a Mixture with these arguments."""
+    hidden = max([layers[i, 3] for i in range(layers.shape[0])])
+    return (padded(max_tokens * hidden * 4) + padded(max_tokens * top_k * 4)
+            + padded(n_experts * 3 * sizeof(mer_gpu_product)))
 
 
 cdef class GpuMixture:
@@ -61,6 +70,7 @@ cdef class GpuMixture:
             for fmt in (shape.gate_format, shape.up_format, shape.down_format):
                 self.find(fmt)
         self.quantise, self.activate = device.function("mer_quantise"), device.function("mer_activate")
+        self.activate_quantise = device.function("mer_activate_quantise")
         self.x_bytes = padded(mixture.max_tokens * hidden * 4)
         self.index_bytes = padded(pairs * 4)
         self.products_bytes = padded(mixture.n_experts * 3 * sizeof(mer_gpu_product))
@@ -102,7 +112,7 @@ cdef class GpuMixture:
         if fmt not in NAMES:
             raise GpuError(f"weights of format {fmt} have no kernel on a graphics device")
         self.kernels[fmt].one = self.device.function(f"mer_rows_{NAMES[fmt]}")
-        self.kernels[fmt].many = self.kernels[fmt].one
+        self.kernels[fmt].many = self.device.function(f"mer_many_{NAMES[fmt]}")
         self.kernels[fmt].blocks = mer_act_is_q8(fmt)
 
     def take_host(self, size_t inputs):
@@ -197,7 +207,7 @@ cdef class GpuMixture:
     cdef int launch(self) noexcept nogil:
         cdef LayerShape *shape = self.mixture.shape
         cdef int64_t n = self.n_added - self.n_launched, first = 3 * self.n_launched, i, most = 0
-        cdef int64_t row, rows, stride = act_stride(shape.down_format, shape.inter)
+        cdef int64_t row, rows
         cdef uint64_t x = self.acts if self.kernels[shape.gate_format].blocks else self.inputs
         cdef int error = 0
         if n == 0:
@@ -222,11 +232,7 @@ cdef class GpuMixture:
                 error = self.multiply(shape.up_format, first + n, n, x, shape.inter, shape.hidden, most)
         if error == 0:
             error = self.activate_rows(row, rows)
-        x = self.gate_rows
-        if error == 0 and self.kernels[shape.down_format].blocks:
-            x = self.mids
-            error = self.prepare(self.gate_rows + <uint64_t>(row * shape.inter * 4),
-                                 self.mids + <uint64_t>(row * stride), stride, shape.inter, rows)
+        x = self.mids if self.kernels[shape.down_format].blocks else self.gate_rows
         if error == 0:
             error = self.multiply(shape.down_format, first + 2 * n, n, x, shape.hidden, shape.inter, most)
         return error
@@ -239,19 +245,30 @@ cdef class GpuMixture:
         cdef int n_products = <int>n, n_rows = <int>rows, n_cols = <int>cols
         cdef unsigned int[3] grid = [<unsigned int>((rows + ROWS - 1) // ROWS), <unsigned int>n, 1]
         cdef void **arguments = [&products, &n_products, &x, &stride, &n_rows, &n_cols, &y_stride]
-        cdef void *kernel = self.kernels[fmt].one if most <= FEW else self.kernels[fmt].many
+        cdef void *kernel = self.kernels[fmt].one
+        if most > FEW:
+            kernel = self.kernels[fmt].many
+            grid[0] = <unsigned int>((rows + MANY_ROWS - 1) // MANY_ROWS)
+            grid[2] = <unsigned int>((most + MANY_TOKENS - 1) // MANY_TOKENS)
         return self.device.launch(MER_STREAM_COMPUTE, kernel, grid, THREADS, 0, arguments)
 
     cdef int activate_rows(self, int64_t first, int64_t n) noexcept nogil:
-        """silu(gate) * up in place of gate."""
-        cdef int rows = <int>n, inter = <int>self.mixture.shape.inter
+        """silu(gate) * up as the products with `down` take it: in `mids`, or in place of gate."""
+        cdef LayerShape *shape = self.mixture.shape
+        cdef int rows = <int>n, inter = <int>shape.inter
         cdef int kind = 1 if self.mixture.gelu_gate else 2 if self.mixture.clamped else 0
         cdef uint64_t gate = self.gate_rows + <uint64_t>(first * inter * 4)
         cdef uint64_t up = self.up_rows + <uint64_t>(first * inter * 4)
-        cdef float alpha = self.mixture.alpha, limit = self.mixture.limit
-        cdef unsigned int[3] grid = [<unsigned int>((n * inter + THREADS - 1) // THREADS), 1, 1]
-        cdef void **arguments = [&gate, &up, &gate, &rows, &inter, &kind, &alpha, &limit]
-        return self.device.launch(MER_STREAM_COMPUTE, self.activate, grid, THREADS, 0, arguments)
+        cdef long stride = act_stride(shape.down_format, inter)
+        cdef uint64_t mids = self.mids + <uint64_t>(first * stride)
+        cdef float alpha = self.mixture.alpha, limit = self.mixture.limit, added = self.mixture.added
+        cdef unsigned int[3] grid = [<unsigned int>((inter + THREADS - 1) // THREADS),
+                                     <unsigned int>min(n, <int64_t>MOST_Y), 1]
+        cdef void **blocks = [&gate, &up, &mids, &stride, &rows, &inter, &kind, &alpha, &limit, &added]
+        cdef void **floats = [&gate, &up, &gate, &rows, &inter, &kind, &alpha, &limit, &added]
+        if self.kernels[shape.down_format].blocks:
+            return self.device.launch(MER_STREAM_COMPUTE, self.activate_quantise, grid, THREADS, 0, blocks)
+        return self.device.launch(MER_STREAM_COMPUTE, self.activate, grid, THREADS, 0, floats)
 
     cdef int prepare(self, uint64_t x, uint64_t acts, int64_t stride, int64_t cols, int64_t n) noexcept nogil:
         """n rows of activations, one behind the other, quantised."""

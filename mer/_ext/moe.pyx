@@ -367,12 +367,12 @@ cdef class ExpertStreamer:
         """Whether `ahead` would be of use to the next call, of this many tokens."""
         return self.prefetcher is not None and self.prefetcher.wants_guesses(tokens)
 
-    def use_vram(self, Device device not None, int64_t n_slots):
-        """Put a tier of n_slots experts, at the most, above the cache; after add_biases, gelu and clamp.
+    def use_vram(self, Device device not None, int64_t nbytes):
+        """Put a tier of as many bytes of the device's memory above the cache; after add_biases, gelu and clamp.
 
         Raises GpuError, GpuMemoryError where the device can't: nothing has changed then.
         """
-        tier = VramTier(device, self.cache, self.mixture, self.mixture.pool, n_slots)
+        tier = VramTier(device, self.cache, self.mixture, self.mixture.pool, nbytes)
         (<VramTier>tier).matrices = self.matrices
         self.vram = tier
         if self.prefetcher is not None:

@@ -1,3 +1,6 @@
+import numpy as np
+from numpy.typing import NDArray
+
 from mer._ext.cache import ExpertCache
 from mer._ext.device import Device
 from mer._ext.kernels import Pool
@@ -5,12 +8,14 @@ from mer._ext.mixture import Mixture
 
 NO_VRAM: dict[str, int | None]
 
-def bounce_bytes(slot_bytes: int) -> int: ...
+def host_bytes(
+    layers: NDArray[np.int64], n_experts: int, top_k: int, max_tokens: int, slot_bytes: int
+) -> int: ...
 
 class VramTier:
     n_slots: int
     slot_bytes: int
     def __init__(
-        self, device: Device, cache: ExpertCache, mixture: Mixture, pool: Pool, n_slots: int
+        self, device: Device, cache: ExpertCache, mixture: Mixture, pool: Pool, nbytes: int
     ) -> None: ...
     def stats(self) -> dict[str, float | str | None]: ...

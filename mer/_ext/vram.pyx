@@ -18,6 +18,7 @@ from posix.stdlib cimport posix_memalign
 from mer._ext.device cimport MER_DEVICE_NOT_READY, MER_STREAM_COMPUTE, MER_STREAM_COPY
 from mer._ext.recorder cimport now
 
+from mer._ext.gpu_mixture import staging_bytes
 from mer.errors import GpuMemoryError
 
 cdef enum:
@@ -45,9 +46,9 @@ cdef void copy_task(void *arg, long task, int thread) noexcept nogil:
     (<VramTier>arg).copy_piece(<int64_t>task * PIECE)
 
 
-def bounce_bytes(int64_t slot_bytes):
-    """Bytes of the host's memory that a tier takes for copies."""
-    return _bounces(slot_bytes) * slot_bytes
+def host_bytes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k, int64_t max_tokens, int64_t slot_bytes):
+    """Bytes of the host's memory that a tier takes, for a streamer with these arguments."""
+    return _bounces(slot_bytes) * slot_bytes + staging_bytes(layers, n_experts, top_k, max_tokens)
 
 
 cdef int64_t _bounces(int64_t slot_bytes):
@@ -55,35 +56,40 @@ cdef int64_t _bounces(int64_t slot_bytes):
 
 
 cdef class VramTier:
-    """Up to n_slots experts of a streamer in the memory of a device; fewer where it has not as much left.
+    """Experts of a streamer in at most `nbytes` of a device's memory; fewer where it has not as much left.
 
     Raises GpuError, GpuMemoryError where not even one fits.
     """
 
     def __cinit__(self, Device device not None, ExpertCache cache not None, Mixture mixture not None, Pool pool not None,
-                  int64_t n_slots):
-        cdef int64_t i
+                  int64_t nbytes):
+        cdef int64_t i, n_slots
         cdef uint64_t pointer = 0
         self.device, self.cache, self.mixture, self.pool = device, cache, mixture, pool
         self.slot_bytes, self.n_keys, self.n_experts = cache.slot_bytes, cache.n_experts, mixture.n_experts
         self.n_bounces = _bounces(self.slot_bytes)
+        self.arithmetic = GpuMixture(device, mixture)
+        n_slots = min((nbytes - self.arithmetic.nbytes) // self.slot_bytes - self.n_bounces, self.n_keys)
+        if n_slots < 1:
+            least = self.arithmetic.nbytes + (self.n_bounces + 1) * self.slot_bytes
+            raise GpuMemoryError(f"{nbytes >> 20} MiB of its memory are too little: one expert and what is needed beside "
+                                 f"it take {(least >> 20) + 1} MiB")
         self.slot_of = <int32_t *>calloc(self.n_keys, sizeof(int32_t))
-        self.key_of = <int32_t *>calloc(max(n_slots, <int64_t>1), sizeof(int32_t))
+        self.key_of = <int32_t *>calloc(n_slots, sizeof(int32_t))
         self.heat = <float *>calloc(self.n_keys, sizeof(float))
-        self.used = <int64_t *>calloc(max(n_slots, <int64_t>1), sizeof(int64_t))
+        self.used = <int64_t *>calloc(n_slots, sizeof(int64_t))
         self.bounces = <Bounce *>calloc(self.n_bounces, sizeof(Bounce))
         if (self.slot_of is NULL or self.key_of is NULL or self.heat is NULL or self.used is NULL or self.bounces is NULL
                 or posix_memalign(<void **>&self.bounce_memory, PAGE, self.n_bounces * self.slot_bytes)):
             raise MemoryError("no memory for the tables of a VRAM tier")
         memset(self.slot_of, 0xff, self.n_keys * sizeof(int32_t))
-        self.arithmetic = GpuMixture(device, mixture)
         device.check(device.pin(self.bounce_memory, self.n_bounces * self.slot_bytes, &pointer), "pinning buffers")
         self.bounces_pinned = True
         for i in range(self.n_bounces):
             self.bounces[i] = Bounce(self.bounce_memory + i * self.slot_bytes, NULL, NULL, -1, -1, False)
             device.check(device.new_event(&self.bounces[i].arrived), "making an event")
             device.check(device.new_event(&self.bounces[i].computed), "making an event")
-        self.n_slots = self.take_slots(min(n_slots, self.n_keys))
+        self.n_slots = self.take_slots(n_slots)
 
     def take_slots(self, int64_t n):
         """The slots' memory: as many of n as there are, and those of experts that pass."""

@@ -11,6 +11,7 @@ from attrs import evolve, frozen
 
 from mer._ext.cpus import usable_cpus
 from mer._ext.moe import scratch_bytes
+from mer._ext.vram import host_bytes
 from mer.config import EngineConfig
 from mer.engine.blocks import blocks_for
 from mer.engine.constraint import constraint_bytes
@@ -19,6 +20,7 @@ from mer.engine.prefix_store import buffer_bytes
 from mer.engine.speculation import MOST_DRAFTED
 from mer.engine.states import IMAGES
 from mer.errors import BudgetError, ConfigError
+from mer.gpu import uses_gpu
 from mer.model import device_scratch
 from mer.model.dense import dense_bytes
 from mer.model.families import Architecture
@@ -197,6 +199,7 @@ def measure(
         Forward.scratch_bytes(spec, step, rows, threads)
         + (scratch_bytes(tables.layers, tables.reads, spec.top_k, step) if tables.total else 0)
         + tables.total * (tables.n_experts + 64)  # what the cache's policy knows of each expert
+        + (_beside_gpu(spec, tables, step) if tables.total and uses_gpu(config) else 0)
         + _of_process(spec)
     )
     ram = config.ram or default_ram()
@@ -246,6 +249,11 @@ def measure(
         state_images=IMAGES * running if image else 0,
         threads=threads,
     )
+
+
+def _beside_gpu(spec: ModelSpec, tables: ExpertTables, step: int) -> int:
+    """Of the buffers, those by which experts and activations go to a GPU."""
+    return host_bytes(tables.layers, tables.n_experts, spec.top_k, step, tables.slot_bytes)
 
 
 def beside(budget: Budget, spec: ModelSpec) -> int:

@@ -66,7 +66,7 @@ class ModelSource:
             # All that is not said here is as for the main model.
             evolve(
                 config, ram=_PLENTY, cache_experts=None, speculate="off", draft_model=None,
-                warm_start=False, trace=None, profile=None, prefix_store=None,
+                warm_start=False, trace=None, profile=None, prefix_store=None, device="cpu", vram=None,
             ),
             min(architecture.spec.vocab, main.vocab),
         )  # fmt: skip

@@ -12,15 +12,17 @@ from attrs import evolve
 from numpy.typing import NDArray
 
 from mer._ext.cache import ExpertCache
+from mer._ext.device import Device
 from mer._ext.kernels import Kernels, Pool
 from mer._ext.moe import ExpertStreamer
 from mer._ext.uring import Reader
 from mer.config import EngineConfig
 from mer.engine.budget import Budget
-from mer.errors import RequestError
+from mer.errors import GpuError, RequestError
 from mer.model.spec import ModelSpec
 from mer.streaming.experts import ExpertTables, advice
 from mer.streaming.warm import WarmStart
+from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint
 
 # Bytes of the expert cache that are touched ahead of their use, in idle time.
@@ -132,6 +134,16 @@ class RoutedExperts:
             self.streamer.clamp(spec.clamp.alpha, spec.clamp.limit, spec.clamp.added)
         if config.warm_start:
             self._warm = WarmStart(checkpoint, tables, self.cache, reader)
+
+    def use_gpu(self, device: Device, nbytes: int, isa: str) -> None:
+        """Have experts computed in a GPU's memory, too. isa: of the kernels that compute the others.
+
+        Raises GpuError, GpuMemoryError where that can't be.
+        """
+        blocks = formats.F32.id, formats.F16.id, formats.BF16.id
+        if isa == "scalar" and np.isin(self._tables.layers[:, :3], blocks).any():
+            raise GpuError("plain C adds up products of floats in another order than a GPU does")
+        self.streamer.use_vram(device, nbytes)
 
     def begin(self) -> None:
         """Everything is made: read back what was remembered, if that was asked for."""

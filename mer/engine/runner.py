@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from mer.engine.draft import DraftSource
 from mer.engine.placing import ALONE, OnDevice
 from mer.engine.routed import RoutedExperts, extra_experts
 from mer.engine.scheduler import Chunk
-from mer.errors import ConfigError
+from mer.errors import ConfigError, GpuError
 from mer.model.batch import Batch
 from mer.model.dense import DenseWeights, load_dense
 from mer.model.families import Architecture, load
@@ -35,8 +36,11 @@ from mer.model.state import StateCache
 from mer.streaming.experts import ExpertTables, expert_tables
 from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
+from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
 from mer.weights.unchanged import Unchanged
+
+_log = logging.getLogger("mer")
 
 
 @frozen
@@ -166,7 +170,7 @@ class Runner:
         Raises CheckpointError, ConfigError, DeviceReadError or GpuError.
         """
         profile: Profile | None = None
-        kernels, pool = Kernels(), pool or Pool(budget.threads)
+        kernels, pool = _kernels(checkpoint, gpu.device), pool or Pool(budget.threads)
         spec = architecture.spec
         spec = spec.reaching(min(spec.max_positions, budget.context))
         unchanged = Unchanged(checkpoint.files)
@@ -184,6 +188,8 @@ class Runner:
             _spread(numa_nodes(), dense, [*kv.layers, *states.layers], experts)
             if experts is not None:
                 experts.connect(checkpoint, reader, kernels, pool, dense.expert_biases())
+                if gpu.device is not None:
+                    _use_gpu(experts, gpu.device, gpu.experts, config, kernels.isa)
             forward = Forward(
                 spec, dense, experts.streamer if experts else None, kv, states, pool, kernels,
                 max_tokens=budget.step_tokens, max_rows=budget.rows,
@@ -372,6 +378,25 @@ class Runner:
     def hidden(self) -> NDArray[np.float32]:
         """f32 [T, hidden]: of each token of the last step, after the final norm; overwritten by the next."""
         return self._forward.hidden()
+
+
+def _kernels(checkpoint: Checkpoint, device: Device | None) -> Kernels:
+    """The best there are; with a GPU, those that add up BF16 in its order, as AMX does not."""
+    kernels = Kernels()
+    bf16 = any(info.format is formats.BF16 for info in checkpoint.tensors.values())
+    if device is not None and kernels.isa == "amx" and bf16:
+        return Kernels("avx512")
+    return kernels
+
+
+def _use_gpu(experts: RoutedExperts, device: Device, nbytes: int, config: EngineConfig, isa: str) -> None:
+    """Have experts in so much of a GPU's memory. Raises ConfigError where that can't be, and the GPU was asked for by name."""
+    try:
+        experts.use_gpu(device, nbytes, isa)
+    except GpuError as error:
+        if config.device != "auto":
+            raise ConfigError(f"device {config.device}: {error}") from None
+        _log.warning("no expert is computed by the GPU: %s", error)
 
 
 def _spread(

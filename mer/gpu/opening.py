@@ -35,6 +35,17 @@ def open_device(config: EngineConfig) -> Device | None:
         return None
 
 
+def uses_gpu(config: EngineConfig) -> bool:
+    """Whether `open_device` will find one."""
+    if config.device == "cpu":
+        return False
+    try:
+        chosen(config.device)
+    except GpuError:
+        return False
+    return True
+
+
 def chosen(device: str) -> Gpu:
     """What auto, cuda or cuda:N is here. Raises GpuError where there is none, or it can't be used."""
     found = gpus()

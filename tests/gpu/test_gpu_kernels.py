@@ -223,11 +223,11 @@ def test_gates_have_the_bytes_of_the_cpu(device: Device, kind: int) -> None:
     )
     gate[:9] = [0, -0.0, np.inf, np.nan, -200, 200, -3.4e38, 3.4e38, -np.inf]
     up[9:13] = [np.nan, np.inf, -np.inf, -0.0]
-    want = Kernels("scalar").swiglu_py(gate, up, (1.702, 7.0) if kind == 2 else None, gelu=kind == 1)
+    want = Kernels("scalar").swiglu_py(gate, up, (1.702, 7.0, 1.0) if kind == 2 else None, gelu=kind == 1)
     with Memory(device) as memory:
         h = memory.put(gate)
         arguments = [np.uint64(h), np.uint64(memory.put(up)), np.uint64(h), np.int32(3), np.int32(1000)]
-        arguments += [np.int32(kind), np.float32(1.702), np.float32(7)]
+        arguments += [np.int32(kind), np.float32(1.702), np.float32(7), np.float32(1)]
         device.launch_py("mer_activate", (7, 1, 1), THREADS, arguments)
         got = memory.get(h, (3000,))
     real = ~np.isnan(want)
@@ -241,13 +241,13 @@ def test_activated_and_quantised_at_once(device: Device, kind: int) -> None:
     gate, up = (3 * rng.standard_normal((2, 5, 288))).astype(np.float32)
     gate[1, 40] = np.nan
     k = Kernels("scalar")
-    h = k.swiglu_py(gate.ravel(), up.ravel(), (1.702, 7.0) if kind == 2 else None, gelu=kind == 1)
+    h = k.swiglu_py(gate.ravel(), up.ravel(), (1.702, 7.0, 1.0) if kind == 2 else None, gelu=kind == 1)
     want = k.prepare_py(Q8_0, h.reshape(5, 288))
     with Memory(device) as memory:
         acts = memory.put(np.zeros_like(want))
         arguments = [np.uint64(memory.put(gate)), np.uint64(memory.put(up)), np.uint64(acts)]
         arguments += [np.int64(want.shape[1]), np.int32(5), np.int32(288)]
-        arguments += [np.int32(kind), np.float32(1.702), np.float32(7)]
+        arguments += [np.int32(kind), np.float32(1.702), np.float32(7), np.float32(1)]
         device.launch_py("mer_activate_quantise", (3, 2, 1), THREADS, arguments)
         assert memory.get(acts, want.shape, np.uint8).tobytes() == want.tobytes()
 

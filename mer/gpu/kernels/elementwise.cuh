@@ -27,14 +27,14 @@ INLINE float exp_f32(float x) {
     return p * __uint_as_float((uint32_t)(n - half + 127) << 23);
 }
 
-/* 0: SwiGLU, 1: GELU by tanh, 2: SwiGLU with gate at the most `limit` and up within +-limit, plus one. */
-INLINE float activate(float gate, float up, int kind, float alpha, float limit) {
+/* 0: SwiGLU, 1: GELU by tanh, 2: SwiGLU with gate at the most `limit` and up within +-limit, plus `added`. */
+INLINE float activate(float gate, float up, int kind, float alpha, float limit, float added) {
     float y = gate;
     if (kind == 1) y = gate * (0x1.988454p+0f + 0x1.2444f2p-4f * (gate * gate));
     if (kind == 2) {
         gate = limit < gate ? limit : gate;
         up = limit < up ? limit : up;
-        up = (-limit > up ? -limit : up) + 1.0f;
+        up = (-limit > up ? -limit : up) + added;
         y = alpha * gate;
     }
     const float h = gate / (1.0f + exp_f32(-y)) * up;
