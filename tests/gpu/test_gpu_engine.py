@@ -12,6 +12,7 @@ from gpu_simulator import Simulator
 from oracle.make_checkpoints import make
 
 from mer import SamplingParams
+from mer._ext.device import Device
 from mer.errors import ConfigError
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -20,7 +21,9 @@ PROMPTS = [prompt(n) for n in (40, 5, 19)]
 
 @pytest.fixture(scope="module")
 def simulator() -> Simulator:
-    return Simulator()
+    made = Simulator()
+    Device(driver=str(made.path))  # only then its memory can be set
+    return made
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +79,7 @@ async def test_requests_go_on_when_the_device_is_lost(
         found = [(r.token_ids, logits.take(ids)) for r, ids in zip(results, PROMPTS, strict=True)]
         assert found == want
         assert engine.snapshot().vram.lost
+        simulator.reset()  # so that what the engine pinned is given back
 
 
 async def test_no_memory_for_experts(path: Path, logits: Logits, simulator: Simulator) -> None:
