@@ -268,6 +268,7 @@ cdef class GpuMixture:
         cdef void **floats = [&gate, &up, &gate, &rows, &inter, &kind, &alpha, &limit, &added]
         if self.kernels[shape.down_format].blocks:
             return self.device.launch(MER_STREAM_COMPUTE, self.activate_quantise, grid, THREADS, 0, blocks)
+        grid[1] = 1  # it is done in place, by each thread for elements of its own
         return self.device.launch(MER_STREAM_COMPUTE, self.activate, grid, THREADS, 0, floats)
 
     cdef int prepare(self, uint64_t x, uint64_t acts, int64_t stride, int64_t cols, int64_t n) noexcept nogil:

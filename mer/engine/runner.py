@@ -390,7 +390,10 @@ def _kernels(checkpoint: Checkpoint, device: Device | None) -> Kernels:
 
 
 def _use_gpu(experts: RoutedExperts, device: Device, nbytes: int, config: EngineConfig, isa: str) -> None:
-    """Have experts in so much of a GPU's memory. Raises ConfigError where that can't be, and the GPU was asked for by name."""
+    """Have experts in so much of a GPU's memory.
+
+    Raises ConfigError where that can't be, and the GPU was asked for by name.
+    """
     try:
         experts.use_gpu(device, nbytes, isa)
     except GpuError as error:

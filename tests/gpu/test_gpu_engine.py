@@ -61,7 +61,12 @@ async def answers(path: Path, logits: Logits, **settings):
 async def test_the_same_bytes_in_any_division_of_memory(path: Path, logits: Logits) -> None:
     want, vram, _ = await answers(path, logits, device="cpu")
     assert vram is None
-    for settings in ({"vram": "1GiB"}, {"vram": "8MiB", "cache_experts": "50%"}, {"cache_experts": 3}):
+    for settings in (
+        {"vram": "1GiB"},
+        {"vram": "8MiB", "cache_experts": "50%"},
+        {"gpu_layers": 0, "cache_experts": 3},
+        {"gpu_layers": 1, "cache_experts": 3},
+    ):
         got, vram, stats = await answers(path, logits, device="cuda", **settings)
         assert got == want
         assert vram.lost is None
@@ -73,7 +78,7 @@ async def test_requests_go_on_when_the_device_is_lost(
     path: Path, logits: Logits, simulator: Simulator, n: int
 ) -> None:
     want, _, _ = await answers(path, logits, device="cpu")
-    async with opened(path, device="cuda", cache_experts="50%") as engine:
+    async with opened(path, device="cuda", gpu_layers=0, cache_experts="50%") as engine:
         simulator.fail_from(n)
         results = await asyncio.gather(*(engine.generate(ids, PARAMS) for ids in PROMPTS))
         found = [(r.token_ids, logits.take(ids)) for r, ids in zip(results, PROMPTS, strict=True)]

@@ -1,4 +1,4 @@
-"""Experts in a device's memory give the bytes of experts that are all in memory, whatever becomes of the device."""
+"""Experts in a device's memory give the bytes of experts in the host's, whatever becomes of the device."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def least_bytes(model: Model, device: Device) -> int:
         return stats["vram_bytes"] - (stats["vram_slots"] - 1) * model.tables.slot_bytes
 
 
-def streamed(model: Model, device: Device, in_vram: int, slots: int | None = None, **options: int) -> Streamed:
+def streamed(
+    model: Model, device: Device, in_vram: int, slots: int | None = None, **options: int
+) -> Streamed:
     """With that many experts in the device's memory, at the most."""
     made = Streamed(model, slots, **options)
     made.streamer.use_vram(device, least_bytes(model, device) + (in_vram - 1) * model.tables.slot_bytes)
