@@ -16,7 +16,7 @@ from mer.model.families import Architecture, load
 from mer.model.gguf_export import file_metadata
 from mer.weights.expert_store import StoredExpert
 from mer.weights.extents import ExpertExtents, Matrix, Piece
-from mer.weights.gguf_families import BY_MODEL_TYPE, GGUFFamily
+from mer.weights.gguf_families import BY_FAMILY, GGUFFamily
 from mer.weights.gguf_writer import Entry, Pieces
 from mer.weights.gguf_writer import write_gguf as write_file
 from mer.weights.store_layout import expert_bytes, place_matrices
@@ -35,12 +35,13 @@ def write_gguf(config: dict[str, Any], weights: Weights, path: Path, done: Calla
         told = position
 
     experts = next(weights.format(tensor) for tensor in tensors(config) if tensor.expert)
-    metadata = file_metadata(_architecture(config, weights), experts.name)
+    architecture = _architecture(config, weights)
+    metadata = file_metadata(architecture, experts.name)
     metadata |= {
         "general.name": f"synthetic {config['model_type']}",
         "tokenizer.ggml.model": "none",  # prompts are token ids
     }
-    entries = list(_entries(config, weights, BY_MODEL_TYPE[config["model_type"]]))
+    entries = list(_entries(config, weights, BY_FAMILY[architecture.spec.family]))
     write_file(path, metadata, entries, progress)
     return sum(e.nbytes for e in entries)
 
