@@ -13,11 +13,11 @@ of a layer. --experts: percent of them that memory has room for. Every run is a 
 
 Ceiling of decode, tokens/s, by what the run itself counted per token, each byte moved once:
 
-    1 / max(dense / D + max(vram / G, memory / M), bus / B, missed / S)
+    1 / max(dense there / G + dense here / M + max(vram / G, memory / M), bus / B, missed / S)
 
-dense: bytes of attention, router and head, at D, the bandwidth of where they are computed; vram, memory:
-bytes of the experts computed by the GPU and by the CPU, at the same time but after what chooses them; bus:
-experts copied to the GPU; missed: experts read from disk. G, M, B, S: bandwidth of the GPU's memory (a copy
+dense: bytes of attention, router and head, computed by the GPU and by the CPU; vram, memory: bytes of the
+experts computed by the GPU and by the CPU, at the same time but after what chooses them; bus: experts copied
+to the GPU; missed: experts read from disk. G, M, B, S: bandwidth of the GPU's memory (a copy
 inside it, bytes read and written), of memory (all threads reading), of the bus (pinned memory to the GPU), of
 the disk (reads of one expert, 32 at once), measured here before the runs.
 
@@ -76,7 +76,7 @@ def card(device: str) -> tuple[str, dict[str, float]]:
 
 def measure(gpu: dict[str, float], model: Model, threads: int | None) -> Bandwidths:
     pool = Pool(threads)
-    memory = max(pool.memory_bandwidth(512) for _ in range(3))
+    memory = max(pool.memory_bandwidth(2048) for _ in range(3))
     block = -(-model.expert // 4096) * 4096
     disk = max(run_reader(model.file, "uring", block, DEPTH, 0.5) for _ in range(2))
     return Bandwidths(
@@ -128,12 +128,13 @@ def per_token(found: dict[str, Any], decode: int) -> dict[str, float]:
 def ceiling(shape: Shape, found: dict[str, Any], per: dict[str, float], have: Bandwidths) -> float:
     """Tokens/s; see above."""
     on_gpu = per["vram_share"] * shape.experts_bytes
-    dense = have.gpu if found["decode"]["engine"].get("dense_device", "cpu") != "cpu" else have.memory
+    there = found.get("dense_share", 0.0) * shape.dense_bytes
+    dense = (shape.dense_bytes - there) / have.memory + (there / have.gpu if there else 0.0)
     experts = (shape.experts_bytes - on_gpu) / have.memory
     if on_gpu:
         experts = max(experts, on_gpu / have.gpu)
     bus = per["bus"] / have.to_gpu if per["bus"] else 0.0
-    return 1 / max(shape.dense_bytes / dense + experts, bus, per["missed"] / have.disk)
+    return 1 / max(dense + experts, bus, per["missed"] / have.disk)
 
 
 @click.command(help=help_of(__doc__))

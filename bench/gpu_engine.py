@@ -68,9 +68,11 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         found = {"decode": await engine.generate(text(DECODE, SHORT), more)}
         found["prefill"] = await engine.generate(text(PREFILL, args.prompt), GREEDY)
         vram = engine.snapshot().vram
+        placement = engine._runner.placement  # the engine tells nobody yet
         logprobs = [[each.logprob, [p for *_, p in each.top]] for each in drawn.logprobs or ()]
         return {
             "drawn": [list(drawn.token_ids), logprobs],
+            "dense_share": (placement.layers + placement.head) / (engine.spec.n_layers + 1),
             "vram": attrs.asdict(vram) if vram else None,
             **{name: describe(engine, r.usage, r.timings) for name, r in found.items()},
         }

@@ -29,8 +29,10 @@ HAVE = gpu.Bandwidths(gpu=1000, to_gpu=50, from_gpu=50, memory=100, disk=10)
     ],
 )
 def test_the_ceiling_is_the_slowest_of_what_happens_at_once(per: dict[str, float], seconds: float) -> None:
-    found = {"decode": {"engine": {}}}
-    assert gpu.ceiling(SHAPE, found, per, HAVE) == pytest.approx(1 / seconds)  # type: ignore[arg-type]
+    assert gpu.ceiling(SHAPE, {}, per, HAVE) == pytest.approx(1 / seconds)  # type: ignore[arg-type]
+    if not per["bus"] and not per["missed"]:  # a half of what is dense goes there: 0.1 and 1 s, not 2
+        half = gpu.ceiling(SHAPE, {"dense_share": 0.5}, per, HAVE)  # type: ignore[arg-type]
+        assert half == pytest.approx(1 / (seconds - 2 + 1.1))
 
 
 @pytest.mark.parametrize(("vram", "left"), [(0, 12), (70, 12), (100, 12), (139, 9), (140, 8), (1000, 0)])
