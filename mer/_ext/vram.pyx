@@ -153,7 +153,7 @@ cdef class VramTier:
         cdef Bounce *b
         for i in range(self.n_bounces):
             b = &self.bounces[i]
-            if b.key < 0:
+            if b.key < 0 or (b.slot < 0 and not b.launched):
                 continue
             if error == 0:
                 error = self.device.ready(b.arrived if b.slot >= 0 else b.computed)
@@ -240,9 +240,12 @@ cdef class VramTier:
         cdef int error = 0
         cdef Bounce *b
         if self.multiply_ns and self.copy_ns:
-            least = 2 * self.copy_ns / self.multiply_ns
+            least = max(2.0, 2 * self.copy_ns / self.multiply_ns)  # of one token it is no less to read than to copy
         if self.error or count < least:
             return False
+        if self.has(key):                              # it has arrived since the layer's turn began
+            self.compute(key)
+            return True
         b = self.find_moving(key)
         if b is NULL:
             b = self.free_bounce()

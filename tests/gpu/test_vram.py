@@ -41,9 +41,9 @@ def device(simulator: Simulator) -> Iterator[Device]:
     simulator.reset()
 
 
-def least_bytes(model: Model, device: Device) -> int:
+def least_bytes(model: Model, device: Device, **options: int) -> int:
     """What one expert takes, with all that is needed beside it."""
-    made = Streamed(model)
+    made = Streamed(model, **options)
     with made.reader:
         made.streamer.use_vram(device, 1 << 26)
         stats = made.streamer.stats()
@@ -55,7 +55,8 @@ def streamed(
 ) -> Streamed:
     """With that many experts in the device's memory, at the most."""
     made = Streamed(model, slots, **options)
-    made.streamer.use_vram(device, least_bytes(model, device) + (in_vram - 1) * model.tables.slot_bytes)
+    least = least_bytes(model, device, **options)
+    made.streamer.use_vram(device, least + (in_vram - 1) * model.tables.slot_bytes)
     assert made.streamer.stats()["vram_slots"] == in_vram
     return made
 
@@ -98,6 +99,18 @@ def test_biases_and_clamps(tmp_path: Path, device: Device) -> None:
     with made.reader:
         check_all(made)
     assert made.streamer.stats()["vram_hits"] > 0
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+def test_more_experts_pass_than_there_are_buffers(
+    tmp_path: Path, device: Device, simulator: Simulator, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    monkeypatch.setattr("moe_model.EXPERTS", 40)
+    made = streamed(Model(tmp_path, [(formats.Q8_0, formats.Q4_0, 32, 32)]), device, 1, max_tokens=400)
+    simulator.defer(late)
+    with made.reader:
+        check_all(made, seeds=1, tokens=(400, 1))
+    assert made.streamer.stats()["vram_passed"] >= 16
 
 
 def test_in_time_everything_is_there_and_nothing_is_read(model: Model, device: Device) -> None:
