@@ -35,9 +35,7 @@ def simulator() -> Simulator:
 @pytest.fixture
 def device(simulator: Simulator) -> Iterator[Device]:
     simulator.reset()
-    made = Device(driver=str(simulator.path))
-    made.load(b"simulated")
-    yield made
+    yield simulator.open()
     simulator.reset()
 
 
@@ -74,7 +72,8 @@ def test_any_budget_gives_the_same_bytes(
     model: Model, device: Device, simulator: Simulator, in_vram: int, slots: int | None, late: bool
 ) -> None:
     made = streamed(model, device, in_vram, slots)
-    simulator.defer(late)
+    if late:
+        simulator.defer()
     with made.reader:
         check_all(made, seeds=2, tokens=(*FEW, MAX_TOKENS))
     stats = made.streamer.stats()
@@ -107,7 +106,8 @@ def test_more_experts_pass_than_there_are_buffers(
 ) -> None:
     monkeypatch.setattr("moe_model.EXPERTS", 40)
     made = streamed(Model(tmp_path, [(formats.Q8_0, formats.Q4_0, 32, 32)]), device, 1, max_tokens=400)
-    simulator.defer(late)
+    if late:
+        simulator.defer()
     with made.reader:
         check_all(made, seeds=1, tokens=(400, 1))
     assert made.streamer.stats()["vram_passed"] >= 16
@@ -154,10 +154,9 @@ def test_whenever_the_device_is_lost_the_result_is_right(
     """At every call of the driver in a run of some layers; experts are computed here from then on."""
     for n in range(1, 120, 11 if late else 9):
         simulator.reset()
-        lost = Device(driver=str(simulator.path))
-        lost.load(b"simulated")
-        made = streamed(model, lost, 4, 5)
-        simulator.defer(late)
+        made = streamed(model, simulator.open(), 4, 5)
+        if late:
+            simulator.defer()
         with made.reader:
             made.check(0, 1)
             simulator.fail_from(n)
@@ -204,8 +203,7 @@ def test_no_memory_at_all_is_an_error_and_changes_nothing(
 def test_everything_is_given_back(model: Model, simulator: Simulator) -> None:
     simulator.reset()
     before = simulator.counts()
-    device = Device(driver=str(simulator.path))
-    device.load(b"simulated")
+    device = simulator.open()
     made = streamed(model, device, 4)
     with made.reader:
         check_all(made, seeds=1)
