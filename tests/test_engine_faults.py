@@ -143,20 +143,22 @@ async def test_truncated_while_it_runs(made, store, io_backend):
     _, needed = made
     file = store / "experts-00001.safetensors"
     whole = file.read_bytes()
-    async with opened(store, io_backend=io_backend, cache_experts=1) as engine:
+    async with Engine.open(store, io_backend=io_backend, cache_experts=1, context=512) as engine:
         extents = [e.pieces[0] for e in families.load(engine._runner.checkpoint).experts[0].experts]
         end = extents[10].offset + 4096
         os.truncate(file, end)
         lost = {e for e, piece in enumerate(extents) if piece.offset + piece.nbytes > end}
         assert lost == set(range(10, 16))
         for n, found in enumerate(await answers(engine)):
-            if needed[n] & lost:
+            # A file that changes is not read any more; what was in memory may still do for an answer.
+            if needed[n] & lost or isinstance(found, Exception):
                 assert isinstance(found, CheckpointError), n
-                assert f"{file.name}: " in str(found)
-                assert "truncated" in str(found)
+                assert file.name in str(found)
+                assert "truncated" in str(found) or "written over" in str(found)
             else:
                 assert found == expected[n]
-        _restore(file, whole)
+    _restore(file, whole)
+    async with opened(store, io_backend=io_backend, cache_experts=1) as engine:
         assert await answers(engine) == expected
 
 

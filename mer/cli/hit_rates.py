@@ -14,7 +14,9 @@ from mer.config import EngineConfig
 from mer.engine.budget import Budget, usable, with_page_tables
 from mer.engine.engine import Engine
 from mer.engine.params import SamplingParams
+from mer.model.families import load
 from mer.streaming.distance import Distances, distances
+from mer.weights.checkpoint import open_checkpoint
 
 # Where no trace is given the model runs for so long; different texts, so that more experts have their turn.
 _SECONDS: Final = 15.0
@@ -87,11 +89,11 @@ def hit_rates(path: Path, ram: int | None, trace: Path | None, bandwidth: float)
 
     Raises what Engine.open raises, and ConfigError for a file that is no trace.
     """
+    if not load(open_checkpoint(path)).experts:
+        return None
     with tempfile.TemporaryDirectory(prefix="mer-doctor-") as place:
         recorded = Path(place) / "trace.csv"
         budget = asyncio.run(_run(path, ram, None if trace else recorded))
-        if not budget.experts:
-            return None
         return HitRates.of(budget, distances(trace or recorded), bandwidth)
 
 
