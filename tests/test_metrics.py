@@ -94,7 +94,8 @@ async def test_values(model):
     assert found["mer_inter_token_latency_seconds_count"] == found["mer_completion_tokens_total"] - 7
     assert found["mer_request_queue_seconds_count"] in (9, 10), "the one that came too late may have begun"
     assert 0 < found["mer_time_to_first_token_seconds_sum"] < 600
-    assert found["mer_step_requests_sum"] >= found["mer_completion_tokens_total"]
+    # A step may give a request several tokens, drafted ones.
+    assert found["mer_step_tokens_sum"] >= found["mer_completion_tokens_total"]
     assert found["mer_step_requests_count"] == found["mer_step_tokens_count"] < found["mer_step_requests_sum"]
     assert found["mer_step_tokens_sum"] >= 24 + drawn - 6
     assert found["mer_kv_blocks used"] == 0
