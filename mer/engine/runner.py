@@ -127,6 +127,7 @@ class Runner:
     device: Device | None = None
     placement: Placement = ON_THE_CPU
     _step_s: float = field(default=0.0, init=False)
+    _told: bool = field(default=False, init=False)  # that the GPU was lost
     _reads: int = field(default=0, init=False)  # that were there at the last look at the files
 
     @classmethod
@@ -352,6 +353,9 @@ class Runner:
         finally:
             if self.experts is not None:
                 self.experts.end_step()
+            if self.device is not None and not self._told and self.device.lost:
+                self._told = True
+                _log.warning("%s is given up: %s", self.device.name, self.device.lost)
             self._step_s += (time.monotonic_ns() - started) / 1e9
             if self.profile is not None:
                 self.profile.step(started, len(tokens), len(chunks))

@@ -75,7 +75,7 @@ async def test_the_same_bytes_in_any_division_of_memory(path: Path, logits: Logi
 
 @pytest.mark.parametrize("n", [1, 40, 200])
 async def test_requests_go_on_when_the_device_is_lost(
-    path: Path, logits: Logits, simulator: Simulator, n: int
+    path: Path, logits: Logits, simulator: Simulator, n: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     want, _, _ = await answers(path, logits, device="cpu")
     async with opened(path, device="cuda", gpu_layers=0, cache_experts="50%") as engine:
@@ -84,6 +84,7 @@ async def test_requests_go_on_when_the_device_is_lost(
         found = [(r.token_ids, logits.take(ids)) for r, ids in zip(results, PROMPTS, strict=True)]
         assert found == want
         assert engine.snapshot().vram.lost
+        assert caplog.text.count("is given up") == 1
         simulator.reset()  # so that what the engine pinned is given back
 
 
