@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
 from attrs import frozen
@@ -9,7 +10,7 @@ from attrs import frozen
 from mer._ext.device import Device
 from mer.config import EngineConfig
 from mer.engine.budget import Budget, mib
-from mer.errors import BudgetError, ConfigError
+from mer.errors import BudgetError, ConfigError, GpuError
 from mer.gpu import open_device, vram_budget
 from mer.model import device_scratch
 from mer.model.dense import device_bytes
@@ -18,6 +19,8 @@ from mer.model.kv import layer_bytes
 from mer.model.placement import ON_THE_CPU, Placement, refusal
 from mer.streaming.experts import ExpertTables
 from mer.weights.checkpoint import Checkpoint
+
+_log = logging.getLogger("mer")
 
 # The driver gives memory out in pieces of this size.
 _PIECE: Final = 2 << 20
@@ -62,7 +65,13 @@ def place(
                 f"gpu_layers {config.gpu_layers}: there is no GPU that can be used; leave it out"
             )
         return ALONE
-    vram = vram_budget(device, config)
+    try:
+        vram = vram_budget(device, config)
+    except GpuError as error:
+        if config.device != "auto":
+            raise
+        _log.warning("no GPU is used: %s", error)
+        return ALONE
     placement, taken = choose(checkpoint, architecture, tables, budget, config, vram)
     return OnDevice(device, placement, vram, taken)
 

@@ -13,7 +13,7 @@ from oracle.make_checkpoints import make
 
 from mer import SamplingParams
 from mer._ext.device import Device
-from mer.errors import ConfigError
+from mer.errors import ConfigError, GpuError
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 PROMPTS = [prompt(n) for n in (40, 5, 19)]
@@ -96,4 +96,17 @@ async def test_no_memory_for_experts(path: Path, logits: Logits, simulator: Simu
     want, _, _ = await answers(path, logits, device="cpu")
     got, vram, _ = await answers(path, logits, device="auto")
     assert got == want
+    assert vram is None
+
+
+async def test_a_device_that_does_not_answer(
+    path: Path, logits: Logits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise GpuError("asking for its memory: unknown error")
+
+    monkeypatch.setattr("mer.engine.placing.vram_budget", refuse)
+    with pytest.raises(GpuError):
+        await answers(path, logits, device="cuda")
+    _, vram, _ = await answers(path, logits, device="auto")
     assert vram is None
