@@ -265,11 +265,11 @@ class Runner:
             prefetch_used_bytes=int(s["prefetch_used_bytes"]),
             guesses=int(s["guesses"]),
             guesses_right=int(s["guesses_right"]),
-            vram_hits=int(s.get("vram_hits", 0)),
-            vram_passed=int(s.get("vram_passed", 0)),
-            vram_promotions=int(s.get("vram_promotions", 0)),
-            bus_bytes=int(s.get("bus_bytes", 0)),
-            gpu_wait_s=s.get("gpu_wait_s", 0.0),
+            vram_hits=int(s["vram_hits"]),
+            vram_passed=int(s["vram_passed"]),
+            vram_promotions=int(s["vram_promotions"]),
+            bus_bytes=int(s["bus_bytes"]),
+            gpu_wait_s=float(s["gpu_wait_s"]),
         )
 
     def facts(self) -> dict[str, Any]:
