@@ -201,7 +201,7 @@ async def test_much_that_is_short_is_tokenized_without_holding_up_others(model, 
         found = await texts_tokens(engine, ["The sea", [1, 2], *["The old man"] * 48])
         task.cancel()
         assert found[:2] == [engine.tokenizer.encode("The sea"), [1, 2]]
-        assert (len(found), others >= 10) == (50, True)
+        assert (len(found), others >= 50) == (50, True)
 
         threads, make = [], Engine.chat_prompt
 
