@@ -266,7 +266,8 @@ async def test_model_without_template_or_tokenizer(model, tmp_path):
     async with opened(tmp_path) as engine, asking(engine) as http:
         answer = await http.post(TEXT, json={"prompt": "a"})
         assert "token ids" in answer.json()["error"]["message"]
-        answer = await http.post(TEXT, json={"prompt": [5, 6], "max_tokens": 3, "logprobs": 1, "echo": True})
+        asked = {"prompt": [5, 6], "max_tokens": 3, "logprobs": 1, "echo": True, "ignore_eos": True}
+        answer = await http.post(TEXT, json=asked)
         assert answer.json()["usage"]["completion_tokens"] == 3
         for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
             assert (await http.post(path, json=body)).status_code == 400
