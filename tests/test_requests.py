@@ -172,11 +172,12 @@ async def test_priorities(model):
 
     async with opened(model, max_running=1) as engine:
         expected = [(await engine.generate(prompt(5, seed=n), params())).token_ids for n in range(6)]
-        first = asyncio.create_task(engine.generate(prompt(5), params(max_tokens=60, priority=-5)))
-        await asyncio.sleep(0)
+        come = threading.Event()  # none begins before all have come
+        engine._worker._send(come.wait)
         tasks = [asyncio.create_task(ask(engine, n, n % 3)) for n in range(6)]
+        await asyncio.sleep(0)
+        come.set()
         assert [await task for task in tasks] == expected
-        await first
     assert ended == [(0, 0), (0, 3), (1, 1), (1, 4), (2, 2), (2, 5)]
 
 
