@@ -248,7 +248,8 @@ def grown(seen: list[dict[str, int]]) -> dict[str, str]:
 def serve(model: str, config: str) -> None:
     """The server: a line on standard input has the next reads fail."""
     from mer.api.http import logs
-    from mer.api.models import Model, Models
+    from mer.api.model import Model
+    from mer.api.models import Models
     from mer.api.serving import serve as run
     from mer.api.settings import ServerSettings
     from mer.config import EngineConfig

@@ -22,7 +22,8 @@ from mer import Engine, SamplingParams
 from mer.api.http.errors import ApiError
 from mer.api.http.service import Service
 from mer.api.metrics import Metrics
-from mer.api.models import Model, Models
+from mer.api.model import Model
+from mer.api.models import Models
 from mer.api.settings import ServerSettings
 from mer.cli.monitor import monitor
 from mer.config import EngineConfig

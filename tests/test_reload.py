@@ -12,11 +12,13 @@ import httpx
 import pytest
 from http_server import PATIENCE, serving
 
-from mer import SamplingParams
+from mer import Engine, SamplingParams
 from mer.api import models as api_models
-from mer.api.models import LoadingError, Model, Models, ReloadError
+from mer.api.model import LoadingError, Model, ReloadError
+from mer.api.models import Models
 from mer.config import EngineConfig
 from mer.demo import model_path
+from mer.engine.sharing import needed
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 CONFIG = EngineConfig(context=256)
@@ -88,6 +90,56 @@ async def test_a_file_that_was_touched_is_verified_and_the_model_served_again(tm
     await models.check_files()
     await until(lambda: models.first.state == "ready")
     assert (models.first.generation, models.first.error, models.first.files_changed) == (2, "", False)
+    assert await ask(models) == expected
+    await models.close(drain=True)
+
+
+def within(models):
+    """Whether all engines together keep to the budget."""
+    return needed(models.budgets, [each.slots for each in models.budgets]) <= models.ram
+
+
+def half(budget):
+    """The `ram` of two such models with caches of a quarter of the experts."""
+    return needed([budget] * 2, [budget.experts // 4] * 2)
+
+
+async def test_what_leaves_has_its_part_of_the_memory_until_it_has_ended():
+    models = Models([Model("demo", model_path(), CONFIG)])
+    await models.open_first()
+    async with models.use(models.first) as old:
+        await models.reload(models.first)
+        new = models.first.engine
+        await models.set_ram(half(old.budget))
+        assert within(models)
+        assert models.budgets == [old.budget, new.budget]
+        assert max(each.slots for each in models.budgets) < old.budget.experts
+        before = new.budget.slots
+    await until(lambda: len(models.budgets) == 1)
+    await until(lambda: new.budget.slots > before)
+    assert within(models)
+    await models.close(drain=True)
+
+
+async def test_memory_is_given_back_while_a_model_is_being_opened(monkeypatch):
+    models = Models([Model("demo", model_path(), CONFIG)])
+    await models.open_first()
+    expected, beside, there, go = await ask(models), Engine.beside, asyncio.Event(), asyncio.Event()
+
+    async def slow(*given, **settings):
+        there.set()
+        await go.wait()
+        return await beside(*given, **settings)
+
+    monkeypatch.setattr(Engine, "beside", staticmethod(slow))
+    reloading = asyncio.create_task(models.reload(models.first))
+    await there.wait()
+    old = models.first.engine
+    await asyncio.wait_for(models.set_ram(half(old.budget)), PATIENCE)
+    assert old.budget.slots <= old.budget.experts // 4 + 1
+    go.set()
+    await reloading
+    assert within(models)
     assert await ask(models) == expected
     await models.close(drain=True)
 

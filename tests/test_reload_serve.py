@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 import httpx
@@ -17,7 +18,8 @@ from grpc_client import GREEDY, connected, generate, text_of
 from http_server import PATIENCE, SERVE, serving
 from test_reload import CONFIG, ask, damaged
 
-from mer.api.models import Model, Models
+from mer.api.model import Model
+from mer.api.models import Models
 from mer.demo import model_path
 from mer.engine.sharing import shares
 from mer.errors import BudgetError
@@ -45,75 +47,145 @@ def held(server):
     return rss << 10, len(os.listdir(f"/proc/{server.process.pid}/fd"))
 
 
+class Load:
+    """Three clients that ask the same over and over, by both APIs, and an operator by both."""
+
+    def __init__(self, http, stub, operator, admin):
+        self.http, self.operator, self.admin = http, operator, admin
+        self._stub = stub
+        self._done = [0, 0, 0]
+        self._clients = []
+        self.expected = ""
+
+    async def over_http(self):
+        answer = await self.http.post("/v1/completions", json=BODY)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    async def over_grpc(self):
+        return await text_of(self._stub.Generate(generate(PROMPT)))
+
+    async def cached(self, prompt, tokens=1):
+        """(tokens of the prompt that were found, the answer)"""
+        body = BODY | {"prompt": prompt, "max_tokens": tokens}
+        told = (await self.http.post("/v1/completions", json=body)).json()
+        return told["usage"]["prompt_tokens_details"]["cached_tokens"], told["choices"][0]["text"]
+
+    async def begin(self):
+        self.expected = await self.over_http()
+
+        async def client(n, ask):
+            while True:
+                assert await ask() == self.expected
+                self._done[n] += 1
+
+        asks = (self.over_http, self.over_grpc, self.over_grpc)
+        self._clients = [asyncio.create_task(client(n, ask)) for n, ask in enumerate(asks)]
+
+    async def answered(self):
+        """Each client has begun and ended a request since."""
+        aim = [each + 2 for each in self._done]
+        while any(now < then for now, then in zip(self._done, aim, strict=True)):
+            for each in self._clients:
+                if each.done():
+                    each.result()
+            await asyncio.sleep(0.005)
+
+    async def reload(self, **body):
+        answer = await self.operator.post("/admin/reload", json=body)
+        assert answer.status_code == 200, answer.text
+
+    async def refused(self, body, said):
+        refused = await self.operator.post("/admin/reload", json=body)
+        assert refused.status_code == 409
+        assert refused.json()["error"]["code"] == "reload_refused"
+        assert said in refused.json()["error"]["message"]
+
+    async def end(self):
+        """None of them has seen an error."""
+        for each in self._clients:
+            each.cancel()
+        ended = await asyncio.gather(*self._clients, return_exceptions=True)
+        assert all(isinstance(each, asyncio.CancelledError) for each in ended), ended
+
+
+@asynccontextmanager
+async def loaded(server):
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as http,
+        httpx.AsyncClient(base_url=admin_url(server), timeout=PATIENCE) as operator,
+        connected(server.grpc_port) as stub,
+        grpc.aio.insecure_channel(admin_target(server)) as channel,
+    ):
+        load = Load(http, stub, operator, rpc.AdminStub(channel))
+        await load.begin()
+        yield load
+        await load.end()
+
+
+PORTS = ("--grpc-port", 0, "--admin-port", 0, "--admin-grpc-port", 0)
+
+
 async def test_twenty_reloads_under_load_through_both_apis(tmp_path):
     """Every other one over gRPC, the eleventh to a store with a wrong byte."""
-    ports = ("--grpc-port", 0, "--admin-port", 0, "--admin-grpc-port", 0)
     bad = str(damaged(tmp_path / "bad"))
-    with serving("demo", "--context", 256, *ports) as server:
-        async with (
-            httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as http,
-            httpx.AsyncClient(base_url=admin_url(server), timeout=PATIENCE) as operator,
-            connected(server.grpc_port) as stub,
-            grpc.aio.insecure_channel(admin_target(server)) as channel,
-        ):
-            admin = rpc.AdminStub(channel)
-
-            async def over_http():
-                answer = await http.post("/v1/completions", json=BODY)
-                assert answer.status_code == 200, answer.text
-                return answer.json()["choices"][0]["text"]
-
-            async def over_grpc():
-                return await text_of(stub.Generate(generate(PROMPT)))
-
-            expected = await over_http()
-            done = [0, 0, 0]
-
-            async def client(n, ask):
-                while True:
-                    assert await ask() == expected
-                    done[n] += 1
-
-            clients = [
-                asyncio.create_task(client(n, ask)) for n, ask in enumerate((over_http, over_grpc, over_grpc))
-            ]
-
-            async def answered():
-                """Each has begun and ended a request since."""
-                aim = [each + 2 for each in done]
-                while any(now < then for now, then in zip(done, aim, strict=True)):
-                    for each in clients:
-                        if each.done():
-                            each.result()
-                    await asyncio.sleep(0.005)
-
+    with serving("demo", "--context", 256, *PORTS) as server:
+        async with loaded(server) as load:
             seen = []
             for number in range(20):
                 if number == 10:
-                    refused = await operator.post("/admin/reload", json={"path": bad})
-                    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "reload_refused")
+                    await load.refused({"path": bad}, "its checksum is")
                 elif number % 2:
-                    told = await admin.Reload(pb.ReloadRequest(model="demo"))
+                    told = await load.admin.Reload(pb.ReloadRequest(model="demo"))
                     assert told.model.state == "ready"
                 else:
-                    assert (await operator.post("/admin/reload", json={})).status_code == 200
-                await answered()
+                    await load.reload()
+                await load.answered()
                 seen.append(held(server))
-            for each in clients:
-                each.cancel()
-            ended = await asyncio.gather(*clients, return_exceptions=True)
-            assert all(isinstance(each, asyncio.CancelledError) for each in ended), ended
-            (model,) = (await admin.ListModels(pb.ListModelsRequest())).models
+            await load.end()
+            (model,) = (await load.admin.ListModels(pb.ListModelsRequest())).models
             assert (model.state, model.generation, model.path) == ("ready", 20, str(model_path()))
             memory, files = zip(*seen[5:], strict=True)
             # An engine takes more than 15 MiB and several descriptors; one that leaves may still be there.
             assert max(memory) < min(memory) + (64 << 20)
             assert max(files) < min(files) + 10
             with pytest.raises(grpc.aio.AioRpcError) as error:
-                await admin.Reload(pb.ReloadRequest(path=bad))
+                await load.admin.Reload(pb.ReloadRequest(path=bad))
             assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
             assert "its checksum is" in error.value.details()
-            assert await over_http() == await over_grpc() == expected
+            assert await load.over_http() == await load.over_grpc() == load.expected
+
+
+async def test_the_prefix_store_goes_from_hand_to_hand_under_load(tmp_path):
+    """What was computed before a reload is read back after it; a model that is refused leaves it alone."""
+    bad, store = damaged(tmp_path / "bad"), tmp_path / "store"
+    prompts = [f"{n} " + "The old man looked at the sea and said nothing. " * 6 for n in range(3)]
+
+    def has_store():
+        places = f"/proc/{server.process.pid}/fd"
+        for fd in os.listdir(places):
+            with suppress(FileNotFoundError):  # one that was closed just now
+                if os.readlink(f"{places}/{fd}") == f"{store}/prefix.index":
+                    return True
+        return False
+
+    with serving("demo", "--context", 512, "--prefix-store", store, *PORTS) as server:
+        async with loaded(server) as load:
+            before = [await load.cached(prompt) for prompt in prompts]
+            assert {cached for cached, _ in before} == {0}
+            for prompt, (_, answer) in zip(prompts, before, strict=True):
+                await load.reload()
+                await asyncio.to_thread(server.wait_for, "model demo: has the prefix store")
+                cached, now = await load.cached(prompt)
+                assert (cached >= 32, now) == (True, answer)
+                await load.answered()
+            await load.refused({"path": str(bad)}, "its checksum is")
+            assert has_store()
+            # The same answers, and other files: nobody's prefixes but its own.
+            shutil.copytree(model_path(), tmp_path / "other", copy_function=shutil.copyfile)
+            await load.reload(path=str(tmp_path / "other"))
+            await asyncio.to_thread(server.wait_for, "model demo: has the prefix store")
+            assert await load.cached(prompts[0]) == before[0]
 
 
 def test_hang_up_reloads_models_and_keys_and_none_is_lost(tmp_path):

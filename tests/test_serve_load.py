@@ -193,7 +193,7 @@ def test_slow_readers_and_dying_connections(model):
         asyncio.run(storm())
         third = idle(server)
         assert asyncio.run(answers(server.port)) == expected
-        # A pool of threads grows when it is first busy enough; what leaked would leak with each of the deaths.
+        # A pool of threads grows when it is first busy enough; a leak would be one with each of the deaths.
         assert third.files <= second.files + 3 <= first.files + 6
         assert third.threads < second.threads + 8 < first.threads + 32
         # The first storm grows the heap to what such a storm takes; another one must do with that.

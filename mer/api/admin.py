@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import attrs
 
 from mer.api.access import Access
-from mer.api.models import Model, Models, ModelState
+from mer.api.model import Model, ModelState
+from mer.api.models import Models
 from mer.config import EngineConfig, parse_size
 from mer.errors import ConfigError
 from mer.weights.hub import locate
@@ -26,7 +28,7 @@ _NUMBERS: Final = frozenset(
 )
 _FLAGS: Final = frozenset(("prefix_cache", "warm_start"))
 _DEFAULTS: Final = {each.name: each.default for each in attrs.fields(EngineConfig)}
-# They have a file to themselves, which two engines can't share.
+# What an engine writes to stays the same as long as the server runs.
 _FIXED: Final = frozenset(("prefix_store", "prefix_store_size", "trace", "profile"))
 
 
@@ -114,7 +116,18 @@ def model_of(spec: str, config: EngineConfig, name_of: Callable[[Path], str]) ->
     """A further model as it is given on the command line: MODEL, or NAME=MODEL. Raises CheckpointError."""
     name, separator, given = spec.partition("=")
     path = Path(locate(given if separator else spec))
-    return Model(name if separator else name_of(path), path, config)
+    name = name if separator else name_of(path)
+    return Model(name, path, _of_its_own(config, name))
+
+
+def _of_its_own(config: EngineConfig, name: str) -> EngineConfig:
+    """What an engine writes has the name of a further model in it: trace.NAME.csv, and DIR/model-NAME."""
+    label, trace, store = quote(name, safe=""), config.trace, config.prefix_store
+    return attrs.evolve(
+        config,
+        trace=trace and trace.with_name(f"{trace.stem}.{label}{trace.suffix}"),
+        prefix_store=store and store / f"model-{label}",
+    )
 
 
 async def watch_files(models: Models, every: float = 1.0) -> None:

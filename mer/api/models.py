@@ -13,24 +13,22 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import attrs
-from attrs import define, field, frozen
 
 from mer.api import files
+from mer.api.model import Loaded, LoadingError, Model, ModelState, ReloadError, UnknownModelError
 from mer.config import EngineConfig
 from mer.engine.budget import Budget
 from mer.engine.engine import Engine
 from mer.engine.sharing import needed, shares, survey
-from mer.errors import BudgetError, CheckpointError, ConfigError, MerError
+from mer.errors import BudgetError, CheckpointError, ConfigError, EngineClosedError, MerError
 from mer.weights.checkpoint import open_checkpoint
 from mer.weights.hub import locate
 from mer.weights.verify import verify
 
 _log = logging.getLogger("mer.server")
-
-State = Literal["unloaded", "loading", "ready", "reloading", "failed"]
 
 # A model stays loaded beside others while each cache has room for so much of its experts.
 _COMFORT: Final = 0.1
@@ -40,99 +38,6 @@ _SAMPLE: Final = 1 << 30
 LOAD_TIMEOUT: Final = 120.0
 # Tokens that a model may take which is not loaded yet.
 _SOME: Final = 1 << 20
-
-
-class LoadingError(MerError):
-    """The model is not there yet; asking again later helps."""
-
-
-class UnknownModelError(MerError):
-    """No model of that name is served here."""
-
-
-class ReloadError(MerError):
-    """The new model can't be served; the old one goes on."""
-
-
-@define(eq=False)
-class _Loaded:
-    """An engine, and who uses it; it is closed when nobody does. mark: of its files as they were opened."""
-
-    engine: Engine
-    mark: Mapping[Path, tuple[int, ...]]
-    users: int = 0
-    idle: asyncio.Event = field(factory=asyncio.Event)
-
-    def begin(self) -> None:
-        self.users += 1
-        self.idle.clear()
-
-    def end(self) -> None:
-        self.users -= 1
-        if not self.users:
-            self.idle.set()
-
-    async def until_idle(self) -> None:
-        if self.users:
-            await self.idle.wait()
-
-
-@define(eq=False)
-class Model:
-    """One of the models. Only `Models` changes it."""
-
-    name: str
-    path: Path
-    config: EngineConfig
-    state: State = "unloaded"
-    generation: int = 0
-    error: str = ""
-    files_changed: bool = False
-    used: float = 0.0  # when it was asked for last
-    created: int = field(factory=lambda: int(time.time()))
-    _loaded: _Loaded | None = None
-    _task: asyncio.Task[None] | None = None
-
-    @property
-    def engine(self) -> Engine | None:
-        return self._loaded.engine if self._loaded else None
-
-    @property
-    def running(self) -> int:
-        """Requests that use it."""
-        return self._loaded.users if self._loaded else 0
-
-
-@frozen
-class ModelState:
-    """What an operator is told of a model; the fields of mer.v1.ModelState."""
-
-    name: str
-    path: str
-    state: State
-    generation: int
-    running: int
-    cache_slots: int
-    experts: int
-    ram_bytes: int
-    files_changed: bool
-    error: str
-
-    @classmethod
-    def of(cls, model: Model) -> ModelState:
-        budget = model.engine.budget if model.engine else None
-        return cls(
-            name=model.name,
-            path=str(model.path),
-            state=model.state,
-            generation=model.generation,
-            running=model.running,
-            cache_slots=budget.slots if budget else 0,
-            experts=budget.experts if budget else 0,
-            ram_bytes=budget.total - budget.interpreter if budget else 0,
-            files_changed=model.files_changed,
-            error=model.error,
-        )
 
 
 class Models:
@@ -151,9 +56,14 @@ class Models:
         self.asked = 0  # what an operator wants; `ram` is less while memory is short
         self._timeout = load_timeout
         self._process = 0
-        self._changing = asyncio.Lock()  # loading, unloading, sharing: one at a time
+        self._there: list[Loaded] = []  # all engines that are open, those that are leaving as well
+        self._coming: Budget | None = None  # of an engine that is being opened
+        # From the outer to the inner one: who waits for a lock holds none behind it.
         self._reloading = asyncio.Lock()
+        self._changing = asyncio.Lock()  # loading, unloading, handing over: one at a time
+        self._sharing = asyncio.Lock()  # who has which part of the memory
         self._leaving: set[asyncio.Task[None]] = set()
+        self._handing: set[asyncio.Task[None]] = set()
         self._again: asyncio.Task[None] | None = None
 
     @property
@@ -196,7 +106,8 @@ class Models:
         """The first model is there."""
         self.ram = self.asked = engine.budget.ram
         self._process = engine.budget.interpreter
-        self._take_over(self.first, _Loaded(engine, mark or {}))
+        self._there.append(loaded := Loaded(engine, mark or {}))
+        self._take_over(self.first, loaded)
 
     async def open_first(self) -> Engine:
         """Raises what Engine.open raises."""
@@ -223,10 +134,6 @@ class Models:
         leaving since the last time. Raises ReloadError, after which the old one serves on as before.
         """
         path, config = path or model.path, config or model.config
-        if config.prefix_store is not None and model._loaded is not None:
-            raise ReloadError(
-                "a model with prefix_store has that to itself and can't be reloaded; restart mer"
-            )
         async with self._reloading:
             while self._leaving:
                 await asyncio.wait(self._leaving)
@@ -235,11 +142,7 @@ class Models:
                 mark = await asyncio.to_thread(files.mark, path)  # of the files that are verified
                 await asyncio.to_thread(_verify, path, None if verify_all else _SAMPLE)
                 async with self._changing:
-                    try:
-                        loaded = await self._bring(path, _numbered(config, model), mark, but=model)
-                    except Exception:
-                        await self._share()
-                        raise
+                    loaded = await self._bring(path, _numbered(config, model), mark, but=model)
                     old, model.path, model.config = model._loaded, path, config
                     self._take_over(model, loaded)
             except Exception as error:
@@ -248,7 +151,7 @@ class Models:
                 model.error = str(error)
                 raise ReloadError(f"{error}" if isinstance(error, MerError) else repr(error)) from error
             if old is not None:
-                self._leave(old)
+                self._leave(model, old)
 
     async def set_ram(self, ram: int) -> None:
         """Keep to so many bytes of the process. Raises BudgetError."""
@@ -261,24 +164,25 @@ class Models:
 
     async def keep_to(self, ram: int) -> None:
         """The same for a while: what was asked for remains known. Raises BudgetError."""
-        async with self._changing:
+        async with self._sharing:
             before, self.ram = self.ram, ram
             try:
-                await self._share()
+                await self._share_now()
             except BudgetError:
                 self.ram = before
-                await self._share()
+                await self._share_now()
                 raise
 
     @property
     def floor(self) -> int:
-        """The least `ram` that the models which are loaded can do with."""
+        """The least `ram` that the models which are there can do with."""
         return needed(self.budgets, [each.least_slots for each in self.budgets])
 
     def filled(self) -> tuple[int, int]:
         """The `ram` that what is in their caches needs, and the bytes that they may take beyond."""
         budgets = self.budgets
-        resident = [loaded.engine.snapshot().resident for loaded in self._loaded()]
+        resident = [loaded.engine.snapshot().resident for loaded in self._there]
+        resident += [0] * (len(budgets) - len(resident))
         more = [each.slot * max(0, each.slots - there) for each, there in zip(budgets, resident, strict=True)]
         return needed(budgets, resident), sum(more)
 
@@ -288,8 +192,9 @@ class Models:
 
     @property
     def budgets(self) -> list[Budget]:
-        """Of the models that are loaded."""
-        return [loaded.engine.budget for loaded in self._loaded()]
+        """Of all engines that are there, and of one that is being opened."""
+        coming = [] if self._coming is None else [self._coming]
+        return [loaded.engine.budget for loaded in self._there] + coming
 
     async def check_files(self) -> None:
         """Compare files with what they were when they were opened.
@@ -315,7 +220,7 @@ class Models:
             _log.error("model %s: %s", model.name, model.error)
             model.state, model._loaded = "failed", None
             self._tell(model)
-            await loaded.engine.close(drain=False)
+            await self._leave(model, loaded, drain=False)
             if all(now[file][2:3] == loaded.mark[file][2:3] for file in broken):
                 self._again = asyncio.create_task(self._touched(model))
 
@@ -333,15 +238,15 @@ class Models:
     async def close(self, *, drain: bool) -> None:
         """All engines."""
         loading = [model._task for model in self.all.values()]
-        for task in filter(None, [self._again, *loading, *self._leaving]):
+        for task in filter(None, [self._again, *loading, *self._leaving, *self._handing]):
             task.cancel()
             with suppress(asyncio.CancelledError, MerError):
                 await task
-        for loaded in self._loaded():
-            await loaded.engine.close(drain=drain)
-
-    def _loaded(self) -> list[_Loaded]:
-        return [model._loaded for model in self.all.values() if model._loaded]
+        for loaded in self._there:
+            try:
+                await loaded.engine.close(drain=drain)
+            except MerError as error:  # of a file that it could not write to the end
+                _log.error("%s", error)
 
     async def _load(self, model: Model) -> None:
         """Waits for it; a waiter that leaves ends nothing."""
@@ -366,37 +271,58 @@ class Models:
                     self._take_over(model, await self._bring(model.path, config, mark))
                 except Exception as error:
                     model.state, model.error = "failed", str(error)
-                    await self._share()
                     raise
         finally:
             model._task = None
 
     async def _bring(
         self, path: Path, config: EngineConfig, mark: Mapping[Path, tuple[int, ...]], but: Model | None = None
-    ) -> _Loaded:
+    ) -> Loaded:
         """A new engine beside those that are there, whose caches shrink first; `but` may not be unloaded.
 
         mark: of its files; when it is another one in the end, the engine does not count.
         """
         wanted = await asyncio.to_thread(survey, path, attrs.evolve(config, ram=self.ram), self._process)
+        part = await self._make_room(wanted, but)
+        try:
+            engine = await Engine.beside(
+                path,
+                attrs.evolve(config, ram=part),
+                self._process,
+                storeless=any(each.engine.store_directory == config.prefix_store for each in self._there),
+            )
+        except BaseException:
+            self._coming = None
+            await self._share()
+            raise
+        self._coming = None
+        self._there.append(loaded := Loaded(engine, mark))
+        if await asyncio.to_thread(files.look, mark) != mark:
+            await self._end(loaded, drain=False)
+            raise CheckpointError(f"{path}: its files changed while they were opened; try again")
+        await self._share()  # `ram` may be another since
+        return loaded
+
+    async def _make_room(self, wanted: Budget, but: Model | None) -> int:
+        """The `ram` of an engine with this budget, once it is there to be had. Raises BudgetError."""
         comfort = _COMFORT
         while True:
-            try:
-                parts = shares(self.ram, [wanted, *self.budgets], comfort)
-                break
-            except BudgetError:
-                if await self._unload_one(but):
-                    continue
-                if not comfort:
-                    raise
+            async with self._sharing:
+                try:
+                    parts = shares(self.ram, [*self.budgets, wanted], comfort)
+                    await self._give(parts[:-1])
+                    self._coming = wanted
+                    return parts[-1]
+                except BudgetError as error:
+                    why = error
+            if await self._unload_one(but):
+                continue
+            if comfort:
                 comfort = 0.0
-        for loaded, part in zip(self._loaded(), parts[1:], strict=True):
-            await loaded.engine.set_ram(part)
-        engine = await Engine.beside(path, attrs.evolve(config, ram=parts[0]), self._process)
-        if await asyncio.to_thread(files.look, mark) != mark:
-            await engine.close(drain=False)
-            raise CheckpointError(f"{path}: its files changed while they were opened; try again")
-        return _Loaded(engine, mark)
+            elif self._leaving:
+                await asyncio.wait(self._leaving)
+            else:
+                raise why
 
     async def _unload_one(self, but: Model | None) -> bool:
         """The model that was asked for least recently. Whether there was one."""
@@ -408,11 +334,12 @@ class Models:
         self._tell(model)
         assert loaded is not None
         _log.info("model %s: unloaded, its memory is needed", model.name)
+        loaded.engine.resume()
         await loaded.until_idle()
         await self._end(loaded)
         return True
 
-    def _take_over(self, model: Model, loaded: _Loaded) -> None:
+    def _take_over(self, model: Model, loaded: Loaded) -> None:
         model._loaded, model.state, model.error, model.files_changed = loaded, "ready", "", False
         model.generation += 1
         self._tell(model)
@@ -421,36 +348,59 @@ class Models:
         for tell in self.changed:
             tell(model, model.engine)
 
-    def _leave(self, old: _Loaded) -> None:
+    def _leave(self, model: Model, old: Loaded, *, drain: bool = True) -> asyncio.Task[None]:
+        """Have an engine end, after its requests (drain), and others take what was its."""
         old.engine.resume()  # whom a pause holds up would keep it here
 
         async def leave() -> None:
-            await old.until_idle()
-            async with self._changing:
-                await self._end(old)
-                await self._share()
+            if drain:
+                await old.until_idle()
+            await self._end(old, drain=drain)
+            handing = start(self._hand_over(model), f"model {model.name}: prefix store")
+            self._handing.add(handing)
+            handing.add_done_callback(self._handing.discard)
 
-        task = asyncio.create_task(leave())
+        task = start(leave(), f"model {model.name}: end of an engine")
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
+        return task
 
-    async def _end(self, loaded: _Loaded) -> None:
-        await loaded.engine.close()
-        loaded.engine = None  # type: ignore[assignment]
-        await asyncio.to_thread(_tidy)
+    async def _hand_over(self, model: Model) -> None:
+        """The prefix store, if nobody has it now, to the engine that serves."""
+        async with self._changing:
+            if model.engine is not None:
+                with suppress(EngineClosedError):
+                    await model.engine.open_store()
+                    if model.engine.store_directory is not None:
+                        _log.info("model %s: has the prefix store", model.name)
+
+    async def _end(self, loaded: Loaded, *, drain: bool = True) -> None:
+        try:
+            await loaded.engine.close(drain=drain)
+        finally:
+            self._there.remove(loaded)
+            loaded.engine = None  # type: ignore[assignment]
+            await asyncio.to_thread(_tidy)
+            await self._share()
 
     async def _share(self) -> None:
-        """Its part of the memory to each model that is loaded, as much as there is."""
-        there = self._loaded()
-        if not there or not self.ram:
-            return
-        parts = [self.ram] if len(there) == 1 else shares(self.ram, self.budgets)
-        now = [loaded.engine.budget.ram for loaded in there]
-        # Those that shrink first.
-        for loaded, part, _ in sorted(
-            zip(there, parts, now, strict=True), key=lambda each: each[1] - each[2]
+        """Its part of the memory to each engine, as much as there is."""
+        async with self._sharing:
+            await self._share_now()
+
+    async def _share_now(self) -> None:
+        if self._there and self.ram:
+            budgets = self.budgets
+            await self._give([self.ram] if len(budgets) == 1 else shares(self.ram, budgets))
+
+    async def _give(self, parts: Sequence[int]) -> None:
+        """The `ram` of each engine that is there; those that shrink go first."""
+        there = [each.engine for each in self._there]
+        for engine, part in sorted(
+            zip(there, parts, strict=False), key=lambda each: each[1] - each[0].budget.ram
         ):
-            await loaded.engine.set_ram(part)
+            with suppress(EngineClosedError):
+                await engine.set_ram(part)
 
 
 def start(work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:

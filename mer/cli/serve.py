@@ -15,11 +15,12 @@ import click
 
 from mer.api.admin import model_of
 from mer.api.http import logs
-from mer.api.models import LOAD_TIMEOUT, Model, Models
+from mer.api.model import Model
+from mer.api.models import LOAD_TIMEOUT, Models
 from mer.api.serving import serve as run_server
 from mer.api.settings import ServerSettings, read_keys
 from mer.cli.common import messages, model_argument, size, size_option
-from mer.cli.generation import engine_options
+from mer.cli.generation import engine_options, trace_option
 from mer.config import EngineConfig
 from mer.demo import model_path
 from mer.engine.engine import Engine
@@ -104,6 +105,7 @@ _KEYS: Final = "MER_API_KEYS"
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Of the log."
 )
 @click.option("--log-prompts", is_flag=True, help="Write what is asked into the log.")
+@trace_option
 @engine_options
 def serve(
     model: Path,

@@ -6,13 +6,12 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sized
-from contextlib import ExitStack, aclosing, suppress
-from hashlib import blake2b
-from importlib.metadata import version
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sized
+from contextlib import ExitStack, aclosing
+from functools import partial
 from numbers import Integral
 from os import PathLike
-from types import TracebackType
+from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
 import attrs
@@ -28,6 +27,7 @@ from mer.engine.drafting import Drafting
 from mer.engine.journey import told
 from mer.engine.mailbox import Mailbox
 from mer.engine.observer import Observer, ReadLatency, Snapshot
+from mer.engine.opening import Opening
 from mer.engine.outputs import Delta, FinishReason, Result, join
 from mer.engine.params import SamplingParams
 from mer.engine.prefix_store import PrefixStore
@@ -36,16 +36,16 @@ from mer.engine.routed import idle_in_dense
 from mer.engine.runner import Runner, StepStats
 from mer.engine.sampling import Sampler
 from mer.engine.scheduler import Scheduler
+from mer.engine.storing import Storing
 from mer.engine.view import ExpertMap, Recent, View, requests
 from mer.engine.worker import Worker
-from mer.errors import ConfigError, EngineClosedError, MerError, RequestError
+from mer.errors import ConfigError, EngineClosedError, RequestError
 from mer.model.families import Architecture
 from mer.model.settings import eos_ids
 from mer.model.spec import ModelSpec
 from mer.model.tokenizer import Tokenizer
 from mer.streaming.profile import ProfileSummary
 from mer.weights.checkpoint import Checkpoint
-from mer.weights.fingerprint import compiled_code, fingerprint
 from mer.weights.hub import locate
 
 Prompt = str | list[int]
@@ -56,57 +56,6 @@ _LONG: Final = 2000
 # How often, and after how many seconds, slots are asked for again that somebody reads into.
 _RESIZES: Final = 10
 _RESIZE_PAUSE: Final = 0.02
-
-
-def _open_store(runner: Runner, config: EngineConfig) -> PrefixStore | None:
-    if config.prefix_store is None:
-        return None
-    if runner.spec.recurrent is not None:
-        raise ConfigError(
-            f"prefix_store: layers of {runner.spec.family} keep a state, without which keys and values on "
-            "disk are of no use, and states are kept in memory alone; leave prefix_store out"
-        )
-    # Whatever may change a bit of keys and values: the model (LongRoPE goes by the context), the code, the
-    # kernels, how they are kept.
-    code = f"{version('mer')} {runner.isa} {runner.kv.dtype}".encode() + compiled_code()
-    code += repr(runner.spec.rope).encode()
-    mark = blake2b(fingerprint(runner.checkpoint) + code, digest_size=16).digest()
-    return PrefixStore(
-        config.prefix_store, config.prefix_store_size, runner.kv, mark, backend=config.io_backend
-    )
-
-
-class _Opening:
-    """What `Engine.open` returns: `async with` opens and closes the engine, `await` just opens it."""
-
-    def __init__(self, path: str | PathLike[str], config: EngineConfig, process: int | None = None) -> None:
-        self._path = path
-        self._process = process
-        self._config = config
-        self._engine: Engine | None = None
-
-    def __await__(self) -> Generator[Any, None, Engine]:
-        return self._open().__await__()
-
-    async def _open(self) -> Engine:
-        # Shielded: an open that is cancelled midway would leave files and memory behind.
-        task = asyncio.ensure_future(asyncio.to_thread(Engine._load, self._path, self._config, self._process))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            with suppress(MerError):
-                await (await task).close(drain=False)
-            raise
-
-    async def __aenter__(self) -> Engine:
-        self._engine = await self._open()
-        return self._engine
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._engine is not None
-        await self._engine.close(drain=error is None)
 
 
 class Engine:
@@ -126,11 +75,13 @@ class Engine:
         tokenizer: Tokenizer | None,
         ends: frozenset[int],
         config: EngineConfig,
+        storing: Storing | None,
         store: PrefixStore | None,
         drafting: Drafting | None,
     ) -> None:
         self._runner = runner
-        self._store = store
+        self._storing = storing
+        self._store: PrefixStore | None = None
         self._giving_back = threading.Lock()
         self._tokenizer = tokenizer
         self._eos_ids = ends
@@ -143,22 +94,21 @@ class Engine:
             rows=budget.rows,
             n_images=budget.state_images,
             prefix_cache=config.prefix_cache,
-            root=b"" if store is None else store.fingerprint,
-            store=store,
+            root=b"" if storing is None else storing.mark,
         )
-        if store is not None:
-            self._scheduler.pool.dropped = store.spill
         self._ids = itertools.count(1)
         self._idle = idle_in_dense(config)
         self._drafting = drafting
         self._speculate = config.speculate
-        self._worker = Worker(runner, self._scheduler, config.max_waiting, store, drafting)
+        self._worker = Worker(runner, self._scheduler, config.max_waiting, drafting)
+        if store is not None:
+            self._keep_in(store)
         self._constraints = Constraints(tokenizer, runner.spec.vocab, ends, budget.threads)
         self._recent = Recent()
         self._worker.observe(self._recent)
 
     @classmethod
-    def open(cls, path: str | PathLike[str], config: EngineConfig | None = None, **settings: Any) -> _Opening:
+    def open(cls, path: str | PathLike[str], config: EngineConfig | None = None, **settings: Any) -> Opening:
         """Open a model; use with `async with` or `await`.
 
         path: a directory or a GGUF file, a hub's name that `mer pull` has fetched ("org/name",
@@ -171,18 +121,27 @@ class Engine:
             if name not in known:
                 raise ConfigError(f"unknown setting {name!r}; known are {', '.join(sorted(known))}")
         config = attrs.evolve(config, **settings) if config else EngineConfig(**settings)
-        return _Opening(path, config)
+        return Opening(partial(cls._load, path, config))
 
     @classmethod
-    def beside(cls, path: str | PathLike[str], config: EngineConfig, process: int) -> _Opening:
+    def beside(
+        cls, path: str | PathLike[str], config: EngineConfig, process: int, *, storeless: bool = False
+    ) -> Opening:
         """As `open`, in a process that holds `process` bytes without any engine, and has others.
 
-        `config.ram` is this engine's share and those bytes; see mer.engine.sharing.
+        `config.ram` is this engine's share and those bytes; see mer.engine.sharing. storeless: another one
+        has the prefix store still, and this one does without until `open_store`.
         """
-        return _Opening(path, config, process)
+        return Opening(partial(cls._load, path, config, process, storeless))
 
     @classmethod
-    def _load(cls, path: str | PathLike[str], config: EngineConfig, process: int | None = None) -> Self:
+    def _load(
+        cls,
+        path: str | PathLike[str],
+        config: EngineConfig,
+        process: int | None = None,
+        storeless: bool = False,
+    ) -> Self:
         tokenizer: Tokenizer | None = None
         ends: frozenset[int] = frozenset()
         sources: list[DraftSource] = []
@@ -202,9 +161,10 @@ class Engine:
             draft_engines = drafting.load(sources, runner, config)
             if draft_engines is not None:
                 undo.callback(draft_engines.close)
-            store = _open_store(runner, config)
+            storing = Storing.of(runner, config)
+            store = storing.open() if storing is not None and not storeless else None
             undo.pop_all()
-        return cls(runner, tokenizer, ends, config, store, draft_engines)
+        return cls(runner, tokenizer, ends, config, storing, store, draft_engines)
 
     async def close(self, *, drain: bool = True) -> None:
         """End all requests (drain) or drop them, then give everything back. Closing twice is allowed."""
@@ -224,6 +184,32 @@ class Engine:
             if self._drafting is not None:
                 self._drafting.close()
             self._runner.close()
+
+    async def open_store(self) -> None:
+        """Have the prefix store from now on, where one is wanted and another engine had it until now.
+
+        Raises ConfigError where the directory can't be used, EngineClosedError.
+        """
+        await asyncio.to_thread(self._open_store)
+
+    def _open_store(self) -> None:
+        if self._storing is None or self._store is not None:
+            return
+        store = self._storing.open()
+        try:
+            self._worker.call(lambda: self._keep_in(store)).result()
+        except BaseException:
+            store.close()
+            raise
+
+    def _keep_in(self, store: PrefixStore) -> None:
+        self._store = self._worker.store = self._scheduler.store = store
+        self._scheduler.pool.dropped = store.spill
+
+    @property
+    def store_directory(self) -> Path | None:
+        """Of the prefix store that it has open."""
+        return None if self._storing is None or self._store is None else self._storing.directory
 
     @property
     def spec(self) -> ModelSpec:

@@ -52,6 +52,18 @@ def buffer_bytes(block_bytes: int) -> int:
     return (_WRITES + _READS) * (slot_bytes(block_bytes) + 2 * DIRECT_ALIGNMENT)
 
 
+def slots_within(size: int, kv: KVCache) -> int:
+    """How many blocks of `kv` so many bytes of disk hold. Raises ConfigError where that is none."""
+    one = slot_bytes(_block_bytes(kv))
+    if size < one:
+        raise ConfigError(f"prefix_store_size {size}: a block of 16 tokens takes {one} bytes; ask for more")
+    return size // one
+
+
+def _block_bytes(kv: KVCache) -> int:
+    return sum(layer[0].nbytes for layer in kv.layers)
+
+
 @define
 class _Slot:
     number: int
@@ -74,13 +86,8 @@ class PrefixStore:
         """
         self.fingerprint = fingerprint
         self._layers = kv.layers
-        self._block_bytes = sum(layer[0].nbytes for layer in kv.layers)
-        self._slot_bytes = slot_bytes(self._block_bytes)
-        self._n_slots = size // self._slot_bytes
-        if not self._n_slots:
-            raise ConfigError(
-                f"prefix_store_size {size}: a block of 16 tokens takes {self._slot_bytes} bytes; ask for more"
-            )
+        self._slot_bytes = slot_bytes(_block_bytes(kv))
+        self._n_slots = slots_within(size, kv)
         self._path = directory / "prefix.index"
         self._header = _HEADER.pack(_MAGIC, fingerprint, self._slot_bytes)
         self._slots: OrderedDict[bytes, _Slot] = OrderedDict()

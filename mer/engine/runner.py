@@ -242,10 +242,12 @@ class Runner:
             self.experts.end(used=self._step_s > 0)
         self.reader.close()
         self._unchanged.close()
-        if self._forward.trace is not None:
-            self._forward.trace.close()
-        if self.profile is not None:
-            self.profile.close()
+        try:
+            if self._forward.trace is not None:
+                self._forward.trace.close()
+        finally:
+            if self.profile is not None:
+                self.profile.close()
 
     @property
     def stats(self) -> StepStats:

@@ -156,7 +156,7 @@ class Scheduler:
         self.query_tokens = 0
         self._prefix_cache = prefix_cache
         self._root = root
-        self._store = store
+        self.store = store
         self._loads: list[Load] = []
         self._loading: set[bytes] = set()
         self._arrivals = 0
@@ -361,10 +361,10 @@ class Scheduler:
 
     def _fetch(self, sequence: Sequence) -> bool:
         """Whether the store is now asked for blocks that it would have to compute; it is, once."""
-        if self._store is None or sequence.fetched:
+        if self.store is None or sequence.fetched:
             return False
         sequence.fetched = True
-        keys = list(takewhile(self._store.__contains__, self._missing(sequence)))
+        keys = list(takewhile(self.store.__contains__, self._missing(sequence)))
         blocks = self.pool.spare(len(keys))
         if not blocks:
             return False

@@ -37,12 +37,11 @@ class Worker:
         runner: Runner,
         scheduler: Scheduler,
         max_waiting: int,
-        store: PrefixStore | None = None,
         drafting: Drafting | None = None,
     ) -> None:
         """drafting: None where nothing is to be drafted."""
         self._runner = runner
-        self._store = store
+        self.store: PrefixStore | None = None  # changes on the thread, or before there are requests
         self._scheduler = scheduler
         self._pace = Pace(scheduler.step_tokens)
         self._drafting = drafting
@@ -171,8 +170,8 @@ class Worker:
             wait = False
 
     def _fetch(self, load: Load) -> None:
-        assert self._store is not None
-        self._store.fetch(
+        assert self.store is not None
+        self.store.fetch(
             load.keys, load.blocks, lambda count: self._send(lambda: self._scheduler.loaded(load, count))
         )
 

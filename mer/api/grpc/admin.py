@@ -17,7 +17,7 @@ from mer.api.grpc import convert
 from mer.api.grpc.gate import Context, Gate
 from mer.api.grpc.operating import Operating
 from mer.api.grpc.server import bind
-from mer.api.models import LoadingError, ModelState
+from mer.api.model import LoadingError, ModelState
 from mer.api.settings import ServerSettings
 from mer.engine.budget import resident_bytes
 from mer.engine.engine import Engine

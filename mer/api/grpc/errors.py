@@ -14,7 +14,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, Ret
 from google.rpc.status_pb2 import Status
 
 from mer.api.access import AuthenticationError, RateLimitError
-from mer.api.models import LoadingError, ReloadError, UnknownModelError
+from mer.api.model import LoadingError, ReloadError, UnknownModelError
 from mer.errors import (
     BudgetError,
     ConfigError,

@@ -15,7 +15,8 @@ from grpc_reflection.v1alpha import reflection
 from mer.api.access import Access
 from mer.api.grpc.gate import Gate
 from mer.api.grpc.service import SERVICE, Inference
-from mer.api.models import Model, Models
+from mer.api.model import Model
+from mer.api.models import Models
 from mer.api.settings import ServerSettings
 from mer.api.tracing import Tracing
 from mer.config import EngineConfig

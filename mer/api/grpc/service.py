@@ -18,7 +18,8 @@ from mer.api import generation
 from mer.api.grpc import convert
 from mer.api.grpc.gate import Call, Context, Gate
 from mer.api.grpc.session import serve_session
-from mer.api.models import LoadingError, Models
+from mer.api.model import LoadingError
+from mer.api.models import Models
 from mer.api.settings import ServerSettings
 from mer.engine.engine import Engine
 from mer.engine.outputs import PromptLogprobs

@@ -16,7 +16,7 @@ from mer.api.http.errors import ApiError, api_error
 from mer.api.http.hosts import Hosts
 from mer.api.http.schemas import decode
 from mer.api.http.service import json_response
-from mer.api.models import ModelState, ReloadError, UnknownModelError
+from mer.api.model import ModelState, ReloadError, UnknownModelError
 from mer.api.settings import ServerSettings
 from mer.engine.budget import resident_bytes
 from mer.errors import BudgetError, ConfigError

@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from mer.api.access import AuthenticationError, RateLimitError
-from mer.api.models import LoadingError
+from mer.api.model import LoadingError
 from mer.errors import (
     DeviceReadError,
     EngineClosedError,

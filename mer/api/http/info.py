@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from quart import Blueprint, Response, request
 
-from mer.api import models
+from mer.api import model
 from mer.api.http.answers import Model, Models, Status, Version
 from mer.api.http.anthropic import AnthropicModel, AnthropicModels
 from mer.api.http.errors import unavailable
@@ -21,11 +21,11 @@ def blueprint(service: Service) -> Blueprint:
     made = Blueprint("info", __name__)
     described = document()
 
-    def described_model(each: models.Model) -> Model:
+    def described_model(each: model.Model) -> Model:
         context = each.engine.context if each.engine else 0
         return Model(each.name, service.started, context, state=each.state)
 
-    def for_anthropic(each: models.Model) -> AnthropicModel:
+    def for_anthropic(each: model.Model) -> AnthropicModel:
         since = datetime.fromtimestamp(service.started, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return AnthropicModel(each.name, each.name, since, each.engine.context if each.engine else 0)
 

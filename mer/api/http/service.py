@@ -19,7 +19,8 @@ from mer.api.http.large_bodies import decode_body, decode_conversation, too_long
 from mer.api.http.long_lists import decode_large
 from mer.api.large_json import PIECE, most_bytes
 from mer.api.metrics import ServerMetrics
-from mer.api.models import Model, Models, UnknownModelError
+from mer.api.model import Model, UnknownModelError
+from mer.api.models import Models
 from mer.api.settings import ServerSettings
 from mer.api.tracing import Tracing
 from mer.config import EngineConfig
