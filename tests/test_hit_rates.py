@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 
+import httpx
 import numpy as np
 import pytest
 from attrs import evolve
 from click.testing import CliRunner
+from http_server import PATIENCE, serving
 
 from mer import Engine, SamplingParams
+from mer.api.admin import model_of
 from mer.cli import hit_rates
 from mer.cli.doctor import doctor
 from mer.cli.hit_rates import HitRates
+from mer.config import EngineConfig
 from mer.demo import model_path
 from mer.errors import ConfigError
 from mer.streaming import probe
@@ -96,6 +101,27 @@ def test_what_is_no_trace(tmp_path, text, words):
         distances(tmp_path / "x.csv")
 
 
+def test_a_trace_that_is_being_written(tmp_path):
+    """Its last line may be cut off anywhere."""
+    write_trace(tmp_path / "whole.csv", 1)
+    content = (tmp_path / "whole.csv").read_text()
+    whole, lines = distances(tmp_path / "whole.csv"), content.splitlines(keepends=True)
+    for cut in (2, 6, len(lines[-1]) - 1):
+        (tmp_path / "cut.csv").write_text("".join(lines) + lines[-1][:cut])
+        assert distances(tmp_path / "cut.csv").accesses == whole.accesses
+
+
+async def test_a_disk_that_is_full_ends_the_trace_alone(caplog):
+    params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0)
+    async with Engine.open(model_path(), context=256) as engine:
+        expected = (await engine.generate([5], params)).token_ids
+    engine = await Engine.open(model_path(), context=256, trace="/dev/full")
+    assert (await engine.generate([5], params)).token_ids == expected
+    assert caplog.text.count("nothing more is recorded: trace /dev/full: No space left") == 1
+    with pytest.raises(ConfigError, match="trace /dev/full: No space left"):
+        await engine.close()
+
+
 async def test_what_more_memory_brings():
     async with Engine.open(model_path(), context=256) as engine:
         budget = engine.budget
@@ -131,9 +157,51 @@ def test_of_the_bundled_model(tmp_path):
     file.write_text("no trace\n")
     done = CliRunner().invoke(doctor, ["demo", "--trace", str(file)])
     assert isinstance(done.exception, ConfigError)
+    file.write_text(HEAD + "0,1,5,0,0,1,1\n")
+    done = CliRunner().invoke(doctor, ["demo", "--trace", str(file)])
+    assert "of a model with 24 experts" in str(done.exception)
     small = CliRunner().invoke(doctor, ["demo", "--ram", "1MiB"])
     assert small.exit_code == 0
     assert "is too little for this model" in " ".join(small.output.split())
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_server_recorded(tmp_path):
+    """Of two models, and of one that was reloaded: each engine has a file of its own."""
+    ports = ("--admin-port", 0)
+    with serving(
+        "demo", "org/two=demo", "--context", 256, "--trace", tmp_path / "routing.csv", *ports
+    ) as server:
+
+        def complete(model, prompts):
+            body = {"model": model, "prompt": prompts, "max_tokens": 21, "ignore_eos": True}
+            told = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE).json()
+            assert told["usage"]["completion_tokens"] == 21 * len(prompts)
+
+        complete("demo", ["Once upon a time", "She said that"])
+        complete("org/two", ["In the morning"])
+        admin = re.search(r"admin endpoints at (\S+)", "".join(server.lines))[1]
+        assert httpx.post(f"{admin}/admin/reload", json={}, timeout=PATIENCE).status_code == 200
+        complete("demo", ["A cat and a dog"])
+        refused = httpx.post(f"{admin}/admin/reload", json={"settings": {"trace": "x"}}, timeout=PATIENCE)
+        assert "no setting that can be changed" in refused.text
+        server.signal()
+        assert server.ended() == 0
+    tokens = {file.name: distances(file).tokens for file in tmp_path.iterdir()}
+    # The first token of an answer comes of its prompt's last step.
+    assert tokens == {"routing.csv": 40, "routing.org%2Ftwo.csv": 20, "routing.2.csv": 20}
+    done = CliRunner().invoke(doctor, ["demo", "--json", "--trace", str(tmp_path / "routing.csv")])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["hit_rates"]["tokens"] == 40
+
+
+def test_further_models_write_to_places_of_their_own(tmp_path):
+    config = EngineConfig(trace=tmp_path / "x.csv", prefix_store=tmp_path / "kv")
+    for name, label in (("two", "two"), ("../x", "..%2Fx"), ("..", "..")):
+        made = model_of(f"{name}=demo", config, str).config
+        assert made.trace == tmp_path / f"x.{label}.csv"
+        assert made.prefix_store == tmp_path / "kv" / f"model-{label}"
+    assert model_of("two=demo", EngineConfig(), str).config == EngineConfig()
 
 
 GOOD = Machine(

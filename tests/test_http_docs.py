@@ -14,7 +14,7 @@ import pytest
 from http_server import serving
 
 from mer.api.http import errors, gate, schemas
-from mer.cli.run import run
+from mer.cli.generation import engine_options
 from mer.cli.serve import serve
 
 TEXT = (Path(__file__).parent.parent / "docs/http.md").read_text()
@@ -65,7 +65,7 @@ def test_parameters():
 
 
 def test_options():
-    shared = {param.name for param in run.params} | {"model", "more"}
+    shared = {param.name for param in engine_options(lambda: None).__click_params__} | {"model", "more"}
     known = {param.opts[-1] for param in serve.params if param.name not in shared}
     told = {name for name in names(section("Running a server"), 1) if name.startswith("--")}
     assert told == known

@@ -38,7 +38,7 @@ _BLOCK: Final = 1 << 20
 @click.option(
     "--trace",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Routing that `mer run --trace` recorded; default: MODEL is run for a quarter of a minute.",
+    help="Routing that `mer run` or `mer serve --trace` recorded; default: MODEL runs for 15 seconds.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(path: Path, block: int | None, ram: int | None, trace: Path | None, as_json: bool) -> None:

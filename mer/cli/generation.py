@@ -107,6 +107,11 @@ _ENGINE: Final = (
         help="How experts are read.",
     ),
 )
+trace_option: Final = click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    help="Write which experts each token chose, as CSV; nothing is drafted meanwhile.",
+)
 _SAMPLING: Final = (
     click.option("-n", "--max-tokens", type=int, help="Most tokens of an answer; default: a full context."),
     click.option(

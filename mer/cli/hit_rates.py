@@ -14,6 +14,7 @@ from mer.config import EngineConfig
 from mer.engine.budget import Budget, usable, with_page_tables
 from mer.engine.engine import Engine
 from mer.engine.params import SamplingParams
+from mer.errors import ConfigError
 from mer.model.families import load
 from mer.streaming.distance import Distances, distances
 from mer.weights.checkpoint import open_checkpoint
@@ -94,7 +95,13 @@ def hit_rates(path: Path, ram: int | None, trace: Path | None, bandwidth: float)
     with tempfile.TemporaryDirectory(prefix="mer-doctor-") as place:
         recorded = Path(place) / "trace.csv"
         budget = asyncio.run(_run(path, ram, None if trace else recorded))
-        return HitRates.of(budget, distances(trace or recorded), bandwidth)
+        found = distances(trace or recorded)
+        if len(found.hits) != budget.experts + 1:
+            raise ConfigError(
+                f"trace {trace}: is of a model with {len(found.hits) - 1} experts, and {path} has "
+                f"{budget.experts}; name the model that it was recorded of"
+            )
+        return HitRates.of(budget, found, bandwidth)
 
 
 async def _run(path: Path, ram: int | None, record: Path | None) -> Budget:

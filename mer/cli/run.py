@@ -13,7 +13,15 @@ import attrs
 import click
 
 from mer.cli.common import messages, model_argument
-from mer.cli.generation import describe, engine_options, print_summary, sampling_options, show, split
+from mer.cli.generation import (
+    describe,
+    engine_options,
+    print_summary,
+    sampling_options,
+    show,
+    split,
+    trace_option,
+)
 from mer.config import EngineConfig
 from mer.engine.engine import Engine
 from mer.engine.outputs import Delta, join
@@ -38,9 +46,7 @@ from mer.errors import RequestError
 )
 @click.option("--regex", help="The answer matches this regular expression as a whole.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
-@click.option(
-    "--trace", type=click.Path(path_type=Path), help="Write which experts each token chose, as CSV."
-)
+@trace_option
 @click.option(
     "--profile",
     type=click.Path(path_type=Path),

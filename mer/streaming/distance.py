@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -36,15 +37,24 @@ class Distances:
 
 
 def distances(path: Path) -> Distances:
-    """Of a trace that `mer run --trace` wrote. Raises ConfigError for another file, or one without decode."""
-    sizes, rows = _read(path)
+    """Of a trace that `mer run --trace` or `mer serve --trace` wrote, which may be writing it still.
+
+    Raises ConfigError for another file, or one without decode.
+    """
+    sizes: dict[str, int] = {}
+    rows = _read(path, sizes)
+    first = next(rows, None)
+    if not {"n_layer", "n_expert"} <= sizes.keys():
+        raise ConfigError(f"trace {path}: its head does not name n_layer and n_expert")
     total = sizes["n_layer"] * sizes["n_expert"]
     found = np.zeros(total + 1, np.int64)
     # Last uses, in order; where an expert's stands there, so many from the end, is its distance.
     order: list[int] = []
     last: dict[int, int] = {}
     tokens = 0
-    for clock, (expert, decode, token) in enumerate(_accesses(rows, sizes["n_expert"])):
+    for clock, (expert, decode, token) in enumerate(
+        _accesses(chain([first] if first else [], rows), sizes["n_expert"])
+    ):
         tokens += token
         if expert is None:
             continue
@@ -68,15 +78,13 @@ def distances(path: Path) -> Distances:
 _Row = tuple[int, ...]
 
 
-def _read(path: Path) -> tuple[dict[str, int], list[_Row]]:
-    """Sizes of the head; (turn, phase, step, layer, expert) of each line."""
-    sizes: dict[str, int] = {}
-    rows: list[_Row] = []
+def _read(path: Path, sizes: dict[str, int]) -> Iterator[_Row]:
+    """(turn, phase, step, layer, expert) of each line; before the first, `sizes` gets those of the head."""
     places: list[int] | None = None
     at = 0
     try:
         with path.open(newline="") as file:
-            for line in csv.reader(file):
+            for line in csv.reader(each for each in file if each.endswith("\n")):  # the last may be cut off
                 at += 1
                 if line and line[0].startswith("#"):
                     pairs = (word.partition("=") for word in ",".join(line).split())
@@ -84,14 +92,11 @@ def _read(path: Path) -> tuple[dict[str, int], list[_Row]]:
                 elif places is None:
                     places = [line.index(name) for name in _COLUMNS]
                 elif line:
-                    rows.append(tuple(int(line[place]) for place in places))
+                    yield tuple(int(line[place]) for place in places)
     except OSError as error:
         raise ConfigError(f"trace {path}: can't be read: {error.strerror}") from None
     except (ValueError, IndexError):
         raise ConfigError(f"trace {path}, line {at}: no line of a trace of `mer run --trace`") from None
-    if not {"n_layer", "n_expert"} <= sizes.keys():
-        raise ConfigError(f"trace {path}: its head does not name n_layer and n_expert")
-    return sizes, rows
 
 
 def _accesses(rows: Iterable[_Row], n_experts: int) -> Iterator[tuple[int | None, bool, bool]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mer.errors import ConfigError
+
+_log = logging.getLogger("mer")
 
 COLUMNS = "turn,phase,step,layer,slot,expert,weight"
 
@@ -27,12 +30,14 @@ class TraceWriter:
     """Writes a line per token, MoE layer and chosen expert, in the order in which they are computed.
 
     turn: the sequence's place in its step. phase: 0 for a prompt's tokens, 1 for one that comes alone. step:
-    its position. layer counts MoE layers. slot: its rank in the router's choice. Every method raises
-    ConfigError where the file can't be written.
+    its position. layer counts MoE layers. slot: its rank in the router's choice. A file that can't be written
+    any more ends the trace and no answer: a line of the log tells, and `close` raises ConfigError.
     """
 
     def __init__(self, path: Path, *, model: str, n_layers: int, n_experts: int, top_k: int) -> None:
+        """Raises ConfigError where the file can't be written."""
         self._path = path
+        self._failed: ConfigError | None = None
         with writing("trace", path):
             self._file = path.open("w")
         sizes = f"n_layer={n_layers} n_expert={n_experts} n_expert_used={top_k}"
@@ -47,6 +52,8 @@ class TraceWriter:
         weights: NDArray[np.float32],
     ) -> None:
         """One layer of one step. positions [T], query_offsets [S + 1], ids and weights [T, top_k]."""
+        if self._failed is not None:
+            return
         lines = []
         for turn in range(len(query_offsets) - 1):
             start, end = int(query_offsets[turn]), int(query_offsets[turn + 1])
@@ -57,9 +64,15 @@ class TraceWriter:
                     f"{head},{slot},{expert},{weight:.6f}\n"
                     for slot, (expert, weight) in enumerate(zip(ids[t], weights[t], strict=True))
                 ]
-        with writing("trace", self._path):
-            self._file.writelines(lines)
+        try:
+            with writing("trace", self._path):
+                self._file.writelines(lines)
+        except ConfigError as error:
+            self._failed = error
+            _log.warning("nothing more is recorded: %s", error)
 
     def close(self) -> None:
         with writing("trace", self._path):
             self._file.close()
+        if self._failed is not None:
+            raise self._failed
