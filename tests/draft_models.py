@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle.make_checkpoints import edit_config, make
+from oracle.make_checkpoints import ZERO_CENTRED, edit_config, make
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -127,26 +127,39 @@ def write_head(path: Path, model: Path, *, seed: int = 0, vocabulary: list[int] 
     return head
 
 
+# What a layer for multi-token prediction has beside it, by its published name.
+BEHIND = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
+BESIDE = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "norm": "norm"}
+
+
 def write_predicting(path: Path, family: str, **changes: Any):
     """A model with a layer for multi-token prediction; returns transformers' without it, and its head."""
-    layers = 3
+    beside = family in ZERO_CENTRED
+    layers = 4 if beside else 3  # of those with states each second one has attention
     model = make(path, family, num_hidden_layers=layers, **changes)
-    edit_config(path, num_hidden_layers=layers - 1, num_nextn_predict_layers=1)
+    config = model.config
+    edit_config(path, num_hidden_layers=layers - 1, num_nextn_predict_layers=None if beside else 1)
+    prefix, names = f"model.layers.{layers - 1}.", BEHIND
     tensors = load_file(path / "model.safetensors")
-    config, (layer,) = model.config, model.model.layers[layers - 1 :]
+    if beside:
+        edit_config(path, layer_types=config.layer_types[: layers - 1])
+        tensors = {name.replace(prefix, "mtp.layers.0."): each for name, each in tensors.items()}
+        prefix, names = "mtp.", BESIDE
+    (layer,) = model.model.layers[layers - 1 :]
     model.model.layers = model.model.layers[: layers - 1]
     norm = type(model.model.norm)
     head = TorchHead(
         config.hidden_size, model.model.embed_tokens.weight, model.lm_head.weight, layer,
         lambda: norm(config.hidden_size, config.rms_norm_eps), model.model.rotary_emb,
     ).eval()  # fmt: skip
-    own = {"enorm": head.enorm, "hnorm": head.hnorm, "eh_proj": head.eh_proj, "shared_head.norm": head.norm}
-    for seed, (name, part) in enumerate(own.items()):
+    for seed, (name, full) in enumerate(names.items()):
+        part = getattr(head, name)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             noise = torch.randn(part.weight.shape, generator=generator)
             matrix = part.weight.dim() == 2
-            part.weight.copy_(1.6 * noise / noise.shape[-1] ** 0.5 if matrix else 1 + 0.2 * noise)
-        tensors[f"model.layers.{layers - 1}.{name}.weight"] = part.weight.detach().clone()
+            centre = 0.0 if beside else 1.0
+            part.weight.copy_(1.6 * noise / noise.shape[-1] ** 0.5 if matrix else centre + 0.2 * noise)
+        tensors[f"{prefix}{full}.weight"] = part.weight.detach().clone()
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return model, head

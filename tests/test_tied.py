@@ -128,6 +128,8 @@ async def test_which_head_is_taken(model, tmp_path):
         ("deepseek_v3", {}),
         ("deepseek_v3", {"q_lora_rank": None}),
         ("glm4_moe", {}),
+        ("qwen3_next", {}),
+        ("qwen3_5_moe_text", {}),
     ],
 )
 async def test_a_models_own_head(family, changes, tmp_path, always, proposed):  # noqa: F811

@@ -49,6 +49,7 @@ cdef class Recurrent:
     cdef bint short_conv
     cdef long key_heads, value_heads, key_dim, value_dim, kernel, channels
     cdef long conv_floats, head_floats, state_floats
+    cdef long stride              # floats of a token in `mixed`
     cdef bint tiled
 
     # the buffers, see mer/model/scratch.py
@@ -56,6 +57,10 @@ cdef class Recurrent:
     cdef float *z
     cdef float *decay
     cdef float *beta
+
+    # what the last step's states were made of, f32 [layers, most tokens, replay_floats]; NULL: it is not recorded
+    cdef float *inputs
+    cdef long most_recorded, input_floats
 
     # the batch
     cdef object batch_arrays
@@ -65,11 +70,17 @@ cdef class Recurrent:
 
     # the layer under way, for the tasks
     cdef RecurrentLayer *layer
+    cdef long number
     cdef mer_conv conv
     cdef mer_delta delta
     cdef long conv_tasks, delta_tasks
 
     cdef void run(self, recurrent_task task, long n) noexcept nogil
     cdef float *image(self, long sequence, long which) noexcept nogil
+    # of the layer under way and the batch's tokens: their place in `inputs`, and in the buffers
+    cdef void record(self, long n) noexcept nogil
+    cdef void restore(self, const int[::1] rows) noexcept nogil
+    # mixed -> states, and what comes out of them
+    cdef void pass_states(self, long n) noexcept nogil
     cdef void mix_delta(self, Decoder d) noexcept nogil
     cdef void mix_conv(self, Decoder d) noexcept nogil

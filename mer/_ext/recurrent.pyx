@@ -6,6 +6,7 @@ each sequence reads one image and writes another, so that after an error the one
 """
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
 
 from mer._ext.decoder cimport Decoder
 from mer._ext.kernels cimport mer_task_fn
@@ -37,6 +38,11 @@ def state_floats(spec):
     if hasattr(spec, "value_heads"):
         return conv + spec.value_heads * mer_delta_state(spec.key_dim, spec.value_dim)
     return conv
+
+
+def replay_floats(spec):
+    """Floats of what one layer's state takes in of a token. spec: as of state_floats."""
+    return spec.channels + (2 * spec.value_heads if hasattr(spec, "value_heads") else 0)
 
 
 cdef void conv_task(Recurrent r, long task, int thread) noexcept nogil:
@@ -71,16 +77,16 @@ cdef void delta_norm_task(Recurrent r, long t, int thread) noexcept nogil:
 
 cdef void gate_in_task(Recurrent r, long t, int thread) noexcept nogil:
     """Before the short convolution: of its input's three parts the first gates the last, the second the result."""
-    cdef float *x = r.mixed + t * r.conv.stride
+    cdef float *x = r.mixed + t * r.stride
     cdef long i
     if r.layer.mix.bias is not NULL:
-        for i in range(r.conv.stride):
+        for i in range(r.stride):
             x[i] += r.layer.mix.bias[i]
     mer_multiply(x, x + 2 * r.channels, r.channels)
 
 
 cdef void gate_out_task(Recurrent r, long t, int thread) noexcept nogil:
-    cdef const float *x = r.mixed + t * r.conv.stride
+    cdef const float *x = r.mixed + t * r.stride
     mer_product(r.decoder.attended + t * r.channels, x + r.channels, x, r.channels)
 
 
@@ -105,6 +111,8 @@ cdef class Recurrent:
             self.key_dim, self.value_dim = kind.key_dim, kind.value_dim
             self.head_floats = mer_delta_state(kind.key_dim, kind.value_dim)
             self.delta_tasks = kind.value_heads * (-(-kind.value_dim // MER_DELTA_COLUMNS))
+        self.stride = 3 * kind.channels if self.short_conv else kind.channels
+        self.input_floats = replay_floats(kind)
         self.conv_tasks = -(-kind.channels // CHANNELS)
         self.mixed = <float *>decoder.buffer(buffers, "mixed")
         self.z = <float *>decoder.buffer(buffers, "z")
@@ -131,6 +139,13 @@ cdef class Recurrent:
         layer.norm = d.vector(weights, "state_norm")
         self.n_layers += 1
 
+    def keep_inputs(self, float[:, :, ::1] inputs):
+        """Have `replay` be possible after steps of few tokens. inputs: f32 [layers, most tokens, replay_floats]."""
+        if inputs.shape[0] != self.n_layers or inputs.shape[2] != self.input_floats:
+            raise ValueError(f"inputs must be [{self.n_layers}, tokens, {self.input_floats}]")
+        self.kept.append(inputs)
+        self.inputs, self.most_recorded = &inputs[0, 0, 0], inputs.shape[1]
+
     cdef void run(self, recurrent_task task, long n) noexcept nogil:
         self.decoder.pool.run(<mer_task_fn>task, <void *>self, n)
 
@@ -146,7 +161,7 @@ cdef class Recurrent:
     def mix(self, long number):
         """x += what the layer makes of norm(x) and its states. number: among the layers of this kind."""
         cdef Decoder d = self.decoder
-        self.layer = &self.layers[number]
+        self.layer, self.number = &self.layers[number], number
         with nogil:
             d.enter(self.layer.index)
             if self.short_conv:
@@ -155,6 +170,54 @@ cdef class Recurrent:
                 self.mix_delta(d)
             d.leave()
 
+    def replay(self, const int[::1] rows, const int[::1] offsets, const int[:, ::1] moves):
+        """Make states anew behind some tokens of the last step, for `keep_inputs` had few enough.
+
+        rows [T]: those tokens, of each sequence the first ones; offsets [S + 1], moves [S, 4]: as in mer.model.batch.
+        Bit by bit what a step of those tokens alone would have left.
+        """
+        if self.inputs is NULL or rows.shape[0] > self.most_recorded:
+            raise ValueError("nothing is recorded of so many tokens")
+        self.offsets, self.moves, self.n_sequences = offsets, moves, moves.shape[0]
+        with nogil:
+            for self.number in range(self.n_layers):
+                self.layer = &self.layers[self.number]
+                self.restore(rows)
+                self.pass_states(rows.shape[0])
+
+    cdef void record(self, long n) noexcept nogil:
+        cdef long t, heads = self.value_heads
+        cdef float *to
+        if self.inputs is NULL or n > self.most_recorded:
+            return
+        for t in range(n):
+            to = self.inputs + (self.number * self.most_recorded + t) * self.input_floats
+            memcpy(to, self.mixed + t * self.stride, self.channels * sizeof(float))
+            memcpy(to + self.channels, self.decay + t * heads, heads * sizeof(float))
+            memcpy(to + self.channels + heads, self.beta + t * heads, heads * sizeof(float))
+
+    cdef void restore(self, const int[::1] rows) noexcept nogil:
+        cdef long t, heads = self.value_heads
+        cdef const float *source
+        for t in range(rows.shape[0]):
+            source = self.inputs + (self.number * self.most_recorded + rows[t]) * self.input_floats
+            memcpy(self.mixed + t * self.stride, source, self.channels * sizeof(float))
+            memcpy(self.decay + t * heads, source + self.channels, heads * sizeof(float))
+            memcpy(self.beta + t * heads, source + self.channels + heads, heads * sizeof(float))
+
+    cdef void pass_states(self, long n) noexcept nogil:
+        cdef RecurrentLayer *layer = self.layer
+        self.conv = mer_conv(self.mixed, layer.conv, layer.conv_bias, self.stride, self.channels, self.kernel,
+                             not self.short_conv)
+        self.run(conv_task, self.n_sequences * self.conv_tasks)
+        if self.short_conv:
+            return
+        self.delta = mer_delta(self.mixed, self.decoder.attended, self.decay, self.beta, layer.rate, layer.dt_bias,
+                               self.stride, self.key_heads, self.value_heads, self.key_dim, self.value_dim,
+                               self.tiled)
+        self.run(prepare_task, n)
+        self.run(delta_task, self.n_sequences * self.delta_tasks)
+
     cdef void mix_delta(self, Decoder d) noexcept nogil:
         cdef RecurrentLayer *layer = self.layer
         cdef long n = d.n_tokens
@@ -162,20 +225,14 @@ cdef class Recurrent:
         d.linear(&layer.z, d.h, n, self.z)
         d.linear(&layer.a, d.h, n, self.decay)
         d.linear(&layer.b, d.h, n, self.beta)
-        self.conv = mer_conv(self.mixed, layer.conv, layer.conv_bias, self.channels, self.channels, self.kernel, 1)
-        self.delta = mer_delta(self.mixed, d.attended, self.decay, self.beta, layer.rate, layer.dt_bias,
-                               self.channels, self.key_heads, self.value_heads, self.key_dim, self.value_dim,
-                               self.tiled)
-        self.run(conv_task, self.n_sequences * self.conv_tasks)
-        self.run(prepare_task, n)
-        self.run(delta_task, self.n_sequences * self.delta_tasks)
+        self.record(n)
+        self.pass_states(n)
         self.run(delta_norm_task, n)
 
     cdef void mix_conv(self, Decoder d) noexcept nogil:
-        cdef RecurrentLayer *layer = self.layer
         cdef long n = d.n_tokens
-        d.linear(&layer.mix, d.h, n, self.mixed)
-        self.conv = mer_conv(self.mixed, layer.conv, layer.conv_bias, 3 * self.channels, self.channels, self.kernel, 0)
+        d.linear(&self.layer.mix, d.h, n, self.mixed)
         self.run(gate_in_task, n)
-        self.run(conv_task, self.n_sequences * self.conv_tasks)
+        self.record(n)
+        self.pass_states(n)
         self.run(gate_out_task, n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +29,7 @@ from mer.model.forward import Forward
 from mer.model.kv import BLOCK, KVCache, KVDtype
 from mer.model.placement import ON_THE_CPU, Placement
 from mer.model.spec import ModelSpec
-from mer.model.state import StateCache
+from mer.model.state import StateCache, replay_shape
 from mer.streaming.experts import ExpertTables
 from mer.streaming.machine import memory
 from mer.weights.checkpoint import Checkpoint
@@ -193,7 +194,7 @@ def measure(
         )
     threads = config.threads or usable_cpus()
     step = min(config.step_tokens, blocks_for(limit) * BLOCK)
-    rows = min(config.max_running + (MOST_DRAFTED if drafts(spec, config) else 0), step)
+    rows = min(config.max_running + (MOST_DRAFTED if drafts(config) else 0), step)
     dtype = kv_dtype(checkpoint, architecture, config)
     buffers = (
         Forward.scratch_bytes(spec, step, rows, threads)
@@ -217,9 +218,14 @@ def measure(
     left = usable(ram) - (interpreter + dense + kv + buffers + draft)
     running, image = config.max_running, IMAGES * StateCache.bytes_per_image(spec)
     if image:
+        # Of what a step with drafts leaves, that states can be set back.
+        replayed = 4 * math.prod(replay_shape(spec, 1)) if drafts(config) else 0
+        left -= MOST_DRAFTED * replayed
         room = min(_STATES * left, left - least_slots * tables.slot_bytes)
-        running = min(running, max(1, int(room) // image))
-        left -= running * image
+        running = min(running, max(1, int(room) // (image + replayed)))
+        left -= running * (image + replayed)
+        rows = min(rows, running + MOST_DRAFTED)
+        buffers += (running + MOST_DRAFTED) * replayed
     slots = max(0, min(tables.total, left // tables.slot_bytes)) if tables.total else 0
     wanted = _wanted_slots(config, tables.total)
     if wanted is not None:
@@ -267,13 +273,9 @@ def _of_process(spec: ModelSpec) -> int:
     return 48 * spec.vocab + constraint_bytes(spec.vocab) + _MARGIN
 
 
-def drafts(spec: ModelSpec, config: EngineConfig) -> bool:
-    """Whether next tokens are drafted.
-
-    Not with a trace, which is of the tokens that there were, nor where a recurrent state would have to be set
-    back behind a wrong draft.
-    """
-    return config.speculate != "off" and config.trace is None and spec.recurrent is None
+def drafts(config: EngineConfig) -> bool:
+    """Whether next tokens are drafted. Not with a trace, which is of the tokens that there were."""
+    return config.speculate != "off" and config.trace is None
 
 
 def kv_dtype(checkpoint: Checkpoint, architecture: Architecture, config: EngineConfig) -> KVDtype:

@@ -19,7 +19,6 @@ from mer.engine.speculation import MOST_DRAFTED, Choice, Offer, Speculation
 from mer.engine.tied import find_head
 from mer.errors import ConfigError, MerError
 from mer.model.families import Architecture
-from mer.model.spec import ModelSpec
 from mer.model.tokenizer import Tokenizer
 from mer.weights.checkpoint import Checkpoint
 from mer.weights.hub import locate
@@ -44,7 +43,7 @@ def sources(
     """
     spec = architecture.spec
     found: list[DraftSource] = []
-    if drafts(spec, config) and config.speculate != "ngram":
+    if drafts(config) and config.speculate != "ngram":
         head = find_head(checkpoint, architecture, config)
         if head is not None:
             found.append(head)
@@ -52,18 +51,13 @@ def sources(
             found.append(ModelSource.open(locate(config.draft_model), spec, tokenizer, config))
     asked = config.draft_model is not None or config.draft_head is not None
     if not found and (asked or config.speculate == "draft"):
-        raise ConfigError(_why_not(spec, config))
+        raise ConfigError(_why_not(config))
     return found
 
 
-def _why_not(spec: ModelSpec, config: EngineConfig) -> str:
+def _why_not(config: EngineConfig) -> str:
     asked = "draft_head" if config.draft_head is not None else "speculate draft"
     asked = "draft_model" if config.draft_model is not None else asked
-    if spec.recurrent is not None:
-        return (
-            f"{asked}: layers of {spec.family} keep a state, which can't be set back behind a wrong draft; "
-            "leave it out"
-        )
     if config.trace is not None:
         return f"{asked}: nothing is drafted while a routing trace is written; leave one of the two out"
     return (
@@ -74,7 +68,7 @@ def _why_not(spec: ModelSpec, config: EngineConfig) -> str:
 
 def load(sources: list[DraftSource], runner: Runner, config: EngineConfig) -> Drafting | None:
     """With these engines; None where nothing is to be drafted."""
-    if not drafts(runner.spec, config):
+    if not drafts(config):
         return None
     engines = [source.load(runner) for source in sources]
     return Drafting(engines, Speculation(len(engines)))

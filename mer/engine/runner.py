@@ -197,7 +197,9 @@ class Runner:
                 device=gpu.device, placement=gpu.placement,
             )  # fmt: skip
             unchanged.check()
-            if spec.router and budgets.drafts(spec, config):
+            if budgets.drafts(config):
+                forward.keep_inputs(budget.rows)
+            if spec.router and budgets.drafts(config):
                 forward.routes = np.zeros((spec.n_moe_layers, budget.rows, spec.top_k), np.int32)
             if config.trace is not None:
                 if spec.router is None:
@@ -361,6 +363,17 @@ class Runner:
             self._step_s += (time.monotonic_ns() - started) / 1e9
             if self.profile is not None:
                 self.profile.step(started, len(tokens), len(chunks))
+
+    def replay(self, spans: list[tuple[int, int, int, int]]) -> None:
+        """Of the last step, take some tokens of some sequences into their recurrent states again.
+
+        Each: (place of the first one in the step, how many, the image behind what is before them, the image
+        to write).
+        """
+        rows = [row for first, count, *_ in spans for row in range(first, first + count)]
+        offsets = np.cumsum([0, *(count for _, count, *_ in spans)])
+        moves = [(before, after, -1, 0) for *_, before, after in spans]
+        self._forward.replay(np.array(rows, np.int32), offsets.astype(np.int32), np.array(moves, np.int32))
 
     def draft_experts(self, chunks: list[Chunk]) -> tuple[list[int], int]:
         """Of the step that computed these: experts that drafted tokens alone wanted, by chunk and in all."""

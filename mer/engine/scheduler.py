@@ -118,7 +118,7 @@ class Scheduler:
     meanwhile. Logits of earlier tokens need all of a prompt computed: who wants them shares nothing.
 
     Drafts are verified in steps without prompts, with the rows of logits, and in the blocks, that nobody else
-    needs. Where layers have a recurrent state there are none: it can't be set back.
+    needs. A recurrent state is committed once it is known how much of the draft is right.
 
     Where layers have a recurrent state, a prefix is of use only up to where there is a snapshot of it, too:
     at the last full block of a prompt, at the latest one of an answer, and at the end of a beginning that
@@ -240,7 +240,7 @@ class Scheduler:
 
     def draft_room(self, chunks: list[Chunk]) -> int:
         """How many drafted tokens this step could verify."""
-        if self.states or any(chunk.sequence.pending > 1 for chunk in chunks):
+        if any(chunk.sequence.pending > 1 for chunk in chunks):
             return 0
         return min(self.step_tokens - len(chunks), self.rows - sum(chunk.rows for chunk in chunks))
 
@@ -283,8 +283,8 @@ class Scheduler:
         """The step has been computed."""
         for chunk in chunks:
             self.advance(chunk.sequence, chunk.count)
-            if self.states:
-                self._commit_state(chunk)
+            if self.states and not chunk.draft:
+                self.commit_state(chunk)
 
     def advance(self, sequence: Sequence, count: int) -> None:
         """Its next `count` tokens have been computed; those of a draft count once they turn out right."""
@@ -294,7 +294,8 @@ class Scheduler:
         for at in range(full, min(sequence.computed // BLOCK, len(sequence.keys))):
             self.pool.publish(sequence.blocks, at, sequence.keys[at])
 
-    def _commit_state(self, chunk: Chunk) -> None:
+    def commit_state(self, chunk: Chunk) -> None:
+        """`next` has the state behind its computed tokens; of a draft, behind those that are right."""
         sequence = chunk.sequence
         images, keys = sequence.images, sequence.keys
         self.states.commit(images, keys[images.kept_at // BLOCK - 1] if images.kept else None)

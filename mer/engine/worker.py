@@ -278,10 +278,30 @@ class Worker:
                 self._fail([job], MerError(f"the request ended by an error inside mer: {error!r}"))
             token, row = token + chunk.width, row + n_rows
         if self._drafting is not None:
+            self._set_back(chunks, [start for start, *_ in starts], self._drafting)
             drafted = sum(len(chunk.draft) for chunk in chunks)
             self._drafting.speculation.observe(decoding, drafted, accepted, stats.step_s, alone=not prompt)
         if self._runner.profile is not None:
             self._runner.profile.span("sampling and text", drawing)
+
+    def _set_back(self, chunks: list[Chunk], starts: list[int], drafting: Drafting) -> None:
+        """Have recurrent states behind the tokens that turned out right: those behind wrong drafts are not."""
+        began, at = time.perf_counter(), 0
+        spans: list[tuple[int, int, int, int]] = []
+        held: list[Chunk] = []
+        for chunk, start in zip(chunks, starts, strict=True):
+            sequence = chunk.sequence
+            if chunk.draft and sequence.images.next:  # else it is over, or the model has no such states
+                held.append(chunk)
+                if sequence.computed < start + chunk.width:
+                    before, after, *_ = sequence.images.move(start)
+                    spans.append((at, sequence.computed - start, before, after))
+            at += chunk.width
+        if spans:
+            self._runner.replay(spans)
+            drafting.speculation.spend(time.perf_counter() - began)
+        for chunk in held:
+            self._scheduler.commit_state(chunk)
 
     def _embed(self, job: Embedding, start: int, hidden: NDArray[np.float32]) -> None:
         mean = job.add(start, hidden)

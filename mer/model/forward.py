@@ -19,7 +19,7 @@ from mer.model.dense import DenseWeights
 from mer.model.kv import KVCache
 from mer.model.placement import ON_THE_CPU, Placement
 from mer.model.spec import ModelSpec
-from mer.model.state import StateCache
+from mer.model.state import StateCache, replay_shape
 from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
 
@@ -169,6 +169,22 @@ class Forward:
             decoder.finish(index)
         decoder.logits(batch.logit_rows)
         return self._buffers["logits"][: len(batch.logit_rows)]
+
+    def keep_inputs(self, tokens: int) -> None:
+        """Have `replay` be possible behind steps of up to so many tokens; before the first step."""
+        if self._recurrent is not None:
+            self._recurrent.keep_inputs(np.zeros(replay_shape(self.spec, tokens), np.float32))
+
+    def replay(
+        self, rows: NDArray[np.int32], query_offsets: NDArray[np.int32], states: NDArray[np.int32]
+    ) -> None:
+        """Make states anew as a step of these tokens of the last one alone would have left them.
+
+        rows i32 [T]: their places in that step; query_offsets [S + 1] and states [S, 4] as in
+        mer.model.batch. Logits and hidden states stay as they are.
+        """
+        assert self._recurrent is not None
+        self._recurrent.replay(rows, query_offsets, states)
 
     @property
     def dense(self) -> DenseWeights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mer._ext.recurrent import state_floats
+from mer._ext.recurrent import replay_floats, state_floats
 from mer.model.spec import ModelSpec
 
 
@@ -31,3 +31,9 @@ class StateCache:
         if spec.recurrent is None:
             return 0
         return 4 * state_floats(spec.recurrent) * spec.n_state_layers
+
+
+def replay_shape(spec: ModelSpec, tokens: int) -> tuple[int, int, int]:
+    """Of f32, in which a step of so many tokens leaves what its states were made of; no elements without."""
+    floats = 0 if spec.recurrent is None else replay_floats(spec.recurrent)
+    return spec.n_state_layers, tokens, floats

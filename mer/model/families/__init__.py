@@ -79,6 +79,8 @@ FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
 
 # Those whose layers for multi-token prediction stand behind the others, as DeepSeek-V3 has them.
 _PREDICTING: Final = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
+# Those that have it beside the model, as `mtp.layers.0`.
+_PREDICTING_BESIDE: Final = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
 # Positions that such a layer sees here. It was trained to see all, but each would take memory.
 _PREDICTION_WINDOW: Final = 512
 
@@ -144,28 +146,34 @@ def load_head(checkpoint: Checkpoint, main: Architecture) -> Architecture | None
     """
     config, at = Config(checkpoint.path, checkpoint.config), main.spec.n_layers
     kind, name = config.get("model_type"), f"model.layers.{at}"
-    if kind not in _PREDICTING:
+    if kind in _PREDICTING:
+        own = [f"{name}.{each}.weight" for each in ("eh_proj", "enorm", "hnorm", "shared_head.norm")]
+        # Like the last layer of a model that has one more.
+        tensors, longer = Tensors(checkpoint), config.but(num_hidden_layers=at + 1, mlp_layer_types=None)
+    elif kind in _PREDICTING_BESIDE:
+        parts = ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+        own = [f"mtp.{each}.weight" for each in parts]
+        tensors, longer = (
+            Tensors(checkpoint, (f"{name}.", "mtp.layers.0.")),
+            qwen_next.longer(config, main.spec),
+        )
+    else:
         return None
-    own = [f"{name}.{each}.weight" for each in ("eh_proj", "enorm", "hnorm", "shared_head.norm")]
     # GGUF files may leave out some of them, and answer all the same.
     needed = own if checkpoint.kind == "gguf" else own[:1]
     if any(each not in checkpoint.tensors for each in needed):
         return None
-    tensors, hidden = Tensors(checkpoint), main.spec.hidden
-    # Like the last layer of a model that has one more.
-    longer = config.but(num_hidden_layers=at + 1, mlp_layer_types=None)
-    spec = FAMILIES[kind](longer, tensors)
-    tensors.take("enorm", f"{name}.enorm.weight", hidden)
-    tensors.take("hnorm", f"{name}.hnorm.weight", hidden)
-    tensors.take("eh_proj", f"{name}.eh_proj.weight", hidden, 2 * hidden)
-    tensors.take("final_norm", f"{name}.shared_head.norm.weight", hidden)
+    hidden, spec = main.spec.hidden, FAMILIES[kind](longer, tensors)
+    for part, full in zip(("enorm", "hnorm", "final_norm"), own[1:], strict=True):
+        tensors.take_full(part, full, hidden)
+    tensors.take_full("eh_proj", own[0], hidden, 2 * hidden)
     dense = {part: tensors.dense[part] for part in ("enorm", "hnorm", "eh_proj", "final_norm")}
     for part, tensor in tensors.dense.items():
         layer, _, rest = part.partition(".")
         if rest and layer == str(at):
             dense[f"0.{rest}"] = tensor
     # Behind plain first layers this one always has experts.
-    spec = evolve(spec, layers=(LayerSpec(_PREDICTION_WINDOW, 0),), dense_inter=0)
+    spec = evolve(spec, layers=(LayerSpec(_PREDICTION_WINDOW, 0),), dense_inter=0, recurrent=None)
     return Architecture(spec, dense, tensors.experts[-1:])
 
 

@@ -21,6 +21,19 @@ def read_qwen3_5(config: Config, tensors: Tensors) -> ModelSpec:
     return _read("qwen3_5_moe_text", config.inner("text_config"), tensors.inside("language_model"))
 
 
+def longer(config: Config, main: ModelSpec) -> Config:
+    """As if the layer for multi-token prediction, which has attention and experts, were one more of `main`."""
+    kinds = ["full_attention" if each.state_index is None else "linear_attention" for each in main.layers]
+    values = {
+        "num_hidden_layers": main.n_layers + 1,
+        "layer_types": [*kinds, "full_attention"],
+        "mlp_only_layers": [i for i, each in enumerate(main.layers) if each.moe_index is None],
+        "decoder_sparse_step": 1,
+    }
+    inner = config.get("text_config")
+    return config.but(**({"text_config": inner | values} if isinstance(inner, dict) else values))
+
+
 def _delta(config: Config) -> DeltaSpec:
     keys = config.integer("linear_num_key_heads", default=16)
     values = config.integer("linear_num_value_heads", default=32)

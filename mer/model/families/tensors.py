@@ -39,13 +39,15 @@ class ExpertNames:
 class Tensors:
     """A model's parts. Raises CheckpointError for a tensor that is missing or of wrong shape or dtype."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, renamed: tuple[str, str] = ("", "")) -> None:
+        """renamed: what names begin with in here, and in place of that in the files."""
         self._checkpoint = checkpoint
         self._infos = checkpoint.tensors
         self.dense: dict[str, str] = {}
         self.experts: list[MoeLayerSource] = []
         self._asked: set[str] = set()
         self._root, self._before = "model.", ""
+        self._renamed = renamed
 
     def inside(self, part: str) -> Tensors:
         """One model of several: from here on `model.` stands for `model.PART.`, if there are such names.
@@ -65,6 +67,9 @@ class Tensors:
         return self
 
     def _full(self, name: str) -> str:
+        inside, outside = self._renamed
+        if inside and name.startswith(inside):
+            return outside + name.removeprefix(inside)
         name = self._root + name.removeprefix("model.") if name.startswith("model.") else name
         return self._before + name
 
@@ -79,7 +84,10 @@ class Tensors:
 
     def take(self, part: str, name: str, *shape: int) -> None:
         """The dense tensor `name`, of this shape, is the model's `part`."""
-        name = self._full(name)
+        self.take_full(part, self._full(name), *shape)
+
+    def take_full(self, part: str, name: str, *shape: int) -> None:
+        """The same of a tensor that has this very name in the files."""
         self._check(name, shape)
         self.dense[part] = name
 
