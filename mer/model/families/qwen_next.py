@@ -22,7 +22,7 @@ def read_qwen3_5(config: Config, tensors: Tensors) -> ModelSpec:
 
 
 def longer(config: Config, main: ModelSpec) -> Config:
-    """As if the layer for multi-token prediction, which has attention and experts, were one more of `main`."""
+    """As if the layer for multi-token prediction, with attention and experts, were one more of `main`."""
     kinds = ["full_attention" if each.state_index is None else "linear_attention" for each in main.layers]
     values = {
         "num_hidden_layers": main.n_layers + 1,
