@@ -285,7 +285,7 @@ class Worker:
             self._runner.profile.span("sampling and text", drawing)
 
     def _set_back(self, chunks: list[Chunk], starts: list[int], drafting: Drafting) -> None:
-        """Have recurrent states behind the tokens that turned out right, and nothing of wrong drafts in them."""
+        """Have recurrent states behind the tokens that turned out right, without those of wrong drafts."""
         began, at = time.perf_counter(), 0
         spans: list[tuple[int, int, int, int]] = []
         held: list[Chunk] = []
