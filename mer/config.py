@@ -117,7 +117,9 @@ class EngineConfig:
     gpu_layers: int | Literal["auto"] = field(
         default="auto", converter=_layers, validator=_auto_or_at_least_0
     )
-    #: Tokens that the KV cache holds, of all requests together; None: the model's context, at most 4096.
+    #: Tokens that the KV cache holds, of all requests together, and so the most of one request if the model
+    #: takes that many. None: 4096, or what `max_running` requests of a model with a shorter context can fill;
+    #: a single such context where the rest would take memory from experts.
     context: int | None = field(default=None, validator=_at_least(16))
     #: Compute threads; None: the CPUs that affinity and control groups leave.
     threads: int | None = field(default=None, validator=_at_least(1))

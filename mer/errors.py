@@ -47,6 +47,10 @@ class EngineClosedError(MerError):
     """The engine was closed before it could answer."""
 
 
+class EngineFailedError(EngineClosedError):
+    """The engine stopped by an error inside `mer`; only a new one, or a restart, helps."""
+
+
 class QueueFullError(MerError):
     """Too many requests wait already; `retry_after` seconds from now there will probably be room."""
 

@@ -25,13 +25,17 @@ from grpc_client import (
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mer import Engine
+from mer.api.grpc import server as grpc_server
 from mer.api.grpc.errors import Failure
 from mer.api.grpc.server import serve_grpc
 from mer.api.settings import ServerSettings
+from mer.engine.scheduler import Scheduler
 from mer.errors import (
     ConfigError,
     DeviceReadError,
     EngineClosedError,
+    EngineFailedError,
     FilesChangedError,
     QueueFullError,
     RequestError,
@@ -389,6 +393,24 @@ async def test_a_server_that_stops(model):
                 await asyncio.wait_for(stopping, 60)
 
 
+async def test_an_engine_that_stopped_by_an_error(model, monkeypatch):
+    """Who watches the health is told, and later requests know that waiting does not help."""
+    monkeypatch.setattr(grpc_server, "_LOOK", 0.01)
+    engine = await Engine.open(model, context=512)
+    server = await serve_grpc(engine, NO_SERVER)
+    async with connected(server.port) as stub, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as other:
+        watching = health_pb2_grpc.HealthStub(other).Watch(health_pb2.HealthCheckRequest())
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+        monkeypatch.setattr(Scheduler, "schedule", lambda *_: 1 / 0)
+        await refused(stub.Generate(generate("Hello")))
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        error = await refused(stub.Generate(generate("Hello")))
+        assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_FAILED")
+        assert "ZeroDivisionError" in error.message
+    await server.stop(0)
+    await engine.close()
+
+
 async def test_a_server_that_can_wait_no_longer(model):
     async with served(model) as (stub, engine, server):
         with slowed(0.01):
@@ -415,6 +437,7 @@ async def test_a_port_that_is_taken():
     [
         (QueueFullError("full", 1.5), "RESOURCE_EXHAUSTED", "QUEUE_FULL"),
         (EngineClosedError("closed"), "UNAVAILABLE", "SHUTTING_DOWN"),
+        (EngineFailedError("oops"), "UNAVAILABLE", "ENGINE_FAILED"),
         (DeviceReadError("disk"), "INTERNAL", "READ_ERROR"),
         (FilesChangedError("x"), "UNAVAILABLE", "FILES_CHANGED"),
         (ZeroDivisionError("secret"), "INTERNAL", "INTERNAL_ERROR"),

@@ -223,12 +223,18 @@ async def test_an_engine_that_stopped_is_not_healthy(model, monkeypatch):
     """Whoever watches the server then starts it anew."""
     async with Engine.open(model, context=512) as engine, asking(engine) as http:
         assert (await http.get("/health")).status_code == 200
-        monkeypatch.setattr(Scheduler, "schedule", lambda _: 1 / 0)
+        monkeypatch.setattr(Scheduler, "schedule", lambda *_: 1 / 0)
         assert (await http.post(TEXT, json=SHORT)).status_code in (500, 503)
         for probe in ("/health", "/ready"):
             answer = await http.get(probe)
             assert (answer.status_code, answer.json()) == (503, {"status": "failed"})
-        assert (await http.post(TEXT, json=SHORT)).status_code == 503
+        refused = await http.post(TEXT, json=SHORT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_failed")
+        assert "ZeroDivisionError" in refused.json()["error"]["message"]
+        assert refused.headers["retry-after"]
+        counts = (await http.get("/metrics")).text
+        assert 'refused_total{reason="engine_failed"}' in counts
+        assert 'refused_total{reason="engine_failed"} 0' not in counts
 
 
 async def test_full_queue(model):

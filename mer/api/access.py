@@ -16,6 +16,7 @@ from mer.errors import MerError
 # Why requests are refused: what a server counts.
 REASONS: Final = (
     "invalid", "too_large", "auth", "host", "rate_limit", "queue_full", "loading", "shutting_down",
+    "engine_failed",
 )  # fmt: skip
 # Callers that are remembered; of more, those that are idle for longest are forgotten.
 _REMEMBERED: Final = 10_000

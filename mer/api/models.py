@@ -73,6 +73,13 @@ class Models:
         # Of a model that is not loaded it is not known.
         return max(found) if len(found) == len(self.all) else max(_SOME, *found, 0)
 
+    @property
+    def failure(self) -> str:
+        """Why an engine stopped by an error inside mer; empty while none has. Only a restart helps."""
+        return next(
+            (each.engine.failure for each in self.all.values() if each.engine and each.engine.failure), ""
+        )
+
     def find(self, name: str | None) -> Model:
         """No name: the first. Raises UnknownModelError."""
         if not name:

@@ -42,7 +42,11 @@ _ENGINE: Final = (
         show_default=True,
         help="Layers, from the first on, whose attention and dense weights are on the GPU.",
     ),
-    click.option("--context", type=int, help="Tokens of KV cache; default: the model's, at most 4096."),
+    click.option(
+        "--context",
+        type=int,
+        help="Tokens of KV cache, of all requests together; default: as many as they can fill, at most 4096.",
+    ),
     click.option(
         "--cache-experts", metavar="N|P%", help="Experts kept in memory; default: what --ram holds."
     ),

@@ -147,8 +147,11 @@ def _name(model: Path) -> str:
 def _announce(settings: ServerSettings, engine: Engine, url: str, grpc_port: int | None) -> None:
     budget, console = engine.budget, messages()
     weights = f"{budget.slots} of {budget.experts} experts in the cache" if budget.experts else "all weights"
+    kv = f"keys and values of {budget.context:,} tokens"
+    if engine.context < budget.context:
+        kv += f", {engine.context:,} in a request"
     lines = {
-        "memory": f"{size(budget.ram)}: {weights}, {budget.context:,} tokens of context",
+        "memory": f"{size(budget.ram)}: {weights}, {kv}",
         "keys": f"{len(settings.api_keys)}" if settings.api_keys else "none asked for",
         "try": _example(settings, engine, url),
     }

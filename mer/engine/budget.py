@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +35,7 @@ from mer.streaming.experts import ExpertTables
 from mer.streaming.machine import memory
 from mer.weights.checkpoint import Checkpoint
 
+# Tokens of KV cache where no context is given, however many requests share them.
 DEFAULT_CONTEXT: Final = 4096
 # Of what is free, this much is left to others where no --ram is given.
 _LEFT_FREE: Final = (512 << 20, 0.1)
@@ -186,12 +188,39 @@ def measure(
 ) -> Budget:
     """The same division, which does not fit where `config.ram` is too small."""
     spec = architecture.spec
-    limit = config.context or min(spec.max_positions, DEFAULT_CONTEXT)
-    if limit > spec.max_positions * config.max_running:
+    most = blocks_for(spec.max_positions) * BLOCK * config.max_running
+    if config.context is not None and config.context > most:
         raise ConfigError(
-            f"context {limit}: {config.max_running} requests of this model's {spec.max_positions} positions "
-            f"never fill more than {spec.max_positions * config.max_running}; ask for less"
+            f"context {config.context}: {config.max_running} requests of this model's {spec.max_positions} "
+            f"positions never fill more than {most}; ask for less"
         )
+    ram = config.ram or default_ram()
+    interpreter = resident_bytes() if process is None else process
+    divide = partial(
+        _divide, checkpoint, architecture, tables, config, tuple(drafting), ram, interpreter, placement
+    )
+    one = divide(config.context or min(spec.max_positions, DEFAULT_CONTEXT))
+    if config.context is not None or min(most, DEFAULT_CONTEXT) <= one.context:
+        return one
+    # Room for as many requests as another model has by default, but never at the price of experts.
+    several = divide(min(most, DEFAULT_CONTEXT))
+    kept = (several.slots, several.max_running) == (one.slots, one.max_running)
+    return several if several.fits and kept else one
+
+
+def _divide(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    tables: ExpertTables,
+    config: EngineConfig,
+    drafting: tuple[DraftSource, ...],
+    ram: int,
+    interpreter: int,
+    placement: Placement,
+    limit: int,
+) -> Budget:
+    """The division with a KV cache of `limit` tokens."""
+    spec = architecture.spec
     threads = config.threads or usable_cpus()
     step = min(config.step_tokens, blocks_for(limit) * BLOCK)
     rows = min(config.max_running + (MOST_DRAFTED if drafts(config) else 0), step)
@@ -203,7 +232,6 @@ def measure(
         + (_beside_gpu(spec, tables, step) if tables.total and uses_gpu(config) else 0)
         + _of_process(spec)
     )
-    ram = config.ram or default_ram()
     block = KVCache.bytes_per_block(spec, dtype, placement.layers)
     if placement.layers:
         buffers += device_scratch.host_bytes(spec, step, rows, blocks_for(limit))
@@ -213,7 +241,6 @@ def measure(
     shape = DraftShape(blocks_for(limit) * BLOCK, step, config.max_running, threads)
     draft = sum(source.nbytes(shape) for source in drafting)
     least_slots = min(spec.top_k, tables.total)
-    interpreter = resident_bytes() if process is None else process
     dense = dense_bytes(checkpoint, architecture, placement)
     left = usable(ram) - (interpreter + dense + kv + buffers + draft)
     running, image = config.max_running, IMAGES * StateCache.bytes_per_image(spec)

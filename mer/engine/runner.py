@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import astuple, define, field, frozen
+from attrs import astuple, define, evolve, field, frozen
 from numpy.typing import NDArray
 
 from mer._ext.cpus import numa_nodes
@@ -152,6 +152,7 @@ class Runner:
         sources = prepare(checkpoint, architecture)
         sizes = budgets.measure(checkpoint, architecture, tables, config, sources, process)
         gpu = placing.place(checkpoint, architecture, tables, sizes, config)
+        config = evolve(config, context=sizes.context)  # which layers a GPU has went by it
         budget = budgets.plan(checkpoint, architecture, tables, config, sources, process, gpu.placement)
         return cls.load(checkpoint, architecture, tables, budget, config, gpu=gpu)
 

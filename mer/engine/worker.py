@@ -20,7 +20,7 @@ from mer.engine.prefix_store import PrefixStore
 from mer.engine.request import Embedding, Job, Request
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Load, Scheduler
-from mer.errors import EngineClosedError, MerError, QueueFullError, RequestTimeoutError
+from mer.errors import EngineClosedError, EngineFailedError, MerError, QueueFullError, RequestTimeoutError
 
 _log = logging.getLogger("mer")
 
@@ -86,7 +86,7 @@ class Worker:
                 return  # nobody waits for it any more
             try:
                 if self._closing:
-                    raise EngineClosedError(self.failure or "the engine is closed")
+                    raise self._closed("the engine is closed")
                 future.set_result(work())
             except Exception as error:
                 future.set_exception(error)
@@ -128,6 +128,9 @@ class Worker:
 
         self._send(begin)
         self._thread.join()
+
+    def _closed(self, text: str) -> EngineClosedError:
+        return EngineFailedError(self.failure) if self.failure else EngineClosedError(text)
 
     def _send(self, command: _Command) -> None:
         with self._lock:
@@ -178,8 +181,7 @@ class Worker:
     def _add(self, job: Job) -> None:
         if self._closing:
             self._gone()
-            text = self.failure or "the engine is closed and takes no more requests"
-            self._put(job, EngineClosedError(text))
+            self._put(job, self._closed("the engine is closed and takes no more requests"))
             return
         self._jobs.add(job)
         self._scheduler.add(job)

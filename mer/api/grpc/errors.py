@@ -20,6 +20,7 @@ from mer.errors import (
     ConfigError,
     DeviceReadError,
     EngineClosedError,
+    EngineFailedError,
     FilesChangedError,
     MerError,
     QueueFullError,
@@ -42,6 +43,7 @@ _KINDS: Final[tuple[tuple[type[BaseException], grpc.StatusCode, str], ...]] = (
     (RateLimitError, grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMIT_EXCEEDED"),
     (QueueFullError, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     (RequestTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, "TIMEOUT"),
+    (EngineFailedError, grpc.StatusCode.UNAVAILABLE, "ENGINE_FAILED"),
     (EngineClosedError, grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     (LoadingError, grpc.StatusCode.UNAVAILABLE, "LOADING"),
     (FilesChangedError, grpc.StatusCode.UNAVAILABLE, "FILES_CHANGED"),
@@ -64,6 +66,7 @@ _REFUSALS: Final = {
     "QUEUE_FULL": "queue_full",
     "LOADING": "loading",
     "SHUTTING_DOWN": "shutting_down",
+    "ENGINE_FAILED": "engine_failed",
 }
 
 

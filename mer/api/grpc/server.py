@@ -25,6 +25,9 @@ from mer.errors import ConfigError
 
 # What the health of is told: the server as a whole, and the service.
 _NAMES: Final = ("", SERVICE)
+_SERVING: Final = (health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING)
+# Seconds between two looks at the engines.
+_LOOK: Final = 1.0
 _PING_TIMEOUT: Final = 20.0
 # Clients may ping this often, also between calls; who does it more often is taken for a nuisance and cut off.
 _CLIENT_PING: Final = 5.0
@@ -55,7 +58,7 @@ async def serve_grpc(
     healths = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healths, server)
     for name in _NAMES:
-        await healths.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await healths.set(name, _SERVING[False])
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     port = bind(server, settings)
     await server.start()
@@ -81,6 +84,7 @@ class GrpcServer:
         self._gate = gate
         self._models = models
         self._healths = healths
+        self._following: asyncio.Task[None] | None = None
 
     @property
     def running(self) -> int:
@@ -92,7 +96,8 @@ class GrpcServer:
         if self._models.first.engine is None:
             self._models.adopt(engine)
         for name in _NAMES:
-            await self._healths.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await self._healths.set(name, _SERVING[True])
+        self._following = asyncio.create_task(self._follow())
 
     async def stop(self, grace: float) -> None:
         """Take nothing new, let calls end for `grace` seconds, then cut off those that are left.
@@ -102,11 +107,24 @@ class GrpcServer:
         # Not by grpc's own grace: that waits for those who watch the health as well, who never end, and
         # gives calls that come meanwhile the status CANCELLED, after which no client tries elsewhere.
         self._gate.draining.set()
+        if self._following is not None:
+            self._following.cancel()
         await self._healths.enter_graceful_shutdown()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self._gate.wait_idle()
         await self._server.stop(None)
+
+    async def _follow(self) -> None:
+        """Tell who asks for the health whether an engine has stopped by an error."""
+        told = False
+        while True:
+            failed = bool(self._models.failure)
+            if failed != told:
+                told = failed
+                for name in _NAMES:
+                    await self._healths.set(name, _SERVING[not failed])
+            await asyncio.sleep(_LOOK)
 
 
 def _options(settings: ServerSettings) -> list[tuple[str, int]]:

@@ -13,6 +13,7 @@ from mer.api.model import LoadingError
 from mer.errors import (
     DeviceReadError,
     EngineClosedError,
+    EngineFailedError,
     FilesChangedError,
     MerError,
     QueueFullError,
@@ -30,6 +31,7 @@ _REFUSALS: Final = {
     "body_too_large": "too_large",
     "loading": "loading",
     "shutting_down": "shutting_down",
+    "engine_failed": "engine_failed",
 }
 
 
@@ -107,6 +109,8 @@ def api_error(error: BaseException, names: Mapping[str, str] | None = None) -> A
         return unavailable(str(error), 2, "loading")
     if isinstance(error, FilesChangedError):
         return unavailable(str(error), 2, "files_changed")
+    if isinstance(error, EngineFailedError):
+        return unavailable(str(error), 5, "engine_failed")
     if isinstance(error, EngineClosedError):
         return unavailable(str(error), 1, "shutting_down")
     code = "read_error" if isinstance(error, DeviceReadError) else "internal_error"

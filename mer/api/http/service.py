@@ -83,8 +83,7 @@ class Service:
 
     @property
     def status(self) -> Literal["ready", "loading", "draining", "failed"]:
-        first = self.models.first
-        if first.state == "failed" or (first.engine is not None and first.engine.failure):
+        if self.models.first.state == "failed" or self.models.failure:
             return "failed"
         if self.draining:
             return "draining"

@@ -1,0 +1,102 @@
+"""The size of the KV cache where nobody asks for one."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from engine_models import GREEDY, opened, prompt, runnable, write_text_model
+from oracle.make_checkpoints import make
+
+from mer import EngineConfig, SamplingParams
+from mer.engine import budget as budgets
+from mer.errors import ConfigError, RequestError
+from mer.model.families import load
+from mer.streaming.experts import expert_tables
+from mer.weights.checkpoint import open_checkpoint
+
+SHORT = 64  # positions of the model
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_text_model(tmp_path_factory.mktemp("context") / "small", max_position_embeddings=SHORT)
+
+
+def measure(path, **settings) -> budgets.Budget:
+    checkpoint = open_checkpoint(path)
+    architecture = load(checkpoint)
+    tables = expert_tables(architecture.experts, path)
+    return budgets.measure(checkpoint, architecture, tables, EngineConfig(**settings), process=100 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("running", "tokens"), [(1, SHORT), (3, 3 * SHORT), (16, 16 * SHORT), (64, 4096), (1000, 4096)]
+)
+def test_room_for_all_that_run(model, running, tokens):
+    assert measure(model, ram="4GiB", max_running=running).context == tokens
+
+
+def test_a_longer_context_has_no_more(tmp_path):
+    write_text_model(tmp_path, max_position_embeddings=1 << 15)
+    assert measure(tmp_path, ram="4GiB").context == 4096
+    assert measure(tmp_path, ram="4GiB", context=1 << 14).context == 1 << 14
+
+
+def test_what_was_asked_for(model):
+    assert measure(model, ram="4GiB", context=32).context == 32
+    assert measure(model, ram="4GiB", context=16 * SHORT).context == 16 * SHORT
+    with pytest.raises(ConfigError, match="context 1040: 16 requests of this model's 64 positions"):
+        measure(model, ram="4GiB", context=16 * SHORT + 16)
+
+
+def test_never_at_the_price_of_experts(model):
+    """From the least that works on, a budget has as many slots as with a single context."""
+    several, one = measure(model, ram="4GiB"), measure(model, ram="4GiB", context=SHORT)
+    assert (several.context, one.context) == (16 * SHORT, SHORT)
+    assert several.slots == one.slots == several.experts
+    enough = budgets.with_page_tables(several.total)
+    for ram, tokens in (
+        (one.floor, SHORT),
+        (budgets.with_page_tables(one.total), SHORT),
+        (enough - one.slot, SHORT),
+        (enough, 16 * SHORT),
+    ):
+        given, single = measure(model, ram=ram), measure(model, ram=ram, context=SHORT)
+        assert given.fits
+        assert (given.context, given.slots) == (tokens, single.slots)
+        assert (given.slots == given.experts) == (ram != one.floor)
+    assert measure(model, ram=one.least // 2).least == one.least, "the least is that of a single context"
+
+
+def test_nor_of_requests_that_run_at_a_time(tmp_path):
+    """Where each has a recurrent state."""
+    make(tmp_path / "hf", "qwen3_next", max_position_embeddings=SHORT)
+    path = runnable(tmp_path / "hf", "qwen3_next")
+    plenty = measure(path, ram="4GiB")
+    for ram in range(measure(path, ram="4GiB", context=SHORT).least, plenty.total, MIB):
+        given, single = measure(path, ram=ram), measure(path, ram=ram, context=SHORT)
+        assert (given.slots, given.max_running) == (single.slots, single.max_running)
+
+
+async def test_streams_of_a_whole_context_run_at_the_same_time(model):
+    """Each has its own limit, and nobody gives blocks up for another."""
+    asked = SamplingParams(temperature=0, ignore_eos=True)  # to the end of the context
+    prompts = [prompt(20, seed) for seed in range(8)]
+    async with opened(model, context=None) as engine:
+        assert (engine.context, engine.budget.context) == (SHORT, 16 * SHORT)
+        alone = [await engine.generate(ids, asked) for ids in prompts]
+        steps = engine.view().steps
+        engine.pause()
+        tasks = [asyncio.create_task(engine.generate(ids, asked)) for ids in prompts]
+        while engine.snapshot().waiting < len(tasks):  # noqa: ASYNC110 (it happens elsewhere)
+            await asyncio.sleep(0.001)
+        engine.resume()
+        together = await asyncio.gather(*tasks)
+        assert [each.token_ids for each in together] == [each.token_ids for each in alone]
+        assert {each.usage.total_tokens for each in together} == {SHORT}
+        assert engine.snapshot().preemptions == 0
+        assert engine.view().steps - steps < 2 * (SHORT - 20), "they took turns"
+        with pytest.raises(RequestError, match="64 is the most here"):
+            await engine.generate(prompt(SHORT + 1), GREEDY)
