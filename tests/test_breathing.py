@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -134,6 +135,41 @@ async def test_answers_do_not_depend_on_it(model, monkeypatch, io):
             assert await answers(engine, logits) == expected
         breathing.cancel()
         assert {2, 12} < seen
+
+
+@pytest.mark.parametrize("io", ["uring", "preadv"])
+async def test_in_the_middle_of_a_step(model, monkeypatch, io):
+    """A prompt's chunk may take seconds: memory goes between its layers, while experts are on their way."""
+    logits = Logits(monkeypatch)
+    async with opened(model) as engine:
+        expected = (await engine.generate(PROMPTS[0], GREEDY)).token_ids, logits.take(PROMPTS[0])
+    async with opened(model, io_backend=io, ram=resident_bytes() + (1 << 30)) as engine:
+        worker, forward, seen = engine._worker, engine._runner._forward, []
+        asked, obey, arrived = threading.Event(), forward.between, threading.Event()
+
+        def between():
+            """Before the second layer of the first step, and the first and the second of the second one."""
+            seen.append(engine.budget.slots)
+            if len(seen) in (2, 3, 4):
+                arrived.set()
+                assert asked.wait(60)
+                asked.clear()
+            obey()
+
+        forward.between = between
+        task = asyncio.create_task(engine.generate(PROMPTS[0], GREEDY))
+        for slots in (2, 7, 3):
+            assert await asyncio.to_thread(arrived.wait, 60)
+            arrived.clear()
+            ram = engine.budget.floor + (slots - 2) * engine.budget.slot * 513 // 512
+            asking = asyncio.create_task(engine.set_ram(ram))
+            while not worker._urgent:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            asked.set()
+            assert (await asking).slots == slots
+        assert ((await task).token_ids, logits.take(PROMPTS[0])) == expected
+        # Of the fourth call on: what was asked for within the first two steps was there at once.
+        assert seen[:5] == [12, 12, 2, 7, 3]
 
 
 async def test_a_full_cache_of_fixed_buffers_lets_them_go_first(model):

@@ -161,7 +161,7 @@ cdef class ExpertCache:
         """Give slots and their memory back, or take such again; returns n_slots, how many there are now.
 
         More may be left than wanted, where experts are in use or in the pinned set: try again. By the thread that
-        computes, between steps; nobody may read into the arena through fixed buffers. Raises ValueError for a number
+        computes, between layers; nobody may read into the arena through fixed buffers. Raises ValueError for a number
         outside 1..max_slots.
         """
         if not 1 <= n_slots <= self.max_slots:

@@ -232,19 +232,23 @@ class Engine:
         return self._tokenizer
 
     async def set_ram(self, ram: str | int) -> Budget:
-        """Keep to another `ram` ('4GiB'): the expert cache shrinks, or takes more, between two steps.
+        """Keep to another `ram` ('4GiB'): the expert cache shrinks, or takes more, between two layers.
 
         Answers stay the same, and what is running goes on. Returns how memory is divided then; the cache
         may have more slots than fit, where experts are pinned. Raises ConfigError for what is no size,
         BudgetError for less than the model needs without its cache, EngineClosedError.
         """
         size = parse_size(ram)
-        budget = await asyncio.wrap_future(self._worker.call(lambda: self._runner.resize(size)))
+
+        def ask() -> asyncio.Future[Budget]:
+            return asyncio.wrap_future(self._worker.call(lambda: self._runner.resize(size), urgent=True))
+
+        budget = await ask()
         for _ in range(_RESIZES):
             if budget.total <= size:
                 break
             await asyncio.sleep(_RESIZE_PAUSE)
-            budget = await asyncio.wrap_future(self._worker.call(lambda: self._runner.resize(size)))
+            budget = await ask()
         return budget
 
     def observe(self, observer: Observer) -> None:

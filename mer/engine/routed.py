@@ -97,7 +97,7 @@ class RoutedExperts:
         return self._most
 
     def resize(self, budget: Budget) -> Budget:
-        """Give slots of the cache back to the system, or take more; by the thread that computes.
+        """Give slots of the cache back to the system, or take more; between layers, by the thread of steps.
 
         More than `budget.slots` may be left where experts are in use or pinned: what is returned says so.
         """

@@ -226,8 +226,12 @@ class Runner:
             gpu.device, gpu.placement,
         )  # fmt: skip
 
+    def between_layers(self, work: Callable[[], None]) -> None:
+        """Have this called before each layer of every step; it may call `resize`."""
+        self._forward.between = work
+
     def resize(self, ram: int) -> Budget:
-        """Have the expert cache shrink or grow so that the process keeps to `ram` bytes; between steps.
+        """Have the expert cache shrink or grow so that the process keeps to `ram` bytes; between two layers.
 
         Its slots may still be more than fit, see RoutedExperts.resize. Raises BudgetError.
         """

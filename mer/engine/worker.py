@@ -6,8 +6,10 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -48,6 +50,8 @@ class Worker:
         self._most = scheduler.max_running + max_waiting
         self._observers: list[Observer] = []
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._urgent: deque[_Command] = deque()  # done between two layers as well
+        runner.between_layers(self._obey_urgent)
         self._closing = False
         self.failure = ""  # why the thread ended by itself
         self._ended = False  # no more commands are obeyed on the thread; changes under the lock
@@ -77,8 +81,11 @@ class Worker:
         """Forget it at the next step, if it has not ended by itself; nothing more is delivered."""
         self._send(lambda: self._remove(job, "cancelled"))
 
-    def call(self, work: Callable[[], _T]) -> Future[_T]:
-        """What `work` returns or raises, done on the thread between two steps; or EngineClosedError."""
+    def call(self, work: Callable[[], _T], *, urgent: bool = False) -> Future[_T]:
+        """What `work` returns or raises, done on the thread between two steps; or EngineClosedError.
+
+        urgent: within a step, too, between two layers: a prompt's chunk may take seconds.
+        """
         future: Future[_T] = Future()
 
         def run() -> None:
@@ -91,7 +98,9 @@ class Worker:
             except Exception as error:
                 future.set_exception(error)
 
-        self._send(run)
+        if urgent:
+            self._urgent.append(run)
+        self._send(self._obey_urgent if urgent else run)
         return future
 
     def resume(self, job: Job) -> None:
@@ -171,6 +180,11 @@ class Worker:
                 return
             command()
             wait = False
+
+    def _obey_urgent(self) -> None:
+        while self._urgent:
+            with suppress(IndexError):  # another thread was quicker, of those that come after the end
+                self._urgent.popleft()()
 
     def _fetch(self, load: Load) -> None:
         assert self.store is not None

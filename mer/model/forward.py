@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -98,6 +99,8 @@ class Forward:
         self.routes: NDArray[np.int32] | None = None
         # Whether each layer is told what the next one will probably want.
         self.look_ahead = False
+        # Called before each layer: no expert is in use then, and the cache may change its size.
+        self.between: Callable[[], None] = lambda: None
 
     def _place(self, kernels: Kernels, pool: Pool, device: Device | None, placement: Placement) -> Decoder:
         """The decoder, without layers."""
@@ -148,6 +151,7 @@ class Forward:
         if recurrent is not None and batch.states is not None:
             recurrent.begin(batch.query_offsets, batch.states)
         for index, layer in enumerate(self.spec.layers):
+            self.between()
             if recurrent is not None and layer.state_index is not None:
                 recurrent.mix(layer.state_index)
             else:
