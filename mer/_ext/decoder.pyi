@@ -9,6 +9,8 @@ from mer._ext.kernels import Kernels, Pool
 SPAN: int
 INDEX_CHUNK: int
 
+def embed(weight: Any, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> bool: ...
+
 class Decoder:
     n_layers: int
     def __init__(

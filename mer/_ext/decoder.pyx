@@ -39,6 +39,7 @@ cdef extern from "mer_decoder.h" nogil:
     void mer_route(const mer_router *r, float *logits, float *choice, const int32_t *fixed, int32_t *ids,
                    float *weights)
     float mer_sigmoid(float x)
+    int mer_embed(int fmt, const void *weights, long cols, const int32_t *tokens, long n, float *out)
 
 cdef enum:
     SPAN_TOKENS = 16
@@ -127,6 +128,7 @@ cdef void attend_task(Decoder d, long task, int thread) noexcept nogil:
 include "grouped.pxi"
 include "streams.pxi"
 include "compressed.pxi"
+include "embed.pxi"
 include "indexer.pxi"
 include "latent.pxi"
 include "blocks.pxi"

@@ -192,72 +192,76 @@ class TiedEngine:
         if not ready:
             return found
         drafted, states = self._look([(sequence, text) for sequence, text, *_ in ready])
+        slots = [text.slot for _, text, *_ in ready]
+        positions = np.array([text.done - text.origin for _, text, *_ in ready], np.int32)
+        columns = (int(positions.max()) + max(lengths)) // BLOCK + 1
+        tables, ends = self._tables[slots, :columns], np.arange(len(ready) + 1, dtype=np.int32)
         for depth in range(1, max(lengths) + 1):
-            for (_, _, tokens, _), token in zip(ready, drafted, strict=True):
+            for (*_, tokens, _), token in zip(ready, drafted.tolist(), strict=True):
                 tokens.append(token)
             kept = [i for i, (*_, length) in enumerate(ready) if length > depth]
             if not kept:
                 break
-            states = (states if depth == 1 else self._forward.states())[kept]
-            ready = [ready[i] for i in kept]
-            texts = [text for _, text, *_ in ready]
-            positions = [text.done - text.origin + depth - 1 for text in texts]
-            drafted = self._run([each[2][-1] for each in ready], states, texts, positions, [1] * len(ready))
+            if len(kept) < len(ready):
+                ready = [ready[i] for i in kept]
+                drafted, states, positions = drafted[kept], states[kept], positions[kept]
+                tables, ends = tables[kept], ends[: len(kept) + 1]
+            drafted = self._run(drafted, states, positions, ends, tables)
+            states = self._forward.states()
+            positions += 1
         return found
 
-    def _look(self, known: list[tuple[Sequence, _Text]]) -> tuple[list[int], NDArray[np.float32]]:
-        """At all states that are known: the first token of each draft, and f32 [S, hidden] to go on from."""
-        found: list[int] = []
-        states = np.empty((len(known), self._hidden), np.float32)
+    def _look(self, known: list[tuple[Sequence, _Text]]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """At all states that are known: the first token of each draft, i32 [S], and the states to go on from.
+
+        f32 [S, hidden].
+        """
+        found: list[NDArray[np.int32]] = []
+        left: list[NDArray[np.float32]] = []
         at = 0
         while at < len(known):
             counts: list[int] = []
             tokens: list[int] = []
             rows: list[NDArray[np.float32]] = []
+            positions: list[int] = []
             for sequence, text in known[at:]:
-                count = self._known(sequence, text)
+                count, start = self._known(sequence, text), text.done - text.origin
                 if len(tokens) + count > self._step:
                     break
                 counts.append(count)
                 tokens += sequence.tokens[text.done + 1 : text.done + 1 + count]
                 rows.append(self._rows[text.slot, :count])
+                positions += range(start, start + count)
             texts = [text for _, text in known[at : at + len(counts)]]
-            starts = [text.done - text.origin for text in texts]
-            found += self._run(tokens, np.concatenate(rows), texts, starts, counts)
-            states[at : at + len(counts)] = self._forward.states()[np.cumsum(counts) - 1]
+            offsets = np.array([0, *itertools.accumulate(counts)], np.int32)
+            found.append(
+                self._run(
+                    np.array(tokens, np.int32),
+                    np.concatenate(rows),
+                    np.array(positions, np.int32),
+                    offsets,
+                    self._tables[[text.slot for text in texts], : max(positions) // BLOCK + 1],
+                )
+            )
+            left.append(self._forward.states()[offsets[1:] - 1])
             for text, count in zip(texts, counts, strict=True):
                 text.done, text.count = text.done + count, 0
             at += len(counts)
-        return found, states
+        return np.concatenate(found), np.concatenate(left)
 
     def _run(
         self,
-        tokens: list[int],
+        tokens: NDArray[np.int32],
         states: NDArray[np.float32],
-        texts: list[_Text],
-        starts: list[int],
-        counts: list[int],
-    ) -> list[int]:
-        """The likeliest token behind the last one of each text.
-
-        counts: tokens of each text that are looked at, starts: the position of the first.
-        """
-        positions = [p for s, n in zip(starts, counts, strict=True) for p in range(s, s + n)]
-        offsets = np.array([0, *itertools.accumulate(counts)], np.int32)
-        columns = max(positions) // BLOCK + 1
-        logits = self._forward.step(
-            np.array(tokens, np.int32),
-            states,
-            np.array(positions, np.int32),
-            offsets,
-            self._tables[[text.slot for text in texts], :columns],
-            offsets[1:] - 1,
-        )
-        best = logits.argmax(-1)
-        if self._forward.vocabulary is not None:
-            best = self._forward.vocabulary[best]
-        found: list[int] = best.tolist()
-        return found
+        positions: NDArray[np.int32],
+        offsets: NDArray[np.int32],
+        tables: NDArray[np.int32],
+    ) -> NDArray[np.int32]:
+        """The likeliest token behind the last one of each text, i32 [S]. See DraftForward.step."""
+        logits = self._forward.step(tokens, states, positions, offsets, tables, offsets[1:] - 1)
+        best: NDArray[np.int32] = logits.argmax(-1).astype(np.int32)
+        vocabulary = self._forward.vocabulary
+        return best if vocabulary is None else vocabulary[best]
 
     def observe(self, chunks: list[Chunk], hidden: Callable[[], NDArray[np.float32]] | None) -> None:
         """Keep the last states of each sequence. Behind those that were not kept it begins anew."""

@@ -10,6 +10,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from mer._ext.decoder import embed
 from mer.errors import CheckpointError
 from mer.model.families import Architecture
 from mer.model.placement import ON_THE_CPU, Placement
@@ -74,7 +75,8 @@ class DenseWeights:
 
     def embed(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
         """Rows of the embedding for i32 [T] into out, f32 [T, hidden]."""
-        out[:] = formats.by_id(self.embedding.format).dequantize(self.embedding.data[tokens])
+        if not embed(self.embedding, tokens, out):
+            out[:] = formats.by_id(self.embedding.format).dequantize(self.embedding.data[tokens])
 
 
 def _is_vector(part: str) -> bool:

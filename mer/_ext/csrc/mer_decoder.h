@@ -177,4 +177,7 @@ void mer_route(const mer_router *r, float *logits, float *choice, const int32_t 
 
 float mer_sigmoid(float x);
 
+/* out [n, cols] = the rows of weights that tokens name; 0 where the format is none of F32, F16, BF16 and Q8_0. */
+int mer_embed(int fmt, const void *weights, long cols, const int32_t *tokens, long n, float *out);
+
 #endif
