@@ -32,7 +32,7 @@ from mer.api.http.service import Service
 from mer.api.settings import ServerSettings
 from mer.demo import model_path
 from mer.engine.mailbox import Mailbox
-from mer.engine.runner import StepStats
+from mer.engine.stats import StepStats
 
 _PROMPT = [1, 2, 3]
 

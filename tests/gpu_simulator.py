@@ -33,7 +33,7 @@ FAKE = ROOT / "tests/gpu"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=default", "-pthread", "-DMER_SIMULATED"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
 
-ECC_UNCORRECTABLE, LAUNCH_FAILED = 214, 719
+OUT_OF_MEMORY, ECC_UNCORRECTABLE, LAUNCH_FAILED = 2, 214, 719
 
 
 @cache
@@ -92,6 +92,7 @@ class Simulator:
             getattr(self._lib, f"mer_fake_{name}").argtypes = [ctypes.c_size_t]
         self._lib.mer_fake_fail_alloc.argtypes = [ctypes.c_long]
         self._lib.mer_fake_fail_from.argtypes = [ctypes.c_long, ctypes.c_int]
+        self._lib.mer_fake_fail_once.argtypes = [ctypes.c_long, ctypes.c_int]
         self.reset()
 
     @property
@@ -107,7 +108,7 @@ class Simulator:
         return device
 
     def reset(self) -> None:
-        """No faults, no delays, the default size of memory; allocations stay."""
+        """No faults, no delays, the default size of memory; allocations stay, but of a lost device."""
         if not REAL:
             self.lib.mer_fake_reset()
 
@@ -126,6 +127,10 @@ class Simulator:
     def fail_from(self, n: int, error: int = LAUNCH_FAILED) -> None:
         """From the n-th call on (1: the next), every call returns `error`."""
         self.lib.mer_fake_fail_from(n, error)
+
+    def fail_once(self, n: int, error: int = OUT_OF_MEMORY) -> None:
+        """The n-th call from now on (1: the next) returns `error`, and the device works on."""
+        self.lib.mer_fake_fail_once(n, error)
 
     def defer(self, yes: bool = True) -> None:
         """Copies and kernels happen no sooner than somebody waits for them."""

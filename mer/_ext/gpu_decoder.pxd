@@ -55,6 +55,7 @@ cdef struct Places:
 cdef class GpuDecoder(Decoder):
     cdef Device device
     cdef readonly long gpu_layers
+    cdef readonly size_t taken_bytes, kv_bytes  # of the device's memory: all; of it keys and values
     cdef GpuLayer *gpu
     cdef Places at
     cdef list taken               # device pointers, to be given back

@@ -10,6 +10,8 @@ def layer_arrays(spec: Any, weights: Mapping[str, Any]) -> dict[str, NDArray[Any
 
 class GpuDecoder(Decoder):
     gpu_layers: int
+    taken_bytes: int
+    kv_bytes: int
     def place(
         self,
         device: Device,

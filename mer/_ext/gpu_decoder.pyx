@@ -175,6 +175,7 @@ cdef class GpuDecoder(Decoder):
     cdef uint64_t take(self, size_t nbytes) except 0:
         pointer = self.device.alloc_py(nbytes)
         self.taken.append(pointer)
+        self.taken_bytes += nbytes
         return pointer
 
     cdef uint64_t pin(self, array) except 0:
@@ -261,6 +262,7 @@ cdef class GpuDecoder(Decoder):
         g.sinks = at.get("sinks", 0)
         g.block_bytes = 2 * a.n_kv * self.part_bytes(a.head_dim)
         g.blocks = self.take(g.block_bytes * self.gpu_blocks)
+        self.kv_bytes += g.block_bytes * self.gpu_blocks
         if self.n_layers == self.gpu_layers:
             self.products_memory[:len(self.table)] = self.table
             self.n_products = len(self.table)

@@ -23,7 +23,7 @@ from mer.engine.budget import resident_bytes
 from mer.engine.engine import Engine
 from mer.engine.observer import EndReason, Snapshot
 from mer.engine.outputs import Usage
-from mer.engine.runner import StepStats
+from mer.engine.stats import StepStats
 
 _QUEUE_S: Final = (0.001, 0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _FIRST_TOKEN_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -243,8 +243,10 @@ def _experts(now: Snapshot) -> Iterable[Metric]:
 
 def _gpu(now: Snapshot) -> Iterable[Metric]:
     steps, vram = now.steps, now.vram
-    nbytes, lost = (vram.nbytes, vram.lost is not None) if vram else (0, False)
-    yield GaugeMetricFamily("mer_vram_bytes", "What experts and their buffers take of the GPU.", nbytes)
+    parts = vram.parts if vram else dict.fromkeys(("experts", "dense", "kv"), 0)
+    lost = vram is not None and vram.lost is not None
+    yield _gauges("mer_vram_bytes", "What is taken of the GPU's memory, with buffers.", "part", parts)
+    yield GaugeMetricFamily("mer_vram_layers", "Layers whose dense part it has.", vram.layers if vram else 0)
     yield GaugeMetricFamily("mer_vram_lost", "Whether the GPU was given up for an error.", int(lost))
     yield _counter("mer_vram_promotions", "Experts copied to the GPU to stay.", steps.vram_promotions)
     yield _counter("mer_vram_passed", "Experts copied to the GPU for one step.", steps.vram_passed)

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from mer.cli.common import messages, model_argument
-from mer.cli.generation import engine_options, print_summary, sampling_options, show, split
+from mer.cli.generation import engine_options, print_summary, sampling_options, show, split, tell_gpu
 from mer.config import EngineConfig
 from mer.engine.engine import Engine
 from mer.engine.outputs import Delta
@@ -56,6 +56,7 @@ def _talk(
     runner: asyncio.Runner, engine: Engine, first: list[Message], params: SamplingParams, stats: bool
 ) -> None:
     console = messages()
+    tell_gpu(console, engine)
     if sys.stdin.isatty():
         import readline  # noqa: F401 (editing and history of lines that input() reads)
 

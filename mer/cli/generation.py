@@ -18,7 +18,7 @@ from mer.config import EngineConfig, Speculate
 from mer.engine.engine import Engine
 from mer.engine.outputs import Timings, Usage
 from mer.engine.params import SamplingParams
-from mer.engine.runner import StepStats, Vram
+from mer.engine.stats import StepStats, Vram
 from mer.streaming.profile import ProfileSummary
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -276,7 +276,8 @@ def _gpu(vram: Vram, steps: StepStats) -> str:
         return f"{vram.device} was given up ({vram.lost})" + (
             "" if vram.layers else "; all went on without it"
         )
-    dense = f"{vram.device}, dense part of {vram.layers} layers"
+    dense = f"{vram.device}, dense part of {vram.layers} layers {size(vram.dense_bytes)}, their keys and "
+    dense += f"values {size(vram.kv_bytes)}"
     if not vram.slots:
         return dense
     return (
@@ -284,6 +285,12 @@ def _gpu(vram: Vram, steps: StepStats) -> str:
         f"experts; it computed {steps.on_gpu:.1%} of experts, {size(steps.bus_bytes)} went over the bus for "
         f"{steps.vram_promotions + steps.vram_passed}, waiting for it took {steps.gpu_wait_s:.2f} s"
     )
+
+
+def tell_gpu(console: Console, engine: Engine) -> None:
+    """At the start: what is on the GPU, if there is one."""
+    if (vram := engine.snapshot().vram) is not None:
+        console.print(f"  {'gpu':8} {vram.told(engine.budget.experts)}", style="dim", soft_wrap=True)
 
 
 def _decode_steps(profile: ProfileSummary) -> str:

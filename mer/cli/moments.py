@@ -59,10 +59,12 @@ class Shares:
 
 @frozen(kw_only=True)
 class VramLine:
-    """What is in a GPU's memory. computed_share: of all experts, those that it computed; lost: see Vram."""
+    """What is in a GPU's memory, see Vram. computed_share: of all experts, those that it computed."""
 
     device: str
     layers: int
+    dense_bytes: int
+    kv_bytes: int
     slots: int
     nbytes: int
     resident: int
@@ -202,6 +204,8 @@ def _vram(given: pb.Vram, steps: Mapping[str, float], seconds: float) -> VramLin
     return VramLine(
         device=given.device,
         layers=given.layers,
+        dense_bytes=given.dense_bytes,
+        kv_bytes=given.kv_bytes,
         slots=given.slots,
         nbytes=given.nbytes,
         resident=given.resident,

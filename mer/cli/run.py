@@ -20,6 +20,7 @@ from mer.cli.generation import (
     sampling_options,
     show,
     split,
+    tell_gpu,
     trace_option,
 )
 from mer.config import EngineConfig
@@ -105,6 +106,8 @@ async def _run(
             }
             click.echo(json.dumps(answer, indent=2))
             return
+        if not quiet:
+            tell_gpu(messages(), engine)
         deltas: list[Delta] = []
         async for delta in engine.stream(prompt, params):
             if not deltas and not chat and isinstance(prompt, str):

@@ -102,6 +102,11 @@ class BlockPool:
             self._keys[block] = None
             self._blank.append(block)
 
+    def clear(self) -> None:
+        """What is in the blocks is lost; nobody may hold one with a key."""
+        for key, _ in self.kept():
+            self.forget(key)
+
     def release(self, blocks: list[int]) -> None:
         """Nobody needs someone's `blocks` any more. Of a prefix the end will go first."""
         for block in reversed(blocks):

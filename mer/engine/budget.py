@@ -117,6 +117,17 @@ class Budget:
             )
         return budget
 
+    def without_gpu(self, checkpoint: Checkpoint, architecture: Architecture) -> Budget:
+        """With all dense weights, keys and values in memory. The cache has not made room for them yet."""
+        spec = architecture.spec
+        there = device_scratch.host_bytes(spec, self.step_tokens, self.rows, self.kv_blocks)
+        return evolve(
+            self,
+            dense=dense_bytes(checkpoint, architecture),
+            kv=self.kv_blocks * KVCache.bytes_per_block(spec, self.kv_dtype),
+            buffers=self.buffers - there,
+        )
+
     @property
     def draft_shape(self) -> DraftShape:
         """What draft engines must be able to hold."""

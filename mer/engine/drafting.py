@@ -17,7 +17,7 @@ from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Sequence
 from mer.engine.speculation import MOST_DRAFTED, Choice, Offer, Speculation
 from mer.engine.tied import find_head
-from mer.errors import ConfigError, MerError
+from mer.errors import ConfigError, GpuError, MerError
 from mer.model.families import Architecture
 from mer.model.tokenizer import Tokenizer
 from mer.weights.checkpoint import Checkpoint
@@ -207,6 +207,8 @@ class Drafting:
             return None
         try:
             return call()
+        except GpuError:  # of the model's, whose states were asked for: none of the engine's concern
+            raise
         except MerError as error:
             _log.warning("nothing is drafted by %s any more: %s", engine.name, error)
         except Exception:

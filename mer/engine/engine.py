@@ -33,9 +33,10 @@ from mer.engine.params import SamplingParams
 from mer.engine.prefix_store import PrefixStore
 from mer.engine.request import Embedding, Request
 from mer.engine.routed import idle_in_dense
-from mer.engine.runner import Runner, StepStats
+from mer.engine.runner import Runner
 from mer.engine.sampling import Sampler
 from mer.engine.scheduler import Scheduler
+from mer.engine.stats import StepStats
 from mer.engine.storing import Storing
 from mer.engine.view import ExpertMap, Recent, View, requests
 from mer.engine.worker import Worker

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from attrs import frozen
 
 from mer.engine.outputs import Usage
-from mer.engine.runner import StepStats, Vram
+from mer.engine.stats import StepStats, Vram
 
 EndReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from attrs import frozen
 
-from mer.engine.runner import StepStats
+from mer.engine.stats import StepStats
 
 FinishReason = Literal["stop", "length"]
 

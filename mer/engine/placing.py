@@ -43,6 +43,10 @@ class OnDevice:
         """What is left for experts."""
         return self.vram - self.dense
 
+    def experts_alone(self) -> OnDevice:
+        """The same without layers, and with no more room for experts."""
+        return OnDevice(self.device, vram=self.experts)
+
 
 ALONE: Final = OnDevice()
 

@@ -14,10 +14,10 @@ from mer.engine.draft import Draft, Drafter
 from mer.engine.mailbox import Mailbox
 from mer.engine.outputs import Delta, FinishReason, Timings, TokenLogprob, Usage
 from mer.engine.params import SamplingParams
-from mer.engine.runner import StepStats
 from mer.engine.sampling import Sampled, Sampler, with_logprobs
 from mer.engine.scheduler import Sequence
 from mer.engine.speculation import Record
+from mer.engine.stats import StepStats
 from mer.model.detokenizer import Detokenizer
 from mer.model.stopping import StopStrings
 from mer.model.tokenizer import Tokenizer

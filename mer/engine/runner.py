@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import astuple, define, evolve, field, frozen
+from attrs import define, evolve, field
 from numpy.typing import NDArray
 
 from mer._ext.cpus import numa_nodes
@@ -24,7 +24,8 @@ from mer.engine.draft import DraftSource
 from mer.engine.placing import ALONE, OnDevice
 from mer.engine.routed import RoutedExperts, extra_experts
 from mer.engine.scheduler import Chunk
-from mer.errors import ConfigError, GpuError
+from mer.engine.stats import StepStats, Vram
+from mer.errors import BudgetError, ConfigError, GpuError
 from mer.model.batch import Batch
 from mer.model.dense import DenseWeights, load_dense
 from mer.model.families import Architecture, load
@@ -43,69 +44,6 @@ from mer.weights.unchanged import Unchanged
 _log = logging.getLogger("mer")
 
 
-@frozen
-class StepStats:
-    """Totals since the start; the difference of two is what happened in between.
-
-    step_s: all of the steps; of it io_wait_s went by with nothing to compute because reads were not there
-    yet, and expert_s with computing experts; the rest is attention, router, head and what lies between. All
-    but step_s stays 0 in a dense model.
-    prefetched: experts read ahead of their layer; prefetch_used: those of them that were wanted before they
-    were evicted; prefetch_bytes and prefetch_used_bytes: of all and of those. guesses: what the next layer's
-    router was expected to choose, asked a layer early; guesses_right: what of that it chose.
-    vram_hits: experts found in a GPU's memory and computed there, which count neither as hits nor as misses;
-    vram_passed: those of hits and misses that were copied there and computed there, for many tokens at once;
-    vram_promotions: experts that were copied there to stay; bus_bytes: of all copies; gpu_wait_s: of step_s,
-    with nothing to compute here, and the GPU not done. All 0 without one.
-    """
-
-    step_s: float = 0.0
-    io_wait_s: float = 0.0
-    expert_s: float = 0.0
-    bytes_read: int = 0
-    hits: int = 0
-    misses: int = 0
-    prefetched: int = 0
-    prefetch_used: int = 0
-    prefetch_bytes: int = 0
-    prefetch_used_bytes: int = 0
-    guesses: int = 0
-    guesses_right: int = 0
-    vram_hits: int = 0
-    vram_passed: int = 0
-    vram_promotions: int = 0
-    bus_bytes: int = 0
-    gpu_wait_s: float = 0.0
-
-    @property
-    def on_gpu(self) -> float:
-        """Which share of the experts a GPU computed."""
-        return (self.vram_hits + self.vram_passed) / max(self.vram_hits + self.hits + self.misses, 1)
-
-    def __sub__(self, other: StepStats) -> StepStats:
-        return StepStats(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def __add__(self, other: StepStats) -> StepStats:
-        return StepStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-
-@frozen(kw_only=True)
-class Vram:
-    """What is in a GPU's memory at a moment. evictions: total. Sizes in bytes.
-
-    device: its name; layers: whose dense part it has; slots: how many experts there is room for; nbytes: what
-    those take, with buffers; lost: why it was given up, after which experts go on without it; None: it works.
-    """
-
-    device: str
-    layers: int
-    slots: int
-    nbytes: int
-    resident: int
-    evictions: int
-    lost: str | None
-
-
 @define(eq=False)
 class Runner:
     """Computes steps of one model. One thread at a time.
@@ -121,12 +59,14 @@ class Runner:
     experts: RoutedExperts | None
     isa: str
     pool: Pool
+    _architecture: Architecture = field(alias="architecture")
     _forward: Forward = field(alias="forward")
     _unchanged: Unchanged = field(alias="unchanged")
     profile: Profile | None = None
     device: Device | None = None
     placement: Placement = ON_THE_CPU
     _step_s: float = field(default=0.0, init=False)
+    _left: str | None = field(default=None, init=False)  # why its dense part left the GPU
     _told: bool = field(default=False, init=False)  # that the GPU was lost
     _reads: int = field(default=0, init=False)  # that were there at the last look at the files
 
@@ -151,10 +91,23 @@ class Runner:
         tables = expert_tables(architecture.experts, path)
         sources = prepare(checkpoint, architecture)
         sizes = budgets.measure(checkpoint, architecture, tables, config, sources, process)
+        held = budgets.resident_bytes()
         gpu = placing.place(checkpoint, architecture, tables, sizes, config)
+        if process is not None:  # what the GPU's driver holds, where no other engine has opened it before
+            process += max(0, budgets.resident_bytes() - held)
         config = evolve(config, context=sizes.context)  # which layers a GPU has went by it
-        budget = budgets.plan(checkpoint, architecture, tables, config, sources, process, gpu.placement)
-        return cls.load(checkpoint, architecture, tables, budget, config, gpu=gpu)
+
+        def opened(gpu: OnDevice) -> Runner:
+            budget = budgets.plan(checkpoint, architecture, tables, config, sources, process, gpu.placement)
+            return cls.load(checkpoint, architecture, tables, budget, config, gpu=gpu)
+
+        try:
+            return opened(gpu)
+        except GpuError as error:  # another program was quicker to take its memory, or it failed
+            if config.device != "auto" or config.gpu_layers != "auto":
+                raise ConfigError(f"device {config.device}: {error}; --gpu-layers 0 may do") from None
+            _log.warning("no dense layer is computed by the GPU: %s", str(error))
+        return opened(gpu.experts_alone())
 
     @classmethod
     def load(
@@ -221,10 +174,13 @@ class Runner:
             reader.close()
             unchanged.close()
             raise
-        return cls(
-            checkpoint, spec, budget, reader, experts, kernels.isa, pool, forward, unchanged, profile,
-            gpu.device, gpu.placement,
+        made = cls(
+            checkpoint, spec, budget, reader, experts, kernels.isa, pool, architecture, forward,
+            unchanged, profile, gpu.device, gpu.placement,
         )  # fmt: skip
+        if (vram := made.vram) is not None:
+            _log.info("on the GPU, %s", vram.told(budget.experts))
+        return made
 
     def between_layers(self, work: Callable[[], None]) -> None:
         """Have this called before each layer of every step; it may call `resize`."""
@@ -242,6 +198,33 @@ class Runner:
             self._forward.look_ahead = experts.look_ahead
         self.budget = budget
         return budget
+
+    def leave_gpu(self, why: str) -> None:
+        """Have the dense part of all layers computed by the CPU, since the GPU failed; between steps.
+
+        Keys and values are lost. The expert cache makes room for weights that are read now. Raises
+        BudgetError where `ram` is too little for them, and DeviceReadError; nothing has changed then, but
+        that the cache may be smaller.
+        """
+        began, layers = time.monotonic(), self.placement.layers
+        whole = self.budget.without_gpu(self.checkpoint, self._architecture)
+        try:
+            budget = whole.resized(whole.ram, self.experts.most_slots if self.experts else 0)
+        except BudgetError as error:
+            raise BudgetError(
+                f"the GPU, which had the dense part of {layers} layers, failed ({why}), and {error}; "
+                "or reload the model once the GPU works"
+            ) from None
+        if self.experts is not None and budget.slots != self.experts.cache.n_slots:
+            budget = self.experts.resize(budget)
+            self._forward.look_ahead = self.experts.look_ahead
+        self._forward.leave_device()
+        _spread(numa_nodes(), self._forward.dense, self._forward.kv.layers, None)
+        self.budget, self.placement, self._left = budget, ON_THE_CPU, why
+        _log.warning(
+            "the dense part of %d layers is with the CPU from now on, read again in %.1f s; all requests "
+            "that had begun are computed again: %s", layers, time.monotonic() - began, why,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Give the files back; no step may be under way."""
@@ -300,17 +283,23 @@ class Runner:
     def vram(self) -> Vram | None:
         """What is in the GPU's memory; None: nothing ever was."""
         found: Mapping[str, Any] = self.experts.streamer.stats() if self.experts else {}
-        layers, lost = self.placement.layers, found.get("lost")
-        if self.device is None or not (layers or found.get("vram_slots") or lost):
+        layers, slots = self.placement.layers, int(found.get("vram_slots", 0))
+        dense, kv = self._forward.device_bytes
+        if self.device is None:
+            return None
+        lost = found.get("lost") or self.device.lost or (None if slots else self._left)
+        if not (layers or slots or lost):
             return None
         return Vram(
             device=self.device.name,
             layers=layers,
-            slots=int(found.get("vram_slots", 0)),
+            dense_bytes=dense,
+            kv_bytes=kv,
+            slots=slots,
             nbytes=int(found.get("vram_bytes", 0)),
             resident=int(found.get("vram_resident", 0)),
             evictions=int(found.get("vram_evictions", 0)),
-            lost=lost or self.device.lost,
+            lost=lost,
         )
 
     @property
@@ -423,7 +412,7 @@ def _use_gpu(experts: RoutedExperts, device: Device, nbytes: int, config: Engine
     except GpuError as error:
         if config.device != "auto":
             raise ConfigError(f"device {config.device}: {error}") from None
-        _log.warning("no expert is computed by the GPU: %s", error)
+        _log.warning("no expert is computed by the GPU: %s", str(error))
 
 
 def _spread(

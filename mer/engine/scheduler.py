@@ -279,6 +279,14 @@ class Scheduler:
         self._loading.difference_update(load.keys)
         self.pool.release(load.blocks)
 
+    def restart(self) -> None:
+        """Keys and values are lost: whoever has begun is computed again. Not where there is a store."""
+        for sequence in list(self.running):
+            self._set_back(sequence)
+        for sequence in (*self.waiting, *self.paused):
+            self._strip(sequence)
+        self.pool.clear()
+
     def commit(self, chunks: list[Chunk]) -> None:
         """The step has been computed."""
         for chunk in chunks:

@@ -18,8 +18,8 @@ from mer._ext.cache import ExpertCache
 from mer.engine.observer import EndReason, Snapshot
 from mer.engine.outputs import Usage
 from mer.engine.request import Job
-from mer.engine.runner import StepStats
 from mer.engine.scheduler import Scheduler
+from mer.engine.stats import StepStats
 
 # queued: no step of it was computed; prefill: its prompt is being computed; decode: its answer; preempted: it
 # gave its KV blocks up and will be computed again; held: its reader is too far behind.

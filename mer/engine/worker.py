@@ -22,7 +22,14 @@ from mer.engine.prefix_store import PrefixStore
 from mer.engine.request import Embedding, Job, Request
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Load, Scheduler
-from mer.errors import EngineClosedError, EngineFailedError, MerError, QueueFullError, RequestTimeoutError
+from mer.errors import (
+    EngineClosedError,
+    EngineFailedError,
+    GpuError,
+    MerError,
+    QueueFullError,
+    RequestTimeoutError,
+)
 
 _log = logging.getLogger("mer")
 
@@ -242,20 +249,33 @@ class Worker:
             return chunks
         return self._scheduler.with_drafts(chunks, self._drafting.prepare(requests, room))
 
-    def _step(self, chunks: list[Chunk]) -> None:
+    def _step(self, chunks: list[Chunk]) -> bool:
+        """False: the GPU was lost, everybody is computed again, and these chunks are of no use any more."""
         try:
             self._compute(chunks)
+            return True
         except MerError as error:
-            if any(chunk.draft for chunk in chunks):
-                # What can't be read may be wanted by a draft alone.
-                self._step([Chunk(chunk.sequence, chunk.count) for chunk in chunks])
-                return
-            if len(chunks) == 1:
-                self._fail(_chunk_jobs(chunks), error)
-                return
-            # Some expert can't be read. Only who needs it shall fail, so each is computed by itself.
-            for chunk in chunks:
-                self._step([chunk])
+            failed = error.with_traceback(None)  # whose frames hold what is to be given up
+        if isinstance(failed, GpuError) and self._runner.placement.layers:
+            self._leave_gpu(chunks, str(failed))
+            return False
+        if any(chunk.draft for chunk in chunks):
+            # What can't be read may be wanted by a draft alone.
+            return self._step([Chunk(chunk.sequence, chunk.count) for chunk in chunks])
+        if len(chunks) == 1:
+            self._fail(_chunk_jobs(chunks), failed)
+            return True
+        # Some expert can't be read. Only who needs it shall fail, so each is computed by itself.
+        return all(self._step([chunk]) for chunk in chunks)
+
+    def _leave_gpu(self, chunks: list[Chunk], why: str) -> None:
+        """The CPU computes everything from now on; where it can't, whoever was in the failed step is told."""
+        try:
+            self._runner.leave_gpu(why)
+        except MerError as error:
+            self._fail(_chunk_jobs(chunks), error)
+            return
+        self._scheduler.restart()
 
     def _compute(self, chunks: list[Chunk]) -> None:
         jobs = _chunk_jobs(chunks)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from mer._ext.decoder import embed
@@ -60,6 +60,10 @@ class DenseWeights:
     def layer(self, index: int) -> dict[str, Any]:
         """All of one layer's. Raises DeviceReadError where some have still to be read."""
         return self.layers[index] | (self.late(index) if self.late is not None else {})
+
+    def whole(self) -> DenseWeights:
+        """The same, all read. Raises DeviceReadError."""
+        return evolve(self, layers=[self.layer(index) for index in range(len(self.layers))], late=None)
 
     def matrices(self) -> list[NDArray[np.uint8]]:
         """The bytes of every matrix."""

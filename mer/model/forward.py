@@ -77,10 +77,16 @@ class Forward:
         self._moe = moe
         self._kv = kv
         self._states = states
+        self._kernels, self._pool = kernels, pool
+        self._profile: Profile | None = None
         self._buffers = scratch.allocate(spec, max_tokens, max_rows, pool.n_threads)
-        self._decoder = self._place(kernels, pool, device, placement)
+        self.device_bytes = 0, 0  # of a GPU's memory: dense part with its buffers, keys and values
+        self._decoder = self._place(device, placement)
         for index, blocks in enumerate(kv.layers):
             self._decoder.add_layer(dense.layer(index), blocks)
+        if isinstance(self._decoder, GpuDecoder):
+            kv_bytes = self._decoder.kv_bytes
+            self.device_bytes = self._decoder.taken_bytes - kv_bytes, kv_bytes
         self._recurrent: Recurrent | None = None
         if spec.recurrent is not None:
             self._recurrent = Recurrent(self._decoder, spec, self._buffers)
@@ -102,9 +108,9 @@ class Forward:
         # Called before each layer: no expert is in use then, and the cache may change its size.
         self.between: Callable[[], None] = lambda: None
 
-    def _place(self, kernels: Kernels, pool: Pool, device: Device | None, placement: Placement) -> Decoder:
+    def _place(self, device: Device | None, placement: Placement) -> Decoder:
         """The decoder, without layers."""
-        model = dict(self._dense.model)
+        model, kernels, pool = dict(self._dense.model), self._kernels, self._pool
         if device is None or not placement.layers:
             return Decoder(self.spec, kernels, pool, self._buffers, model, self._kv.number)
         head: dict[str, Any] = {}
@@ -116,8 +122,23 @@ class Forward:
         decoder.place(device, placement.layers, blocks, places, head, self._buffers)
         return decoder
 
+    def leave_device(self) -> None:
+        """Have all layers computed here from now on; keys and values are lost.
+
+        Their weights are read and take memory. Raises DeviceReadError; nothing has changed then.
+        """
+        self._dense = self._dense.whole()
+        self._kv.bring_here()
+        self.device_bytes = 0, 0
+        self._decoder = self._place(None, ON_THE_CPU)  # the one before lets go of the buffers
+        for weights, blocks in zip(self._dense.layers, self._kv.layers, strict=True):
+            self._decoder.add_layer(weights, blocks)
+        if self._profile is not None:
+            self._decoder = self._profile.timed(self._decoder)
+
     def profile(self, profile: Profile) -> None:
         """Have the decoder's part of every further step recorded."""
+        self._profile = profile
         self._decoder = profile.timed(self._decoder)
         if self._recurrent is not None:
             self._recurrent = profile.timed(self._recurrent)

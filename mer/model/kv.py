@@ -85,8 +85,15 @@ class KVCache:
         self.number = _NAMES.index(dtype)
         element = _DTYPES[self.number]
         elements = [nbytes // element.itemsize for nbytes in layer_bytes(spec, dtype)]
+        self._whole = elements.copy()
         elements[:elsewhere] = [0] * elsewhere
         self.layers: list[NDArray[Any]] = [np.zeros((n_blocks, count), element) for count in elements]
+
+    def bring_here(self) -> None:
+        """Have the elements of all layers here; those of layers that a GPU had are 0."""
+        for index, (layer, count) in enumerate(zip(self.layers, self._whole, strict=True)):
+            if layer.shape[1] != count:
+                self.layers[index] = np.zeros((self.n_blocks, count), layer.dtype)
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, dtype: KVDtype = "f32", elsewhere: int = 0) -> int:

@@ -46,8 +46,8 @@ ranges device_memory, pinned, registered;
 std::set<stream *> streams;
 std::set<event *> events;
 std::set<void *> modules;
-long fail_alloc, fail_after, launches, copied_in, copied_out;
-int sticky, failing;
+long fail_alloc, fail_after, once_after, launches, copied_in, copied_out;
+int sticky, failing, once;
 thread_local int current = -1;
 stream default_stream;
 
@@ -70,6 +70,7 @@ int enter(bool context = true) {
     if (!initialised) return NOT_INITIALIZED;
     if (context && current < 0) return INVALID_CONTEXT;
     if (!sticky && fail_after > 0 && --fail_after == 0) sticky = failing;
+    if (!sticky && once_after > 0 && --once_after == 0) return once;
     return sticky;
 }
 #define ENTER(...)                                       \
@@ -452,14 +453,21 @@ API cuGetErrorString(int code, const char **text) {
 
 /* For tests. */
 
-/* No more faults, copies and kernels at once, the memory's size as the environment has it. What was allocated stays. */
+/* No more faults, copies and kernels at once, the memory's size as the environment has it. What was allocated stays,
+ * unless the device was lost: then all of it is gone. */
 extern "C" void mer_fake_reset(void) {
     const std::lock_guard<std::recursive_mutex> guard(lock);
     drain_all();
+    if (sticky) {
+        for (const auto &each : device_memory) free((void *)each.first);
+        device_memory.clear();
+        registered.clear();
+        used = 0;
+    }
     deferred = false;
     vram = default_vram();
     taken = 0;
-    fail_alloc = fail_after = launches = copied_in = copied_out = 0;
+    fail_alloc = fail_after = once_after = launches = copied_in = copied_out = 0;
     sticky = 0;
 }
 
@@ -476,6 +484,12 @@ extern "C" void mer_fake_fail_alloc(long n) { fail_alloc = n; }
 extern "C" void mer_fake_fail_from(long n, int error) {
     fail_after = n;
     failing = error;
+}
+
+/* The n-th call from now on (1: the next) returns `error` and does nothing; the others work. */
+extern "C" void mer_fake_fail_once(long n, int error) {
+    once_after = n;
+    once = error;
 }
 
 /* Copies and kernels wait until somebody waits for them. */

@@ -98,7 +98,8 @@ async def test_with_a_gpu(model: Path) -> None:
             assert now["mer_expert_cache_hits_total vram"] == 300
             assert now["mer_expert_cache_hits_total ram"] == steps.hits > 0
             assert now["mer_expert_cache_evictions_total vram"] == 6
-            assert (now["mer_vram_bytes"], now["mer_vram_lost"]) == (7 << 20, 0)
+            assert [now[f"mer_vram_bytes {part}"] for part in ("experts", "dense", "kv")] == [7 << 20, 0, 0]
+            assert (now["mer_vram_layers"], now["mer_vram_lost"]) == (0, 0)
             assert (now["mer_vram_promotions_total"], now["mer_bus_bytes_total"]) == (11, 11 << 20)
             assert now["mer_vram_passed_total"] == 9
             assert now["mer_gpu_wait_seconds_total"] == 0.25
@@ -157,11 +158,23 @@ async def test_with_dense_layers_alone(model: Path) -> None:
         result = await engine.generate([1, 5, 6], SamplingParams(max_tokens=4, ignore_eos=True))
         with with_gpu(engine, {}):
             engine._runner.placement = Placement(2)
-            assert "Card 1, dense part of 2 layers" in summary(engine, result)
+            engine._runner._forward.device_bytes = 3 << 20, 5 << 20
+            text = "dense part of 2 layers 3 MiB, their keys and values 5 MiB"
+            assert f"Card 1, {text}" in summary(engine, result)
+            assert engine.snapshot().vram.told(12) == f"Card 1: {text}, no experts"
+            now = exported(Metrics(engine, "small"))
+            assert [now[f"mer_vram_bytes {part}"] for part in ("experts", "dense", "kv")] == [
+                0,
+                3 << 20,
+                5 << 20,
+            ]
+            assert now["mer_vram_layers"] == 2
             answer = convert.watched(engine.view(), "m", 1.0, experts=False)
-            assert (answer.stats.vram.layers, answer.stats.vram.slots) == (2, 0)
+            found = answer.stats.vram
+            assert (found.layers, found.slots, found.dense_bytes, found.kv_bytes) == (2, 0, 3 << 20, 5 << 20)
             told = "\n".join(str(line) for line in speed(Moment.between(answer, answer), [1.0], 60))
-            assert "2 dense layers" in told
+            assert "VRAM" in told
+            assert "2 dense layers 3 MiB, KV 5 MiB" in told
             engine._runner.placement = ON_THE_CPU
             assert engine.snapshot().vram is None
 
@@ -171,7 +184,8 @@ async def test_without_a_gpu_nothing_is_said(model: Path) -> None:
         result = await engine.generate([1, 5, 6], SamplingParams(max_tokens=4, ignore_eos=True))
         now = exported(Metrics(engine, "small"))
         assert not [name for name in now if name.endswith(" vram")]
-        assert (now["mer_vram_bytes"], now["mer_vram_lost"], now["mer_bus_bytes_total"]) == (0, 0, 0)
+        assert [now[f"mer_vram_bytes {part}"] for part in ("experts", "dense", "kv")] == [0, 0, 0]
+        assert (now["mer_vram_layers"], now["mer_vram_lost"], now["mer_bus_bytes_total"]) == (0, 0, 0)
         assert engine.facts()["device"] == "cpu"
         assert engine.snapshot().vram is None
         assert "gpu" not in summary(engine, result)

@@ -92,15 +92,24 @@ def test_memory_ends(device: Device, simulator: Simulator) -> None:
 
 
 def test_a_device_that_is_lost_stays_lost(device: Device, simulator: Simulator) -> None:
-    at = device.alloc_py(8)
+    before = simulator.counts().allocations
+    device.alloc_py(8)
     simulator.fail_from(3, ECC_UNCORRECTABLE)  # a thread takes the device first, with a call of its own
     device.memory()
     for _ in range(2):
         with pytest.raises(GpuError, match="ECC"):
             device.memory()
+    assert simulator.counts().allocations == before + 1
     simulator.reset()
-    other = Device(driver=str(simulator.path))
-    other.free_py(at)
+    assert simulator.counts().allocations == 0  # it comes back empty
+    Device(driver=str(simulator.path)).memory()
+
+
+def test_a_call_that_fails_once(device: Device, simulator: Simulator) -> None:
+    simulator.fail_once(2)
+    with pytest.raises(GpuMemoryError):
+        device.memory()  # enter, then the question
+    assert device.memory()
 
 
 @pytest.mark.parametrize("wrong", ["beyond", "freed", "host"])

@@ -16,7 +16,7 @@ from mer.api.large_json import most_bytes
 from mer.engine.observer import Snapshot
 from mer.engine.outputs import Delta, Timings, TokenLogprob, Usage
 from mer.engine.params import SamplingParams
-from mer.engine.runner import StepStats
+from mer.engine.stats import StepStats
 from mer.engine.structure import Structure
 from mer.engine.view import Percentiles, RequestView, View
 from mer.errors import RequestError, RequestTimeoutError

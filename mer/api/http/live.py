@@ -14,7 +14,7 @@ from quart import Blueprint, Response, request
 from mer.api.http import sse
 from mer.api.http.errors import unavailable
 from mer.api.http.service import Service, json_response
-from mer.engine.runner import Vram
+from mer.engine.stats import Vram
 from mer.engine.view import ExpertMap, Percentiles, RequestView
 from mer.errors import QueueFullError
 

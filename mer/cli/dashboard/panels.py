@@ -60,7 +60,7 @@ def speed(now: Moment, history: Sequence[float], width: int) -> list[Text]:
     else:
         lines.append(_line("experts", "none: a dense model"))
     if now.vram is not None:
-        lines.append(_line("VRAM", *_vram(now.vram, room)))
+        lines += _vram(now.vram, room)
     blocks = f"{now.kv_blocks_used}+{now.kv_blocks_cached} of {now.kv_blocks}"
     if now.prefix_hit_rate is not None:
         blocks += f", {percent(now.prefix_hit_rate)} hits"
@@ -70,13 +70,18 @@ def speed(now: Moment, history: Sequence[float], width: int) -> list[Text]:
     return lines
 
 
-def _vram(vram: VramLine, room: int) -> tuple[tuple[str, str] | str, ...]:
+def _vram(vram: VramLine, room: int) -> list[Text]:
     if vram.lost is not None:
-        return ((f"given up: {vram.lost}", "red"),)
-    if not vram.slots:
-        return (f"{vram.layers} dense layers",)
-    share = "" if vram.computed_share is None else f", {percent(vram.computed_share)} computed"
-    return bar(vram.resident, vram.slots, room, f"{vram.resident} of {vram.slots}{share}")
+        return [_line("VRAM", (f"given up: {vram.lost}", "red"))]
+    lines = []
+    if vram.slots:
+        share = "" if vram.computed_share is None else f", {percent(vram.computed_share)} computed"
+        told = f"{vram.resident} of {vram.slots}{share}"
+        lines.append(_line("VRAM", *bar(vram.resident, vram.slots, room, told)))
+    if vram.layers:
+        dense = f"{vram.layers} dense layers {size(vram.dense_bytes)}, KV {size(vram.kv_bytes)}"
+        lines.append(_line("" if lines else "VRAM", dense))
+    return lines
 
 
 def requests(now: Moment, height: int) -> list[Text]:
