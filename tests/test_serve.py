@@ -52,18 +52,21 @@ def stream(server, body, ready):
 
 def test_sigterm_drains(model):
     """What is running ends in order, nobody else is let in, and then the process is gone with status 0."""
-    with serving(model, "--context", 8192) as server, ThreadPoolExecutor(1) as pool:
+    with (
+        serving(model, "--context", 8192, "--drain-timeout", 100) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
         begun = threading.Event()
-        running = pool.submit(stream, server, {**ENDLESS, "max_tokens": 800}, begun)
+        running = pool.submit(stream, server, {**ENDLESS, "max_tokens": 3000}, begun)
         assert begun.wait(PATIENCE)
         server.signal()
-        server.wait_for("1 running; ending within 30 s")
+        server.wait_for("1 running; ending within 100 s")
         late = httpx.post(f"{server.url}{TEXT}", json=SHORT)
         assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
         assert httpx.get(f"{server.url}/ready").json() == {"status": "draining"}
         assert httpx.get(f"{server.url}/health").status_code == 200
         events = running.result()
-        assert len(events) > 600
+        assert len(events) > 2000
         assert events[-1] == "[DONE]"
         assert server.ended() == 0
 

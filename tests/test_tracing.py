@@ -131,7 +131,7 @@ async def test_over_grpc_alone_and_in_a_session(model, spans, tracing):
 
 
 async def test_what_fails_what_is_refused_and_who_leaves(model, spans, tracing, monkeypatch):
-    async with opened(model) as engine, asking(engine, tracing) as server:
+    async with opened(model, context=8192) as engine, asking(engine, tracing) as server:
         client = httpx.AsyncClient(base_url=server.url, timeout=PATIENCE)
 
         async def ask(path="/v1/completions", **body):
@@ -147,7 +147,8 @@ async def test_what_fails_what_is_refused_and_who_leaves(model, spans, tracing, 
         assert (status, [each.name for each in found].count("answer")) == (200, 2)
 
         spans.clear()
-        async with client.stream("POST", "/v1/completions", json={"prompt": [5], "stream": True}) as answer:
+        endless = {"prompt": [5], "stream": True, "max_tokens": 8000, "ignore_eos": True}
+        async with client.stream("POST", "/v1/completions", json=endless) as answer:
             await anext(answer.aiter_lines())
         left = {each.name: each for each in await finished(spans)}
         assert left["answer"].attributes["gen_ai.response.finish_reasons"] == ("cancelled",)
