@@ -22,6 +22,7 @@ from mer.model.gguf_vocab import vocabulary
 from mer.weights import convert as conversion
 from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint, open_checkpoint
+from mer.weights.extents import Matrix, SplitBlocks
 from mer.weights.formats import MXFP4, WRITTEN, Format
 from mer.weights.plan import Plan
 
@@ -61,7 +62,7 @@ def _format_option(_ctx: click.Context, _param: click.Parameter, value: str | No
     callback=_format_option,
     metavar="FORMAT",
     default="q4_k",
-    show_default="q4_k; same, where they are in mxfp4",
+    show_default="q4_k; same, where they are published in four bits",
     help="Format of the routed experts.",
 )
 @click.option(
@@ -108,7 +109,7 @@ def convert(
         rounded = any(formats.by_name(each.format).block > 1 for each in before.stored)
         if rounded and not _given("dense") and not _given("both"):
             dense = None
-    elif not given and architecture.experts[0].experts[0].gate.format is MXFP4:
+    elif not given and _in_four_bits(architecture.experts[0].experts[0].gate):
         experts = None  # published in four bits: another four would only lose
     _warn(before, experts, dense)
     try:
@@ -136,6 +137,10 @@ def _texts(checkpoint: Checkpoint) -> dict[str, str]:
         return {}
     tokenizer = gguf_tokenizer.open_files(checkpoint.path)
     return {"config.json": json.dumps(checkpoint.config, indent=2), **(tokenizer.texts if tokenizer else {})}
+
+
+def _in_four_bits(matrix: Matrix) -> bool:
+    return matrix.format is MXFP4 or isinstance(matrix.layout, SplitBlocks)
 
 
 def _given(option: str) -> bool:
@@ -234,11 +239,13 @@ def _print(
 
 
 def _grouped(names: Iterable[str], n_layers: int) -> list[tuple[str, int]]:
-    """Left-out tensors and their number: a layer after the last (for multi-token prediction) is one entry."""
+    """Left-out tensors and their number: layers for multi-token prediction are one entry each."""
     found: Counter[str] = Counter()
     for name in names:
         layer = re.match(r"(.*\blayers\.(\d+))\.", name)
-        if layer and int(layer[2]) >= n_layers:
+        if name.removeprefix("model.").startswith("mtp."):
+            found["mtp.* (multi-token prediction)"] += 1
+        elif layer and int(layer[2]) >= n_layers:
             found[f"{layer[1]}.* (multi-token prediction)"] += 1
         else:
             found[re.sub(r"\.\d+(?=\.|$)", ".*", name)] += 1

@@ -55,11 +55,11 @@ class DraftEngine(Protocol):
         It looks at what it is behind first, which is little.
         """
 
-    def observe(self, chunks: list[Chunk], hidden: Callable[[], NDArray[np.float32]] | None) -> None:
+    def observe(self, chunks: list[Chunk], states: Callable[[bool], NDArray[np.float32]] | None) -> None:
         """These were computed, drafts included, which may turn out wrong; the step is not committed yet.
 
-        hidden: gives f32 [T, hidden], as Runner.hidden; to be called at once or not at all. None: there is no
-        time to spend on drafts now.
+        states: Runner.states; to be called at once or not at all. None: there is no time to spend on drafts
+        now.
         """
 
     def forget(self, sequence: Sequence) -> None:

@@ -179,7 +179,7 @@ class DraftModel:
                 draft.append(token)
                 text.tokens.append(token)
 
-    def observe(self, chunks: list[Chunk], hidden: Callable[[], NDArray[np.float32]] | None) -> None:
+    def observe(self, chunks: list[Chunk], states: Callable[[bool], NDArray[np.float32]] | None) -> None:
         self._current = {chunk.sequence for chunk in chunks}
 
     def forget(self, sequence: Sequence) -> None:

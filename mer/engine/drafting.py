@@ -154,7 +154,7 @@ class Drafting:
                     chunk.sequence.draft_experts += count
         for engine in self._working():
             began = time.perf_counter()
-            given = runner.hidden if self.speculation.affordable and self._asleep <= 1 else None
+            given = runner.states if self.speculation.affordable and self._asleep <= 1 else None
             self._guarded(engine, partial(engine.observe, chunks, given))
             self.speculation.spend(time.perf_counter() - began)
 

@@ -392,6 +392,10 @@ class Runner:
         """f32 [T, hidden]: of each token of the last step, after the final norm; overwritten by the next."""
         return self._forward.hidden()
 
+    def states(self, streams: bool) -> NDArray[np.float32]:
+        """What a draft head reads: `hidden`, or f32 [T, streams * hidden] from before what makes them one."""
+        return self._forward.streams() if streams else self._forward.hidden()
+
 
 def _kernels(checkpoint: Checkpoint, device: Device | None) -> Kernels:
     """The best there are; with a GPU, those that add up BF16 in its order, as AMX does not."""

@@ -53,7 +53,7 @@ class TiedSource:
             t, top_k = self.tables, self.head.spec.top_k
             experts = self._slots * t.slot_bytes + scratch_bytes(t.layers, t.reads, top_k, tokens)
             experts += t.total * (t.n_experts + 64)  # what the cache's policy knows
-        of_sequence = _RECENT * self.head.spec.hidden * 4 + _table_columns(shape.context) * 4
+        of_sequence = _RECENT * self.head.state_width * 4 + _table_columns(shape.context) * 4
         return (
             experts
             + shape.max_running * of_sequence
@@ -96,7 +96,7 @@ class TiedSource:
         except BaseException:
             reader.close()
             raise
-        return TiedEngine(forward, shape, _ring(self.head), reader)
+        return TiedEngine(forward, shape, _ring(self.head), reader, self.head.state_width)
 
     @property
     def _slots(self) -> int:
@@ -162,14 +162,17 @@ class TiedEngine:
     kind = TIED
     name = "the draft head"
 
-    def __init__(self, forward: DraftForward, shape: DraftShape, ring: int, reader: Reader) -> None:
+    def __init__(
+        self, forward: DraftForward, shape: DraftShape, ring: int, reader: Reader, state_width: int
+    ) -> None:
         self._forward = forward
         self._reader = reader
-        self._hidden = forward.spec.hidden
+        self._width = state_width
+        self._streams = forward.spec.streams is not None
         self._step = _step_tokens(shape)
         self._texts: dict[Sequence, _Text] = {}  # the one that was seen longest ago is the first
         self._free = list(range(shape.max_running))
-        self._rows = np.zeros((shape.max_running, _RECENT, self._hidden), np.float32)
+        self._rows = np.zeros((shape.max_running, _RECENT, self._width), np.float32)
         turns = np.arange(_table_columns(shape.context), dtype=np.int32) % ring
         self._tables = np.arange(shape.max_running, dtype=np.int32)[:, None] * ring + turns
 
@@ -214,7 +217,7 @@ class TiedEngine:
     def _look(self, known: list[tuple[Sequence, _Text]]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """At all states that are known: the first token of each draft, i32 [S], and the states to go on from.
 
-        f32 [S, hidden].
+        f32 [S, width of a state].
         """
         found: list[NDArray[np.int32]] = []
         left: list[NDArray[np.float32]] = []
@@ -263,17 +266,17 @@ class TiedEngine:
         vocabulary = self._forward.vocabulary
         return best if vocabulary is None else vocabulary[best]
 
-    def observe(self, chunks: list[Chunk], hidden: Callable[[], NDArray[np.float32]] | None) -> None:
+    def observe(self, chunks: list[Chunk], states: Callable[[bool], NDArray[np.float32]] | None) -> None:
         """Keep the last states of each sequence. Behind those that were not kept it begins anew."""
-        if hidden is None:
+        if states is None:
             for chunk in chunks:  # what a draft left behind is wrong, or will be missed
                 text = self._texts.get(chunk.sequence)
                 if text is not None:
                     text.count = max(0, min(text.count, chunk.sequence.computed - text.done))
             return
-        states, at = hidden(), 0
+        rows, at = states(self._streams), 0
         for chunk in chunks:
-            here = states[at : at + chunk.width]
+            here = rows[at : at + chunk.width]
             at += chunk.width
             if chunk.sequence.wants != "hidden":
                 self._see(chunk.sequence, chunk.sequence.computed, here)

@@ -83,8 +83,8 @@ class DraftForward:
     ) -> NDArray[np.float32]:
         """f32 [R, vocab]: logits behind those tokens that `rows` says; overwritten by the next step.
 
-        tokens i32 [T], each with the hidden state f32 [T, hidden] at the position before it; the rest is as
-        in mer.model.batch. May raise DeviceReadError where its layer has experts.
+        tokens i32 [T], each with the state f32 [T, state_width] at the position before it; the rest is as in
+        mer.model.batch. May raise DeviceReadError where its layer has experts.
         """
         decoder, n = self._decoder, len(tokens)
         x = self._buffers["x"][:n]
@@ -107,13 +107,19 @@ class DraftForward:
         return self._buffers["logits"][: len(rows)]
 
     def states(self) -> NDArray[np.float32]:
-        """f32 [T, hidden]: what the last step's tokens leave for the next ones; overwritten by the next."""
-        return self._buffers["h"][: self._decoder.hidden_states()]
+        """f32 [T, state_width]: what the last step's tokens leave for the next; overwritten by the next."""
+        n = self._decoder.hidden_states()
+        if self.spec.streams is not None:
+            # The next step begins with writing there.
+            return self._buffers["streams"][:n].reshape(n, -1).copy()
+        return self._buffers["h"][:n]
 
 
 def _join_shapes(head: Head, tokens: int) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
-    cols = 2 * head.spec.hidden
+    spec = head.spec
+    # Embedding and state in one row; or each stream is one.
+    rows, cols = (tokens, 2 * spec.hidden) if spec.streams is None else (tokens * spec.streams.n, spec.hidden)
     return {
-        "joined": ((tokens, cols), np.float32),
-        "join_scratch": ((scratch.linear_scratch_bytes(cols, tokens),), np.uint8),
+        "joined": ((rows, cols), np.float32),
+        "join_scratch": ((scratch.linear_scratch_bytes(cols, rows),), np.uint8),
     }

@@ -9,6 +9,11 @@ Embedding and output head are the main model's. For the tokens after that, h' ta
 EAGLE, arXiv 2401.15077). h is taken behind the main model's final norm and h' behind the head's own: that
 is what SGLang hands on (sglang/srt/models/deepseek_nextn.py); vLLM takes h there, too
 (vllm/model_executor/models/deepseek_mtp.py, deepseek_v2.py).
+
+DeepSeek-V4's hidden states are several streams, and so are h and h', before what makes one of them and the
+final norm (`mtp.0` of its files; inference/model.py beside them, and deepseek_v4_mtp.py of vLLM):
+
+    stream i of x = W_e norm_e(embedding(t)) + W_h norm_h(stream i of h)
 """
 
 from __future__ import annotations
@@ -38,9 +43,9 @@ VERSION: Final = 1
 class Head:
     """A head on disk.
 
-    architecture: of its layer, with 'enorm', 'hnorm', 'eh_proj' and 'final_norm' beside it. vocabulary: i32
-    [n], ascending: the tokens that it can draft; None: all. fingerprint: see `fingerprint`; None where it is
-    part of the main model's checkpoint. model: the main model's name.
+    architecture: of its layer, with 'enorm', 'hnorm', 'eh_proj' (or 'e_proj' and 'h_proj') and 'final_norm'
+    beside it. vocabulary: i32 [n], ascending: the tokens that it can draft; None: all. fingerprint: see
+    `fingerprint`; None where it is part of the main model's checkpoint. model: the main model's name.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +58,12 @@ class Head:
     def spec(self) -> ModelSpec:
         """Its layer as a model of one; `vocab` counts the tokens that it can draft."""
         return self.architecture.spec
+
+    @property
+    def state_width(self) -> int:
+        """Elements of a state: one stream, or as many as the model has if the head reads them all."""
+        streams = self.spec.streams
+        return self.spec.hidden * (1 if streams is None else streams.n)
 
     def check(self, main: DenseWeights) -> None:
         """Raise CheckpointError if it was trained for another model."""
@@ -132,6 +143,7 @@ def open_head(path: Path, main: ModelSpec) -> Head:
         expert_bias=False,
         clamp=None,
         recurrent=None,
+        streams=None,
         zero_centred_norms=False,
     )
     return Head(

@@ -225,6 +225,14 @@ class Forward:
         """f32 [T, hidden]: each token of the last step after the final norm; overwritten by the next step."""
         return self._buffers["h"][: self._decoder.hidden_states()]
 
+    def streams(self) -> NDArray[np.float32]:
+        """f32 [T, streams * hidden] of the last step, before they are made one, of a model that has them.
+
+        Overwritten by the next step.
+        """
+        n = len(self._views["x"])
+        return self._buffers["streams"][:n].reshape(n, -1)
+
     def _view(self, tokens: int) -> dict[str, NDArray[Any]]:
         """The first rows of the buffers. Kept: making them takes longer than a small product."""
         if not self._views or len(self._views["x"]) != tokens:

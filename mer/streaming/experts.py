@@ -103,9 +103,9 @@ def _layer(source: MoeLayerSource, where: str) -> tuple[int, int, int, int, int]
                     f"that of expert 0 {wanted.format.name} {wanted.rows} x {wanted.cols}; "
                     "fetch or convert the model again"
                 )
-    if first.gate.layout is not None:
+    if any(m.layout is not None for m in first.matrices):
         raise CheckpointError(
-            f"{where}: rows of gate and up alternate in these files, which is not run in place; "
+            f"{where}: rows, or codes and their scales, are in an order here that is not run in place; "
             "convert the model first: mer convert MODEL NEW_DIRECTORY"
         )
     for m in first.matrices:

@@ -7,11 +7,8 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from attrs import evolve
-
 from mer.errors import CheckpointError, UnsupportedModelError
-from mer.weights import expert_store
-from mer.weights.extents import Scales
+from mer.weights import expert_store, published
 from mer.weights.formats import F8_E4M3
 from mer.weights.gguf_checkpoint import is_gguf, open_gguf
 from mer.weights.hub import INDEX, advice
@@ -21,8 +18,6 @@ from mer.weights.tensors import Checkpoint, TensorInfo, format_of_dtype
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "require_streamable"]
 
 _SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-# DeepSeek's, where config.json does not say.
-_FP8_BLOCK: Final = (128, 128)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -38,7 +33,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     config = read_config(path)
     if expert_store.is_store(path):
         return expert_store.open_store(path, config)
-    _check_quantisation(path, config)
+    published.check(path, config)
     files, index = _find_files(path)
     tensors: dict[str, TensorInfo] = {}
     for number, file in enumerate(files):
@@ -57,16 +52,17 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
                 f"{path / shard}: the tensor {name} is missing, {INDEX} says it is here; "
                 "the files are of different downloads, fetch them again"
             )
-    _attach_scales(path, config, files, tensors)
+    published.attach(path, config, files, tensors)
     return Checkpoint(path, "hf", config, files, tensors)
 
 
 def require_streamable(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError when some weights can't be used where they lie and need `mer convert`."""
     for info in checkpoint.tensors.values():
-        if info.weights is F8_E4M3:
+        if info.weights is F8_E4M3 or info.layout is not None:
             raise CheckpointError(
-                f"{checkpoint.files[info.file]}: tensor {info.name} is F8_E4M3, which is not run in place; "
+                f"{checkpoint.files[info.file]}: tensor {info.name} is {info.dtype} with scales apart, "
+                f"which is not run in place; "
                 f"convert the model first: mer convert {checkpoint.path} NEW_DIRECTORY"
             )
 
@@ -133,16 +129,6 @@ def parse_object(path: object, data: bytes | str) -> dict[str, Any]:
     return value
 
 
-def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
-    quantisation = config.get("quantization_config")
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if method not in (None, "fp8", "mxfp4"):
-        raise UnsupportedModelError(
-            f"{path / 'config.json'}: the weights are quantised by {method!r}; mer reads BF16, F16, F32, "
-            "MXFP4 and FP8 with block scales: take the model's original weights and run `mer convert`"
-        )
-
-
 def _find_files(path: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files, sorted by name, and the index, empty when there is none."""
     index = read_index(path)
@@ -176,30 +162,3 @@ def _find_files(path: Path) -> tuple[list[Path], dict[str, str]]:
 def _info(raw: RawTensor, file: int) -> TensorInfo:
     form = format_of_dtype(raw.dtype)
     return TensorInfo(raw.name, file, raw.offset, raw.nbytes, raw.shape, raw.dtype, form)
-
-
-def _attach_scales(
-    path: Path, config: dict[str, Any], files: list[Path], tensors: dict[str, TensorInfo]
-) -> None:
-    """Tell each F8_E4M3 matrix where its block scales are: `NAME.weight_scale_inv` beside `NAME.weight`."""
-    block = _FP8_BLOCK
-    quantisation = config.get("quantization_config")
-    given = quantisation.get("weight_block_size") if isinstance(quantisation, dict) else None
-    if given is not None:
-        if not (isinstance(given, list) and len(given) == 2 and all(type(n) is int and n > 0 for n in given)):
-            raise CheckpointError(
-                f"{path / 'config.json'}: weight_block_size is {given!r}, it must be two sizes"
-            )
-        block = (given[0], given[1])
-    for name, info in list(tensors.items()):
-        scale = tensors.get(f"{name}_scale_inv")
-        if info.weights is not F8_E4M3 or scale is None or len(info.shape) != 2:
-            continue
-        wanted = -(-info.shape[0] // block[0]), -(-info.shape[1] // block[1])
-        if scale.shape != wanted or scale.format.block != 1:
-            raise CheckpointError(
-                f"{files[scale.file]}: tensor {scale.name} is {scale.dtype} {list(scale.shape)}; "
-                f"for blocks of {block[0]} x {block[1]} of {list(info.shape)} it must be F32 {list(wanted)}"
-            )
-        found = Scales(scale.file, scale.offset, scale.format, *wanted, *block)
-        tensors[name] = evolve(info, scales=found)

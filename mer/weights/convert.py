@@ -120,9 +120,9 @@ def _tensors_of_experts(checkpoint: Checkpoint, plan: Plan) -> set[str]:
             runs += [(p.file, p.offset, p.offset + p.nbytes) for p in expert.pieces]
             starts |= {(m.scales.file, m.scales.offset) for m in expert.matrices if m.scales}
     for name in plan.dense:
-        scales = checkpoint.tensors[name].scales
-        if scales:
-            starts.add((scales.file, scales.offset))
+        for scales in checkpoint.tensors[name].scales, checkpoint.tensors[name].layout:
+            if scales:
+                starts.add((scales.file, scales.offset))
     runs.sort()
     inside = set()
     infos = sorted(checkpoint.tensors.values(), key=lambda info: (info.file, info.offset))

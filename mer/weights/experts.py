@@ -14,7 +14,7 @@ from mer.weights.extents import (
     SplitBlocks,
     Transposed,
 )
-from mer.weights.formats import MXFP4, Format
+from mer.weights.formats import F8_E8M0, MXFP4, Format
 from mer.weights.tensors import Checkpoint, TensorInfo
 
 __all__ = [
@@ -30,7 +30,21 @@ def per_expert(checkpoint: Checkpoint, gate: str, up: str, down: str) -> ExpertE
     for info, wanted in zip(infos, ((i, h), (i, h), (h, i)), strict=True):
         if info.shape != wanted:
             raise _mismatch(checkpoint, info, wanted, infos[0])
+    if any(info.layout is not None for info in infos):
+        return _codes_and_scales(infos)
     return _extents([(t.file, t.offset, t.format, t.rows, t.cols, t.scales) for t in infos])
+
+
+def _codes_and_scales(infos: Sequence[TensorInfo]) -> ExpertExtents:
+    """gate, up and down where the scales of some of them lie apart."""
+    pieces: list[Piece] = []
+    matrices: list[Matrix] = []
+    for t in infos:
+        matrices.append(Matrix(len(pieces), 0, t.format, t.rows, t.cols, t.scales, t.layout))
+        pieces.append(Piece(t.file, t.offset, t.nbytes))
+        if t.layout is not None:
+            pieces.append(Piece(t.layout.file, t.layout.offset, t.rows * t.layout.scale_row_bytes))
+    return ExpertExtents(tuple(pieces), *matrices)
 
 
 def fused(checkpoint: Checkpoint, gate_up: str, down: str, expert: int) -> ExpertExtents:
@@ -89,7 +103,7 @@ def split_blocks(checkpoint: Checkpoint, gate_up: str, down: str, expert: int) -
 
     def matrix(piece: int, rows: int, cols: int, first: int, step: int) -> Matrix:
         scales = pieces[piece + 1]
-        layout = SplitBlocks(scales.file, scales.offset, first, step)
+        layout = SplitBlocks(scales.file, scales.offset, first, step, F8_E8M0, cols // 32)
         return Matrix(piece, 0, MXFP4, rows, cols, layout=layout)
 
     return ExpertExtents(

@@ -40,15 +40,23 @@ class Transposed:
 
 @frozen
 class SplitBlocks:
-    """MXFP4 with codes [n, cols / 2] and scales [n, cols / 32] apart; row r is row first + step * r of both.
+    """MXFP4 or Q4_0 with codes [n, cols / 2] and scales [n, scale_cols] apart; row r is row first + step * r.
 
-    A byte of codes is two neighbours, the first one in its low half. file, offset: where the scales lie.
+    A byte of codes is two neighbours, the first one in its low half. file, offset: where the scales lie; as
+    many columns as one of them is for are whole blocks.
     """
 
     file: int
     offset: int
     first: int
     step: int
+    scale_format: Format
+    scale_cols: int
+
+    @property
+    def scale_row_bytes(self) -> int:
+        """Bytes of a row of scales."""
+        return self.scale_format.row_bytes(self.scale_cols)
 
 
 @frozen

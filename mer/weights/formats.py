@@ -126,6 +126,15 @@ def _encode_e4m3(values: Floats) -> Bytes:
     raise ValueError("F8_E4M3 is only read, with its scales, from checkpoints published in it")
 
 
+def _decode_e8m0(data: Bytes) -> Floats:
+    """2^(byte - 127); 255 is NaN."""
+    return np.where(data == 255, np.float32(np.nan), np.ldexp(np.float32(1), data.astype(np.int32) - 127))
+
+
+def _encode_e8m0(values: Floats) -> Bytes:
+    raise ValueError("F8_E8M0 is only read: the scales of checkpoints published with them")
+
+
 def _decode_i64(raw: Bytes) -> Floats:
     return raw.view("<i8").astype(np.float32)
 
@@ -168,6 +177,9 @@ FORMATS: Final = (
 
 # Known only as a source of conversion: ggml has no number for it, and no kernel reads it.
 F8_E4M3: Final = Format("f8_e4m3", -1, 1, 1, _encode_e4m3, _decode_e4m3)
+
+# Scales that are powers of two, of 8-bit floats and of MXFP4.
+F8_E8M0: Final = Format("f8_e8m0", -3, 1, 1, _encode_e8m0, _decode_e8m0)
 
 # Numbers that are no weights: which experts a token takes. A conversion makes F32 of them, exact below 2^24.
 I64: Final = Format("i64", -2, 1, 8, _encode_i64, _decode_i64)

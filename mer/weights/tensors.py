@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mer.errors import CheckpointError, UnsupportedModelError
 from mer.weights import formats
-from mer.weights.extents import ExpertExtents, Scales
+from mer.weights.extents import ExpertExtents, Scales, SplitBlocks
 from mer.weights.formats import Format
 
 _FORMATS: Final = {
@@ -22,6 +22,7 @@ _FORMATS: Final = {
     "F16": formats.F16,
     "BF16": formats.BF16,
     "F8_E4M3": formats.F8_E4M3,
+    "F8_E8M0": formats.F8_E8M0,
     "I64": formats.I64,
 }
 
@@ -35,7 +36,8 @@ def format_of_dtype(dtype: str) -> Format | None:
 class TensorInfo:
     """A tensor on disk. shape: in elements; offset (from the file's start) and nbytes: bytes.
 
-    file: index into Checkpoint.files. dtype: as safetensors names it, or the name of a block format.
+    file: index into Checkpoint.files. dtype: as safetensors names it, or the name of a block format. Of
+    weights whose scales lie elsewhere (`scales`, `layout`) offset and nbytes are those of the codes.
     """
 
     name: str
@@ -46,6 +48,7 @@ class TensorInfo:
     dtype: str
     weights: Format | None
     scales: Scales | None = None
+    layout: SplitBlocks | None = None
 
     @property
     def format(self) -> Format:
@@ -127,7 +130,7 @@ class Checkpoint:
         return self.read_bytes(info.file, info.offset, info.nbytes, f"tensor {name}")
 
     def numpy(self, name: str) -> NDArray[np.float32]:
-        """The tensor's values: f32 [*shape], scales of 8-bit floats applied."""
+        """The tensor's values: f32 [*shape], scales applied."""
         from mer.weights.rows import dense_rows  # it reads by way of this class
 
         info = self.tensor(name)

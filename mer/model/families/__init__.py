@@ -33,7 +33,7 @@ from mer.model.families import (
 )
 from mer.model.families.config import Config
 from mer.model.families.tensors import Tensors
-from mer.model.spec import LayerSpec, ModelSpec
+from mer.model.spec import CompressedAttentionSpec, LatentAttentionSpec, ModelSpec
 from mer.weights.checkpoint import Checkpoint
 from mer.weights.experts import MoeLayerSource
 
@@ -78,11 +78,21 @@ FAMILIES: Final[dict[str, Callable[[Config, Tensors], ModelSpec]]] = {
 
 
 # Those whose layers for multi-token prediction stand behind the others, as DeepSeek-V3 has them.
-_PREDICTING: Final = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
+_PREDICTING: Final = ("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa")
 # Those that have it beside the model, as `mtp.layers.0`.
 _PREDICTING_BESIDE: Final = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
+# Those whose layer chooses positions: it sees no more here than it would choose, so there is no choice.
+_WITHOUT_CHOICE: Final = {
+    "deepseek_v32": deepseek_v32.read_deepseek_without_indexers,
+    "glm_moe_dsa": deepseek_v32.read_glm_without_indexers,
+}
 # Positions that such a layer sees here. It was trained to see all, but each would take memory.
 _PREDICTION_WINDOW: Final = 512
+# Parts of a draft head that belong to no layer.
+_BESIDE_A_LAYER: Final[tuple[str, ...]] = (
+    "enorm", "hnorm", "eh_proj", "e_proj", "h_proj", "final_norm",
+    "head_streams", "head_streams_bias", "head_streams_scale",
+)  # fmt: skip
 
 
 @frozen
@@ -141,8 +151,8 @@ def load_head(checkpoint: Checkpoint, main: Architecture) -> Architecture | None
     """The model's own draft head (mer.model.draft_head), where the checkpoint has one that mer can compute.
 
     It is the first of its layers for multi-token prediction, understood as a model of one layer, with
-    'enorm', 'hnorm', 'eh_proj' and 'final_norm' beside it. Raises CheckpointError where a
-    part is missing.
+    'enorm', 'hnorm', 'eh_proj' (or 'e_proj' and 'h_proj') and 'final_norm' beside it. Raises CheckpointError
+    where a part is missing.
     """
     config, at = Config(checkpoint.path, checkpoint.config), main.spec.n_layers
     kind, name = config.get("model_type"), f"model.layers.{at}"
@@ -157,24 +167,41 @@ def load_head(checkpoint: Checkpoint, main: Architecture) -> Architecture | None
             Tensors(checkpoint, (f"{name}.", "mtp.layers.0.")),
             qwen_next.longer(config, main.spec),
         )
+    elif kind == "deepseek_v4" and deepseek_v4.has_window_head(config, at):
+        own = [f"mtp.0.{each}.weight" for each in ("e_proj", "enorm", "hnorm", "norm")]
+        tensors = Tensors(checkpoint, (f"{name}.", "mtp.0."))
+        longer = deepseek_v4.longer(config, at)
     else:
         return None
     # GGUF files may leave out some of them, and answer all the same.
     needed = own if checkpoint.kind == "gguf" else own[:1]
     if any(each not in checkpoint.tensors for each in needed):
         return None
-    hidden, spec = main.spec.hidden, FAMILIES[kind](longer, tensors)
+    hidden, spec = main.spec.hidden, _WITHOUT_CHOICE.get(kind, FAMILIES[kind])(longer, tensors)
     for part, full in zip(("enorm", "hnorm", "final_norm"), own[1:], strict=True):
         tensors.take_full(part, full, hidden)
-    tensors.take_full("eh_proj", own[0], hidden, 2 * hidden)
-    dense = {part: tensors.dense[part] for part in ("enorm", "hnorm", "eh_proj", "final_norm")}
+    if kind == "deepseek_v4":
+        deepseek_v4.take_head(tensors, at, spec)
+    else:
+        tensors.take_full("eh_proj", own[0], hidden, 2 * hidden)
+    dense = {part: tensors.dense[part] for part in _BESIDE_A_LAYER if part in tensors.dense}
     for part, tensor in tensors.dense.items():
         layer, _, rest = part.partition(".")
         if rest and layer == str(at):
             dense[f"0.{rest}"] = tensor
     # Behind plain first layers this one always has experts.
-    spec = evolve(spec, layers=(LayerSpec(_PREDICTION_WINDOW, 0),), dense_inter=0, recurrent=None)
+    last = evolve(spec.layers[-1], window=_prediction_window(main.spec), moe_index=0)
+    spec = evolve(spec, layers=(last,), dense_inter=0, recurrent=None)
     return Architecture(spec, dense, tensors.experts[-1:])
+
+
+def _prediction_window(main: ModelSpec) -> int:
+    windows = [_PREDICTION_WINDOW]
+    if isinstance(main.attention, CompressedAttentionSpec):
+        windows += [layer.window for layer in main.layers if layer.window]
+    if isinstance(main.attention, LatentAttentionSpec) and main.attention.indexer is not None:
+        windows.append(main.attention.indexer.top_k)
+    return min(windows)
 
 
 def with_head(checkpoint: Checkpoint, main: Architecture) -> Architecture:

@@ -20,6 +20,16 @@ def read_glm(config: Config, tensors: Tensors) -> ModelSpec:
     return _read(config, tensors, "glm_moe_dsa", _own(config), heads=32, interleaved=True, eps=1e-5)
 
 
+def read_deepseek_without_indexers(config: Config, tensors: Tensors) -> ModelSpec:
+    """The same, a token seeing all positions."""
+    return _read(config, tensors, "deepseek_v32", [], heads=64, interleaved=False, eps=1e-6)
+
+
+def read_glm_without_indexers(config: Config, tensors: Tensors) -> ModelSpec:
+    """The same, a token seeing all positions."""
+    return _read(config, tensors, "glm_moe_dsa", [], heads=32, interleaved=True, eps=1e-5)
+
+
 def _read(
     config: Config,
     tensors: Tensors,
@@ -30,7 +40,10 @@ def _read(
     interleaved: bool,
     eps: float,
 ) -> ModelSpec:
-    """own: of each layer, whether it chooses positions itself. heads, eps: where the file does not say."""
+    """own: of each layer, whether it chooses positions itself; empty: none has an indexer.
+
+    heads, eps: where the file does not say.
+    """
     config.integer("q_lora_rank")  # index queries are made of the query latent
     indexers = [
         IndexerSpec(
@@ -42,7 +55,7 @@ def _read(
         )
         for each in own
     ]
-    if indexers[0].head_dim < config.integer("qk_rope_head_dim"):
+    if indexers and indexers[0].head_dim < config.integer("qk_rope_head_dim"):
         raise config.wrong("index_head_dim is less than qk_rope_head_dim, so its first part can't turn")
     blocks = Blocks(config, sigmoid_router(config, default_scale=2.5), default_plain=3)
     return deepseek_v3.read_with(config, tensors, blocks, family, default_eps=eps, indexers=indexers)

@@ -97,6 +97,30 @@ def read(config: Config, tensors: Tensors) -> ModelSpec:
     )
 
 
+def has_window_head(config: Config, n_layers: int) -> bool:
+    """Whether the first layer for multi-token prediction, where there is one, has the window alone."""
+    return not any(config.integers("compress_ratios")[n_layers : n_layers + 1])
+
+
+def longer(config: Config, n_layers: int) -> Config:
+    """As if that layer were one more."""
+    kinds = ["hash_moe" if each else "moe" for each in _by_token(config, n_layers)]
+    return config.but(
+        num_hidden_layers=n_layers + 1,
+        layer_types=[*_kinds(config, n_layers), _WINDOW],
+        mlp_layer_types=[*kinds, "moe"],
+    )
+
+
+def take_head(tensors: Tensors, i: int, spec: ModelSpec) -> None:
+    """What layer i for multi-token prediction has beside a layer: its own 'head_streams', among others."""
+    assert spec.streams is not None
+    name, hidden, n = f"model.layers.{i}", spec.hidden, spec.streams.n
+    _take_streams(tensors, "head", f"{name}.hc_head_", n, n * hidden, scales=1)
+    for part in "e_proj", "h_proj":
+        tensors.take_linear(part, f"{name}.{part}", hidden, hidden)
+
+
 def _first(tensors: Tensors, *names: str, end: str = "") -> str:
     """That of the names which there is; as published, and as transformers writes them."""
     return next((name for name in names if tensors.has(name + end)), names[0])
