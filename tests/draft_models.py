@@ -11,6 +11,7 @@ import torch
 from oracle.make_checkpoints import ZERO_CENTRED, edit_config, make
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperHead
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from mer._ext.uring import Reader
@@ -45,6 +46,10 @@ class TorchHead(torch.nn.Module):
         self.layer, self.rotary = layer, rotary
         self.embedding, self.output = embedding, output
 
+    def states(self, main, tokens: torch.Tensor) -> torch.Tensor:
+        """What it reads of the main model: tokens [1, T] -> [T, hidden]."""
+        return main.model(tokens).last_hidden_state[0]
+
     def forward(self, tokens: torch.Tensor, states: torch.Tensor, window: int | None):
         """tokens [T], states [T, hidden] -> what it leaves [T, hidden], logits [T, vocab]."""
         x = self.eh_proj(torch.cat([self.enorm(self.embedding[tokens]), self.hnorm(states)], -1))[None]
@@ -60,6 +65,38 @@ class TorchHead(torch.nn.Module):
         )
         h = self.norm(out[0] if isinstance(out, tuple) else out)[0]
         return h, h @ self.output.T
+
+
+class TorchStreamsHead(TorchHead):
+    """DeepSeek-V4's, whose states are several streams."""
+
+    def __init__(self, config, *parts) -> None:
+        super().__init__(config.hidden_size, *parts)
+        del self.eh_proj
+        self.e_proj, self.h_proj = (
+            torch.nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(2)
+        )
+        self.hc_head = DeepseekV4HyperHead(config)
+
+    def forward(self, tokens: torch.Tensor, states: torch.Tensor, window: int | None):
+        """The same, states being [T, streams, hidden]."""
+        e = self.e_proj(self.enorm(self.embedding[tokens]))
+        x = (e[:, None] + self.h_proj(self.hnorm(states)))[None]
+        at = torch.arange(len(tokens))
+        seen = (at[:, None] >= at) & (at[:, None] - at < window)
+        ropes = {kind: self.rotary(x[:, :, 0], at[None], kind) for kind in ("main", "compress")}
+        out = self.layer(
+            x, input_ids=tokens[None], attention_mask=torch.where(seen, 0.0, -torch.inf)[None, None],
+            position_ids=at[None], position_embeddings=ropes,
+        )  # fmt: skip
+        return out[0], self.norm(self.hc_head(out))[0] @ self.output.T
+
+    def states(self, main, tokens: torch.Tensor) -> torch.Tensor:
+        """What comes before the main model's own collapse of the streams."""
+        found = []
+        with main.model.hc_head.register_forward_pre_hook(lambda _, given: found.append(given[0])):
+            main.model(tokens)
+        return found[0][0]
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:
@@ -139,6 +176,9 @@ def write_predicting(path: Path, family: str, **changes: Any):
     model = make(path, family, num_hidden_layers=layers, **changes)
     config = model.config
     edit_config(path, num_hidden_layers=layers - 1, num_nextn_predict_layers=None if beside else 1)
+    for kinds in "indexer_types", "mlp_layer_types":
+        if getattr(config, kinds, None):
+            edit_config(path, **{kinds: getattr(config, kinds)[: layers - 1]})
     prefix, names = f"model.layers.{layers - 1}.", BEHIND
     tensors = load_file(path / "model.safetensors")
     if beside:
@@ -161,5 +201,34 @@ def write_predicting(path: Path, family: str, **changes: Any):
             centre = 0.0 if beside else 1.0
             part.weight.copy_(1.6 * noise / noise.shape[-1] ** 0.5 if matrix else centre + 0.2 * noise)
         tensors[f"{prefix}{full}.weight"] = part.weight.detach().clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return model, head
+
+
+def write_predicting_v4(path: Path, **changes: Any):
+    """The same of DeepSeek-V4, whose layer for multi-token prediction is `mtp.0`."""
+    model = make(path, "deepseek_v4", num_hidden_layers=3, **changes)
+    config = model.config
+    edit_config(
+        path,
+        num_hidden_layers=2,
+        num_nextn_predict_layers=1,
+        layer_types=config.layer_types[:2],
+        mlp_layer_types=config.mlp_layer_types[:2],
+    )
+    assert (config.layer_types[2], config.mlp_layer_types[2]) == ("sliding_attention", "moe")
+    tensors = load_file(path / "model.safetensors")
+    tensors = {name.replace("model.layers.2.", "mtp.0."): each for name, each in tensors.items()}
+    layer = model.model.layers[2]
+    model.model.layers = model.model.layers[:2]
+    norm = type(model.model.norm)
+    head = TorchStreamsHead(
+        config, model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach(), torch.nn.Identity(),
+        lambda: norm(config.hidden_size, config.rms_norm_eps), model.model.rotary_emb,
+    ).eval()  # fmt: skip
+    randomise(head, 3)
+    for name, each in head.named_parameters():
+        tensors["mtp.0." + name.replace("hc_head.hc_", "hc_head_")] = each.detach().clone()
+    head.layer = layer
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     return model, head

@@ -9,7 +9,7 @@ import attrs
 import pytest
 import torch
 from click.testing import CliRunner
-from draft_models import WINDOW, write_head, write_predicting
+from draft_models import WINDOW, write_head, write_predicting, write_predicting_v4
 from engine_models import GREEDY, make, opened, prompt
 from gguf_models import write_gguf
 from test_speculation import always, essence  # noqa: F401 (a fixture)
@@ -48,7 +48,7 @@ def proposed(monkeypatch):
 def drafted(main, head, tokens: list[int], count: int, first: int, window=WINDOW) -> list[int]:
     """What the head drafts behind a text of which it sees the states from position `first` on."""
     with torch.no_grad():
-        states = main.model(torch.tensor([tokens])).last_hidden_state[0][first:-1]
+        states = head.states(main, torch.tensor([tokens]))[first:-1]
         given, out = torch.tensor(tokens[first + 1 :]), []
         for _ in range(count):
             left, logits = head(given, states, window)
@@ -127,14 +127,23 @@ async def test_which_head_is_taken(model, tmp_path):
     [
         ("deepseek_v3", {}),
         ("deepseek_v3", {"q_lora_rank": None}),
+        # As many positions as there are: its layer sees all.
+        ("deepseek_v32", {"index_topk": 64}),
+        ("deepseek_v4", {}),
         ("glm4_moe", {}),
+        ("glm_moe_dsa", {"index_topk": 64}),
         ("qwen3_next", {}),
         ("qwen3_5_moe_text", {}),
     ],
 )
 async def test_a_models_own_head(family, changes, tmp_path, always, proposed):  # noqa: F811
     """Layers for multi-token prediction: from the checkpoint, a store made of it, and a GGUF."""
-    main, head = write_predicting(tmp_path / "model", family, **changes)
+    v4 = family == "deepseek_v4"
+    if v4:
+        main, head = write_predicting_v4(tmp_path / "model", **changes)
+    else:
+        main, head = write_predicting(tmp_path / "model", family, **changes)
+    window = main.config.sliding_window if v4 else None
     prompts = [prompt(n) for n in (5, 20)]
     async with opened(tmp_path / "model", speculate="off") as engine:
         expected = await ask(engine, prompts)
@@ -154,7 +163,7 @@ async def test_a_models_own_head(family, changes, tmp_path, always, proposed):  
         short = [(text, draft) for text, draft in proposed if len(text) < 32 and draft]
         assert len(short) > 10
         for text, draft in short[::4]:
-            assert draft == drafted(main, head, text, len(draft), 0, None)
+            assert draft == drafted(main, head, text, len(draft), 0, window)
 
 
 async def test_states_that_were_not_kept(model, always, proposed, monkeypatch):  # noqa: F811

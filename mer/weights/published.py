@@ -9,7 +9,7 @@
                Kimi-K2-Thinking is (compressed-tensors, pack-quantized). Code + 8 in four bits, the first in
                the lowest. That is Q4_0 with a scale that may not fit F16.
 
-`mer convert` turns all of it to what the kernels multiply; codes and scales of MXFP4 and INT4 stay as they are.
+`mer convert` turns all of it to what the kernels multiply; codes and scales of MXFP4 and INT4 are kept.
 """
 
 from __future__ import annotations

@@ -71,6 +71,8 @@ def _own(config: Config) -> list[bool]:
         return [max(i - first + 1, 0) % every == 0 for i in range(n_layers)]
     if isinstance(kinds, str):
         kinds = [{"F": "full", "S": "shared"}.get(letter) for letter in kinds]
+    if isinstance(kinds, list):  # layers for multi-token prediction may follow
+        kinds = kinds[:n_layers]
     if not isinstance(kinds, list) or len(kinds) != n_layers or set(kinds) - {"full", "shared"}:
         raise config.wrong(f"indexer_types must say full or shared for each of the {n_layers} layers")
     if kinds[0] != "full":
