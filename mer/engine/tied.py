@@ -167,12 +167,11 @@ class TiedEngine:
     ) -> None:
         self._forward = forward
         self._reader = reader
-        self._width = state_width
         self._streams = forward.spec.streams is not None
         self._step = _step_tokens(shape)
         self._texts: dict[Sequence, _Text] = {}  # the one that was seen longest ago is the first
         self._free = list(range(shape.max_running))
-        self._rows = np.zeros((shape.max_running, _RECENT, self._width), np.float32)
+        self._rows = np.zeros((shape.max_running, _RECENT, state_width), np.float32)
         turns = np.arange(_table_columns(shape.context), dtype=np.int32) % ring
         self._tables = np.arange(shape.max_running, dtype=np.int32)[:, None] * ring + turns
 
