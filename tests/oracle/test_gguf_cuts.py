@@ -14,7 +14,7 @@ from tokenizer_models import CORPUS
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Trained
 
-from mer.model.gguf_tokenizer import CUTS
+from mer.model.gguf_cuts import CUTS
 from mer.model.tokenizer import Tokenizer
 
 MORE = [
@@ -27,7 +27,7 @@ WORDS = " ".join([*CORPUS, *MORE]).split(" ")
 # What is left out where llama.cpp says other things than the tokenizer.json of the models that have the name:
 # combining marks, wide spaces, digits (of which no such model has pairs), capitals inside of words.
 APPROXIMATE = {
-    "gpt-4o": "[\u0900-\u097f]", "minimax-m2": "[\u0900-\u097f]", "tekken": "[\u0900-\u097f]",
+    **dict.fromkeys(("gpt-4o", "kanana2", "minimax-m2", "tekken"), "[\u0900-\u097f]"),
     "deepseek-coder": "\u3000", "deepseek-llm": r"[0-9\u3000]", "kimi-k2": "[\u0900-\u097f]|[a-z][A-Z]",
 }  # fmt: skip
 
