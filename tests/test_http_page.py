@@ -8,9 +8,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from browser import needs_chromium, shown
+from browser import browser_page, needs_chromium, shown
 from engine_models import write_text_model
 from grpc_client import asked, slowed, until
+from http_server import serving
 from playwright.async_api import Page, Route, expect
 
 from mer.api.http import pages
@@ -216,6 +217,30 @@ async def test_what_is_live(model):
         assert len({cells[e] for e in absent}) == 1
         assert all(cells[e] != cells[absent[0]] for e in range(12) if e not in absent)
         engine.resume()
+
+
+async def test_another_model_of_the_server(model, without_template):
+    """Of one that is not loaded there is nothing to see; the first message has it loaded."""
+    both = ("--served-model-name", "plain", f"other={model}", "--context", 512)
+    with serving(without_template, *both) as server:
+        async with browser_page(f"{server.url}/?model=other", noisy=True) as page:
+            await expect(page.locator("#lost")).to_have_text(
+                "No news: the model 'other' is not loaded; a request loads it", timeout=PATIENCE
+            )
+            await set_parameters(page, temperature=0, max_tokens=20)
+            await page.locator("#text").fill("Hello")
+            await page.keyboard.press("Enter")
+            await says(page, "the answer is complete")
+            messages = [{"role": "user", "content": "Hello"}]
+            body = {"model": "other", "messages": messages, "temperature": 0, "max_tokens": 20}
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                one = (await client.post("/v1/chat/completions", json=body)).json()
+            assert (await kept(page))[1]["content"] == one["choices"][0]["message"]["content"]
+            await expect(page.locator("#model")).to_have_text("other", timeout=PATIENCE)
+            await expect(page.locator("#lost")).to_be_hidden()
+            assert await page.locator("#map").get_attribute("aria-label")
+            await page.goto(server.url)
+            await expect(page.locator("#model")).to_have_text("plain", timeout=PATIENCE)
 
 
 async def test_keyboard_and_names(model):

@@ -71,7 +71,7 @@ class Service:
         """A model's name and engine, where it is loaded. Raises ApiError (404, 503)."""
         model = self.find(name)
         if model.engine is None:
-            raise unavailable(f"the model {model.name!r} is not loaded", 2, "loading")
+            raise unavailable(f"the model {model.name!r} is not loaded; a request loads it", 2, "loading")
         return model.name, model.engine
 
     @property

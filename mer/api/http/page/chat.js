@@ -10,10 +10,12 @@ const PICTURE = 80;  // milliseconds from one picture of a growing answer to the
 
 const $ = id => document.getElementById(id);
 
-// server: what /live said, once it did: { name, chat }.
+// server: what /live said, once it did: { name, chat }. Of a model that nobody has asked for yet it says nothing:
+// the first message has that one loaded.
 export class Chat {
   constructor() {
-    this.server = null;
+    const name = new URLSearchParams(location.search).get("model");
+    this.server = name ? { name, chat: true } : null;
     this.messages = stored(KEPT, []);
     this.stopping = null;
     for (const [name, value] of Object.entries(stored(PARAMETERS, {}))) if ($(name)) $(name).value = value;
