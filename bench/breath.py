@@ -222,8 +222,10 @@ async def measure(model: Path, ram: int, context: int, prompt: int, repeat: int)
             made = []
             for what, take in (("set ram", each.time_set_ram), ("pressure", each.time_pressure)):
                 for kind in ("idle", "decode", "prefill"):
-                    times = [await take(kind) for _ in range(repeat)]
-                    made.append({"what": what, "while": kind, "times": times})
+                    made.append({"what": what, "while": kind, "times": []})
+                    for _ in range(repeat):
+                        made[-1]["times"].append(await take(kind))
+                        click.echo(f"{what}, {kind}: {made[-1]['times'][-1]}", err=True)
         return made
     finally:
         for process in (hog, server):

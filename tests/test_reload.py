@@ -10,15 +10,20 @@ import threading
 
 import httpx
 import pytest
+from engine_models import write_text_model
 from http_server import PATIENCE, serving
+from test_speculation import always
 
 from mer import Engine, SamplingParams
 from mer.api import models as api_models
+from mer.api.admin import changed
 from mer.api.model import LoadingError, Model, ReloadError
 from mer.api.models import Models
 from mer.config import EngineConfig
 from mer.demo import model_path
 from mer.engine.sharing import needed
+
+assert always
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 CONFIG = EngineConfig(context=256)
@@ -141,6 +146,53 @@ async def test_memory_is_given_back_while_a_model_is_being_opened(monkeypatch):
     await reloading
     assert within(models)
     assert await ask(models) == expected
+    await models.close(drain=True)
+
+
+@pytest.mark.usefixtures("always")
+async def test_draft_engines_come_and_go_under_load(tmp_path):
+    """As they are asked for; one that can't draft for the model is refused. No answer is another one."""
+    models = Models([Model("demo", model_path(), CONFIG)])
+    await models.open_first()
+    expected, done = await ask(models), 0
+    head = models.first.engine.budget.drafting  # the bundled one
+
+    async def client():
+        nonlocal done
+        while True:
+            assert await ask(models) == expected
+            done += 1
+
+    clients = [asyncio.create_task(client()) for _ in range(3)]
+
+    async def answered():
+        aim = done + 6
+        await until(lambda: done >= aim or any(each.done() for each in clients))
+        assert not any(each.done() for each in clients)
+        return models.first.engine.snapshot()
+
+    async def change(**given):
+        config = changed(models.first.config, {name.replace("_", "-"): text for name, text in given.items()})
+        await models.reload(models.first, config=config)
+
+    await change(speculate="off")
+    assert (await answered()).drafted == 0
+    for _ in range(2):
+        await change(speculate="draft", draft_model="demo")
+        now = await answered()
+        assert now.drafted >= now.accepted > 0
+        assert models.first.engine.budget.drafting > head
+    other = write_text_model(tmp_path / "other")
+    engine = models.first.engine
+    with pytest.raises(ReloadError, match="draft_model"):
+        await change(draft_model=str(other))
+    assert models.first.engine is engine
+    await change(draft_model="", speculate="")
+    await answered()
+    assert models.first.engine.budget.drafting == head
+    for each in clients:
+        each.cancel()
+    await asyncio.gather(*clients, return_exceptions=True)
     await models.close(drain=True)
 
 

@@ -127,11 +127,13 @@ PORTS = ("--grpc-port", 0, "--admin-port", 0, "--admin-grpc-port", 0)
 
 
 async def test_twenty_reloads_under_load_through_both_apis(tmp_path):
-    """Every other one over gRPC, the eleventh to a store with a wrong byte."""
+    """Every other one over gRPC, the eleventh to a store with a wrong byte; some with a draft model."""
     bad = str(damaged(tmp_path / "bad"))
     with serving("demo", "--context", 256, *PORTS) as server:
         async with loaded(server) as load:
             seen = []
+            drafts = {"draft-model": "demo", "speculate": "draft"}
+            settings = {4: drafts, 8: dict.fromkeys(drafts, "")}
             for number in range(20):
                 if number == 10:
                     await load.refused({"path": bad}, "its checksum is")
@@ -139,7 +141,7 @@ async def test_twenty_reloads_under_load_through_both_apis(tmp_path):
                     told = await load.admin.Reload(pb.ReloadRequest(model="demo"))
                     assert told.model.state == "ready"
                 else:
-                    await load.reload()
+                    await load.reload(settings=settings.get(number, {}))
                 await load.answered()
                 seen.append(held(server))
             await load.end()

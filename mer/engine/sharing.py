@@ -11,6 +11,7 @@ from mer.engine import drafting
 from mer.engine.budget import Budget
 from mer.errors import BudgetError
 from mer.model.families import load
+from mer.model.tokenizer import Tokenizer
 from mer.streaming.experts import expert_tables
 from mer.weights.checkpoint import open_checkpoint, require_streamable
 from mer.weights.hub import locate
@@ -26,7 +27,9 @@ def survey(path: str | os.PathLike[str], config: EngineConfig, process: int) -> 
     require_streamable(checkpoint)
     architecture = load(checkpoint)
     tables = expert_tables(architecture.experts, found)
-    sources = drafting.sources(checkpoint, architecture, None, config)
+    # A draft model is compared with it; else nobody asks.
+    tokenizer = Tokenizer.open(checkpoint.path) if config.draft_model is not None else None
+    sources = drafting.sources(checkpoint, architecture, tokenizer, config)
     return budgets.measure(checkpoint, architecture, tables, config, sources, process)
 
 
