@@ -5,6 +5,7 @@ from mer._ext.cache cimport ExpertCache
 from mer._ext.mixture cimport Mixture
 from mer._ext.prefetch cimport Prefetcher, ReadPlan
 from mer._ext.recorder cimport Recorder
+from mer._ext.remote cimport RemoteTier
 from mer._ext.uring cimport Reader, ReadOp
 from mer._ext.vram cimport VramTier
 
@@ -23,12 +24,13 @@ cdef class ExpertStreamer:
     cdef Mixture mixture               # the arithmetic
     cdef Prefetcher prefetcher         # None: nothing is read ahead
     cdef VramTier vram                 # None: there is no tier above the cache
+    cdef RemoteTier remote             # None: no other machine has experts
     cdef Recorder recorder             # None: nothing is recorded
     cdef readonly int64_t n_layers, n_experts, top_k, max_tokens, max_reads, scratch_bytes
     cdef ReadPlan *reads               # [n_layers * n_experts, max_reads]; length 0: not used
     cdef int64_t *matrices             # [n_layers * n_experts, 3] offsets in the slot: gate, up, down
     # one step's bookkeeping
-    cdef ReadOp *ops                   # [n_experts * max_reads] of this step, in order of submission
+    cdef ReadOp *ops                   # [2 * n_experts * max_reads] of this step, in order of submission
     cdef Expert *active                # [n_experts] the distinct experts of this step
     cdef void *memory                  # the one allocation behind all of them
     # what the next layer may want: the array, and a view of it
@@ -48,6 +50,9 @@ cdef class ExpertStreamer:
     cdef void advance(self, Expert *e) noexcept nogil
     cdef void begin_device(self, int64_t base, int64_t n) noexcept nogil
     cdef bint end_device(self, int64_t n) noexcept nogil
+    cdef void begin_remote(self, int64_t base, int64_t n) noexcept nogil
+    cdef void collect_remote(self, int64_t base, int64_t n) noexcept nogil
+    cdef void give_up_waiting(self, int64_t n) noexcept nogil
     cdef void compute_ready(self, int64_t n) noexcept nogil
     cdef int stream(self, int64_t base) noexcept nogil
     cdef void spent(self, int64_t kind, int64_t since) noexcept nogil

@@ -17,17 +17,19 @@ from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
 from posix.time cimport nanosleep, timespec
 
-from mer._ext.cache cimport ACQ_BUSY, ACQ_HIT, ACQ_MISS, ExpertCache, STATE_LOADING, STATE_RESIDENT
+from mer._ext.cache cimport ACQ_BUSY, ACQ_HIT, ACQ_MISS, ExpertCache, STATE_ABSENT, STATE_LOADING, STATE_RESIDENT
 from mer._ext.kernels cimport Kernels, Pool
 from mer._ext.device cimport Device
 from mer._ext.mixture cimport BATCH_ROWS, Mixture
 from mer._ext.prefetch cimport Prefetcher, plan_bytes, plan_read
 from mer._ext.recorder cimport Recorder, SPAN_COMPUTE, SPAN_EXPERTS, SPAN_READ, SPAN_WAIT, now
+from mer._ext.remote cimport RemoteTier
 from mer._ext.vram cimport VramTier
 from mer._ext.uring cimport MER_IO_DEMAND, Reader, ReadOp, mer_read_done
 
 from mer._ext.mixture import mixture_bytes
 from mer._ext.prefetch import NOTHING_AHEAD
+from mer._ext.remote import NO_PEERS
 from mer._ext.vram import NO_VRAM
 from mer.errors import BudgetError
 
@@ -38,6 +40,7 @@ cdef enum:
     READY            # resident and pinned
     COMPUTING
     ON_DEVICE        # computed by the tier above memory
+    ON_PEER          # another machine has been asked
     DONE
     N_STATES
 
@@ -50,7 +53,8 @@ cdef list _sizes(const int64_t[:, ::1] layers, const int64_t[:, :, ::1] reads):
                          f"reads {np.shape(reads)} [n_layers * n_experts, max_reads, 5]")
     cdef int64_t keys = reads.shape[0], n_experts = keys // layers.shape[0]
     sizes = (
-        keys * reads.shape[1] * sizeof(ReadPlan), keys * 3 * 8, n_experts * reads.shape[1] * sizeof(ReadOp),
+        keys * reads.shape[1] * sizeof(ReadPlan), keys * 3 * 8,
+        2 * n_experts * reads.shape[1] * sizeof(ReadOp),
         n_experts * sizeof(Expert),
     )
     return [(size + 63) // 64 * 64 for size in sizes]
@@ -180,7 +184,7 @@ cdef class ExpertStreamer:
         return 0
 
     cdef void plan_reads(self, Expert *e) noexcept nogil:
-        """Appends an expert's reads to `ops`: in one step it is read once at most, so there is room."""
+        """Appends an expert's reads to `ops`: in one step it is read twice at most, so there is room."""
         cdef ReadPlan *plan = &self.reads[e.key * self.max_reads]
         cdef char *slot = self.cache.slot_ptr(e.slot)
         cdef ReadOp *op
@@ -213,8 +217,15 @@ cdef class ExpertStreamer:
         else:
             self.cache.fail(e.key)
             self.cache.release(e.key)
+            if self.remote is not None and self.remote.asked[e.key % self.n_experts] >= 0:
+                e.state = ON_PEER                    # which may still answer, or has
+            else:
+                e.state = DONE
+                self.failed = failed
+        if self.remote is not None and self.remote.came[e.key % self.n_experts]:
+            if e.state == READY:
+                self.cache.release(e.key)
             e.state = DONE
-            self.failed = failed
 
     cdef void try_acquire(self, Expert *e) noexcept nogil:
         cdef int status = self.cache.acquire(e.key, &e.slot)
@@ -243,11 +254,11 @@ cdef class ExpertStreamer:
             elif status != STATE_LOADING or self.failed is not NULL:
                 self.cache.release(e.key)            # whoever read it failed: try ourselves
                 e.state = WAITING
-        if e.state == WAITING:
+        if e.state == WAITING or e.state == ON_PEER:
             if self.failed is not NULL:
                 e.state = DONE
-            else:
-                self.try_acquire(e)
+        if e.state == WAITING:
+            self.try_acquire(e)
 
     cdef void begin_device(self, int64_t base, int64_t n) noexcept nogil:
         """Starts what is in the tier above memory."""
@@ -269,6 +280,41 @@ cdef class ExpertStreamer:
                     self.active[i].state = WAITING
         return done
 
+    cdef void begin_remote(self, int64_t base, int64_t n) noexcept nogil:
+        """Asks other machines for what they have, and this one has not."""
+        cdef int64_t i
+        cdef Expert *each
+        self.remote.begin(base)
+        for i in range(n):
+            each = &self.active[i]
+            if (each.state == WAITING and self.cache.state(each.key) == STATE_ABSENT
+                    and self.remote.add(each.key - base)):
+                each.state = ON_PEER
+        self.remote.send(self.layer, self.cache.slot_bytes)
+        self.give_up_waiting(n)
+
+    cdef void collect_remote(self, int64_t base, int64_t n) noexcept nogil:
+        """What they computed need not be computed here; of who is lost, nothing more comes."""
+        cdef int64_t i
+        cdef Expert *each
+        self.remote.collect()
+        for i in range(n):
+            each = &self.active[i]
+            if not self.remote.came[each.key - base]:
+                continue
+            if each.state == BUSY or each.state == READY:
+                self.cache.release(each.key)
+            if each.state == BUSY or each.state == READY or each.state == WAITING or each.state == ON_PEER:
+                each.state = DONE                    # one that is being read is DONE when its reads are over
+        self.give_up_waiting(n)
+
+    cdef void give_up_waiting(self, int64_t n) noexcept nogil:
+        """Of whom no answer is to be expected, the own drive is asked."""
+        cdef int64_t i
+        for i in range(n):
+            if self.active[i].state == ON_PEER and not self.remote.pending(self.active[i].key % self.n_experts):
+                self.active[i].state = WAITING
+
     cdef void compute_ready(self, int64_t n) noexcept nogil:
         cdef int64_t i, start = now(), byte_tokens = 0
         cdef Expert *each
@@ -284,7 +330,7 @@ cdef class ExpertStreamer:
 
     cdef int stream(self, int64_t base) noexcept nogil:
         """Acquires, reads and computes every expert of this step. 0 (see `failed`), or ENOSPC."""
-        cdef int64_t n = 0, e, i, mark, submitted = 0
+        cdef int64_t n = 0, e, i, mark, submitted = 0, asked_drive = 0, before = self.bytes_read
         cdef int64_t under_way[N_STATES]
         cdef uint64_t seen
         cdef timespec pause
@@ -302,7 +348,16 @@ cdef class ExpertStreamer:
         for i in range(n):                           # what is resident is pinned before a miss may evict it
             if self.active[i].state == WAITING and self.cache.state(self.active[i].key) == STATE_RESIDENT:
                 self.try_acquire(&self.active[i])
+        if self.remote is not None:
+            self.begin_remote(base, n)
         while True:
+            if self.remote is not None:
+                if self.remote.has_news():
+                    self.collect_remote(base, n)
+                if self.remote.is_overdue():
+                    for i in range(n):               # their answers are still of use, if they come first
+                        if self.active[i].state == ON_PEER:
+                            self.active[i].state = WAITING
             memset(under_way, 0, sizeof(under_way))
             seen = self.reader.completed()           # before the look at the reads: none ends unnoticed
             if self.prefetcher is not None:
@@ -319,8 +374,12 @@ cdef class ExpertStreamer:
                     self.mixture.add_ready(each.key - base, <const uint8_t *>self.cache.slot_ptr(each.slot),
                                            &self.matrices[each.key * 3])
                     each.state = COMPUTING
+                if self.remote is not None and (each.state == COMPUTING or each.state == ON_DEVICE):
+                    self.remote.forgo(each.key - base)
                 under_way[each.state] += 1
             if self.n_ops > submitted:
+                if asked_drive == 0:
+                    asked_drive = now()
                 self.reader.submit(&self.ops[submitted], self.n_ops - submitted)
                 submitted = self.n_ops
             if self.ahead is not NULL and not under_way[WAITING] and not under_way[BUSY] and self.failed is NULL:
@@ -353,7 +412,11 @@ cdef class ExpertStreamer:
                 pause.tv_sec, pause.tv_nsec = 0, 50000
                 nanosleep(&pause, NULL)
                 self.spent(SPAN_WAIT, mark)
+            elif under_way[ON_PEER]:
+                self.remote.wait()
             elif self.vram is None or not under_way[ON_DEVICE] or self.end_device(n):
+                if self.remote is not None and asked_drive:
+                    self.remote.note_read(now() - asked_drive, self.bytes_read - before)
                 return 0
 
     cdef void spent(self, int64_t kind, int64_t since) noexcept nogil:
@@ -377,6 +440,13 @@ cdef class ExpertStreamer:
         self.vram = tier
         if self.prefetcher is not None:
             self.prefetcher.elsewhere = self.vram.slot_of
+
+    def use_peers(self, peers, int64_t patience_ns):
+        """Ask other machines for experts that are not here, see RemoteTier; returns the tier."""
+        self.remote = RemoteTier(self.mixture, self.cache.n_experts, peers, patience_ns)
+        if self.prefetcher is not None:
+            self.prefetcher.remote = self.remote.holder
+        return self.remote
 
     def add_biases(self, list layers):
         """See Mixture.add_biases()."""
@@ -406,8 +476,8 @@ cdef class ExpertStreamer:
         """Totals since the start: seconds waiting for reads and computing, bytes asked of the device,
         and experts found in the cache (hits) or read (misses), each counted once a call.
 
-        An expert that is on its way because it was read ahead counts as found. For the rest see StepStats and
-        VramTier.stats(); prefetch_depth: how many guesses of a token are read ahead now; prefetching: experts on their way.
+        An expert that is on its way because it was read ahead counts as found. For the rest see StepStats,
+        VramTier.stats() and RemoteTier.stats(); prefetch_depth: how many guesses of a token are read ahead now; prefetching: experts on their way.
         """
         ahead = NOTHING_AHEAD if self.prefetcher is None else self.prefetcher.stats()
         return {
@@ -418,4 +488,5 @@ cdef class ExpertStreamer:
             "misses": self.misses,
             **ahead,
             **(NO_VRAM if self.vram is None else self.vram.stats()),
+            **(NO_PEERS if self.remote is None else self.remote.stats()),
         }

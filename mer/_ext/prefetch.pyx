@@ -163,6 +163,8 @@ cdef class Prefetcher:
             return False
         if self.elsewhere is not NULL and self.elsewhere[key] >= 0:
             return False
+        if self.remote is not NULL and self.remote[key] >= 0:
+            return False
         status = self.cache.acquire_early(key, &slot)
         if status != ACQ_MISS:
             if status == ACQ_HIT:

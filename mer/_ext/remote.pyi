@@ -1,0 +1,33 @@
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mer._ext.mixture import Mixture
+
+NO_PEERS: dict[str, int]
+
+def table_bytes(n_keys: int, n_experts: int, pairs: int) -> int: ...
+
+class Peers(Protocol):
+    def ask(
+        self,
+        peer: int,
+        turn: int,
+        layer: int,
+        x: NDArray[np.float32],
+        experts: list[int],
+        counts: list[int],
+        tokens: NDArray[np.int32],
+    ) -> bool: ...
+
+class RemoteTier:
+    n_keys: int
+    n_experts: int
+    patience_ns: int
+    def __init__(self, mixture: Mixture, n_keys: int, peers: Peers, patience_ns: int) -> None: ...
+    def answer(self, turn: int, peer: int, experts: list[int], rows: bytes) -> None: ...
+    def lost(self, peer: int) -> None: ...
+    def hold(self, holders: NDArray[np.int32]) -> None: ...
+    def heats(self) -> tuple[NDArray[np.float32], int]: ...
+    def stats(self) -> dict[str, float]: ...

@@ -1,0 +1,164 @@
+"""Experts that other machines compute: the bytes of the result are the same whoever answers, late, wrong or never."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from moe_model import EXPERTS, KERNELS, MAX_TOKENS, Model, Streamed, assert_idle
+
+from mer._ext.uring import Reader
+from mer.errors import DeviceReadError
+from mer.weights import formats
+
+LONG, NEVER = 60_000_000_000, 1_000_000
+
+
+class Peers:
+    """Machines that compute as Model.exact does, each row by itself; `how` they answer, by peer."""
+
+    def __init__(self, model: Model, how: dict[int, str]) -> None:
+        self.model, self.how = model, how
+        self.asked: list[tuple[int, int, list[int]]] = []
+        self.left: list[tuple[int, int, list[int], bytes]] = []
+
+    def ask(self, peer, turn, layer, x, experts, counts, tokens):
+        self.asked.append((peer, layer, experts))
+        how, x = self.how[peer], x.copy()
+        if how == "busy":
+            return False
+        if how == "raises":
+            raise OSError("no way there")
+        rows, at = [], 0
+        for e, count in zip(experts, counts, strict=True):
+            for t in tokens[at : at + count]:
+                one = (np.array([[e]], np.int32), np.ones((1, 1), np.float32))
+                rows.append(self.model.exact(KERNELS, layer, x[t : t + 1], *one)[0])
+            at += count
+        answer = (turn, peer, experts, np.array(rows).tobytes())
+        if how == "at once":
+            self.tier.answer(*answer)
+        elif how == "soon":
+            threading.Timer(0.01, self.tier.answer, answer).start()
+        elif how == "short":
+            self.tier.answer(*answer[:3], answer[3][:-4])
+        elif how == "lost":
+            threading.Timer(0.01, self.tier.lost, (peer,)).start()
+        else:
+            assert how == "never"
+            self.left.append(answer)
+        return True
+
+
+def with_peers(model: Model, how: dict[int, str], patience_ns: int, slots: int, **options) -> tuple[Streamed, Peers]:
+    made, peers = Streamed(model, slots, **options), Peers(model, how)
+    peers.tier = made.streamer.use_peers(peers, patience_ns)
+    peers.tier.hold(np.arange(model.tables.total, dtype=np.int32) % (len(how) + 1) - 1)
+    return made, peers
+
+
+@pytest.fixture(scope="module", params=["q8_0", "f32"])
+def model(request, tmp_path_factory):
+    form = formats.by_name(request.param)
+    return Model(tmp_path_factory.mktemp("remote"), [(form, form, 64, 96), (form, form, 64, 32)])
+
+
+WAYS = {
+    "at once": ({0: "at once", 1: "at once"}, LONG),
+    "soon": ({0: "soon", 1: "at once"}, LONG),
+    "one is busy": ({0: "busy", 1: "soon"}, LONG),
+    "one never answers": ({0: "never", 1: "at once"}, NEVER),
+    "one is lost": ({0: "lost", 1: "at once"}, LONG),
+    "all are lost": ({0: "lost", 1: "lost"}, LONG),
+    "one answers too little": ({0: "short", 1: "at once"}, NEVER),
+    "can't be asked": ({0: "raises"}, LONG),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("slots", [1, EXPERTS])
+def test_the_same_bytes(model, way, slots):
+    how, patience = WAYS[way]
+    made, peers = with_peers(model, how, patience, slots, prefetch=2)
+    for seed in range(2):
+        for tokens in (1, 7, MAX_TOKENS):
+            for layer in (0, 1):
+                made.check(layer, tokens, seed)
+    assert peers.asked
+    stats = made.streamer.stats()
+    if "at once" in how.values() or "soon" in how.values():
+        assert stats["peer_hits"] > 0
+    if "never" in how.values() or "short" in how.values():
+        assert stats["peer_late"] > 0
+    made.streamer.settle()
+    assert_idle(made.cache)
+
+
+def test_only_what_is_not_here_is_asked_for(model):
+    made, peers = with_peers(model, {0: "at once"}, LONG, model.tables.total)
+    peers.tier.hold(np.full(model.tables.total, -1, np.int32))
+    for tokens in (MAX_TOKENS, MAX_TOKENS):
+        made.check(0, tokens)
+    assert not peers.asked
+    peers.tier.hold(np.zeros(model.tables.total, np.int32))
+    made.check(0, MAX_TOKENS)
+    assert not peers.asked
+    made.cache.clear()
+    made.check(0, MAX_TOKENS)
+    assert peers.asked
+    before = made.streamer.stats()["misses"]
+    made.check(1, MAX_TOKENS)
+    assert made.streamer.stats()["misses"] == before, "all of it came from the peer"
+
+
+def test_an_answer_for_a_layer_that_is_over_changes_nothing(model):
+    made, peers = with_peers(model, {0: "never"}, NEVER, 2)
+    made.check(0, 7)
+    for turn, peer, experts, rows in peers.left:
+        peers.tier.answer(turn, peer, experts, b"\xff" * len(rows))
+    peers.how = {0: "at once"}
+    made.check(0, 7, 1)
+    made.check(1, 5, 1)
+
+
+def test_a_peer_answers_where_the_own_drive_fails(model, tmp_path):
+    """The own drive is asked when the peer is late; as it fails, the peer is waited for."""
+    reader = Reader(model.paths)
+    made, peers = with_peers(model, {0: "never"}, NEVER, 2, reader=reader)
+    peers.tier.hold(np.zeros(model.tables.total, np.int32))
+    for file in range(2):
+        reader.set_fault(file, 0, 1 << 40, error=5, times=1000)
+    answering = threading.Timer(0.1, lambda: [peers.tier.answer(*each) for each in peers.left])
+    answering.start()
+    made.check(0, 3)
+    answering.join()
+    peers.left.clear()
+    losing = threading.Timer(0.1, peers.tier.lost, (0,))
+    losing.start()
+    with pytest.raises(DeviceReadError):
+        made.check(0, 3, 1)
+    losing.join()
+    assert_idle(made.cache)
+    reader.clear_faults()
+    peers.how = {0: "soon"}
+    made.check(0, 3, 2)
+
+
+def test_heat_is_the_share_of_tokens(model):
+    made, peers = with_peers(model, {0: "at once"}, LONG, 4)
+    x, _, weights = model.inputs(0, MAX_TOKENS)
+    ids = np.tile(np.array([5, 2, 7], np.int32), (MAX_TOKENS, 1))
+    for _ in range(8):
+        made.forward(0, x, ids, weights)
+    heat, tokens = peers.tier.heats()
+    assert tokens == 8 * MAX_TOKENS
+    assert sorted(np.argsort(heat)[-3:].tolist()) == [2, 5, 7]
+    assert heat[5] == pytest.approx(1 - 0.98 ** (8 * MAX_TOKENS), rel=1e-3)
+    assert heat[8:].max() == heat[0] == 0
+
+
+def test_what_does_not_fit(model):
+    made, peers = with_peers(model, {0: "at once"}, LONG, 4)
+    with pytest.raises(ValueError, match="holders of 3 experts"):
+        peers.tier.hold(np.zeros(3, np.int32))
