@@ -25,6 +25,14 @@ def parse_size(text: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """(host, port) of 'node1:9100' or '[::1]:9100'. Raises ConfigError."""
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^\s:/\[\]]+)):(\d{1,5})", text)
+    if match is None or int(match[3]) > 65535:
+        raise ConfigError(f"{text!r} is not an address; write HOST:PORT, such as node1:9100 or [::1]:9100")
+    return match[1] or match[2], int(match[3])
+
+
 def cache_dir() -> Path:
     """Where programs keep what they can make again (XDG). Raises OSError where the user has no home."""
     named = os.environ.get("XDG_CACHE_HOME", "")
@@ -57,6 +65,15 @@ def _at_least(least: int) -> Any:
             raise ConfigError(f"{attribute.name} {value!r}: must be a whole number of at least {least}")
 
     return check
+
+
+def _addresses(given: Any) -> tuple[str, ...]:
+    addresses = (given,) if isinstance(given, str) else tuple(given)
+    for address in addresses:
+        parse_address(address)
+        if addresses.count(address) > 1:
+            raise ConfigError(f"peers: {address} is named twice")
+    return addresses
 
 
 def _one_of(*known: str) -> Any:
@@ -157,6 +174,15 @@ class EngineConfig:
     draft_head: Path | None = field(default=None, converter=converters.optional(Path))
     #: Whether the experts that are in memory at the end are read back at the next start, in the background.
     warm_start: bool = False
+    #: Other machines that hold experts in memory and compute them (`mer shard`): their addresses, HOST:PORT.
+    peers: tuple[str, ...] = field(default=(), converter=_addresses)
+    #: A file with the token by which they let an engine in.
+    peer_token: Path | None = field(default=None, converter=converters.optional(Path))
+    #: Certificates for them (PEM), needed for all that are not this machine: their CA's, the engine's own,
+    #: and its key.
+    peer_ca: Path | None = field(default=None, converter=converters.optional(Path))
+    peer_cert: Path | None = field(default=None, converter=converters.optional(Path))
+    peer_key: Path | None = field(default=None, converter=converters.optional(Path))
     #: A file for the routing of every step, as bench/policy.py replays it; None: none is written.
     trace: Path | None = field(default=None, converter=converters.optional(Path))
     #: A file for a Chrome trace of where the time of every step went; None: none is written.
@@ -179,6 +205,14 @@ class EngineConfig:
             raise ConfigError(
                 "prefix_store keeps what the prefix cache has no room for; leave prefix_cache on"
             )
+        certificates = ("peer_ca", "peer_cert", "peer_key")
+        given = [name for name in certificates if getattr(self, name) is not None]
+        if not self.peers and (given or self.peer_token is not None):
+            raise ConfigError(
+                f"{(*given, 'peer_token')[0]} is for peers, and there are none: name them in peers"
+            )
+        if given and len(given) < len(certificates):
+            raise ConfigError(f"{', '.join(given)} alone will not do: give {', '.join(certificates)}")
         for name in ("draft_model", "draft_head"):
             if getattr(self, name) is not None and self.speculate in ("ngram", "off"):
                 raise ConfigError(

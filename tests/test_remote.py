@@ -1,4 +1,4 @@
-"""Experts that other machines compute: the bytes of the result are the same whoever answers, late, wrong or never."""
+"""Experts that other machines compute: the same bytes come, whoever answers, late, wrong or never."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Peers:
         self.asked: list[tuple[int, int, list[int]]] = []
         self.left: list[tuple[int, int, list[int], bytes]] = []
 
-    def ask(self, peer, turn, layer, x, experts, counts, tokens):
+    def ask(self, peer, turn, deadline, layer, x, experts, counts, tokens):
         self.asked.append((peer, layer, experts))
         how, x = self.how[peer], x.copy()
         if how == "busy":
@@ -51,7 +51,9 @@ class Peers:
         return True
 
 
-def with_peers(model: Model, how: dict[int, str], patience_ns: int, slots: int, **options) -> tuple[Streamed, Peers]:
+def with_peers(
+    model: Model, how: dict[int, str], patience_ns: int, slots: int, **options
+) -> tuple[Streamed, Peers]:
     made, peers = Streamed(model, slots, **options), Peers(model, how)
     peers.tier = made.streamer.use_peers(peers, patience_ns)
     peers.tier.hold(np.arange(model.tables.total, dtype=np.int32) % (len(how) + 1) - 1)
@@ -159,6 +161,6 @@ def test_heat_is_the_share_of_tokens(model):
 
 
 def test_what_does_not_fit(model):
-    made, peers = with_peers(model, {0: "at once"}, LONG, 4)
+    _, peers = with_peers(model, {0: "at once"}, LONG, 4)
     with pytest.raises(ValueError, match="holders of 3 experts"):
         peers.tier.hold(np.zeros(3, np.int32))

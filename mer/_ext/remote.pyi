@@ -14,6 +14,7 @@ class Peers(Protocol):
         self,
         peer: int,
         turn: int,
+        deadline: int,
         layer: int,
         x: NDArray[np.float32],
         experts: list[int],

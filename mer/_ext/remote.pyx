@@ -4,11 +4,12 @@ Activations go out, and an output row comes back for every (token, expert) pair;
 the same order as all others, so that where one was computed leaves no trace. Who carries them is given by `peers`, an
 object with
 
-    ask(peer, turn, layer, x, experts, counts, tokens) -> bool
+    ask(peer, turn, deadline, layer, x, experts, counts, tokens) -> bool
 
 that is called on the thread that computes, and must not block: x is f32 [T, hidden], to be copied before it returns;
-expert experts[i] is wanted for the next counts[i] of `tokens`, rows of x. False: this peer can't be asked now. What
-comes of it is told by `answer` and `lost`, on any thread.
+expert experts[i] is wanted for the next counts[i] of `tokens`, rows of x; an answer behind the deadline, in ns of the
+monotonic clock, is late. False: this peer can't be asked now. What comes of it is told by `answer` and `lost`, on any
+thread.
 
 A peer that takes longer than the own drive would is not waited for: then the expert is read, too, and what is there
 first is used.
@@ -124,6 +125,7 @@ cdef class RemoteTier:
         cdef int64_t i
         if self.n_asked == 0:
             return
+        self.deadline = now() + max(self.patience_ns, <int64_t>(self.read_ns * <double>(slot_bytes * self.n_asked)))
         for i in range(self.mixture.tokens * self.mixture.top_k):
             self.token_of[self.mixture.position[i]] = <int32_t>(i // self.mixture.top_k)
         with gil:
@@ -133,7 +135,6 @@ cdef class RemoteTier:
                 _log.exception("other machines could not be asked")
                 memset(self.asked, 0xff, self.n_experts * sizeof(int32_t))
                 self.n_asked = 0
-        self.deadline = now() + max(self.patience_ns, <int64_t>(self.read_ns * <double>(slot_bytes * self.n_asked)))
 
     cdef int ask(self, int64_t layer) except -1:
         cdef int64_t e
@@ -146,7 +147,7 @@ cdef class RemoteTier:
         for peer, experts in by_peer.items():
             counts = [first[<int64_t>e + 1] - first[<int64_t>e] for e in experts]
             parts = [self.tokens_view[first[<int64_t>e]:first[<int64_t>e + 1]] for e in experts]
-            if not self.peers.ask(peer, self.turn, layer, x, experts, counts, np.concatenate(parts)):
+            if not self.peers.ask(peer, self.turn, self.deadline, layer, x, experts, counts, np.concatenate(parts)):
                 for e in experts:
                     self.asked[e] = -1
                     self.n_asked -= 1

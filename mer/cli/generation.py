@@ -22,6 +22,7 @@ from mer.engine.stats import StepStats, Vram
 from mer.streaming.profile import ProfileSummary
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 _ENGINE: Final = (
     click.option(
@@ -110,6 +111,17 @@ _ENGINE: Final = (
         show_default=True,
         help="How experts are read.",
     ),
+    click.option(
+        "--peer",
+        "peers",
+        multiple=True,
+        metavar="HOST:PORT",
+        help="Another machine that holds experts and computes them (mer shard); may be given several times.",
+    ),
+    click.option("--peer-token", type=_FILE, help="A file with the join token of the peers."),
+    click.option("--peer-ca", type=_FILE, help="Peers have certificates signed by this one (PEM)."),
+    click.option("--peer-cert", type=_FILE, help="Certificate chain of this engine, for them (PEM)."),
+    click.option("--peer-key", type=_FILE, help="Its private key (PEM)."),
 )
 trace_option: Final = click.option(
     "--trace",

@@ -13,6 +13,7 @@ from attrs import evolve, frozen
 
 from mer._ext.cpus import usable_cpus
 from mer._ext.moe import scratch_bytes
+from mer._ext.remote import table_bytes
 from mer._ext.vram import host_bytes
 from mer.config import EngineConfig
 from mer.engine.blocks import blocks_for
@@ -241,6 +242,7 @@ def _divide(
         + (scratch_bytes(tables.layers, tables.reads, spec.top_k, step) if tables.total else 0)
         + tables.total * (tables.n_experts + 64)  # what the cache's policy knows of each expert
         + (_beside_gpu(spec, tables, step) if tables.total and uses_gpu(config) else 0)
+        + (_beside_peers(spec, tables, step) if tables.total and config.peers else 0)
         + _of_process(spec)
     )
     block = KVCache.bytes_per_block(spec, dtype, placement.layers)
@@ -298,6 +300,14 @@ def _divide(
 def _beside_gpu(spec: ModelSpec, tables: ExpertTables, step: int) -> int:
     """Of the buffers, those by which experts and activations go to a GPU."""
     return host_bytes(tables.layers, tables.n_experts, spec.top_k, step, tables.slot_bytes)
+
+
+def _beside_peers(spec: ModelSpec, tables: ExpertTables, step: int) -> int:
+    """Of the buffers, what is asked of other machines, and what they answer: as bytes, as messages, as sent."""
+    import mer.cluster.peers  # noqa: F401 - what it takes itself is counted with the program
+
+    pairs, row = step * spec.top_k, 4 * int(tables.layers[:, 3].max())
+    return 3 * (step + pairs) * row + table_bytes(tables.total, tables.n_experts, pairs)
 
 
 def beside(budget: Budget, spec: ModelSpec) -> int:

@@ -18,6 +18,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
+from mer._ext.remote import NO_PEERS
 from mer.config import EngineConfig, parse_size
 from mer.engine import drafting
 from mer.engine.budget import Budget, resident_bytes
@@ -288,6 +289,8 @@ class Engine:
             resident_bytes=resident_bytes(),
             steps=self._runner.stats,
             vram=self._runner.vram,
+            peers=experts.peers if experts else (),
+            **{name: (experts.streamer.stats() if experts else NO_PEERS)[name] for name in NO_PEERS},
         )
 
     def view(self) -> View:

@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from attrs import frozen
 
+from mer.cluster.state import PeerState
 from mer.engine.outputs import Usage
 from mer.engine.stats import StepStats, Vram
 
@@ -51,6 +52,10 @@ class Snapshot:
     resident_bytes: int  # of the process
     steps: StepStats  # totals
     vram: Vram | None  # None: there is no GPU, or nothing is in its memory
+    peers: tuple[PeerState, ...]  # other machines that hold experts
+    peer_hits: int  # total: experts that they computed, counted once a step
+    peer_late: int  # total: experts that were asked of them, and of the own drive, too
+    peer_wait_s: float  # total: of steps, with nothing to compute here, and no read under way
 
 
 class Observer(Protocol):

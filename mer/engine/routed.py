@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from itertools import chain
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from attrs import evolve
@@ -16,14 +16,19 @@ from mer._ext.device import Device
 from mer._ext.kernels import Kernels, Pool
 from mer._ext.moe import ExpertStreamer
 from mer._ext.uring import Reader
+from mer.cluster.state import PeerState
 from mer.config import EngineConfig
 from mer.engine.budget import Budget
 from mer.errors import GpuError, RequestError
+from mer.model.mixture import fit
 from mer.model.spec import ModelSpec
 from mer.streaming.experts import ExpertTables, advice
 from mer.streaming.warm import WarmStart
 from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:  # it brings gRPC, which only those need who have peers
+    from mer.cluster.peers import Peers
 
 # Bytes of the expert cache that are touched ahead of their use, in idle time.
 _PREFAULT: Final = 1 << 30
@@ -34,6 +39,7 @@ _Biases = list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float3
 def idle_in_dense(config: EngineConfig) -> str | None:
     """What to tell whoever asked for a part of the experts, where there are none; None where nobody did."""
     asked = {"--cache-experts": config.cache_experts is not None, "--warm-start": config.warm_start}
+    asked["--peer"] = bool(config.peers)
     names = [name for name, given in asked.items() if given]
     if not names:
         return None
@@ -75,6 +81,7 @@ class RoutedExperts:
         self._spec, self._tables, self._budget, self._config = spec, tables, budget, config
         self._most = budget.slots if config.cache_experts is not None else tables.total
         self._warm: WarmStart | None = None
+        self._peers: Peers | None = None
         self._pinning = threading.Lock()
         self.pinned: frozenset[int] = frozenset()
         self._arena_registered = self._resized = False
@@ -126,12 +133,7 @@ class RoutedExperts:
             self.cache, reader, kernels, pool, tables.layers, tables.reads, tables.matrices,
             spec.top_k, self._budget.step_tokens, config.prefetch,
         )  # fmt: skip
-        if spec.expert_bias:
-            self.streamer.add_biases(biases)
-        if spec.activation == "gelu":
-            self.streamer.gelu()
-        if spec.clamp is not None:
-            self.streamer.clamp(spec.clamp.alpha, spec.clamp.limit, spec.clamp.added)
+        fit(self.streamer, spec, biases)
         if config.warm_start:
             self._warm = WarmStart(checkpoint, tables, self.cache, reader)
 
@@ -145,6 +147,27 @@ class RoutedExperts:
             raise GpuError("plain C adds up products of floats in another order than a GPU does")
         self.streamer.use_vram(device, nbytes)
 
+    def use_peers(self, checkpoint: Checkpoint, isa: str) -> None:
+        """Have other machines compute what they hold in memory. isa: of the kernels here.
+
+        Raises ConfigError, DeviceReadError or CheckpointError.
+        """
+        from mer.cluster.identity import identify
+        from mer.cluster.peers import PATIENCE_NS, Local, Peers
+
+        tables, budget = self._tables, self._budget
+        # Some slots are for what passes.
+        kept = (budget.slots - budget.least_slots) * 3 // 4
+        local = Local(len(tables.layers), tables.n_experts, int(tables.layers[:, 3].max()), kept)
+        peers = Peers(self._config, identify(checkpoint, tables, self.streamer, isa), local)
+        peers.begin(self.streamer.use_peers(peers, PATIENCE_NS))
+        self._peers = peers
+
+    @property
+    def peers(self) -> tuple[PeerState, ...]:
+        """Other machines that hold experts."""
+        return self._peers.states() if self._peers is not None else ()
+
     def begin(self) -> None:
         """Everything is made: read back what was remembered, if that was asked for."""
         if self._warm is not None:
@@ -152,6 +175,8 @@ class RoutedExperts:
 
     def end(self, *, used: bool) -> None:
         """Before the reader is closed. used: whether steps were computed."""
+        if self._peers is not None:
+            self._peers.close()
         if self._warm is not None:
             self._warm.end(used=used)
 

@@ -169,6 +169,8 @@ class Runner:
                 forward.look_ahead = experts.look_ahead
                 if profile is not None:
                     experts.streamer.record(profile.recorder)
+                if config.peers:
+                    experts.use_peers(checkpoint, kernels.isa)
                 experts.begin()
         except BaseException:
             reader.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -72,15 +73,25 @@ class DenseWeights:
 
     def expert_biases(self) -> list[tuple[Vectors, Vectors, Vectors]]:
         """Of each MoE layer, where there are such biases: f32 [E, I] of gate and of up, [E, H] of down."""
-        names = ("expert_gate_bias", "expert_up_bias", "expert_down_bias")
-        return [
-            (layer[names[0]], layer[names[1]], layer[names[2]]) for layer in self.layers if names[0] in layer
-        ]
+        return _expert_biases(self.layers)
 
     def embed(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
         """Rows of the embedding for i32 [T] into out, f32 [T, hidden]."""
         if not embed(self.embedding, tokens, out):
             out[:] = formats.by_id(self.embedding.format).dequantize(self.embedding.data[tokens])
+
+
+def load_expert_biases(
+    checkpoint: Checkpoint, architecture: Architecture, source: Source
+) -> list[tuple[Vectors, Vectors, Vectors]]:
+    """These alone. Raises as load_dense."""
+    wanted = [part for part in architecture.dense if re.fullmatch(r"\d+\.expert_\w+_bias", part)]
+    return _expert_biases(load_parts(checkpoint, architecture, source, wanted.__contains__)[1])
+
+
+def _expert_biases(layers: list[dict[str, Any]]) -> list[tuple[Vectors, Vectors, Vectors]]:
+    names = ("expert_gate_bias", "expert_up_bias", "expert_down_bias")
+    return [(layer[names[0]], layer[names[1]], layer[names[2]]) for layer in layers if names[0] in layer]
 
 
 def _is_vector(part: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
@@ -30,6 +31,17 @@ def fingerprint(checkpoint: Checkpoint) -> bytes:
     They come of its config, the places of its tensors, and each file's name, size, time of change and some
     samples of its content. Raises CheckpointError.
     """
+    return _fingerprint(
+        checkpoint, lambda path, status: f"{path.name} {status.st_size} {status.st_mtime_ns}\n"
+    )
+
+
+def content_fingerprint(checkpoint: Checkpoint) -> bytes:
+    """The same of copies on several machines: without names and times of files. Raises CheckpointError."""
+    return _fingerprint(checkpoint, lambda _, status: f"{status.st_size}\n")
+
+
+def _fingerprint(checkpoint: Checkpoint, describe: Callable[[Path, os.stat_result], str]) -> bytes:
     config = json.dumps(checkpoint.config, sort_keys=True, default=str)
     digest = blake2b(config.encode(), digest_size=16)
     for name, info in sorted(checkpoint.tensors.items()):
@@ -38,7 +50,7 @@ def fingerprint(checkpoint: Checkpoint) -> bytes:
         try:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
-                digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+                digest.update(describe(path, status).encode())
                 for i in range(_SAMPLES):
                     digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, status.st_size * i // _SAMPLES))
         except OSError as error:

@@ -1,0 +1,170 @@
+"""All peers of an engine: who is asked for which expert, and who is to hold which."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from functools import partial
+from typing import Final
+
+import grpc
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from mer._ext.remote import RemoteTier
+from mer.cluster import security
+from mer.cluster.identity import Identity
+from mer.cluster.peer import Peer
+from mer.cluster.placement import place
+from mer.cluster.state import PeerState
+from mer.cluster.wire import most_bytes
+from mer.config import EngineConfig
+from mer.errors import ConfigError
+
+_log = logging.getLogger("mer")
+
+# Seconds between looks at the peers; how long the start waits for them.
+_TICK: Final = 0.5
+_AT_START: Final = 3.0
+# A peer has at least as long to answer, however quick the own drive is: ns.
+PATIENCE_NS: Final = 2_000_000
+# Experts are placed anew once so many tokens were seen, counted in every layer, and again with twice as many,
+# and so on; later whenever so many came.
+_FIRST_TOKENS: Final = 4096
+_TOKENS: Final = 1 << 18
+
+
+@frozen
+class Local:
+    """What this machine has: of how many layers, experts of each, hidden size; how many it keeps itself."""
+
+    layers: int
+    experts: int
+    hidden: int
+    kept: int
+
+
+class Peers:
+    """What `mer._ext.remote` wants to carry activations. First `begin` it, then `close`."""
+
+    def __init__(self, config: EngineConfig, identity: Identity, local: Local) -> None:
+        """Raises ConfigError for a peer, certificates or a token that can't be used."""
+        self._local, self._identity = local, identity
+        self._addresses = config.peers
+        self._token = security.read_token(config.peer_token)
+        self._credentials: grpc.ChannelCredentials | None = None
+        ca, cert, key = config.peer_ca, config.peer_cert, config.peer_key
+        if ca is not None and cert is not None and key is not None:
+            self._credentials = security.channel_credentials(cert, key, ca)
+        for address in config.peers:
+            if not security.is_loopback(address) and (self._credentials is None or not self._token):
+                raise ConfigError(
+                    f"peer {address} is another machine: give --peer-ca, --peer-cert, --peer-key and "
+                    "--peer-token"
+                )
+        limit = most_bytes(local.hidden, local.layers * local.experts)
+        self._options = [
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", limit),
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._due = True  # to be placed anew
+        self._next_tokens = _FIRST_TOKENS
+        self._placed: dict[int, frozenset[int]] = {}
+        self._peers: list[Peer] = []
+
+    def begin(self, tier: RemoteTier) -> None:
+        """Reach for all of them; waits a little until it is known who is there."""
+        self._tier = tier
+        for index, address in enumerate(self._addresses):
+            self._peers.append(
+                Peer(
+                    index, address, self._identity, partial(self._channel, address), self._token,
+                    tier.n_keys, answered=tier.answer, lost=tier.lost, changed=self._changed,
+                )
+            )  # fmt: skip
+        self._changed()  # who was quick told it before it was among them
+        self._thread = threading.Thread(target=self._run, name="mer-peers", daemon=True)
+        self._thread.start()
+        for peer in self._peers:
+            peer.wait_tried(_AT_START)
+
+    def ask(
+        self,
+        peer: int,
+        turn: int,
+        deadline: int,
+        layer: int,
+        x: NDArray[np.float32],
+        experts: list[int],
+        counts: list[int],
+        tokens: NDArray[np.int32],
+    ) -> bool:
+        """See mer._ext.remote."""
+        return self._peers[peer].ask(turn, deadline, layer, x, experts, counts, tokens)
+
+    def states(self) -> tuple[PeerState, ...]:
+        """Of each, in their order."""
+        return tuple(peer.state() for peer in self._peers)
+
+    def close(self) -> None:
+        """Leave them; no step may be under way."""
+        self._closed.set()
+        for peer in self._peers:
+            peer.close()
+        self._thread.join()
+
+    def _channel(self, address: str) -> grpc.Channel:
+        if self._credentials is None:
+            return grpc.insecure_channel(address, self._options)
+        return grpc.secure_channel(address, self._credentials, self._options)
+
+    def _changed(self) -> None:
+        """A peer has come, gone, or holds something else."""
+        with self._lock:
+            peers = list(self._peers)
+            self._tier.hold(holders([peer.held for peer in peers], self._tier.n_keys))
+            there = {peer.index: peer.capacity for peer in peers if peer.capacity and peer.assigns}
+            if there.keys() != self._placed.keys():
+                self._due = True
+
+    def _run(self) -> None:
+        while not self._closed.wait(_TICK):
+            try:
+                self._place()
+                for peer in self._peers:
+                    peer.check()
+            except Exception:
+                _log.exception("placing experts failed")
+
+    def _place(self) -> None:
+        heat, tokens = self._tier.heats()
+        with self._lock:
+            if tokens >= self._next_tokens:
+                self._due, self._next_tokens = True, tokens + min(tokens, _TOKENS)
+            if not self._due:
+                return
+            self._due = False
+            room = {peer.index: peer.capacity for peer in self._peers if peer.capacity and peer.assigns}
+            held = {index: self._placed.get(index) or self._peers[index].held for index in room}
+            shape = (self._local.layers, self._local.experts)
+            self._placed = place(heat.reshape(shape), self._local.kept, room, held)
+            placed = dict(self._placed)
+        for index, experts in placed.items():
+            self._peers[index].assign(experts)
+
+
+def holders(held: list[frozenset[int]], n_keys: int) -> NDArray[np.int32]:
+    """i32 [n_keys]: a peer that holds each expert, -1: none; of several each has its share."""
+    there = np.zeros((len(held), n_keys), bool)
+    for row, keys in zip(there, held, strict=True):
+        row[list(keys)] = True
+    count = there.sum(axis=0)
+    chosen = np.arange(n_keys) % np.maximum(count, 1) + 1
+    found = np.argmax((np.cumsum(there, axis=0) == chosen) & there, axis=0)
+    return np.where(count > 0, found, -1).astype(np.int32)

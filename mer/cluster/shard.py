@@ -1,0 +1,187 @@
+"""Experts of one model in this machine's memory, computed for engines on other machines."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mer._ext.cache import ExpertCache
+from mer._ext.cpus import usable_cpus
+from mer._ext.kernels import Kernels, Pool
+from mer._ext.moe import ExpertStreamer, scratch_bytes
+from mer._ext.sweep import Sweep
+from mer._ext.uring import Reader
+from mer.cluster.identity import Identity, identify
+from mer.cluster.wire import MOST_ROWS, most_bytes
+from mer.errors import BudgetError, ConfigError, MerError
+from mer.model.dense import load_expert_biases
+from mer.model.families import load
+from mer.model.mixture import fit
+from mer.streaming.experts import expert_tables
+from mer.weights.checkpoint import open_checkpoint, require_streamable
+from mer.weights.unchanged import Unchanged
+
+_log = logging.getLogger("mer")
+
+# What grows while running: the interpreter's heap, thread stacks, gRPC's buffers.
+_MARGIN: Final = 64 << 20
+# Messages that are in memory at a time, as they came and as they are computed.
+_MESSAGES: Final = 8
+
+
+class Shard:
+    """At most `capacity` experts; which, is told by `assign`, and they are read in the background.
+
+    May be used by several threads.
+    """
+
+    def __init__(
+        self, path: Path, ram: int, process: int, threads: int | None = None, io_backend: str = "auto"
+    ) -> None:
+        """ram: bytes that the process may hold; process: those that it holds already.
+
+        Raises BudgetError, CheckpointError, UnsupportedModelError, ConfigError or DeviceReadError.
+        """
+        checkpoint = open_checkpoint(path)
+        require_streamable(checkpoint)
+        architecture = load(checkpoint)
+        spec = architecture.spec
+        if not spec.router:
+            raise ConfigError(
+                f"{path}: this is a dense model: it has no experts that could be held elsewhere"
+            )
+        self._tables = tables = expert_tables(architecture.experts, path)
+        self.hidden = [int(hidden) for hidden in tables.layers[:, 3]]
+        self.n_experts = tables.n_experts
+        self.most_bytes = most_bytes(max(self.hidden), tables.total)
+        fixed = process + scratch_bytes(tables.layers, tables.reads, 1, MOST_ROWS) + _MARGIN
+        fixed += _MESSAGES * self.most_bytes
+        slots = min((ram - ram // 512 - fixed) // tables.slot_bytes, tables.total)
+        if slots < 1:
+            raise BudgetError(
+                f"ram {ram >> 20} MiB is too little: one expert and what is needed beside it take "
+                f"{((fixed + tables.slot_bytes) >> 20) + 2} MiB; raise --ram"
+            )
+        self._unchanged = Unchanged(checkpoint.files)
+        try:
+            self._reader = Reader(checkpoint.files, backend=io_backend)
+        except BaseException:
+            self._unchanged.close()
+            raise
+        try:
+            kernels = Kernels()
+            self._cache = ExpertCache(tables.total, slots, tables.slot_bytes)
+            # Every pair of a token and an expert is a row of its own.
+            self._streamer = ExpertStreamer(
+                self._cache, self._reader, kernels, Pool(threads or usable_cpus()), tables.layers,
+                tables.reads, tables.matrices, 1, MOST_ROWS,
+            )  # fmt: skip
+            biases = load_expert_biases(checkpoint, architecture, self._reader) if spec.expert_bias else []
+            fit(self._streamer, spec, biases)
+            self.identity: Identity = identify(checkpoint, tables, self._streamer, kernels.isa)
+            self._unchanged.check()
+            self._cache.clear()
+        except BaseException:
+            self._reader.close()
+            self._unchanged.close()
+            raise
+        self.ram, self.capacity = ram, self._cache.n_slots
+        self._weights = np.ones((MOST_ROWS, 1), np.float32)
+        self._assigned: frozenset[int] = frozenset()
+        self._lock = threading.Lock()  # of what is computed, and which experts are here
+        self._told = threading.Condition()
+        self._sweep: Sweep | None = None
+        self._generation = 0
+        self._closed = False
+        self._loader = threading.Thread(target=self._load, name="mer-shard", daemon=True)
+        self._loader.start()
+
+    @property
+    def total(self) -> int:
+        """Experts of all layers."""
+        return self._tables.total
+
+    def assign(self, experts: Iterable[int]) -> None:
+        """Hold these from now on, and no others. Raises ConfigError for too many, or an unknown one."""
+        wanted = frozenset(experts)
+        if len(wanted) > self.capacity or not all(0 <= key < self.total for key in wanted):
+            raise ConfigError(
+                f"{len(wanted)} of {self.total} experts can't be held: {self.capacity} have room"
+            )
+        with self._lock:
+            if wanted == self._assigned:
+                return
+            leaving = self._assigned - wanted
+            self._cache.unpin_set(leaving)
+            for key in leaving:
+                self._cache.drop_py(key)
+            self._cache.pin_set(wanted)
+            self._assigned = wanted
+        with self._told:
+            self._generation += 1
+            if self._sweep is not None:
+                self._sweep.stop()
+            self._told.notify()
+
+    def held(self) -> list[int]:
+        """Those that are in memory."""
+        here = np.flatnonzero(self._cache.chances() >= 0)
+        return [int(key) for key in here if int(key) in self._assigned]
+
+    def compute(
+        self, layer: int, x: NDArray[np.float32], experts: NDArray[np.int32]
+    ) -> NDArray[np.float32] | None:
+        """f32 [pairs, hidden]: what each expert makes of its row of x; None: some are not in memory.
+
+        x f32 [pairs, hidden], experts i32 [pairs, 1], at most MOST_ROWS pairs.
+        """
+        with self._lock:
+            for expert in np.unique(experts):
+                key = layer * self.n_experts + int(expert)
+                if key not in self._assigned or self._cache.state_py(key) != "resident":
+                    return None
+            out = np.empty_like(x)
+            self._streamer.forward(layer, x, experts, self._weights[: len(x)], out)
+            return out
+
+    def _load(self) -> None:
+        """Reads what is assigned, in the order in which it lies on disk, whenever that has changed."""
+        done = 0
+        while True:
+            with self._told:
+                while self._generation == done and not self._closed:
+                    self._told.wait()
+                if self._closed:
+                    return
+                done = self._generation
+                sweep = self._sweep = Sweep(self._cache, self._reader, self._tables.reads)
+            keys = np.array(sorted(self._assigned), np.int64)
+            order = np.lexsort((self._tables.reads[keys, 0, 1], self._tables.reads[keys, 0, 0]))
+            sweep.run(keys[order])
+            try:
+                self._unchanged.check()
+            except MerError as error:
+                _log.error("%s: this shard computes nothing any more", error)
+                with self._lock:
+                    self._cache.unpin_set(self._assigned)
+                    self._assigned = frozenset()
+                return
+            _log.info("%d of %d assigned experts are in memory", len(self.held()), len(keys))
+
+    def close(self) -> None:
+        """Give everything back; nothing may be computed any more."""
+        with self._told:
+            self._closed = True
+            if self._sweep is not None:
+                self._sweep.stop()
+            self._told.notify()
+        self._loader.join()
+        with self._lock:
+            self._reader.close()
+            self._unchanged.close()

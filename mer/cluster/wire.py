@@ -1,0 +1,96 @@
+"""Messages between an engine and a shard: their limits, checksums and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mer.errors import MerError
+from mer.v1 import expert_pb2 as pb
+
+# Most rows that one message asks for: their activations, or outputs, are some megabytes.
+MOST_ROWS = 256
+# What a message takes beside activations, whatever their size: numbers, and names of held experts.
+_BESIDE = 1 << 20
+
+
+class WireError(MerError):
+    """A message that does not keep to protos/mer/v1/expert.proto, or was damaged on its way."""
+
+
+def most_bytes(hidden: int, n_keys: int) -> int:
+    """The limit of a message's size."""
+    return MOST_ROWS * hidden * 4 + n_keys * 5 + _BESIDE
+
+
+def make_rows(
+    number: int,
+    layer: int,
+    x: NDArray[np.float32],
+    experts: Sequence[int],
+    counts: Sequence[int],
+    tokens: NDArray[np.int32],
+) -> pb.Rows:
+    """A request for these rows; x f32 [T, hidden], of which it has only what it needs."""
+    wanted, places = np.unique(tokens, return_inverse=True)
+    rows = pb.Rows(id=number, layer=layer, experts=experts, counts=counts, tokens=places.tolist())
+    rows.x = np.ascontiguousarray(x[wanted], "<f4").tobytes()
+    rows.checksum = rows_checksum(rows)
+    return rows
+
+
+def cut(experts: Sequence[int], counts: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The same, in their order, as messages of at most MOST_ROWS; an expert may be in two."""
+    pieces: list[tuple[list[int], list[int]]] = [([], [])]
+    room = MOST_ROWS
+    for expert, count in zip(experts, counts, strict=True):
+        while count:
+            if not room:
+                pieces.append(([], []))
+                room = MOST_ROWS
+            part = min(count, room)
+            pieces[-1][0].append(expert)
+            pieces[-1][1].append(part)
+            count -= part
+            room -= part
+    return pieces
+
+
+def rows_checksum(rows: pb.Rows) -> int:
+    """Of what a request asks for."""
+    head = [rows.id & 0xFFFFFFFF, rows.layer, *rows.experts, *rows.counts, *rows.tokens]
+    return crc32(rows.x, crc32(np.array(head, "<u4").tobytes()))
+
+
+def outputs_checksum(number: int, rows: bytes) -> int:
+    """Of an answer."""
+    return crc32(rows, crc32(np.array([number & 0xFFFFFFFF], "<u4").tobytes()))
+
+
+def unpack(
+    rows: pb.Rows, hidden: Sequence[int], n_experts: int
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """(x f32 [pairs, hidden], the expert of each pair, i32 [pairs, 1]) of a request.
+
+    hidden: of each layer. Raises WireError for what can't be.
+    """
+    if rows_checksum(rows) != rows.checksum:
+        raise WireError("the checksum of the rows is wrong: they were damaged on their way")
+    if rows.layer >= len(hidden):
+        raise WireError(f"layer {rows.layer}: there are {len(hidden)} with experts")
+    width, counts, tokens = hidden[rows.layer], list(rows.counts), np.array(rows.tokens, np.int64)
+    if len(counts) != len(rows.experts) or not counts or min(counts) < 1 or sum(counts) != len(tokens):
+        raise WireError(
+            f"{len(rows.experts)} experts with {len(counts)} counts do not fit {len(tokens)} tokens"
+        )
+    if len(tokens) > MOST_ROWS:
+        raise WireError(f"{len(tokens)} rows in one message, at most {MOST_ROWS} are allowed")
+    if max(rows.experts) >= n_experts:
+        raise WireError(f"expert {max(rows.experts)}: a layer has {n_experts}")
+    if len(rows.x) % (4 * width) or not len(tokens) or tokens.max() * 4 * width >= len(rows.x):
+        raise WireError(f"{len(rows.x)} bytes of activations are no rows of {width} for these tokens")
+    x = np.frombuffer(rows.x, "<f4").reshape(-1, width)[tokens].astype(np.float32)
+    return x, np.repeat(np.array(rows.experts, np.int32), counts)[:, None]

@@ -1,0 +1,69 @@
+"""Engines whose experts are held by other processes: the bytes are those of one machine."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from engine_models import Logits, opened, prompt, write_text_model
+from shards import LONG, shard, with_peers
+
+from mer import SamplingParams
+from mer.cluster import peers as module
+
+GREEDY = SamplingParams(temperature=0, max_tokens=10, logprobs=20, ignore_eos=True)
+DRAWN = SamplingParams(temperature=1.0, seed=11, max_tokens=10, logprobs=20, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+PROMPTS = [prompt(n) for n in (70, 5, 33)]
+CALLS = [(ids, params) for params in (GREEDY, DRAWN) for ids in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_text_model(tmp_path_factory.mktemp("cluster") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """What one machine answers, with all in memory."""
+
+    async def ask():
+        async with opened(model) as engine:
+            return [await answer(engine, *call) for call in CALLS]
+
+    return asyncio.run(ask())
+
+
+async def answer(engine, ids, params):
+    result = await engine.generate(ids, params)
+    return result.token_ids, result.logprobs
+
+
+async def all_at_once(engine):
+    return await asyncio.gather(*(answer(engine, *call) for call in CALLS))
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """However busy the machine, peers are waited for."""
+    monkeypatch.setattr(module, "PATIENCE_NS", int(LONG * 1e9))
+
+
+@pytest.mark.usefixtures("patient")
+async def test_the_same_bytes_from_two_peers(model, expected, monkeypatch):
+    logits = Logits(monkeypatch)
+    async with opened(model) as engine:
+        await engine.generate(PROMPTS[0], GREEDY)
+        rows = logits.take(PROMPTS[0])
+    with shard(model) as one, shard(model) as two:
+        async with with_peers(model, one, two) as engine:
+            assert await answer(engine, *CALLS[0]) == expected[0]
+            assert logits.take(PROMPTS[0]) == rows
+            assert [await answer(engine, *call) for call in CALLS] == expected
+            assert await all_at_once(engine) == expected
+            now = engine.snapshot()
+            assert now.peer_hits > 100
+            assert all(peer.answers > 10 and peer.failures == 0 for peer in now.peers)
+        async with with_peers(model, one, two, step_tokens=7) as engine:
+            assert await all_at_once(engine) == expected
+        assert one.end() == two.end() == 0
