@@ -97,7 +97,7 @@ async def test_killed_and_started_again(model, expected, monkeypatch, caplog):
 
 
 async def test_frozen(model, expected, monkeypatch):
-    """Its experts are read from the own drive; it is used again when it thaws, and given up if it does not."""
+    """Its experts are read from the own drive; used again when it thaws, given up if it does not."""
     with shard(model) as one:
         async with with_peers(model, one) as engine:
             assert await streams(engine, 10, one.freeze) == expected

@@ -137,7 +137,7 @@ async def test_several_engines_and_prefix_hits(model):
 
 async def test_names_and_the_list_in_the_docs(model):
     """Prometheus' rules: a prefix, base units, _total on counters alone, a help text, sound histograms."""
-    async with Engine.open(model, context=64) as engine:
+    async with Engine.open(model, context=64, peers=["127.0.0.1:1"]) as engine:  # nobody is there
         metrics = Metrics(engine, "small")
         await engine.generate([1], SamplingParams(max_tokens=2))
         text = metrics.render()[0]

@@ -19,6 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from mer.api.access import REASONS
+from mer.cluster.state import PeerState
 from mer.engine.budget import resident_bytes
 from mer.engine.engine import Engine
 from mer.engine.observer import EndReason, Snapshot
@@ -105,6 +106,7 @@ class Metrics(Collector):
         yield from _memory(now)
         yield from _experts(now)
         yield from _gpu(now)
+        yield from _peers(now)
         yield from _time(now)
 
     def _requests(self, now: Snapshot) -> Iterable[Metric]:
@@ -253,6 +255,25 @@ def _gpu(now: Snapshot) -> Iterable[Metric]:
     yield _counter("mer_bus_bytes", "Bytes of both kinds of copies.", steps.bus_bytes)
 
 
+def _peers(now: Snapshot) -> Iterable[Metric]:
+    def each(value: Callable[[PeerState], int]) -> dict[str, int]:
+        return {peer.address: value(peer) for peer in now.peers}
+
+    up = each(lambda peer: int(peer.condition == "up"))
+    answers = each(lambda peer: peer.answers)
+    yield _gauges("mer_peer_up", "Whether the peer is asked for experts.", "peer", up)
+    yield _gauges("mer_peer_experts", "Experts that it holds.", "peer", each(lambda peer: peer.held))
+    yield _counters("mer_peer_answers", "Times it computed what a layer wanted of it.", "peer", answers)
+    late, failures = each(lambda peer: peer.late), each(lambda peer: peer.failures)
+    yield _counters("mer_peer_late_answers", "Those that came too late.", "peer", late)
+    yield _counters("mer_peer_failures", "Times it was lost or refused.", "peer", failures)
+    sent, received = each(lambda peer: peer.sent), each(lambda peer: peer.received)
+    yield _counters("mer_peer_sent_bytes", "Bytes of messages to it.", "peer", sent)
+    yield _counters("mer_peer_received_bytes", "Bytes of messages from it.", "peer", received)
+    yield _counter("mer_peer_hits", "Experts that peers computed.", now.peer_hits)
+    yield _counter("mer_peer_late_experts", "Experts for which the own drive was asked, too.", now.peer_late)
+
+
 def _time(now: Snapshot) -> Iterable[Metric]:
     yield _counter("mer_step_seconds", "Time in steps.", now.steps.step_s)
     yield _counter(
@@ -260,6 +281,7 @@ def _time(now: Snapshot) -> Iterable[Metric]:
     )
     yield _counter("mer_expert_compute_seconds", "Of it computing experts.", now.steps.expert_s)
     yield _counter("mer_gpu_wait_seconds", "Of it with the GPU alone at work.", now.steps.gpu_wait_s)
+    yield _counter("mer_peer_wait_seconds", "Of it with peers alone at work.", now.peer_wait_s)
 
 
 class _Histogram:

@@ -161,6 +161,8 @@ class Peers:
 
 def holders(held: list[frozenset[int]], n_keys: int) -> NDArray[np.int32]:
     """i32 [n_keys]: a peer that holds each expert, -1: none; of several each has its share."""
+    if not held:
+        return np.full(n_keys, -1, np.int32)
     there = np.zeros((len(held), n_keys), bool)
     for row, keys in zip(there, held, strict=True):
         row[list(keys)] = True

@@ -53,7 +53,9 @@ def place(
             homeless.append(key)
     for key in homeless:
         put(key, _least_loaded(key // n_experts, [peer for peer in capacities if free[peer]], load, free))
-    for key in order:  # once more, as long as there is room
+    stays = frozenset().union(*held.values())
+    again = sorted(order, key=lambda key: -float(heat.flat[key]) * (STAY if key in stays else 1.0))
+    for key in again:  # once more, as long as there is room
         while sum(free.values()):
             others = [peer for peer in capacities if free[peer] and key not in placed[peer]]
             if not others:

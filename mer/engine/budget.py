@@ -303,7 +303,7 @@ def _beside_gpu(spec: ModelSpec, tables: ExpertTables, step: int) -> int:
 
 
 def _beside_peers(spec: ModelSpec, tables: ExpertTables, step: int) -> int:
-    """Of the buffers, what is asked of other machines, and what they answer: as bytes, as messages, as sent."""
+    """Of the buffers, what other machines are asked and answer: as bytes, as messages, as sent."""
     import mer.cluster.peers  # noqa: F401 - what it takes itself is counted with the program
 
     pairs, row = step * spec.top_k, 4 * int(tables.layers[:, 3].max())
