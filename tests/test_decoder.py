@@ -272,6 +272,21 @@ def test_every_f16_value_is_kept(lib):
     np.testing.assert_array_equal(out, every)
 
 
+@pytest.mark.parametrize(
+    ("name", "needs"), [("portable", ()), ("f16c", ("avx2", "f16c")), ("avx512", ("avx512f",))]
+)
+def test_every_way_to_widen_f16(lib, name, needs):
+    """With infinities, and NaNs as the CPU's instruction has them: quiet."""
+    if not set(needs) <= set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip(f"this CPU has no {name}")
+    every = np.arange(0x10000, dtype=np.uint16)
+    every = every[~(np.isnan(every.view(np.float16)) & (every & 0x200 == 0))]
+    every = np.concatenate([every, np.zeros(-len(every) % 16, np.uint16)])
+    found = np.zeros(len(every), np.float32)
+    getattr(lib, f"mer_widen_{name}")(at(every), LONG(len(every)), at(found))
+    assert found.tobytes() == every.view(np.float16).astype(np.float32).tobytes()
+
+
 def test_f16_rounds_to_even_and_saturates(lib):
     values = np.random.default_rng(5).uniform(-30, 30, 4000)
     floats = (np.sign(values) * np.exp2(np.abs(values) - 20)).astype(np.float32)

@@ -151,6 +151,11 @@ MER_INLINE void end(const mer_attention *a, long t0, long t1, long h0, long h1, 
         }
 }
 
+/* Keys or values that are needed soon: blocks lie anywhere, so the CPU does not see them coming. */
+MER_INLINE void fetch(const char *part, size_t bytes) {
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(part + at);
+}
+
 MER_CLONES
 void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, long h0, long h1, int thread) {
     const size_t key_floats = MER_KV_BLOCK * (size_t)a->key_dim;
@@ -165,7 +170,13 @@ void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, 
     begin(a, t0, t1, h0, h1, max, sum);
 
     const long oldest = a->window && a->positions[t0] >= a->window ? a->positions[t0] - a->window + 1 : 0;
-    for (long b = oldest / MER_KV_BLOCK; b <= a->positions[t1 - 1] / MER_KV_BLOCK; b++) {
+    const long last = a->positions[t1 - 1] / MER_KV_BLOCK;
+    for (long b = oldest / MER_KV_BLOCK; b <= last; b++) {
+        if (b < last) {
+            const char *next = a->blocks + (size_t)table[b + 1] * a->block_bytes + kv_head * part;
+            fetch(next, part);
+            if (!a->latent) fetch(next + a->n_kv * part, part);
+        }
         const char *block = a->blocks + (size_t)table[b] * a->block_bytes + kv_head * part;
         const float *keys = as_floats(block, a->kv, a->key_dim, !a->latent, key_buffer);
         const float *values = keys;

@@ -8,6 +8,8 @@
 #define MER_KV_GROUP 32 /* elements of a key or value that share a scale in Q8_0; the last group may be shorter */
 
 uint16_t mer_float_to_half(float f);
+/* n a multiple of 16. */
+void mer_widen(const uint16_t *h, long n, float *to);
 uint16_t mer_quantise_group(const float *x, long n, int8_t *q, long step);
 
 /* F16 without F16C and without branches, so that every clone vectorises it; exact, infinities included. */
@@ -30,8 +32,7 @@ MER_INLINE const float *as_floats(const char *part, int kv, long dim, int by_ele
     const long n = MER_KV_BLOCK * dim;
     if (kv == MER_KV_F32) return (const float *)part;
     if (kv == MER_KV_F16) {
-        const uint16_t *h = (const uint16_t *)part;
-        for (long i = 0; i < n; i++) to[i] = half_to_float(h[i]);
+        mer_widen((const uint16_t *)part, n, to);
         return to;
     }
     const int8_t *q = (const int8_t *)part;
