@@ -31,7 +31,7 @@ from mer.api.http.server import HttpServer
 from mer.api.http.service import Service
 from mer.api.settings import ServerSettings
 from mer.demo import model_path
-from mer.engine.mailbox import Mailbox
+from mer.engine.mailbox import Mailbox, wake
 from mer.engine.stats import StepStats
 
 _PROMPT = [1, 2, 3]
@@ -50,11 +50,13 @@ class Ticker:
         while True:
             time.sleep(self._pace)
             with self._lock:
+                boxes = list(self._streams)
                 for box, left in list(self._streams.items()):
                     box.put(_piece(last=left == 1))
                     self._streams[box] = left - 1
                     if left == 1:
                         del self._streams[box]
+                wake(boxes)
 
     async def stream(self, prompt: Any, params: SamplingParams | None = None) -> AsyncGenerator[Delta, None]:
         """As Engine.stream."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Final, Generic, TypeVar
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, Final, Generic, TypeVar
 
 _T = TypeVar("_T")
 
@@ -26,14 +28,12 @@ class Mailbox(Generic[_T]):
         self._held_up = False
 
     def put(self, item: _T | BaseException) -> bool:
-        """From the other thread. An exception is raised by `get`. False: nobody will, the loop is closed."""
+        """From the other thread, which is to `wake` the reader. An exception is raised by `get`.
+
+        False: nobody will read it, the loop is closed.
+        """
         self._items.append(item)
-        if not self._filled.is_set():
-            try:
-                self._loop.call_soon_threadsafe(self._filled.set)
-            except RuntimeError:
-                return False
-        return True
+        return not self._loop.is_closed()
 
     def hold_up(self) -> bool:
         """From the other thread: whether the reader is too far behind; `caught_up` will tell when no more."""
@@ -60,3 +60,22 @@ class Mailbox(Generic[_T]):
             return False
         self._held_up = False
         return True
+
+
+def wake(mailboxes: Iterable[Mailbox[Any]]) -> None:
+    """From the other thread: the readers are to look; each of their event loops is told once.
+
+    Told for every item, the loop would want Python's lock before the items of others are made.
+    """
+    waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    for mailbox in mailboxes:
+        if not mailbox._filled.is_set():
+            waiting.setdefault(mailbox._loop, []).append(mailbox._filled)
+    for loop, events in waiting.items():
+        with suppress(RuntimeError):  # it was closed: the next `put` says so
+            loop.call_soon_threadsafe(_set, events)
+
+
+def _set(events: list[asyncio.Event]) -> None:
+    for event in events:
+        event.set()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from attrs import astuple, frozen
+from operator import add, attrgetter, sub
+from typing import Final
+
+from attrs import fields, frozen
 
 
 @frozen
@@ -45,10 +48,14 @@ class StepStats:
         return (self.vram_hits + self.vram_passed) / max(self.vram_hits + self.hits + self.misses, 1)
 
     def __sub__(self, other: StepStats) -> StepStats:
-        return StepStats(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return StepStats(*map(sub, _values(self), _values(other)))
 
     def __add__(self, other: StepStats) -> StepStats:
-        return StepStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return StepStats(*map(add, _values(self), _values(other)))
+
+
+# Not attrs.astuple, which looks into every value: each request of each step adds up its own.
+_values: Final = attrgetter(*(field.name for field in fields(StepStats)))
 
 
 @frozen(kw_only=True)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mer.engine.drafting import Drafting
+from mer.engine.mailbox import Mailbox, wake
 from mer.engine.observer import EndReason, Observer
 from mer.engine.pace import Pace
 from mer.engine.prefix_store import PrefixStore
@@ -65,6 +66,7 @@ class Worker:
         self._here = 0  # requests submitted and not over; changes under the lock
         self._lock = threading.Lock()
         self._jobs: set[Job] = set()
+        self._unread: list[Mailbox[Any]] = []  # something was put into them, and nobody was told yet
         self._last_end: float | None = None
         self._end_gap = 1.0  # seconds from one request's end to the next, about
         self._thread = threading.Thread(target=self._run, name="mer-step", daemon=True)
@@ -161,17 +163,20 @@ class Worker:
             while not self._closing or self._scheduler:
                 self._obey(wait=idle and not (self._closing and not self._scheduler))
                 self._expire()
+                self._wake()
                 chunks = self._scheduler.schedule(self._pace.room)
                 for load in self._scheduler.take_loads():
                     self._fetch(load)
                 idle = not chunks
                 if chunks:
                     self._step(self._with_drafts(chunks))
+                    self._wake()
         except BaseException as error:
             _log.exception("the engine's thread ended")
             self._closing = True
             self.failure = f"the engine stopped by an error inside mer: {error!r}"
             self._fail(list(self._jobs), MerError(self.failure))
+        self._wake()
         with self._lock:
             self._ended = True
         self._obey(wait=False)  # who came too late is told so
@@ -232,6 +237,15 @@ class Worker:
     def _put(self, job: Job, item: Any) -> None:
         if not job.mailbox.put(item):
             self._remove(job, "cancelled")
+        elif self._ended:  # who is on another thread
+            wake([job.mailbox])
+        else:
+            self._unread.append(job.mailbox)
+
+    def _wake(self) -> None:
+        """Tell the readers of what was put."""
+        wake(self._unread)
+        self._unread.clear()
 
     def _gone(self) -> None:
         with self._lock:
@@ -313,6 +327,7 @@ class Worker:
                 _log.exception("a request ended")
                 self._fail([job], MerError(f"the request ended by an error inside mer: {error!r}"))
             token, row = token + chunk.width, row + n_rows
+        self._wake()
         if self._drafting is not None:
             self._set_back(chunks, [start for start, *_ in starts], self._drafting)
             drafted = sum(len(chunk.draft) for chunk in chunks)
