@@ -98,7 +98,7 @@ async def test_refusals_are_counted_by_reason(model):
         if name.startswith("mer_requests_refused_total")
     }
     assert counts == {"auth": 1, "host": 1, "invalid": 2, "too_large": 1, "rate_limit": 2, "queue_full": 0,
-                      "loading": 0, "shutting_down": 0}  # fmt: skip
+                      "loading": 0, "shutting_down": 0, "engine_failed": 0}  # fmt: skip
 
 
 async def test_refused_calls_are_counted_as_well(model):
