@@ -149,3 +149,68 @@ def test_a_cache_for_other_layers(model: Model) -> None:
                 ValueError, match=f"the cache is made for {layers} layers and {experts} experts"
             ):
                 Streamed(model, cache=cache, reader=reader)
+
+
+# --- before a step
+
+
+def likely_of(model: Model, tokens: int, seed: int, layers: int = LAYERS) -> np.ndarray:
+    return np.stack([model.inputs(layer, tokens, seed)[1] for layer in range(layers)])
+
+
+@pytest.mark.parametrize("guess", ["right", "wrong", "nonsense"])
+@pytest.mark.parametrize("slots", [1, TOP_K + 2, LAYERS * EXPERTS])
+@pytest.mark.parametrize("backend", ["uring", "preadv", "buffered"])
+def test_the_same_bytes_with_likely_experts(model: Model, backend: str, slots: int, guess: str) -> None:
+    rng = np.random.default_rng(slots)
+    with open_reader(model, backend, queue_depth=2) as reader:
+        streamed = Streamed(model, cache=cache_of(model, slots, "lru"), reader=reader, prefetch=4)
+        for seed, tokens in enumerate([1, 2, 1, 7, 1]):
+            likely = likely_of(model, tokens, seed)
+            if guess == "wrong":
+                likely = EXPERTS - 1 - likely
+            elif guess == "nonsense":
+                likely = rng.integers(-5, EXPERTS + 5, likely.shape)
+            streamed.streamer.prefetcher.read_likely(likely[:, :1].astype(np.int32).copy())
+            streamed.streamer.prefetcher.read_likely(likely.astype(np.int32))
+            walk(model, streamed, tokens, seed, guess)
+        stats = streamed.streamer.stats()
+        assert 0 < stats["prefetched_early"] <= stats["prefetched"] or slots == LAYERS * EXPERTS
+        streamed.streamer.settle()
+        assert_idle(streamed.cache)
+
+
+def test_likely_experts_are_there_when_they_are_wanted(model: Model) -> None:
+    """Those that are known, layer by layer, as far as there is room; what is there is not read again."""
+    streamed = Streamed(model, prefetch=2 * TOP_K - 1)
+    with streamed.reader:
+        likely = likely_of(model, 1, 0)
+        likely[0, 0, 0] = -1
+        for _ in range(2):
+            streamed.streamer.prefetcher.read_likely(likely)
+        for layer in range(LAYERS):
+            streamed.check(layer, 1)
+        stats = streamed.streamer.stats()
+    assert stats["prefetched"] == stats["prefetched_early"] == stats["prefetch_used"] == 2 * TOP_K - 1
+    assert stats["misses"] == LAYERS * TOP_K - (2 * TOP_K - 1)
+
+
+def test_likely_experts_that_never_are_wanted_are_given_up(model: Model) -> None:
+    """Of the layers whose reads are wrong, and of those behind them; not of those before."""
+    streamed = Streamed(model, cache=cache_of(model, LAYERS * TOP_K, "lru"), prefetch=LAYERS * TOP_K)
+    with streamed.reader:
+        for seed in range(60):
+            likely = likely_of(model, 1, seed)
+            for layer in range(1, LAYERS):
+                others = np.setdiff1d(np.arange(EXPERTS), likely[layer])
+                likely[layer] = np.roll(others, seed)[:TOP_K]
+            streamed.streamer.prefetcher.read_likely(likely)
+            streamed.streamer.settle()
+            walk(model, streamed, 1, seed, "right")
+        assert streamed.streamer.prefetcher.early_layers == 1
+
+
+def test_the_shape_of_likely_experts_is_checked(model: Model) -> None:
+    streamed = Streamed(model, prefetch=1)
+    with streamed.reader, pytest.raises(ValueError, match="likely"):
+        streamed.streamer.prefetcher.read_likely(np.zeros((1, 2, TOP_K + 1), np.int32))

@@ -22,7 +22,7 @@ cdef class ExpertStreamer:
     cdef ExpertCache cache
     cdef Reader reader
     cdef Mixture mixture               # the arithmetic
-    cdef Prefetcher prefetcher         # None: nothing is read ahead
+    cdef readonly Prefetcher prefetcher  # None: nothing is read ahead
     cdef VramTier vram                 # None: there is no tier above the cache
     cdef RemoteTier remote             # None: no other machine has experts
     cdef Recorder recorder             # None: nothing is recorded

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from mer._ext.cache import ExpertCache
 from mer._ext.device import Device
 from mer._ext.kernels import Kernels, Pool
+from mer._ext.prefetch import Prefetcher
 from mer._ext.recorder import Recorder
 from mer._ext.remote import Peers, RemoteTier
 from mer._ext.uring import Reader
@@ -20,6 +21,7 @@ class ExpertStreamer:
     top_k: int
     max_tokens: int
     max_reads: int
+    prefetcher: Prefetcher | None
     scratch_bytes: int
     def __init__(
         self,

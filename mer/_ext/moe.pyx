@@ -28,7 +28,7 @@ from mer._ext.vram cimport VramTier
 from mer._ext.uring cimport MER_IO_DEMAND, Reader, ReadOp, mer_read_done
 
 from mer._ext.mixture import mixture_bytes
-from mer._ext.prefetch import NOTHING_AHEAD
+from mer._ext.prefetch import EARLY_LAYERS, NOTHING_AHEAD
 from mer._ext.remote import NO_PEERS
 from mer._ext.vram import NO_VRAM
 from mer.errors import BudgetError
@@ -108,7 +108,7 @@ cdef class ExpertStreamer:
             self.add_expert(i, reads[i], matrices[i])
         if prefetch:
             self.prefetcher = Prefetcher(cache, reader, self.max_reads, prefetch, self.n_experts, top_k,
-                                         max_tokens * top_k)
+                                         max_tokens * top_k, min(self.n_layers, EARLY_LAYERS))
             self.prefetcher.plans = self.reads
 
     def __dealloc__(self):
@@ -477,7 +477,9 @@ cdef class ExpertStreamer:
         and experts found in the cache (hits) or read (misses), each counted once a call.
 
         An expert that is on its way because it was read ahead counts as found. For the rest see StepStats,
-        VramTier.stats() and RemoteTier.stats(); prefetch_depth: how many guesses of a token are read ahead now; prefetching: experts on their way.
+        VramTier.stats() and RemoteTier.stats(); prefetch_depth: how many guesses of a token are read ahead now;
+        prefetched_early: of the experts read ahead those before a step, early_layers: of how many layers now;
+        prefetching: experts on their way.
         """
         ahead = NOTHING_AHEAD if self.prefetcher is None else self.prefetcher.stats()
         return {

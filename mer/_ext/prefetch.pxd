@@ -49,11 +49,18 @@ cdef class Prefetcher:
     cdef int64_t *asked_rank           # [capacity] as which guess,
     cdef int64_t *asked_place          # [capacity] and where in `keys` that was
     cdef int64_t n_asked
+    # The same of what was asked for before a step, until the layer that it was for has had its turn
+    cdef readonly AheadDepth early     # of how many layers; its ranks are layers
+    cdef int64_t *early_key            # [capacity]
+    cdef int64_t *early_place          # [capacity]
+    cdef int64_t n_early
+    cdef bint stepped                  # a layer has had its turn since
     cdef int32_t *guesses              # [most pairs] what the next layer was expected to choose
     cdef int64_t guessed_base, n_guesses
     cdef readonly int64_t under_way    # experts whose reads have not been collected
     # totals: experts read ahead, and wanted then; their bytes; guesses, and right ones
-    cdef readonly int64_t issued, useful, failed, bytes_read, useful_bytes, guessed, right
+    # early: of the experts, those read before a step
+    cdef readonly int64_t issued, early_issued, useful, failed, bytes_read, useful_bytes, guessed, right
 
     # Ends the reads that are over: their experts are resident from then on, and nobody's pin is left.
     cdef void collect(self) noexcept nogil
@@ -66,6 +73,10 @@ cdef class Prefetcher:
     cdef void judge(self, int64_t base, const int32_t *ids, int64_t tokens, const int64_t *first) noexcept nogil
     # Reads ahead of what ahead[tokens, top_k] guesses of the layer at `base`: every token's likeliest first.
     cdef void look_ahead(self, int64_t base, const int32_t *ahead, int64_t tokens) noexcept nogil
+    # Before a step whose tokens will probably choose likely[layers, tokens, top_k] in the first layers; -1: not known.
+    cdef void before_step(self, const int32_t *likely, int64_t layers, int64_t tokens) noexcept nogil
+    cdef void judge_early(self, int64_t base, const int64_t *first, bint demand) noexcept nogil
+    cdef int outcome(self, int64_t key, int64_t place, bint wanted, bint demand) noexcept nogil
     cdef bint ask(self, int64_t key, int64_t rank) noexcept nogil
     cdef bint reads(self, int64_t i) noexcept nogil
     cdef bint is_chunk(self, int64_t tokens) noexcept nogil

@@ -1,7 +1,11 @@
+import numpy as np
+from numpy.typing import NDArray
+
 from mer._ext.ahead import AheadDepth
 from mer._ext.cache import ExpertCache
 from mer._ext.uring import Reader
 
+EARLY_LAYERS: int
 NOTHING_AHEAD: dict[str, int]
 
 class Prefetcher:
@@ -14,6 +18,8 @@ class Prefetcher:
     guessed: int
     right: int
     depth: AheadDepth
+    early: AheadDepth
+    early_issued: int
     def __init__(
         self,
         cache: ExpertCache,
@@ -23,5 +29,9 @@ class Prefetcher:
         n_experts: int,
         top_k: int,
         most_pairs: int,
+        early_layers: int,
     ) -> None: ...
+    @property
+    def early_layers(self) -> int: ...
+    def read_likely(self, likely: NDArray[np.int32]) -> None: ...
     def stats(self) -> dict[str, int]: ...

@@ -13,31 +13,37 @@ from mer._ext.cache cimport ACQ_HIT, ACQ_MISS, STATE_ABSENT, STATE_RESIDENT
 from mer._ext.recorder cimport SPAN_READ_AHEAD, now
 from mer._ext.uring cimport MER_IO_PREFETCH, mer_read_done
 
+# Of so many layers, from the first, what a step will probably want is read before it.
+EARLY_LAYERS = 4
+
 # The statistics where nothing is read ahead
 NOTHING_AHEAD = dict.fromkeys(("prefetched", "prefetch_used", "prefetch_bytes", "prefetch_used_bytes", "guesses",
-                               "guesses_right", "prefetch_depth", "prefetching"), 0)
+                               "guesses_right", "prefetch_depth", "prefetched_early", "early_layers", "prefetching"), 0)
 
 
 @cython.no_gc_clear  # it waits for the reader when it goes
 cdef class Prefetcher:
     """At most `capacity` experts are under way at a time, which tokens of up to `most_pairs` choices ask for.
 
-    n_experts: of a layer. top_k: choices of a token.
+    n_experts: of a layer. top_k: choices of a token. early_layers: of so many, from the first, what is likely may be
+    known before a step.
     """
 
     def __cinit__(self, ExpertCache cache not None, Reader reader not None, int64_t max_reads, int64_t capacity,
-                  int64_t n_experts, int64_t top_k, int64_t most_pairs):
+                  int64_t n_experts, int64_t top_k, int64_t most_pairs, int64_t early_layers):
         cdef int64_t i
         self.cache, self.reader = cache, reader
         self.max_reads, self.capacity, self.n_experts, self.top_k = max_reads, capacity, n_experts, top_k
-        self.depth = AheadDepth(top_k)
+        self.depth, self.early = AheadDepth(top_k), AheadDepth(early_layers)
         self.guessed_base = -1
         self.ops = <ReadOp *>calloc(capacity * max_reads, sizeof(ReadOp))
         self.keys = <int64_t *>calloc(capacity, sizeof(int64_t))
         self.asked = <int64_t *>calloc(capacity, sizeof(int64_t))
         self.unused = <uint8_t *>calloc(cache.n_experts, 1)
-        self.asked_key = <int64_t *>calloc(3 * capacity + 3, sizeof(int64_t))
-        self.asked_rank, self.asked_place = self.asked_key + capacity, self.asked_key + 2 * capacity
+        # One more: `ask` writes a place before it is known whether that counts.
+        self.asked_key = <int64_t *>calloc(5 * capacity + 1, sizeof(int64_t))
+        self.early_key, self.early_place = self.asked_key + capacity, self.asked_key + 2 * capacity
+        self.asked_rank, self.asked_place = self.asked_key + 3 * capacity, self.asked_key + 4 * capacity
         self.guesses = <int32_t *>calloc(most_pairs, sizeof(int32_t))
         if (self.ops is NULL or self.keys is NULL or self.asked is NULL or self.unused is NULL
                 or self.asked_key is NULL or self.guesses is NULL):
@@ -102,14 +108,15 @@ cdef class Prefetcher:
 
     cdef void judge(self, int64_t base, const int32_t *ids, int64_t tokens, const int64_t *first) noexcept nogil:
         cdef int64_t i, k, e, pairs = tokens * self.top_k
-        cdef bint demand = False, wanted, late
+        cdef bint demand = False
         if self.guessed_base == base and self.n_guesses == pairs:
             for i in range(pairs):
                 for k in range(i - i % self.top_k, i - i % self.top_k + self.top_k):
                     self.right += ids[k] == self.guesses[i]
             self.guessed += pairs
         self.guessed_base = -1
-        if self.n_asked:
+        self.stepped = True
+        if self.n_asked or self.n_early:
             self.reader.wait(0)
             for e in range(self.n_experts):
                 demand = demand or (first[e + 1] > first[e] and self.cache.state(base + e) == STATE_ABSENT)
@@ -117,15 +124,49 @@ cdef class Prefetcher:
             e = self.asked_key[i] - base
             if not 0 <= e < self.n_experts:
                 break                          # the layer that they were for never had its turn
-            wanted = first[e + 1] > first[e]
-            late = self.keys[self.asked_place[i]] == self.asked_key[i] and self.reads(self.asked_place[i])
-            if wanted:
-                self.depth.note(self.asked_rank[i], AHEAD_LATE if late else AHEAD_IN_TIME)
-            else:
-                self.depth.note(self.asked_rank[i], AHEAD_IN_THE_WAY if late and demand else AHEAD_SPARE)
+            self.depth.note(self.asked_rank[i], self.outcome(self.asked_key[i], self.asked_place[i],
+                                                             first[e + 1] > first[e], demand))
         self.n_asked = 0
+        self.judge_early(base, first, demand)
         if not self.is_chunk(tokens):
             self.depth.tick()
+            if base == 0:
+                self.early.tick()
+
+    cdef void judge_early(self, int64_t base, const int64_t *first, bint demand) noexcept nogil:
+        cdef int64_t i, e, left = 0
+        for i in range(self.n_early):
+            e = self.early_key[i] - base
+            if 0 <= e < self.n_experts:
+                self.early.note(base // self.n_experts, self.outcome(self.early_key[i], self.early_place[i],
+                                                                     first[e + 1] > first[e], demand))
+            else:
+                self.early_key[left], self.early_place[left] = self.early_key[i], self.early_place[i]
+                left += 1
+        self.n_early = left
+
+    cdef int outcome(self, int64_t key, int64_t place, bint wanted, bint demand) noexcept nogil:
+        """What became of a read, at its layer's turn. demand: whether the layer has to read itself."""
+        cdef bint late = self.keys[place] == key and self.reads(place)
+        if wanted:
+            return AHEAD_LATE if late else AHEAD_IN_TIME
+        return AHEAD_IN_THE_WAY if late and demand else AHEAD_SPARE
+
+    cdef void before_step(self, const int32_t *likely, int64_t layers, int64_t tokens) noexcept nogil:
+        cdef int64_t layer, i, key
+        self.collect()
+        if self.stepped:
+            self.n_early, self.stepped = 0, False
+        for layer in range(min(layers, self.early.depth)):
+            for i in range(layer * tokens * self.top_k, (layer + 1) * tokens * self.top_k):
+                if self.n_early == self.capacity or self.under_way == self.capacity:
+                    return
+                key = layer * self.n_experts + likely[i]
+                if 0 <= likely[i] < self.n_experts and self.ask(key, 0):
+                    self.early_key[self.n_early] = key
+                    self.early_place[self.n_early] = self.asked_place[self.n_asked]
+                    self.n_early += 1
+                    self.early_issued += 1
 
     cdef bint reads(self, int64_t i) noexcept nogil:
         """Whether reads of a place are still under way."""
@@ -194,6 +235,21 @@ cdef class Prefetcher:
             self.useful_bytes += plan_bytes(&self.plans[key * self.max_reads], self.max_reads)
         self.unused[key] = 0
 
+    @property
+    def early_layers(self):
+        """Of how many layers it is worth knowing before a step what they will want, from the first."""
+        return self.early.depth
+
+    def read_likely(self, const int32_t[:, :, ::1] likely):
+        """Read ahead what the next step will probably want, i32 [layers, T, top_k]; -1: not known.
+
+        Called where the device has nothing to do. It changes no result. Raises ValueError for another shape.
+        """
+        if likely.shape[2] != self.top_k or not 0 < likely.shape[0] <= self.early.limit or not likely.shape[1]:
+            raise ValueError(f"likely must be [1 to {self.early.limit} layers, tokens, {self.top_k}]")
+        with nogil:
+            self.before_step(&likely[0, 0, 0], likely.shape[0], likely.shape[1])
+
     def stats(self):
         """Totals since the start, as ExpertStreamer.stats() explains them, and the depth now."""
         return {
@@ -204,5 +260,7 @@ cdef class Prefetcher:
             "guesses": self.guessed,
             "guesses_right": self.right,
             "prefetch_depth": self.depth.depth,
+            "prefetched_early": self.early_issued,
+            "early_layers": self.early.depth,
             "prefetching": self.under_way,
         }

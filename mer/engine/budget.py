@@ -19,6 +19,7 @@ from mer.config import EngineConfig
 from mer.engine.blocks import blocks_for
 from mer.engine.constraint import constraint_bytes
 from mer.engine.draft import DraftShape, DraftSource
+from mer.engine.likely import LikelyExperts
 from mer.engine.prefix_store import buffer_bytes
 from mer.engine.speculation import MOST_DRAFTED
 from mer.engine.states import IMAGES
@@ -241,6 +242,7 @@ def _divide(
         Forward.scratch_bytes(spec, step, rows, threads)
         + (scratch_bytes(tables.layers, tables.reads, spec.top_k, step) if tables.total else 0)
         + tables.total * (tables.n_experts + 64)  # what the cache's policy knows of each expert
+        + (LikelyExperts.nbytes(spec) if tables.total and drafts(config) else 0)
         + (_beside_gpu(spec, tables, step) if tables.total and uses_gpu(config) else 0)
         + (_beside_peers(spec, tables, step) if tables.total and config.peers else 0)
         + _of_process(spec)

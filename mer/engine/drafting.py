@@ -86,8 +86,14 @@ class Drafting:
         self._idle = 0  # steps in a row for which engines offered drafts, and nothing was wanted
         self._asleep = 0  # steps until they are asked again
 
-    def prepare(self, requests: list[Request], room: int) -> list[list[int]]:
-        """Of each, what the next step had better verify, of `room` tokens in all."""
+    def prepare(
+        self, requests: list[Request], room: int, expect: Callable[[list[int]], None] = lambda _: None
+    ) -> list[list[int]]:
+        """Of each, what the next step had better verify, of `room` tokens in all.
+
+        expect: see Runner.expect; called with the tokens behind which an engine is to draft, while the
+        drive has nothing to do.
+        """
         if not self.speculation.ready(len(requests)):
             return [[] for _ in requests]
         drafts = [request.propose(MOST_DRAFTED) for request in requests]
@@ -111,7 +117,7 @@ class Drafting:
         for request, draft in zip(requests, drafts, strict=True):
             request.draft_kind = 0 if draft is None else draft.kind
         for at in range(len(self._engines)):
-            self._ask(at, requests, behind, choices, found)
+            self._ask(at, requests, behind, choices, found, expect)
         return found
 
     def _doze(self, offers: list[Offer], choices: list[Choice]) -> None:
@@ -130,6 +136,7 @@ class Drafting:
         behind: list[list[int | None]],
         choices: list[Choice],
         found: list[list[int]],
+        expect: Callable[[list[int]], None],
     ) -> None:
         """Put what this engine drafts for those for whom it was chosen in the place of what was found."""
         chosen = [i for i, choice in enumerate(choices) if choice.engine == at and choice.length]
@@ -139,6 +146,7 @@ class Drafting:
         ready = [i for i in chosen if i not in late]
         if not ready:
             return
+        expect([requests[i].tokens[-1] for i in ready])
         lengths = [min(choices[i].length, requests[i].room) for i in ready]
         for i, tokens in zip(ready, self._propose(at, [requests[i] for i in ready], lengths), strict=True):
             found[i] = tokens

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from mer._ext.cpus import numa_nodes
 from mer._ext.device import Device
 from mer._ext.kernels import Kernels, Pool, interleave
+from mer._ext.prefetch import Prefetcher
 from mer._ext.uring import Reader
 from mer.config import EngineConfig
 from mer.engine import budget as budgets
 from mer.engine import placing
 from mer.engine.budget import Budget
 from mer.engine.draft import DraftSource
+from mer.engine.likely import LikelyExperts
 from mer.engine.placing import ALONE, OnDevice
 from mer.engine.routed import RoutedExperts, extra_experts
 from mer.engine.scheduler import Chunk
@@ -65,6 +67,7 @@ class Runner:
     profile: Profile | None = None
     device: Device | None = None
     placement: Placement = ON_THE_CPU
+    _likely: LikelyExperts | None = field(default=None, alias="likely")
     _step_s: float = field(default=0.0, init=False)
     _left: str | None = field(default=None, init=False)  # why its dense part left the GPU
     _told: bool = field(default=False, init=False)  # that the GPU was lost
@@ -125,6 +128,7 @@ class Runner:
         Raises CheckpointError, ConfigError, DeviceReadError or GpuError.
         """
         profile: Profile | None = None
+        likely: LikelyExperts | None = None
         kernels, pool = _kernels(checkpoint, gpu.device), pool or Pool(budget.threads)
         spec = architecture.spec
         spec = spec.reaching(min(spec.max_positions, budget.context))
@@ -155,6 +159,7 @@ class Runner:
                 forward.keep_inputs(budget.rows)
             if spec.router and budgets.drafts(config):
                 forward.routes = np.zeros((spec.n_moe_layers, budget.rows, spec.top_k), np.int32)
+                likely = LikelyExperts(spec)
             if config.trace is not None:
                 if spec.router is None:
                     raise ConfigError("trace: this is a dense model, no token chooses experts; leave it out")
@@ -178,7 +183,7 @@ class Runner:
             raise
         made = cls(
             checkpoint, spec, budget, reader, experts, kernels.isa, pool, architecture, forward,
-            unchanged, profile, gpu.device, gpu.placement,
+            unchanged, profile, gpu.device, gpu.placement, likely,
         )  # fmt: skip
         if (vram := made.vram) is not None:
             _log.info("on the GPU, %s", vram.told(budget.experts))
@@ -345,6 +350,7 @@ class Runner:
         )
         try:
             logits = self._forward.step(batch)
+            self._learn(batch.tokens)
             reads = self.reader.stats()["ops"]
             if reads != self._reads:
                 self._unchanged.check()
@@ -359,6 +365,27 @@ class Runner:
             self._step_s += (time.monotonic_ns() - started) / 1e9
             if self.profile is not None:
                 self.profile.step(started, len(tokens), len(chunks))
+
+    def expect(self, tokens: list[int]) -> None:
+        """The next step will compute these, the surest first: read ahead what they probably want."""
+        prefetcher = self._early_reader
+        if self._likely is not None and prefetcher is not None:
+            prefetcher.read_likely(self._likely.of(tokens, prefetcher.early_layers))
+
+    def _learn(self, tokens: NDArray[np.int32]) -> None:
+        likely, routes = self._likely, self._forward.routes
+        if likely is None or routes is None or len(tokens) > routes.shape[1] or self._early_reader is None:
+            return
+        likely.learn(tokens, routes)
+
+    @property
+    def _early_reader(self) -> Prefetcher | None:
+        """What reads experts before a step; None where that is not worth it, or all are in memory."""
+        experts = self.experts
+        if experts is None or not experts.look_ahead:
+            return None
+        prefetcher = experts.streamer.prefetcher
+        return prefetcher if prefetcher is not None and prefetcher.early_layers else None
 
     def replay(self, spans: list[tuple[int, int, int, int]]) -> None:
         """Of the last step, take some tokens of some sequences into their recurrent states again.

@@ -261,7 +261,11 @@ class Worker:
         room = self._scheduler.draft_room(chunks)
         if self._drafting is None or not room or len(requests) < len(chunks):
             return chunks
-        return self._scheduler.with_drafts(chunks, self._drafting.prepare(requests, room))
+        drafts = self._drafting.prepare(requests, room, self._runner.expect)
+        chunks = self._scheduler.with_drafts(chunks, drafts)
+        if any(chunk.draft for chunk in chunks):
+            self._runner.expect([token for chunk in chunks for token in chunk.tokens])
+        return chunks
 
     def _step(self, chunks: list[Chunk]) -> bool:
         """False: the GPU was lost, everybody is computed again, and these chunks are of no use any more."""
