@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mer.engine.drafting import Drafting
 from mer.engine.speculation import DRAFT_MODEL, MOST_DRAFTED, TIED, Offer, Record, Speculation
 
 KINDS = (TIED, DRAFT_MODEL)
@@ -97,3 +100,31 @@ def test_a_few_unlucky_drafts_do_not_silence_a_head_for_ever(seed):
     )
     assert speculation.accepted > 2000
     assert plain / took > 1.2
+
+
+def test_a_draft_that_somebody_else_delayed_is_not_held_against_drafts():
+    speculation = Speculation(1)
+    for _ in range(20):
+        speculation.observe(1, 0, 0, 1.0)
+    for seconds in (0.1, 0.1, 0.1, 5.0):
+        speculation.proposed(0, 1, 2, seconds)
+    assert speculation.ready(1)
+    for _ in range(8):  # but one that is slow is
+        speculation.proposed(0, 1, 2, 5.0)
+    assert not speculation.ready(1)
+
+
+def test_time_that_others_had_is_no_cost_of_looking_on():
+    class Looking:
+        kind, name = TIED, "one that waits for the processor"
+
+        def observe(self, chunks, hidden):
+            time.sleep(0.02)
+
+    speculation = Speculation(1)
+    drafting = Drafting([Looking()], speculation)
+    for _ in range(20):
+        speculation.observe(1, 0, 0, 0.005)
+    for _ in range(5):
+        drafting.observe([], SimpleNamespace(states=None))
+    assert speculation.ready(1)

@@ -33,6 +33,8 @@ _REFRESH: Final = 32  # steps until one without drafts is measured again
 _PAUSE: Final = 64
 _LONGEST_PAUSE: Final = 4096
 _PROBES: Final = 8
+# A draft that took so many times as long as usual: somebody else had the processor meanwhile.
+_ACCIDENT: Final = 2.0
 # What may be lost: so many plain steps at first, and this part of the time that they take.
 _TRIES: Final = 4.0
 _LOSS: Final = 0.01
@@ -255,12 +257,13 @@ class Speculation:
 
     def proposed(self, engine: int, sequences: int, depth: int, seconds: float) -> None:
         """It took so long to draft `depth` tokens of each of so many sequences."""
-        if self._proposed[engine]:  # the first time its weights may not be in memory yet
-            self._prices[engine].observe(sequences, seconds / depth)
+        if self._proposed[engine]:  # the first time its weights may not be in memory yet: that is warming up
+            prices = self._prices[engine]
+            prices.observe(sequences, seconds / depth)
+            self.spend(min(seconds, _ACCIDENT * depth * prices(sequences)))
         self._proposed[engine] = True
         self._silent[engine] = 0
         self._probes[engine] = max(self._probes[engine] - 1, 0)
-        self.spend(seconds)
 
     def spend(self, seconds: float) -> None:
         """Drafting took so long."""
