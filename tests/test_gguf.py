@@ -1,6 +1,10 @@
 """Reading GGUF headers: against the gguf package, and what a damaged or hostile file can do."""
 
+import math
+import os
 import struct
+import tracemalloc
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -10,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mer.errors import CheckpointError, MerError
+from mer.model import families
 from mer.weights.checkpoint import open_checkpoint
 from mer.weights.gguf import TYPES, read_gguf
 
@@ -97,6 +102,93 @@ def test_a_large_vocabulary_costs_nothing_until_it_is_asked_for(tmp_path):
     writer.close()
     metadata = read_gguf(tmp_path / "model.gguf").metadata
     assert metadata["tokenizer.ggml.tokens"] == tokens
+    # A length that became another one.
+    raw = bytearray((tmp_path / "model.gguf").read_bytes())
+    at = raw.index(b"token 199999") - 8
+    raw[at : at + 8] = b"\xff" * 8
+    (tmp_path / "model.gguf").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"changed while it was open; tokenizer.ggml.tokens is cut off"):
+        metadata["tokenizer.ggml.tokens"]
+
+
+def write_large(path: Path) -> int:
+    """A Qwen3-MoE of 44 layers and 128 experts in Q4_0, its weights a hole. Returns where they begin."""
+    hidden, inter, layers, experts, vocab = 4096, 1536, 44, 128, 151_936
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_block_count(layers)
+    writer.add_context_length(40_960)
+    writer.add_embedding_length(hidden)
+    writer.add_head_count(64)
+    writer.add_head_count_kv(4)
+    writer.add_key_length(128)
+    writer.add_value_length(128)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e6)
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(8)
+    writer.add_expert_feed_forward_length(inter)
+    writer.add_token_list([f"token {i}".encode() for i in range(vocab)])
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (vocab, hidden), "output": (vocab, hidden), "output_norm": (hidden,),
+    }  # fmt: skip
+    for i in range(layers):
+        shapes |= {
+            f"blk.{i}.{name}": shape
+            for name, shape in {
+                "attn_norm": (hidden,), "attn_q": (8192, hidden), "attn_k": (512, hidden),
+                "attn_v": (512, hidden), "attn_output": (hidden, 8192), "attn_q_norm": (128,),
+                "attn_k_norm": (128,),
+                "ffn_norm": (hidden,), "ffn_gate_inp": (experts, hidden),
+                "ffn_gate_exps": (experts, inter, hidden), "ffn_up_exps": (experts, inter, hidden),
+                "ffn_down_exps": (experts, hidden, inter),
+            }.items()
+        }  # fmt: skip
+    total = 0
+    for name, shape in shapes.items():
+        quantised = len(shape) > 1 and "gate_inp" not in name
+        kind = gguf.GGMLQuantizationType.Q4_0 if quantised else gguf.GGMLQuantizationType.F32
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        nbytes = math.prod(shape) // block * block_bytes
+        writer.add_tensor_info(f"{name}.weight", shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+        total += -(-nbytes // 32) * 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    start = path.stat().st_size
+    os.truncate(path, -(-start // 32) * 32 + total)
+    return start
+
+
+def test_sixty_gigabytes(tmp_path, monkeypatch):
+    """Opening and understanding a model reads its header, once, and keeps none of it."""
+    path = tmp_path / "model.gguf"
+    header, read, pread = write_large(path), 0, os.pread
+
+    def counted(descriptor: int, size: int, offset: int) -> bytes:
+        nonlocal read
+        found = pread(descriptor, size, offset)
+        read += len(found)
+        return found
+
+    monkeypatch.setattr(os, "pread", counted)
+    tracemalloc.start()
+    try:
+        checkpoint = open_checkpoint(path)
+        kept, peak = tracemalloc.get_traced_memory()
+        architecture = families.load(checkpoint)
+        # Where each of 16,896 matrices lies, 300 bytes for one.
+        everything = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 60e9
+    assert header > 2_000_000
+    assert header <= read <= header + (1 << 20)
+    assert kept < 1 << 20
+    assert peak < 4 << 20
+    assert everything < 8 << 20
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert sum(len(layer.experts) for layer in architecture.experts) == 44 * 128
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -17,6 +17,7 @@ from typing import Any, Final, NoReturn
 import numpy as np
 from attrs import frozen
 
+from mer._ext import strings
 from mer.errors import CheckpointError
 
 MAGIC: Final = b"GGUF"
@@ -98,6 +99,8 @@ class Metadata(Mapping[str, Any]):
             return _decode(value.kind, value.count, data)
         except UnicodeDecodeError as error:
             raise _damaged(self.path, f"the value of {key} is not UTF-8: {error}") from None
+        except (IndexError, struct.error):
+            raise _damaged(self.path, f"it was changed while it was open; {key} is cut off") from None
 
     def raw(self, key: str) -> Raw:
         """The value as it is, for another file. Raises CheckpointError."""
@@ -261,17 +264,14 @@ class _Header:
                     self._skip_items(self._integer("I"), self._integer("Q"), key, depth + 1)
 
     def _skip_strings(self, count: int, key: str) -> None:
-        """As _skip for each of them, without a call for each: there are hundreds of thousands."""
-        length = struct.Struct("<Q")
-        for _ in range(count):
-            if self._at + 8 > len(self._buffer):
-                self._fill(8)
-            size = length.unpack_from(self._buffer, self._at)[0]
-            self._at += 8
-            if self._at + size <= len(self._buffer):
-                self._at += size
-            else:
-                self._skip_bytes(size, key)
+        while True:
+            self._at, passed = strings.skip(self._buffer, self._at, count)
+            count -= passed
+            if not count:
+                return
+            # One that is not whole in the buffer.
+            self._skip(STRING, key)
+            count -= 1
 
     def _check_count(self, count: int, least: int, what: str) -> None:
         if count * least > self._size - self._tell():
@@ -329,15 +329,11 @@ def _items(kind: int, count: int, data: bytes, at: int) -> tuple[list[Any], int]
     if kind in _SIZES:
         end = at + count * _SIZES[kind]
         return np.frombuffer(data[at:end], np.dtype(f"<{_SCALARS[kind]}")).tolist(), end
+    if kind == STRING:
+        return strings.decode(data, at, count)
     found: list[Any] = []
     for _ in range(count):
-        if kind == STRING:
-            size = int.from_bytes(data[at : at + 8], "little")
-            at += 8
-            found.append(data[at : at + size].decode())
-            at += size
-        else:
-            inner, inner_count = struct.unpack_from("<IQ", data, at)
-            item, at = _items(inner, inner_count, data, at + 12)
-            found.append(item)
+        inner, inner_count = struct.unpack_from("<IQ", data, at)
+        item, at = _items(inner, inner_count, data, at + 12)
+        found.append(item)
     return found, at
