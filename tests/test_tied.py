@@ -10,9 +10,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from draft_models import WINDOW, write_head, write_predicting, write_predicting_v4
-from engine_models import GREEDY, make, opened, prompt
+from engine_models import GREEDY, make, opened, prompt, write_text_model
 from gguf_models import write_gguf
-from test_speculation import always, essence  # noqa: F401 (a fixture)
+from test_speculation import ASKED, always, essence  # noqa: F401 (a fixture)
+from transformers import Qwen3MoeForCausalLM
 
 from mer.cli.convert import convert
 from mer.engine.tied import TiedEngine
@@ -37,7 +38,7 @@ def proposed(monkeypatch):
 
     def spy(self, sequences, lengths):
         drafts = propose(self, sequences, lengths)
-        found.extend((list(s.tokens), d) for s, d in zip(sequences, drafts, strict=True))
+        found.extend((list(s.tokens), list(d)) for s, d in zip(sequences, drafts, strict=True))
         assert all(len(d) <= n for d, n in zip(drafts, lengths, strict=True))
         return drafts
 
@@ -96,6 +97,48 @@ async def test_a_paused_life(model, always):  # noqa: F811
         for _ in range(2):
             assert await ask(engine, prompts) == expected
     assert always[-1].drafted > 0
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    """One with a tokenizer and a head; and what transformers makes of both."""
+    path = write_text_model(tmp_path_factory.mktemp("tied") / "text")
+    main = Qwen3MoeForCausalLM.from_pretrained(path, attn_implementation="eager").float().eval()
+    return path, main, write_head(path / "draft", path)
+
+
+@pytest.mark.parametrize("asked", ASKED)
+async def test_answers_are_the_same(asked, text_model, monkeypatch, always):  # noqa: F811
+    """The head drafts, and in place of that, which is hardly ever right, tokens are verified that mostly are.
+
+    What it drafts behind right and wrong ones is torch's.
+    """
+    path, main, head = text_model
+    prompts, params, found = [prompt(n, vocab=256) for n in (5, 33, 60)], ASKED[asked], []
+    async with opened(path, cache_experts=4, speculate="off") as engine:
+        expected = await ask(engine, prompts, params)
+    told = {tuple(p): [*p, *r.token_ids] for p, r in zip(prompts, expected, strict=True)}
+    propose = TiedEngine.propose
+
+    def mostly_right(self, sequences, lengths):
+        drafts = propose(self, sequences, lengths)
+        found.extend((list(s.tokens), list(d)) for s, d in zip(sequences, drafts, strict=True))
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            text = next(text for p, text in told.items() if sequence.tokens[: len(p)] == list(p))
+            at = len(sequence.tokens)
+            draft[:] = [t + (i % 5 == 0) for i, t in enumerate(text[at : at + len(draft)], at)]
+        return drafts
+
+    monkeypatch.setattr(TiedEngine, "propose", mostly_right)
+    for more in ({}, {"context": 160}, {"max_running": 2}, {"prefix_cache": False, "step_tokens": 16}):
+        async with opened(path, cache_experts=4, speculate="draft", **more) as engine:
+            assert await ask(engine, prompts, params) == expected
+            assert await ask(engine, prompts[:1], params) == expected[:1]
+    assert sum(each.accepted for each in always) > 20
+    assert sum(each.drafted - each.accepted for each in always) > 20
+    short = [(text, draft) for text, draft in found if len(text) < 32 and draft]
+    for text, draft in short[::7]:
+        assert draft == drafted(main, head, text, len(draft), 0)
 
 
 async def test_it_is_counted_in_the_budget(model):
