@@ -5,11 +5,12 @@
 
 Clients ask over HTTP (completions and chats, streamed and whole, embeddings) and gRPC, all with answers that
 are known from the beginning: they are compared to the last character, those that are left midway as far as
-they came. Some requests make no sense. Meanwhile the model is reloaded, also to a damaged copy of it, which
-must be refused; `ram` goes up and down; files are touched under the server; and reads fail, of which the
-requests that need them, and no others, may end with an error that says so. Every few seconds the server's
-memory, file descriptors and threads are looked at. It ends with 1 where an answer was wrong, an error came
-that nobody made, or the server holds more in the last quarter than in the second.
+they came. Some requests make no sense. Long prompts go out to a prefix store and come back. Meanwhile the
+model is reloaded, with another way to draft each time (it is its own draft model), also to a damaged copy of
+it, which must be refused; `ram` goes up and down; files are touched under the server; and reads fail, of
+which the requests that need them, and no others, may end with an error that says so. Every few seconds the
+server's memory, file descriptors and threads are looked at. It ends with 1 where an answer was wrong, an
+error came that nobody made, or the server holds more in the last quarter than in the second.
 """
 
 from __future__ import annotations
@@ -45,7 +46,13 @@ PROMPTS = (
     "She said that",
     "In the morning",
     "A cat and a dog",
+    # What the prefix cache has no room for, and its store has.
+    *(
+        f"{n} years ago, an old man and his dog went down to the sea to look for the ship. " * 4
+        for n in range(6)
+    ),
 )
+DRAFTS = ("auto", "ngram", "draft", "off")
 # Of a model that has none, as the bundled one.
 TEMPLATE = "{% for each in messages %}{{ each.content }} {% endfor %}"
 TOKENS = (1, 7, 24, 60)
@@ -132,7 +139,8 @@ class Soak:
         return text
 
     async def over_grpc(self, prompt: str, tokens: int, leave: int | None) -> str:
-        params = pb.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        how = self.random.choice(pb.Speculate.values())
+        params = pb.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, speculate=how)
         call, text, events = self.stub.Generate(pb.GenerateRequest(text=prompt, params=params)), "", 0
         try:
             async for piece in call:
@@ -200,8 +208,10 @@ class Soak:
             raise WrongError(f"{answer.status_code}: {answer.text[:300]}")
 
     async def reload(self) -> None:
-        touched = time.monotonic() - self.touch_at < 60
-        await self.ask_admin("/admin/reload", {"path": str(self.good)}, 200, *[409] * touched)
+        touched, how = time.monotonic() - self.touch_at < 60, self.random.choice(DRAFTS)
+        draft = str(self.good) if how in ("auto", "draft") else ""
+        body = {"path": str(self.good), "settings": {"speculate": how, "draft-model": draft}}
+        await self.ask_admin("/admin/reload", body, 200, *[409] * touched)
 
     async def damaged(self) -> None:
         await self.ask_admin("/admin/reload", {"path": str(self.bad)}, 409)
@@ -262,9 +272,11 @@ def serve(model: str, config: str) -> None:
         if not sys.stdin.readline():
             asyncio.get_running_loop().remove_reader(0)
         elif (engine := models.first.engine) is not None:
-            reader = engine._runner.reader
-            for file in range(len(reader.paths)):
-                reader.set_fault(file, 0, 1 << 50, times=20)
+            readers = [engine._runner.reader]
+            readers += [engine._store._reader] if engine._store is not None else []
+            for reader in readers:
+                for file in range(len(reader.paths)):
+                    reader.set_fault(file, 0, 1 << 50, times=20)
 
     def announce(engine: Engine, url: str, port: int | None) -> None:
         asyncio.get_running_loop().add_reader(0, fail)
@@ -287,7 +299,8 @@ async def soak(
             byte = opened.read(1)
             opened.seek(-1, os.SEEK_CUR)
             opened.write(bytes([byte[0] ^ 255]))
-        words = [sys.executable, "-m", "bench.soak", "serve", str(good), json.dumps(config)]
+        store = {"prefix_store": str(Path(place) / "prefixes"), "prefix_store_size": 16 << 20}
+        words = [sys.executable, "-m", "bench.soak", "serve", str(good), json.dumps(config | store)]
         pipe = asyncio.subprocess.PIPE
         server = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, stderr=pipe)
         log: list[str] = []
@@ -370,7 +383,7 @@ async def run_clients(
 def main(
     model: Path, minutes: float, clients: int, pause: float, cache_experts: str, seed: int, file: Path | None
 ) -> None:
-    config = {"cache_experts": cache_experts, "context": 2048}
+    config = {"cache_experts": cache_experts, "context": 1024}
     made = asyncio.run(soak(model, minutes, clients, pause, seed, config))
     text = json.dumps(made, indent=1)
     click.echo(text)
