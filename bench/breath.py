@@ -6,9 +6,9 @@
 while two clients decode, and while prompts of `--prompt` tokens are computed, in chunks. `set ram`: half of
 the cache is asked back; the time until the process holds so much less (nine tenths of it: it works
 meanwhile). `pressure`: another process in the group takes memory until half of what the server leaves free
-is left (see docs/operations.md); the time from then until as much is free again as shall be. Between two
-times the cache is filled again. MODEL is an expert store. Seconds, of `--repeat` times each; what is held is
-looked at every 2 ms.
+is left (see docs/operations.md); the time from when it begins until it has all of that, and as much is free
+again as shall be. Between two times the cache is filled again. MODEL is an expert store. Seconds, of
+`--repeat` times each; what is held is looked at every 2 ms.
 """
 
 from __future__ import annotations
@@ -168,16 +168,15 @@ class Bench:
         reserve = Breath(self.ram, self.ram).reserve
         await self.take(0)
         self.group.limit(1 << 40)
-        while (await self.states())["ram_bytes"] < self.ram:  # noqa: ASYNC110
-            await asyncio.sleep(0.2)
+        await self.set_ram(self.ram)
         await self.fill()
         async with self.load(kind):
             limit = self.group.held + 3 * reserve
             self.group.limit(limit)
             await asyncio.sleep(0.3)
             before = self.rss()
-            await self.take(limit - self.group.held - reserve // 2)
             begun = time.perf_counter()
+            await self.take(limit - self.group.held - reserve // 2)
             given = await self.until(lambda: limit - self.group.held >= reserve, begun)
             return {"given": given, "bytes": before - self.rss()}
 
