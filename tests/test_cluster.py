@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 from engine_models import Logits, opened, prompt, write_text_model
-from shards import LONG, shard, with_peers
+from shards import LONG, MER, shard, with_peers
 
 from mer import SamplingParams
 from mer.cluster import peers as module
+from mer.demo import model_path
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, logprobs=20, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1.0, seed=11, max_tokens=10, logprobs=20, ignore_eos=True)
@@ -67,3 +72,23 @@ async def test_the_same_bytes_from_two_peers(model, expected, monkeypatch):
         async with with_peers(model, one, two, step_tokens=7) as engine:
             assert await all_at_once(engine) == expected
         assert one.end() == two.end() == 0
+
+
+async def test_the_example_of_the_docs():
+    """Its commands, one after the other; the first goes on while the second is run."""
+    page = (Path(__file__).parent.parent / "docs/cluster.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    serving, asking = (shlex.split(block)[1:] for block in blocks)
+    assert serving[:2] == ["shard", "MODEL"]
+    assert serving[-2:] == ["--listen", asking[-1]]
+    with shard(model_path(), *serving[2:-2]) as one:
+        place = {"MODEL": "demo", asking[-1]: one.address}
+        asking = [place.get(word, word) for word in asking]
+        command = [*MER, *asking, "--temperature", "0", "-n", "20", "--ram", "1GiB"]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=LONG)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"peers +1 of 1 there", done.stderr), done.stderr
+    async with opened(model_path()) as engine:
+        result = await engine.generate(asking[2], SamplingParams(temperature=0, max_tokens=20))
+    assert result.text.strip()
+    assert result.text.strip() in done.stdout

@@ -14,14 +14,12 @@ from engine_models import opened, prompt, write_text_model
 from shards import LONG, peers, shard, until, with_peers
 
 from mer import Engine, SamplingParams
-from mer._ext.moe import scratch_bytes
 from mer.cluster import peer as of_one
 from mer.cluster import peers as of_all
 from mer.cluster import server as serving
-from mer.cluster import shard as holding
 from mer.cluster.server import ShardServer, ShardSettings
 from mer.cluster.shard import Shard
-from mer.cluster.wire import MOST_ROWS, make_rows, rows_checksum
+from mer.cluster.wire import make_rows, rows_checksum
 from mer.config import EngineConfig
 from mer.errors import BudgetError, ConfigError
 from mer.v1 import expert_pb2 as pb
@@ -53,9 +51,9 @@ def quick(monkeypatch):
 
 
 @contextmanager
-def here(model: Path, token: Path | None = None, port: int = 0, **settings):
+def here(model: Path, token: Path | None = None, port: int = 0, most: int | None = None, **settings):
     """A shard in this process: the server, and its service's shard."""
-    made = Shard(model, 1 << 40, 0, threads=1)
+    made = Shard(model, 1 << 40, 0, most=most, threads=1)
     server = ShardServer(made, ShardSettings(listen=f"127.0.0.1:{port}", token_file=token, **settings))
     server.address = f"127.0.0.1:{server.port}"
     try:
@@ -330,21 +328,12 @@ def test_too_little_memory(model):
 async def test_experts_that_have_no_room_are_not_held(model, expected, monkeypatch):
     """A shard for five of twelve; which, is the engine's choice."""
     monkeypatch.setattr(of_all, "PATIENCE_NS", int(LONG * 1e9))
-    whole = Shard(model, 1 << 40, 0, threads=1)
-    whole.close()
-    tables, ram = whole._tables, 1 << 30
-    fixed = scratch_bytes(tables.layers, tables.reads, 1, MOST_ROWS) + holding._MARGIN
-    fixed += holding._MESSAGES * whole.most_bytes
-    small = Shard(model, ram, ram - ram // 512 - fixed - 5 * tables.slot_bytes, threads=1)
-    server = ShardServer(small, ShardSettings(listen="127.0.0.1:0"))
-    server.address = f"127.0.0.1:{server.port}"
-    async with with_peers(model, server) as engine:
-        assert await streams(engine, 10, lambda: None) == expected
-        now = engine.snapshot()
-        assert (now.peers[0].capacity, now.peers[0].held) == (5, 5)
-        assert now.peer_hits > 0
-        assert now.steps.misses > 0
-        with pytest.raises(ConfigError, match="6 of 12 experts can't be held: 5 have room"):
-            small.assign(range(6))
-    server.stop()
-    small.close()
+    with here(model, most=5) as (server, small):
+        async with with_peers(model, server) as engine:
+            assert await streams(engine, 10, lambda: None) == expected
+            now = engine.snapshot()
+            assert (now.peers[0].capacity, now.peers[0].held) == (5, 5)
+            assert now.peer_hits > 0
+            assert now.steps.misses > 0
+            with pytest.raises(ConfigError, match="6 of 12 experts can't be held: 5 have room"):
+                small.assign(range(6))

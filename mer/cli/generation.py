@@ -16,6 +16,7 @@ from mer._ext.uring import BACKENDS
 from mer.cli.common import size, size_option
 from mer.config import EngineConfig, Speculate
 from mer.engine.engine import Engine
+from mer.engine.observer import Snapshot
 from mer.engine.outputs import Timings, Usage
 from mer.engine.params import SamplingParams
 from mer.engine.stats import StepStats, Vram
@@ -258,8 +259,11 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
             "memory": f"{memory}; all {size(budget.dense)} of weights are in it, the model is dense",
             "uses": f"{facts['isa']} kernels, {facts['threads']} threads",
         }
-    if (vram := engine.snapshot().vram) is not None:
+    now = engine.snapshot()
+    if (vram := now.vram) is not None:
         lines["gpu"] = _gpu(vram, steps)
+    if now.peers:
+        lines["peers"] = _peers(now)
     if timings.drafted:
         lines["drafts"] = f"{timings.accepted} of {timings.drafted} drafted tokens were right"
         if budget.experts:
@@ -303,6 +307,18 @@ def tell_gpu(console: Console, engine: Engine) -> None:
     """At the start: what is on the GPU, if there is one."""
     if (vram := engine.snapshot().vram) is not None:
         console.print(f"  {'gpu':8} {vram.told(engine.budget.experts)}", style="dim", soft_wrap=True)
+
+
+def _peers(now: Snapshot) -> str:
+    there = sum(peer.condition == "up" for peer in now.peers)
+    held = sum(peer.held for peer in now.peers)
+    text = (
+        f"{there} of {len(now.peers)} there, with {held} experts; they computed {now.peer_hits}, "
+        f"{size(sum(peer.sent for peer in now.peers))} went there and "
+        f"{size(sum(peer.received for peer in now.peers))} came back, waiting took {now.peer_wait_s:.2f} s"
+    )
+    lost = [f"{peer.address}: {peer.error}" for peer in now.peers if peer.error]
+    return "; ".join([text, *lost])
 
 
 def _decode_steps(profile: ProfileSummary) -> str:

@@ -33,6 +33,9 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--tls-cert", type=_FILE, help="Certificate chain of this shard (PEM).")
 @click.option("--tls-key", type=_FILE, help="Its private key (PEM).")
 @click.option("--tls-client-ca", type=_FILE, help="Engines need a certificate signed by this one (PEM).")
+@click.option(
+    "--experts", type=click.IntRange(1), metavar="N", help="Most that it holds; default: what --ram holds."
+)
 @click.option("--threads", type=click.IntRange(1), help="Compute threads; default: the CPUs it may use.")
 @click.option(
     "--io",
@@ -48,6 +51,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def shard(
     model: Path,
     ram: int | None,
+    experts: int | None,
     threads: int | None,
     io_backend: str,
     log_format: Literal["text", "json"],
@@ -59,7 +63,9 @@ def shard(
     """
     settings = ShardSettings(**options)
     logs.configure(log_format)
-    made = Shard(model, ram or default_ram(), resident_bytes(), threads, io_backend)
+    made = Shard(
+        model, ram or default_ram(), resident_bytes(), most=experts, threads=threads, io_backend=io_backend
+    )
     try:
         server = ShardServer(made, settings)
         ended = threading.Event()
@@ -72,7 +78,8 @@ def shard(
             f"{address}; memory {size(made.ram)}",
             soft_wrap=True,
         )
-        ended.wait()
+        while not ended.wait(0.5):  # the system may give a signal to another thread, which wakes nobody
+            pass
         server.stop()
     finally:
         made.close()

@@ -29,7 +29,8 @@ _LAST_DELAY: Final = 30.0
 # Who has not answered for so long is late, and lost: seconds.
 _LATE: Final = 1.0
 LOST: Final = 20.0
-# Who was late is left alone for a while: seconds, doubled with each time that follows.
+# Who was late so many times in a row is left alone for a while: seconds, doubled with each time that follows.
+_OFTEN: Final = 3
 _PAUSE: Final = 0.01
 _LONGEST_PAUSE: Final = 5.0
 
@@ -263,9 +264,10 @@ class Peer:
         self._answers += 1
         if time.monotonic_ns() > asked.deadline:
             self._late += 1
-            pause = min(_PAUSE * 2**self._late_in_a_row, _LONGEST_PAUSE)
             self._late_in_a_row = min(self._late_in_a_row + 1, 16)
-            self._paused_until = time.monotonic() + pause
+            if self._late_in_a_row >= _OFTEN:
+                pause = min(_PAUSE * 2 ** (self._late_in_a_row - _OFTEN), _LONGEST_PAUSE)
+                self._paused_until = time.monotonic() + pause
         else:
             self._late_in_a_row = 0
         return asked

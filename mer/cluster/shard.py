@@ -42,9 +42,16 @@ class Shard:
     """
 
     def __init__(
-        self, path: Path, ram: int, process: int, threads: int | None = None, io_backend: str = "auto"
+        self,
+        path: Path,
+        ram: int,
+        process: int,
+        *,
+        most: int | None = None,
+        threads: int | None = None,
+        io_backend: str = "auto",
     ) -> None:
-        """ram: bytes that the process may hold; process: those that it holds already.
+        """ram: bytes that the process may hold; process: those that it holds already. most: of experts.
 
         Raises BudgetError, CheckpointError, UnsupportedModelError, ConfigError or DeviceReadError.
         """
@@ -62,7 +69,7 @@ class Shard:
         self.most_bytes = most_bytes(max(self.hidden), tables.total)
         fixed = process + scratch_bytes(tables.layers, tables.reads, 1, MOST_ROWS) + _MARGIN
         fixed += _MESSAGES * self.most_bytes
-        slots = min((ram - ram // 512 - fixed) // tables.slot_bytes, tables.total)
+        slots = min((ram - ram // 512 - fixed) // tables.slot_bytes, most or tables.total, tables.total)
         if slots < 1:
             raise BudgetError(
                 f"ram {ram >> 20} MiB is too little: one expert and what is needed beside it take "

@@ -1,0 +1,35 @@
+"""bench/cluster.py, once on a small model."""
+
+from __future__ import annotations
+
+import json
+
+from click.testing import CliRunner
+from engine_models import write_text_model
+
+from bench import cluster
+
+
+def test_one_node_against_two(tmp_path):
+    model = write_text_model(tmp_path / "tiny")
+    command = [
+        str(model),
+        "--share",
+        "50%",
+        "--tokens",
+        "8",
+        "--rounds",
+        "2",
+        "--json",
+        str(tmp_path / "out"),
+    ]
+    done = CliRunner().invoke(cluster.main, command)
+    assert done.exit_code == 0, done.output
+    assert "tokens/s" in done.output
+    found = json.loads((tmp_path / "out").read_text())
+    one, two = found["nodes"]
+    assert (one["nodes"], two["nodes"]) == (1, 2)
+    assert one["experts_each"] == two["experts_each"] == 6
+    assert one["sent_bytes"] == one["received_bytes"] == one["by_peers"] == 0
+    assert two["sent_bytes"] > 0 < two["received_bytes"]
+    assert found["round_trip_s"] > 0 < two["tokens_per_s"]
