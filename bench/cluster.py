@@ -210,7 +210,7 @@ def table(result: dict[str, Any]) -> Table:
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Of an answer.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of each node.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write all figures there.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Also write all figures there.")
 def main(
     model: Path,
     nodes: int,
@@ -224,8 +224,8 @@ def main(
     part = float(share.removesuffix("%")) / 100
     result = asyncio.run(measure(model, nodes, part, prompt, tokens, rounds, threads))
     Console(width=110).print(table(result))
-    if json_path is not None:
-        json_path.write_text(json.dumps(result, indent=1))
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
