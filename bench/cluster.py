@@ -188,8 +188,8 @@ async def measure(
 
 def table(result: dict[str, Any]) -> Table:
     shown = Table(title=f"{result['model']}: {result['prompt']} + {result['tokens']} tokens")
-    for name in ("nodes", "experts each", "tokens/s", "drive/token", "sent/token", "received/token", "by peers",
-                 "asked twice", "wait/token"):  # fmt: skip
+    names = ("nodes", "experts each", "tokens/s", "drive/token", "sent/token", "received/token", "by peers")
+    for name in (*names, "asked twice", "wait/token"):
         shown.add_column(name, justify="right")
     for each in result["nodes"]:
         shown.add_row(
@@ -219,7 +219,7 @@ def main(
     tokens: int,
     rounds: int,
     threads: int,
-    json_path: Path | None,
+    out: Path | None,
 ) -> None:
     part = float(share.removesuffix("%")) / 100
     result = asyncio.run(measure(model, nodes, part, prompt, tokens, rounds, threads))
