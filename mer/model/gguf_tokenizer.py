@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from mer.errors import CheckpointError, UnsupportedModelError
 from mer.model.gguf_cuts import BEGINS, CUTS, WHOLE_WORDS_FIRST, cuts_of
 from mer.model.settings import Texts
@@ -67,7 +69,8 @@ def open_files(path: Path) -> Texts | None:
     return Texts(
         path,
         {
-            "tokenizer.json": json.dumps(tokenizer),
+            # Of a large vocabulary ten times as fast as json.
+            "tokenizer.json": msgspec.json.encode(tokenizer).decode(),
             "tokenizer_config.json": json.dumps(settings),
             "generation_config.json": json.dumps({"eos_token_id": sorted(ends)}),
         },
