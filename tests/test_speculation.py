@@ -7,6 +7,7 @@ import random
 from types import SimpleNamespace
 
 import attrs
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -18,10 +19,12 @@ from test_scheduler import sequence, step
 
 from mer import SamplingParams
 from mer._ext.prefetch import EARLY_LAYERS
+from mer.api.http.answers import UsageAnswer
 from mer.engine import drafting
 from mer.engine import engine as engines
 from mer.engine.draft import Draft, NgramDrafter
 from mer.engine.likely import LikelyExperts
+from mer.engine.outputs import Usage
 from mer.engine.routed import extra_experts
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Scheduler
@@ -365,7 +368,12 @@ async def test_further_experts_are_counted(tmp_path, monkeypatch, always):
     expected = sum(len(wanted(range(p + 1, p + 9)) - wanted([p])) for p in (9, 18))
     tell(monkeypatch, {tuple(given): answer}, wrong=1000)
     async with opened(tmp_path) as engine:
-        timings = (await engine.generate(given, params)).timings
+        result = await engine.generate(given, params)
+        timings, usage = result.timings, result.usage
+        assert (usage.drafted, usage.accepted, usage.draft_experts) == (16, 16, expected)
+        told = msgspec.to_builtins(UsageAnswer.of([[usage, usage]]))
+        assert told["drafts"] == {"drafted": 32, "accepted": 32, "draft_experts": 2 * expected}
+        assert "drafts" not in msgspec.to_builtins(UsageAnswer.of([[Usage(1, 2)]]))
         assert timings.drafted == timings.accepted == 16
         assert timings.draft_experts == engine.snapshot().draft_experts == expected > 0
 

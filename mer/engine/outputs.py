@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from attrs import frozen
+from attrs import field, frozen
 
 from mer.engine.stats import StepStats
 
@@ -31,11 +31,18 @@ PromptLogprobs = tuple[TokenLogprob | None, ...]
 
 @frozen
 class Usage:
-    """cached_tokens: those of the prompt whose keys and values were found in the prefix cache."""
+    """cached_tokens: those of the prompt whose keys and values were found in the prefix cache.
+
+    drafted, accepted, draft_experts: as in Timings. They say how the answer was made, not what it is: two
+    that differ in them alone are equal.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    drafted: int = field(default=0, eq=False)
+    accepted: int = field(default=0, eq=False)
+    draft_experts: int = field(default=0, eq=False)
 
     @property
     def total_tokens(self) -> int:

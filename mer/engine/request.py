@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import numpy as np
-from attrs import Factory, define, field
+from attrs import Factory, define, evolve, field
 from numpy.typing import NDArray
 
 from mer.engine.constraint import Constraint
@@ -99,6 +99,15 @@ class Request(Job):
     _prompt_logprobs: dict[int, TokenLogprob] = Factory(dict)
     _first_at: float | None = None
     _last_at: float = 0.0
+
+    def usage(self) -> Usage:
+        """See Job.usage."""
+        return evolve(
+            super().usage(),
+            drafted=self.drafted,
+            accepted=self.accepted,
+            draft_experts=self.draft_experts,
+        )
 
     def __attrs_post_init__(self) -> None:
         Job.__attrs_post_init__(self)

@@ -33,22 +33,40 @@ class CachedTokens(Struct):
     cached_tokens: int
 
 
+class DraftsUsed(Struct):
+    """drafted: tokens of drafts that were verified; accepted: those that were right.
+
+    draft_experts: experts, of all layers, that drafted tokens wanted and none of the others in their step.
+    """
+
+    drafted: int
+    accepted: int
+    draft_experts: int
+
+
 class UsageAnswer(Struct):
+    """drafts: where there were any."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    drafts: DraftsUsed | UnsetType = UNSET
 
     @classmethod
     def of(cls, prompts: Iterable[Iterable[Usage]]) -> UsageAnswer:
         """Of several answers to each of several prompts; a prompt counts once."""
-        prompt = completion = cached = 0
+        prompt = completion = cached = drafted = accepted = experts = 0
         for answers in prompts:
             each = list(answers)
             prompt += each[0].prompt_tokens
             cached += min(one.cached_tokens for one in each)  # the others find the first one's
             completion += sum(one.completion_tokens for one in each)
-        return cls(prompt, completion, prompt + completion, CachedTokens(cached))
+            drafted += sum(one.drafted for one in each)
+            accepted += sum(one.accepted for one in each)
+            experts += sum(one.draft_experts for one in each)
+        drafts = DraftsUsed(drafted, accepted, experts) if drafted else UNSET
+        return cls(prompt, completion, prompt + completion, CachedTokens(cached), drafts)
 
 
 class TopLogprob(Struct):
