@@ -173,7 +173,7 @@ def load_parts(
     """The wanted parts of it: what belongs to no layer, and of each layer, by part."""
     parts = {p: info for p, info in _parts(checkpoint, architecture).items() if wanted(p)}
     for info in parts.values():
-        if info.format not in (*formats.FORMATS, formats.I64):
+        if info.format not in (*formats.FORMATS, *formats.INTEGERS):
             raise CheckpointError(
                 f"{checkpoint.files[info.file]}: tensor {info.name} is stored as {info.format.name}, "
                 "which can't be multiplied directly: make a store of this checkpoint with `mer convert`"

@@ -135,12 +135,16 @@ def _encode_e8m0(values: Floats) -> Bytes:
     raise ValueError("F8_E8M0 is only read: the scales of checkpoints published with them")
 
 
+def _decode_i32(raw: Bytes) -> Floats:
+    return np.ascontiguousarray(raw).view("<i4").astype(np.float32)
+
+
 def _decode_i64(raw: Bytes) -> Floats:
-    return raw.view("<i8").astype(np.float32)
+    return np.ascontiguousarray(raw).view("<i8").astype(np.float32)
 
 
-def _encode_i64(values: Floats) -> Bytes:
-    raise ValueError("I64 is only read")
+def _encode_integers(values: Floats) -> Bytes:
+    raise ValueError("integers are only read")
 
 
 F32: Final = Format("f32", 0, 1, 4, _encode_f32, _decode_f32)
@@ -182,7 +186,10 @@ F8_E4M3: Final = Format("f8_e4m3", -1, 1, 1, _encode_e4m3, _decode_e4m3)
 F8_E8M0: Final = Format("f8_e8m0", -3, 1, 1, _encode_e8m0, _decode_e8m0)
 
 # Numbers that are no weights: which experts a token takes. A conversion makes F32 of them, exact below 2^24.
-I64: Final = Format("i64", -2, 1, 8, _encode_i64, _decode_i64)
+INTEGERS: Final = (
+    Format("i32", 26, 1, 4, _encode_integers, _decode_i32),
+    Format("i64", 27, 1, 8, _encode_integers, _decode_i64),
+)
 
 _BY_NAME: Final = {each.name: each for each in (*FORMATS, F8_E4M3)}
 _BY_ID: Final = {each.id: each for each in FORMATS}

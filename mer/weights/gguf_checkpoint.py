@@ -147,6 +147,6 @@ def _info(tensor: GGUFTensor, file: int, name: str) -> TensorInfo:
     rows = ("shared_expert_gate.weight", "moe_statics.e_score_correction_bias")  # of one
     if name.endswith(rows) and len(shape) == 1:
         shape = (1, *shape)
-    known = {each.id: each for each in formats.FORMATS}
+    known = {each.id: each for each in (*formats.FORMATS, *formats.INTEGERS)}
     title = TYPES[tensor.type][0]
     return TensorInfo(name, file, tensor.offset, tensor.nbytes, shape, title, known.get(tensor.type))

@@ -10,7 +10,7 @@ from attrs import frozen
 
 from mer.errors import CheckpointError
 from mer.weights.extents import ExpertExtents, MoeLayerSource
-from mer.weights.formats import BF16, F8_E4M3, F16, F32, I64, Q4_K, Q8_0, Format
+from mer.weights.formats import BF16, F8_E4M3, F16, F32, INTEGERS, Q4_K, Q8_0, Format
 from mer.weights.rows import Rows, dense_rows, expert_rows
 from mer.weights.store_layout import (
     MAX_FILE,
@@ -84,7 +84,7 @@ def choose(wanted: Format | None, source: Format, cols: int) -> Format:
 
     Where rows do not fit: Q8_0 in place of Q4_K if that fits, else 16 bits.
     """
-    plain = {F8_E4M3: BF16, I64: F32}.get(source, source)
+    plain = {F8_E4M3: BF16, **dict.fromkeys(INTEGERS, F32)}.get(source, source)
     if wanted is None or wanted is plain:
         return plain
     if wanted.fits(cols):
@@ -150,7 +150,7 @@ def _dense_jobs(
         info = checkpoint.tensor(name)
         rows = dense_rows(checkpoint, info)
         if name in plan.kept or len(info.shape) < 2:
-            form = F32 if info.format in (F8_E4M3, I64) else info.format
+            form = F32 if info.format in (F8_E4M3, *INTEGERS) else info.format
         else:
             form = choose(wanted, info.format, info.cols)
             notes.note(name, info.cols, wanted, form)

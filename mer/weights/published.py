@@ -22,7 +22,7 @@ from attrs import evolve
 
 from mer.errors import CheckpointError, UnsupportedModelError
 from mer.weights.extents import Scales, SplitBlocks
-from mer.weights.formats import F8_E4M3, F8_E8M0, I64, MXFP4, Q4_0
+from mer.weights.formats import F8_E4M3, F8_E8M0, INTEGERS, MXFP4, Q4_0
 from mer.weights.tensors import TensorInfo
 
 _READ: Final = (
@@ -116,7 +116,7 @@ def _with_scales(
         elif shape in ((rows,), (rows, 1)):
             block, shape = (1, cols), (rows, 1)
     wanted = -(-rows // block[0]), -(-cols // block[1])
-    if shape != wanted or scale.format.block != 1 or scale.format is I64:
+    if shape != wanted or scale.format.block != 1 or scale.format in INTEGERS:
         raise CheckpointError(
             f"{files[scale.file]}: tensor {scale.name} is {scale.dtype} {list(scale.shape)}; "
             f"for blocks of {block[0]} x {block[1]} of {list(info.shape)} it must be F32 {list(wanted)}"

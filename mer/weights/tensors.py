@@ -23,7 +23,7 @@ _FORMATS: Final = {
     "BF16": formats.BF16,
     "F8_E4M3": formats.F8_E4M3,
     "F8_E8M0": formats.F8_E8M0,
-    "I64": formats.I64,
+    **{form.name.upper(): form for form in formats.INTEGERS},
 }
 
 

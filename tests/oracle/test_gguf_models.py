@@ -40,7 +40,7 @@ LLAMA3 = {
 }
 
 
-# flex_olmo: llama.cpp has no such architecture. deepseek_v4: its GGUF files are not read.
+# flex_olmo: llama.cpp has no such architecture. deepseek_v4: see test_gguf_v4.
 @pytest.mark.parametrize("family", sorted(set(FAMILY) - {"flex_olmo", "deepseek_v4"}))
 def test_logits(family, tmp_path):
     model = make(tmp_path / "hf", family)

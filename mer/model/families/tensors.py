@@ -18,7 +18,7 @@ from mer.weights.experts import (
     stored,
     transposed,
 )
-from mer.weights.formats import FORMATS, I64
+from mer.weights.formats import FORMATS, INTEGERS
 
 
 @frozen
@@ -94,7 +94,7 @@ class Tensors:
     def take_table(self, part: str, name: str, *shape: int) -> None:
         """Numbers of experts: integers, or, in a store, F32."""
         name = self._full(name)
-        self._check(name, shape, "I64")
+        self._check(name, shape, "I32", "I64")
         self.dense[part] = name
 
     def take_conv(self, part: str, name: str, channels: int, kernel: int) -> None:
@@ -164,8 +164,8 @@ class Tensors:
                 )
         self.experts.append(MoeLayerSource(layer, extents))
 
-    def _check(self, name: str, shape: tuple[int, ...], codes: str | None = None) -> None:
-        """codes: the dtype, where it is no floating-point one."""
+    def _check(self, name: str, shape: tuple[int, ...], *codes: str) -> None:
+        """codes: the dtypes, where it is no floating-point one."""
         self._asked.add(name)
         info = self._infos.get(name)
         if info is None:
@@ -173,7 +173,7 @@ class Tensors:
                 f"{self._checkpoint.path}: the tensor {name} is missing; config.json asks for it, "
                 "so the download may be incomplete"
             )
-        if (info.weights is None or info.weights is I64) and info.dtype != codes:
+        if (info.weights is None or info.weights in INTEGERS) and info.dtype.upper() not in codes:
             known = "BF16, F16, F32 or FP8"
             if self._checkpoint.kind == "gguf":
                 known = ", ".join(each.name.upper() for each in FORMATS)

@@ -10,6 +10,7 @@ from typing import Final
 from mer.weights.gguf_families import (
     bailing_moe,
     deepseek,
+    deepseek_v4,
     dots1,
     ernie4_5_moe,
     gemma4,
@@ -39,6 +40,7 @@ _KNOWN: Final = (
     deepseek.GLM_LITE,
     deepseek.V32,
     deepseek.GLM_DSA,
+    deepseek_v4.FAMILY,
     dots1.FAMILY,
     ernie4_5_moe.FAMILY,
     gemma4.FAMILY,
