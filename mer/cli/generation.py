@@ -191,7 +191,12 @@ def describe(engine: Engine, usage: Usage, timings: Timings) -> dict[str, Any]:
     """Usage and timings as `--json` prints them. Seconds and bytes."""
     steps = timings.steps
     return {
-        "usage": {**attrs.asdict(usage), "total_tokens": usage.total_tokens},
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "total_tokens": usage.total_tokens,
+        },
         "timings": {
             "queue_s": timings.queue_s,
             "prefill_s": timings.prefill_s,
