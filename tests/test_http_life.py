@@ -8,6 +8,7 @@ import os
 import socket
 
 import pytest
+import uvloop
 from engine_models import opened, write_text_model
 from http_server import PATIENCE, asking
 
@@ -350,3 +351,27 @@ async def test_connections_that_open_and_die(model):
         await idle(engine)
         await until(lambda: len(os.listdir("/proc/self/fd")) <= before, seconds=5)  # none is kept as idle
         await until(lambda: len(asyncio.all_tasks()) <= tasks, seconds=5)
+
+
+def test_under_uvloop(model):
+    """Answers, streams, a client that goes away, a body that is too large, the end: all under its loop."""
+
+    async def use():
+        assert isinstance(asyncio.get_running_loop(), uvloop.Loop)
+        async with opened(model, context=1 << 16) as engine, asking(engine, max_body=1 << 20) as http:
+            expected = (await http.post(TEXT, json=SHORT)).json()["choices"]
+            answers = await asyncio.gather(*(http.post(TEXT, json=SHORT) for _ in range(12)))
+            assert [each.json()["choices"] for each in answers] == [expected] * 12
+            text = ""
+            async with http.stream("POST", TEXT, json={**SHORT, "stream": True}) as answer:
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {"):
+                        text += json.loads(line[6:])["choices"][0]["text"]
+            assert text == expected[0]["text"]
+            async with Client(http, {**ENDLESS, "stream": True}) as client:
+                await client.send()
+                await client.reader.readuntil(b"data: ")
+            await idle(engine)
+            assert (await http.post(TEXT, json={"prompt": "x" * (1 << 20)})).status_code == 413
+
+    uvloop.run(use())
