@@ -19,7 +19,7 @@ from test_convert_models import INT8_ERROR, PROMPT, decoded, difference, from_fp
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from mer.errors import CheckpointError, UnsupportedModelError
-from mer.model.families import load
+from mer.model.families import load, load_head
 from mer.weights.checkpoint import Checkpoint, open_checkpoint
 from mer.weights.extents import ExpertExtents
 from mer.weights.rows import expert_rows
@@ -393,8 +393,23 @@ def test_fp8_of_other_families(family, quantise, scale_name, quantisation, tmp_p
     config = tmp_path / "config"
     config.mkdir()
     (config / "config.json").write_bytes((tmp_path / "src/config.json").read_bytes())
-    write(tmp_path / "src", written, quantisation)
+    predicting = family in ("deepseek_v32", "glm_moe_dsa")
+    if predicting:  # the layer for multi-token prediction, which their files have
+        last = {n: t.clone() for n, t in written.items() if ".layers.1." in n}
+        written |= {n.replace(".layers.1.", ".layers.2."): t for n, t in last.items()}
+        for name, shape in {
+            "eh_proj": (160, 320),
+            "enorm": 160,
+            "hnorm": 160,
+            "shared_head.norm": 160,
+        }.items():
+            written[f"model.layers.2.{name}.weight"] = torch.ones(shape)
+        written["model.layers.2.embed_tokens.weight"] = written["model.embed_tokens.weight"].clone()
+    write(tmp_path / "src", written, quantisation, num_nextn_predict_layers=1 if predicting else None)
     assert "F8_E4M3" in (mer_here("run", tmp_path / "src", "x").stderr)
     called("convert", tmp_path / "src", tmp_path / "dst", "--format", "f32")
+    if predicting:
+        store = open_checkpoint(tmp_path / "dst")
+        assert load_head(store, load(store)) is not None
     logits = oracle(family, config, expected, tmp_path / "again")
     assert difference(Runner(tmp_path / "dst").logits(PROMPT), logits).max() < 1e-4
