@@ -58,10 +58,12 @@ async def test_nor_while_the_model_is_opened(model, monkeypatch):
         return dense
 
     monkeypatch.setattr(runner, "load_dense", then_changed)
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(CheckpointError, match=r"dense\.safetensors was written over"):
-        await Engine.open(model, context=512)
-    assert len(os.listdir("/proc/self/fd")) <= before
+    held = []
+    for _ in range(6):
+        with pytest.raises(CheckpointError, match=r"dense\.safetensors was written over"):
+            await Engine.open(model, context=512)
+        held.append(len(os.listdir("/proc/self/fd")))
+    assert held[-1] <= held[0] + 2  # the last error may keep a descriptor; a leak is one each time
 
 
 async def test_others_put_in_their_place_are_not_looked_at(model):

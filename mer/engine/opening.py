@@ -33,6 +33,8 @@ class Opening:
             with suppress(MerError):
                 await (await task).close(drain=False)
             raise
+        finally:
+            del task  # else an error would keep itself, and by its frames what had been opened
 
     async def __aenter__(self) -> Engine:
         self._engine = await self._open()
