@@ -151,6 +151,7 @@ async def measure(model: Path, kinds: list[str], streams: int, seconds: float) -
                     await client.wait()
                     printed.seek(0)
                     found[kind] = summary(late) | json.load(printed)
+                click.echo(f"{kind}: {found[kind]['cpu max']:.2f} ms on the loop at most", err=True)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
@@ -174,7 +175,7 @@ def show(found: dict[str, dict[str, Any]]) -> None:
 @click.argument("model", callback=model_argument, default="demo")
 @click.option("--kinds", default=",".join(KINDS), help="Of bodies, with commas.")
 @click.option("--streams", type=click.IntRange(0), default=4, show_default=True)
-@click.option("--seconds", default=5.0, show_default=True, help="For each kind.")
+@click.option("--seconds", default=3.0, show_default=True, help="For each kind.")
 @click.option("--uvloop", "use_uvloop", is_flag=True, help="Under uvloop.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything there, too.")
 def main(model: Path, kinds: str, streams: int, seconds: float, use_uvloop: bool, out: Path | None) -> None:
