@@ -17,6 +17,8 @@ from libc.string cimport memcpy, memset
 from mer._ext.decoder cimport Decoder, Geometry, Layer
 from mer._ext.device cimport MER_STREAM_COMPUTE, Device, mer_gpu_product
 
+from mer._ext.gpu_mixture import NAMES
+
 cdef extern from "mer_formats.h" nogil:
     enum:
         MER_Q4_0
@@ -36,8 +38,6 @@ cdef enum:
     PLACE_ALIGN = 256
     STEP_ALIGN = 64
 
-FORMATS = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k",
-           12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl", 23: "iq4_xs", 30: "bf16", 39: "mxfp4"}
 FLOATS = (0, 1, 30)
 # The parts of a layer that are matrices; each may have a bias.
 MATRICES = ("q", "k", "v", "q_gate", "o", "gate", "up", "down", "router", "shared_gate")
@@ -199,8 +199,8 @@ cdef class GpuDecoder(Decoder):
             each = &found.each[found.n]
             found.n += 1
             rows = gcd(*(m.data.shape[0] for m, *_ in matrices))
-            each.few = self.device.function("mer_rows_" + FORMATS[form])
-            each.many = self.device.function("mer_many_" + FORMATS[form])
+            each.few = self.device.function("mer_rows_" + NAMES[form])
+            each.many = self.device.function("mer_many_" + NAMES[form])
             each.first, each.rows, each.cols, each.y_stride = len(self.table), rows, cols, y_stride
             each.prepared = form not in FLOATS
             for m, place, bias, y in matrices:

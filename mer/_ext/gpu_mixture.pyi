@@ -4,6 +4,9 @@ from numpy.typing import NDArray
 from mer._ext.device import Device
 from mer._ext.mixture import Mixture
 
+# What kernels are called, by ggml's numbers of the formats.
+NAMES: dict[int, str]
+
 def staging_bytes(layers: NDArray[np.int64], n_experts: int, top_k: int, max_tokens: int) -> int: ...
 
 class GpuMixture:

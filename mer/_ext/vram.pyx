@@ -33,9 +33,11 @@ NO_VRAM = {**dict.fromkeys(("vram_slots", "vram_bytes", "vram_resident", "vram_h
 
 # Of one token, in the average of how often an expert is wanted.
 cdef double RATE = 0.02
-# A newcomer's heat must be that many times the heat of whom it replaces, and this much more.
+# A newcomer's heat must be that many times the heat of whom it replaces, and this much more: where memory has room for
+# every expert, and where it has not, so that whoever leaves the device has to be read again (bench/vram_policy.py).
 cdef double CLEARLY = 1.5
 cdef double MARGIN = 0.02
+cdef double MARGIN_READ = 0.1
 # Tokens of an expert from which on it is copied over for being computed, before speeds are known.
 cdef double FIRST_GUESS = 8.0
 # Of a new measurement in the average of speeds.
@@ -191,13 +193,14 @@ cdef class VramTier:
     cdef int64_t find_slot(self, int64_t key) noexcept nogil:
         """A slot for an expert, -1: it is not worth one."""
         cdef int64_t best
+        cdef double margin = MARGIN if self.cache.n_slots >= self.n_keys else MARGIN_READ
         if self.n_filled < self.n_slots:
             self.n_filled += 1
             return self.n_filled - 1
         if self.coldest < 0:
             self.coldest = self.find_coldest()
         best = self.coldest
-        if best < 0 or self.heat[key] <= CLEARLY * self.heat[self.key_of[best]] + MARGIN:
+        if best < 0 or self.heat[key] <= CLEARLY * self.heat[self.key_of[best]] + margin:
             return -1
         self.coldest = -1
         self.slot_of[self.key_of[best]] = -1

@@ -12,11 +12,10 @@ from gpu_simulator import KERNELS, Simulator
 from test_kernels import BLOCK, FORMATS, INTEGER, Bytes, Floats, make
 
 from mer._ext.device import Device
+from mer._ext.gpu_mixture import NAMES
 from mer._ext.kernels import Kernels, isas
 
 THREADS, ROWS, MANY_ROWS, MANY_TOKENS = 128, 8, 64, 32  # as in mer_gpu.cuh
-NAMES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k"}
-NAMES |= {12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl", 23: "iq4_xs", 30: "bf16", 39: "mxfp4"}
 PRODUCT = np.dtype("u8,u8,u8,u8,i4,i4")
 Q8_0 = 8
 
