@@ -220,6 +220,6 @@ def test_what_the_driver_holds_is_counted(model: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("mer.engine.placing.place", opens)
     monkeypatch.setattr(budgets, "resident_bytes", lambda: before + held)
-    runner = Runner.open(model, EngineConfig(ram="1GiB", **SIZES), process=before)
+    runner = Runner.open(model, EngineConfig(ram=before + (1 << 30), **SIZES), process=before)
     runner.close()
     assert runner.budget.interpreter - before == 64 << 20
