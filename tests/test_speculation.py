@@ -436,6 +436,20 @@ async def test_logits_are_the_same_whatever_is_read_ahead(engine, tmp_path, monk
     assert all(each.accepted > 20 for each in always)
 
 
+async def test_reads_for_drafts_are_counted_for_whom_they_are(tmp_path, monkeypatch, always):
+    """They begin between two steps; what two requests did, one after the other, is what the engine did."""
+    make(tmp_path, "qwen3_moe", num_experts_per_tok=3)
+    prompts = [prompt(n) for n in (6, 30)]
+    async with opened(tmp_path, speculate="off") as reference:
+        expected = await ask(reference, prompts, GREEDY)
+    tell(monkeypatch, {tuple(p): r.token_ids for p, r in zip(prompts, expected, strict=True)}, wrong=5)
+    async with opened(tmp_path, speculate="ngram", cache_experts=3) as engine:
+        one, other = [(await engine.generate(ids, GREEDY)).timings.steps for ids in prompts]
+        assert engine._runner.experts.streamer.stats()["prefetched_early"] > 0
+        assert (one + other).prefetched == engine.stats.prefetched
+        assert (one + other).bytes_read == engine.stats.bytes_read
+
+
 async def test_one_request_alone_has_room_for_a_draft(tmp_path, always):
     """As `mer run` has it, for which the engine computes one request at a time."""
     make(tmp_path, "mixtral", num_hidden_layers=1)

@@ -23,6 +23,7 @@ from mer.engine.prefix_store import PrefixStore
 from mer.engine.request import Embedding, Job, Request
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Load, Scheduler
+from mer.engine.stats import StepStats
 from mer.errors import (
     EngineClosedError,
     EngineFailedError,
@@ -51,6 +52,7 @@ class Worker:
     ) -> None:
         """drafting: None where nothing is to be drafted."""
         self._runner = runner
+        self._counted = runner.stats
         self.store: PrefixStore | None = None  # changes on the thread, or before there are requests
         self._scheduler = scheduler
         self._pace = Pace(scheduler.step_tokens)
@@ -274,6 +276,7 @@ class Worker:
             return True
         except MerError as error:
             failed = error.with_traceback(None)  # whose frames hold what is to be given up
+            self._uncounted()  # is nobody's
         if isinstance(failed, GpuError) and self._runner.placement.layers:
             self._leave_gpu(chunks, str(failed))
             return False
@@ -295,15 +298,19 @@ class Worker:
             return
         self._scheduler.restart()
 
+    def _uncounted(self) -> StepStats:
+        """Since the last call: reads for drafts begin between two steps, and are the next one's."""
+        before, self._counted = self._counted, self._runner.stats
+        return self._counted - before
+
     def _compute(self, chunks: list[Chunk]) -> None:
         jobs = _chunk_jobs(chunks)
         for job in jobs:
             if job.started_at is None:
                 job.started_at = time.perf_counter()
                 self._tell("started", job.started_at - job.asked_at)
-        before = self._runner.stats
         logits = self._runner.step(chunks)
-        stats = self._runner.stats - before
+        stats = self._uncounted()
         starts = [(chunk.sequence.computed, chunk.rows, chunk.last) for chunk in chunks]
         decoding = sum(chunk.sequence.pending == 1 for chunk in chunks)
         prompt = sum(chunk.count for chunk in chunks) - decoding
