@@ -72,7 +72,8 @@ class Peers:
             ("grpc.use_local_subchannel_pool", 1),
         ]
         self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._closed = False
+        self._news = threading.Event()  # there is something to place, or it is the end
         self._due = True  # to be placed anew
         self._next_tokens = _FIRST_TOKENS
         self._placed: dict[int, frozenset[int]] = {}
@@ -114,7 +115,8 @@ class Peers:
 
     def close(self) -> None:
         """Leave them; no step may be under way."""
-        self._closed.set()
+        self._closed = True
+        self._news.set()
         for peer in self._peers:
             peer.close()
         self._thread.join()
@@ -132,9 +134,14 @@ class Peers:
             there = {peer.index: peer.capacity for peer in peers if peer.capacity and peer.assigns}
             if there.keys() != self._placed.keys():
                 self._due = True
+                self._news.set()
 
     def _run(self) -> None:
-        while not self._closed.wait(_TICK):
+        while True:
+            self._news.wait(_TICK)
+            self._news.clear()
+            if self._closed:
+                return
             try:
                 self._place()
                 for peer in self._peers:
