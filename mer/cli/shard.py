@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,7 @@ import click
 from mer._ext.uring import BACKENDS
 from mer.api.http import logs
 from mer.cli.common import messages, model_argument, size, size_option
+from mer.cluster.health import HealthServer
 from mer.cluster.server import ShardServer, ShardSettings
 from mer.cluster.shard import Shard
 from mer.config import parse_address
@@ -34,6 +37,11 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--tls-key", type=_FILE, help="Its private key (PEM).")
 @click.option("--tls-client-ca", type=_FILE, help="Engines need a certificate signed by this one (PEM).")
 @click.option(
+    "--health",
+    metavar="HOST:PORT",
+    help="Where to say by gRPC's health protocol, to anybody, whether it is well; default: nowhere.",
+)
+@click.option(
     "--experts", type=click.IntRange(1), metavar="N", help="Most that it holds; default: what --ram holds."
 )
 @click.option("--threads", type=click.IntRange(1), help="Compute threads; default: the CPUs it may use.")
@@ -51,6 +59,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def shard(
     model: Path,
     ram: int | None,
+    health: str | None,
     experts: int | None,
     threads: int | None,
     io_backend: str,
@@ -63,23 +72,43 @@ def shard(
     """
     settings = ShardSettings(**options)
     logs.configure(log_format)
-    made = Shard(
-        model, ram or default_ram(), resident_bytes(), most=experts, threads=threads, io_backend=io_backend
-    )
-    try:
-        server = ShardServer(made, settings)
-        ended = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: ended.set())
-        host = parse_address(settings.listen)[0]
-        address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
-        messages().print(
-            f"mer {version('mer')} holds up to {made.capacity} of {made.total} experts of {model.name} at "
-            f"{address}; memory {size(made.ram)}",
-            soft_wrap=True,
+    with _health(health) as tell:
+        made = Shard(
+            model,
+            ram or default_ram(),
+            resident_bytes(),
+            most=experts,
+            threads=threads,
+            io_backend=io_backend,
         )
-        while not ended.wait(0.5):  # the system may give a signal to another thread, which wakes nobody
-            pass
-        server.stop()
+        try:
+            server = ShardServer(made, settings)
+            ended = threading.Event()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: ended.set())
+            host = parse_address(settings.listen)[0]
+            address = f"[{host}]:{server.port}" if ":" in host else f"{host}:{server.port}"
+            messages().print(
+                f"mer {version('mer')} holds up to {made.capacity} of {made.total} experts of {model.name} "
+                f"at {address}; memory {size(made.ram)}" + (f"; health at {health}" if health else ""),
+                soft_wrap=True,
+            )
+            tell(True)
+            while not ended.wait(0.5):  # the system may give a signal to another thread, which wakes nobody
+                tell(not made.failed)
+            server.stop()
+        finally:
+            made.close()
+
+
+@contextmanager
+def _health(listen: str | None) -> Iterator[Callable[[bool], None]]:
+    """Answers probes from before the model is there."""
+    if listen is None:
+        yield lambda _: None
+        return
+    server = HealthServer(listen)
+    try:
+        yield server.tell
     finally:
-        made.close()
+        server.stop()

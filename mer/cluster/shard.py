@@ -101,6 +101,8 @@ class Shard:
         self.ram, self.capacity = ram, self._cache.n_slots
         self._weights = np.ones((MOST_ROWS, 1), np.float32)
         self._assigned: frozenset[int] = frozenset()
+        #: Whether it computes nothing any more, since its files were changed under it.
+        self.failed = False
         self._lock = threading.Lock()  # of what is computed, and which experts are here
         self._told = threading.Condition()
         self._sweep: Sweep | None = None
@@ -178,6 +180,7 @@ class Shard:
                 with self._lock:
                     self._cache.unpin_set(self._assigned)
                     self._assigned = frozenset()
+                    self.failed = True
                 return
             _log.info("%d of %d assigned experts are in memory", len(self.held()), len(keys))
 

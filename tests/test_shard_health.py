@@ -1,0 +1,81 @@
+"""What a shard tells who looks after it: by gRPC's health protocol, as Kubernetes asks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+
+import grpc
+import pytest
+from engine_models import write_text_model
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from shards import LONG, shard
+
+from mer.cluster.health import HealthServer
+from mer.cluster.shard import Shard
+from mer.errors import ConfigError
+
+STATUS = health_pb2.HealthCheckResponse
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_text_model(tmp_path_factory.mktemp("health") / "tiny")
+
+
+def ask(port: int) -> int:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=LONG).status
+
+
+def test_of_a_running_shard(model):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with shard(model, "--ram", "1GiB", "--health", f"127.0.0.1:{port}") as one:
+        end = time.monotonic() + LONG
+        while ask(port) != STATUS.SERVING and time.monotonic() < end:
+            time.sleep(0.05)
+        assert ask(port) == STATUS.SERVING
+        assert f"health at 127.0.0.1:{port}" in "".join(one.lines)
+        assert one.end() == 0
+        with pytest.raises(grpc.RpcError, match="UNAVAILABLE"):
+            ask(port)
+
+
+def test_what_is_told_and_what_is_refused():
+    server = HealthServer("127.0.0.1:0")
+    try:
+        assert ask(server.port) == STATUS.NOT_SERVING
+        server.tell(True)
+        assert ask(server.port) == STATUS.SERVING
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            for service, code in (("mer.v1.Expert", "NOT_FOUND"), ("x" * 5000, "RESOURCE_EXHAUSTED")):
+                with pytest.raises(grpc.RpcError, match=code):
+                    stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=LONG)
+        with pytest.raises(ConfigError, match=f"--health 127.0.0.1:{server.port}: can't listen there"):
+            HealthServer(f"127.0.0.1:{server.port}")
+        with pytest.raises(ConfigError, match="HOST:PORT"):
+            HealthServer("everywhere")
+    finally:
+        server.stop()
+
+
+def test_a_shard_whose_files_are_changed_under_it_has_failed(model, tmp_path):
+    own = shutil.copytree(model, tmp_path / "own")
+    made = Shard(own, 1 << 40, 0, threads=1)
+    try:
+        assert not made.failed
+        for file in own.iterdir():
+            os.utime(file, ns=(1, 1))
+        made.assign([0])
+        end = time.monotonic() + LONG
+        while not made.failed and time.monotonic() < end:
+            time.sleep(0.02)
+        assert made.failed
+        assert made.held() == []
+    finally:
+        made.close()
