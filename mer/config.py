@@ -33,6 +33,12 @@ def parse_address(text: str) -> tuple[str, int]:
     return match[1] or match[2], int(match[3])
 
 
+def peer_name(peer: str) -> str | None:
+    """HOST:PORT of 'dns:HOST:PORT', a name all of whose addresses are peers; None for the address of one."""
+    name = peer.removeprefix("dns:")
+    return name if name != peer and ":" in name else None
+
+
 def cache_dir() -> Path:
     """Where programs keep what they can make again (XDG). Raises OSError where the user has no home."""
     named = os.environ.get("XDG_CACHE_HOME", "")
@@ -70,7 +76,7 @@ def _at_least(least: int) -> Any:
 def _addresses(given: Any) -> tuple[str, ...]:
     addresses = (given,) if isinstance(given, str) else tuple(given)
     for address in addresses:
-        parse_address(address)
+        parse_address(peer_name(address) or address)
         if addresses.count(address) > 1:
             raise ConfigError(f"peers: {address} is named twice")
     return addresses
@@ -174,7 +180,8 @@ class EngineConfig:
     draft_head: Path | None = field(default=None, converter=converters.optional(Path))
     #: Whether the experts that are in memory at the end are read back at the next start, in the background.
     warm_start: bool = False
-    #: Other machines that hold experts in memory and compute them (`mer shard`): their addresses, HOST:PORT.
+    #: Other machines that hold experts in memory and compute them (`mer shard`): their addresses, HOST:PORT;
+    #: dns:HOST:PORT are all addresses of a name, which is looked up again and again.
     peers: tuple[str, ...] = field(default=(), converter=_addresses)
     #: A file with the token by which they let an engine in.
     peer_token: Path | None = field(default=None, converter=converters.optional(Path))

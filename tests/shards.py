@@ -14,9 +14,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import trustme
 from engine_models import opened
 
 from mer import Engine
+from mer.cluster.server import ShardServer, ShardSettings
+from mer.cluster.shard import Shard
 from mer.cluster.state import PeerState
 
 MER = [sys.executable, "-c", "from mer.cli.main import main; main()"]
@@ -78,6 +81,33 @@ def shard(model: Path, *options: str, port: int = 0) -> Iterator[Process]:
         yield made
     finally:
         made.end()
+
+
+@contextmanager
+def here(model: Path, token: Path | None = None, port: int = 0, most: int | None = None, **settings):
+    """A shard in this process: the server, and its service's shard."""
+    made = Shard(model, 1 << 40, 0, most=most, threads=1)
+    server = ShardServer(made, ShardSettings(listen=f"127.0.0.1:{port}", token_file=token, **settings))
+    server.address = f"127.0.0.1:{server.port}"
+    try:
+        yield server, made
+    finally:
+        server.stop()
+        made.close()
+
+
+def certificates(path: Path, ca: trustme.CA, name: str = "127.0.0.1") -> dict[str, Path]:
+    """Files in `path`: a certificate for `name`, its key, and that of the CA."""
+    issued = ca.issue_cert(name)
+    parts = {
+        "cert": b"".join(blob.bytes() for blob in issued.cert_chain_pems),
+        "key": issued.private_key_pem.bytes(),
+        "ca": ca.cert_pem.bytes(),
+    }
+    path.mkdir()
+    for part, content in parts.items():
+        (path / part).write_bytes(content)
+    return {part: path / part for part in parts}
 
 
 @asynccontextmanager

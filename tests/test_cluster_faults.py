@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
-from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 import trustme
 from engine_models import opened, prompt, write_text_model
-from shards import LONG, peers, shard, until, with_peers
+from shards import LONG, certificates, here, peers, shard, until, with_peers
 
 from mer import Engine, SamplingParams
 from mer.cluster import peer as of_one
 from mer.cluster import peers as of_all
 from mer.cluster import server as serving
-from mer.cluster.server import ShardServer, ShardSettings
+from mer.cluster.server import ShardSettings
 from mer.cluster.shard import Shard
 from mer.cluster.wire import make_rows, rows_checksum
 from mer.config import EngineConfig
@@ -48,19 +46,6 @@ def expected(model):
 def quick(monkeypatch):
     """Who is lost is tried again soon."""
     monkeypatch.setattr(of_one, "_LAST_DELAY", 0.5)
-
-
-@contextmanager
-def here(model: Path, token: Path | None = None, port: int = 0, most: int | None = None, **settings):
-    """A shard in this process: the server, and its service's shard."""
-    made = Shard(model, 1 << 40, 0, most=most, threads=1)
-    server = ShardServer(made, ShardSettings(listen=f"127.0.0.1:{port}", token_file=token, **settings))
-    server.address = f"127.0.0.1:{server.port}"
-    try:
-        yield server, made
-    finally:
-        server.stop()
-        made.close()
 
 
 async def streams(engine, when: int, act) -> list[tuple[int, ...]]:
@@ -259,19 +244,7 @@ async def test_mutual_tls(model, expected, tmp_path):
     own, stranger = trustme.CA(), trustme.CA()
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123\n")
-
-    def write(name: str, ca: trustme.CA) -> dict[str, Path]:
-        issued = ca.issue_cert("127.0.0.1")
-        parts = {
-            "cert": b"".join(blob.bytes() for blob in issued.cert_chain_pems),
-            "key": issued.private_key_pem.bytes(),
-            "ca": ca.cert_pem.bytes(),
-        }
-        for part, content in parts.items():
-            (tmp_path / f"{name}-{part}").write_bytes(content)
-        return {part: tmp_path / f"{name}-{part}" for part in parts}
-
-    good, bad = write("own", own), write("stranger", stranger)
+    good, bad = certificates(tmp_path / "own", own), certificates(tmp_path / "stranger", stranger)
     tls = {"tls_cert": good["cert"], "tls_key": good["key"], "tls_client_ca": good["ca"]}
     with here(model, token, **tls) as (server, _):
 

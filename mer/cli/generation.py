@@ -117,7 +117,8 @@ _ENGINE: Final = (
         "peers",
         multiple=True,
         metavar="HOST:PORT",
-        help="Another machine that holds experts and computes them (mer shard); may be given several times.",
+        help="Another machine that holds experts and computes them (mer shard); may be given several times. "
+        "dns:HOST:PORT: all addresses of a name, looked up again and again.",
     ),
     click.option("--peer-token", type=_FILE, help="A file with the join token of the peers."),
     click.option("--peer-ca", type=_FILE, help="Peers have certificates signed by this one (PEM)."),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Mapping
 from functools import partial
+from itertools import count
 from typing import Final
 
 import grpc
@@ -15,11 +18,12 @@ from numpy.typing import NDArray
 from mer._ext.remote import RemoteTier
 from mer.cluster import security
 from mer.cluster.identity import Identity
+from mer.cluster.names import Names
 from mer.cluster.peer import Peer
 from mer.cluster.placement import place
 from mer.cluster.state import PeerState
 from mer.cluster.wire import most_bytes
-from mer.config import EngineConfig
+from mer.config import EngineConfig, parse_address, peer_name
 from mer.errors import ConfigError
 
 _log = logging.getLogger("mer")
@@ -51,13 +55,17 @@ class Peers:
     def __init__(self, config: EngineConfig, identity: Identity, local: Local) -> None:
         """Raises ConfigError for a peer, certificates or a token that can't be used."""
         self._local, self._identity = local, identity
-        self._addresses = config.peers
+        # Those that are named one by one, and each name with the addresses that it has now.
+        self._fixed = tuple(address for address in config.peers if peer_name(address) is None)
+        self._named: dict[str, frozenset[str]] = {
+            name: frozenset() for name in map(peer_name, config.peers) if name is not None
+        }
         self._token = security.read_token(config.peer_token)
         self._credentials: grpc.ChannelCredentials | None = None
         ca, cert, key = config.peer_ca, config.peer_cert, config.peer_key
         if ca is not None and cert is not None and key is not None:
             self._credentials = security.channel_credentials(cert, key, ca)
-        for address in config.peers:
+        for address in (*self._fixed, *self._named):
             if not security.is_loopback(address) and (self._credentials is None or not self._token):
                 raise ConfigError(
                     f"peer {address} is another machine: give --peer-ca, --peer-cert, --peer-key and "
@@ -77,23 +85,22 @@ class Peers:
         self._due = True  # to be placed anew
         self._next_tokens = _FIRST_TOKENS
         self._placed: dict[int, frozenset[int]] = {}
-        self._peers: list[Peer] = []
+        self._peers: dict[int, Peer] = {}
+        self._numbers = count()
+        self._names: Names | None = None
 
     def begin(self, tier: RemoteTier) -> None:
         """Reach for all of them; waits a little until it is known who is there."""
         self._tier = tier
-        for index, address in enumerate(self._addresses):
-            self._peers.append(
-                Peer(
-                    index, address, self._identity, partial(self._channel, address), self._token,
-                    tier.n_keys, answered=tier.answer, lost=tier.lost, changed=self._changed,
-                )
-            )  # fmt: skip
-        self._changed()  # who was quick told it before it was among them
+        until = time.monotonic() + _AT_START
         self._thread = threading.Thread(target=self._run, name="mer-peers", daemon=True)
         self._thread.start()
-        for peer in self._peers:
-            peer.wait_tried(_AT_START)
+        self._reach()
+        if self._named:
+            self._names = Names(self._named, self._resolved)
+            self._names.wait_first(_AT_START)
+        for peer in self._now():
+            peer.wait_tried(until - time.monotonic())
 
     def ask(
         self,
@@ -107,32 +114,86 @@ class Peers:
         tokens: NDArray[np.int32],
     ) -> bool:
         """See mer._ext.remote."""
-        return self._peers[peer].ask(turn, deadline, layer, x, experts, counts, tokens)
+        asked = self._peers.get(peer)
+        return asked is not None and asked.ask(turn, deadline, layer, x, experts, counts, tokens)
 
     def states(self) -> tuple[PeerState, ...]:
-        """Of each, in their order."""
-        return tuple(peer.state() for peer in self._peers)
+        """Of each that is known, in the order in which they became so."""
+        return tuple(peer.state() for peer in self._now())
 
     def close(self) -> None:
         """Leave them; no step may be under way."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         self._news.set()
-        for peer in self._peers:
+        if self._names is not None:
+            self._names.close()
+        for peer in self._now():
             peer.close()
         self._thread.join()
 
-    def _channel(self, address: str) -> grpc.Channel:
+    def _now(self) -> list[Peer]:
+        with self._lock:
+            return list(self._peers.values())
+
+    def _channel(self, address: str, name: str | None) -> grpc.Channel:
+        """name: by which the address was found, and which its certificate is for then."""
         if self._credentials is None:
             return grpc.insecure_channel(address, self._options)
-        return grpc.secure_channel(address, self._credentials, self._options)
+        called = [("grpc.ssl_target_name_override", parse_address(name)[0])] if name is not None else []
+        return grpc.secure_channel(address, self._credentials, [*self._options, *called])
+
+    def _resolved(self, name: str, addresses: frozenset[str]) -> None:
+        """What a name's addresses are now."""
+        if self._credentials is None:  # the name was one of this machine
+            addresses = frozenset(filter(security.is_loopback, addresses))
+        with self._lock:
+            self._named[name] = addresses
+        self._reach()
+
+    def _wanted(self) -> dict[str, str | None]:
+        """The addresses of all peers that there should be; by which name each was found."""
+        found: dict[str, str | None] = dict.fromkeys(self._fixed)
+        for name, addresses in self._named.items():
+            for address in sorted(addresses):
+                found.setdefault(address, name)
+        return found
+
+    def _reach(self) -> None:
+        """For whoever is new."""
+        with self._lock:
+            known = {peer.address for peer in self._peers.values()}
+            for address, name in self._wanted().items():
+                if address not in known and not self._closed:
+                    index = next(self._numbers)
+                    self._peers[index] = Peer(
+                        index, address, self._identity, partial(self._channel, address, name), self._token,
+                        self._tier.n_keys, answered=self._tier.answer, lost=self._tier.lost,
+                        changed=self._changed,
+                    )  # fmt: skip
+
+    def _forget(self) -> None:
+        """Those that their name has not any more, once they are lost: while they answer they are used."""
+        with self._lock:
+            wanted = self._wanted()
+            gone = [
+                peer
+                for peer in self._peers.values()
+                if peer.address not in wanted and peer.state().condition == "lost"
+            ]
+            for peer in gone:
+                del self._peers[peer.index]
+        for peer in gone:
+            _log.info("peer %s has gone: its name is that of others now", peer.address)
+            peer.close()
 
     def _changed(self) -> None:
         """A peer has come, gone, or holds something else."""
         with self._lock:
-            peers = list(self._peers)
-            self._tier.hold(holders([peer.held for peer in peers], self._tier.n_keys))
-            there = {peer.index: peer.capacity for peer in peers if peer.capacity and peer.assigns}
-            if there.keys() != self._placed.keys():
+            peers = self._peers
+            self._tier.hold(holders({i: peer.held for i, peer in peers.items()}, self._tier.n_keys))
+            there = {index for index, peer in peers.items() if peer.capacity and peer.assigns}
+            if there != self._placed.keys():
                 self._due = True
                 self._news.set()
 
@@ -143,8 +204,9 @@ class Peers:
             if self._closed:
                 return
             try:
+                self._forget()
                 self._place()
-                for peer in self._peers:
+                for peer in self._now():
                     peer.check()
             except Exception:
                 _log.exception("placing experts failed")
@@ -157,23 +219,24 @@ class Peers:
             if not self._due:
                 return
             self._due = False
-            room = {peer.index: peer.capacity for peer in self._peers if peer.capacity and peer.assigns}
-            held = {index: self._placed.get(index) or self._peers[index].held for index in room}
+            peers = dict(self._peers)
+            room = {i: peer.capacity for i, peer in peers.items() if peer.capacity and peer.assigns}
+            held = {index: self._placed.get(index) or peers[index].held for index in room}
             shape = (self._local.layers, self._local.experts)
             self._placed = place(heat.reshape(shape), self._local.kept, room, held)
             placed = dict(self._placed)
         for index, experts in placed.items():
-            self._peers[index].assign(experts)
+            peers[index].assign(experts)
 
 
-def holders(held: list[frozenset[int]], n_keys: int) -> NDArray[np.int32]:
+def holders(held: Mapping[int, frozenset[int]], n_keys: int) -> NDArray[np.int32]:
     """i32 [n_keys]: a peer that holds each expert, -1: none; of several each has its share."""
     if not held:
         return np.full(n_keys, -1, np.int32)
     there = np.zeros((len(held), n_keys), bool)
-    for row, keys in zip(there, held, strict=True):
+    for row, keys in zip(there, held.values(), strict=True):
         row[list(keys)] = True
     count = there.sum(axis=0)
     chosen = np.arange(n_keys) % np.maximum(count, 1) + 1
     found = np.argmax((np.cumsum(there, axis=0) == chosen) & there, axis=0)
-    return np.where(count > 0, found, -1).astype(np.int32)
+    return np.where(count > 0, np.array(list(held))[found], -1).astype(np.int32)
