@@ -6,7 +6,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Any, Final
 
 from mer.config import parse_address
 
@@ -23,9 +23,9 @@ def resolve(name: str) -> frozenset[str]:
     those in IPv4 are taken.
     """
     host, port = parse_address(name)
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    old = {f"{where[0]!s}:{where[1]}" for family, *_, where in found if family == socket.AF_INET}
-    return frozenset(old or {f"[{where[0]!s}]:{where[1]}" for *_, where in found})
+    found: list[Any] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    old = {f"{where[0]}:{where[1]}" for family, *_, where in found if family == socket.AF_INET}
+    return frozenset(old or {f"[{where[0]}]:{where[1]}" for *_, where in found})
 
 
 class Names:
