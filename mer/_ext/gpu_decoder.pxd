@@ -17,11 +17,15 @@ cdef extern from "mer_gpu_decoder.h" nogil:
         uint64_t qkv, q, q_norm, k_norm, cosine, sine, blocks, positions, sequence_of, tables, block_bytes, stride
         float eps, limit
         int32_t n_heads, n_kv, dim, pairs, interleaved, qk_norm, qk_norm_last, v_norm, no_v, table_stride, kv
+    ctypedef struct mer_gpu_latent:
+        uint64_t q, wide, latents, norm, cosine, sine, blocks, positions, sequence_of, tables, block_bytes
+        float eps
+        int32_t n_heads, nope, rope, rank, pairs, interleaved, table_stride, kv
     ctypedef struct mer_gpu_attention:
         uint64_t q, out, gate, sinks, blocks, positions, sequence_of, tables, spans, scores, shrinks, sums
         uint64_t block_bytes, gate_stride, stride
         float scale
-        int32_t n_heads, n_kv, dim, window, table_stride, kv, first, end, tiles, heads
+        int32_t n_heads, n_kv, dim, value_dim, window, table_stride, kv, first, end, tiles, heads, latent
 
 # Products with one input: matrices of one format and shape.
 cdef struct Launch:
@@ -29,7 +33,7 @@ cdef struct Launch:
     void *many
     long first, n                # of the table of products
     int rows, cols
-    long y_stride
+    long x_stride, y_stride      # floats from one input, or result, to the next
     bint prepared                # it takes activations in int8, not as floats
 
 # Products with one input, of up to four formats.
@@ -41,9 +45,11 @@ cdef struct Launches:
 cdef struct GpuLayer:
     Launches qkv, o, gate_up, down, shared_gate
     Launches router, ahead       # the same products, of the layer before for the guess
+    Launches q_latent, latent, wide, unfold  # of latent attention; its qkv are the queries
     long joint, gate_at          # floats of a token's queries, keys and values; where the gates of the output are
     bint no_v, gated
     uint64_t attention_norm, mlp_norm, q_norm, k_norm, router_norm, attention_out_norm, mlp_out_norm
+    uint64_t q_latent_norm, latent_norm
     uint64_t routed_out_norm, shared_norm, shared_out_norm, layer_scale, sinks
     uint64_t blocks, block_bytes
 
@@ -51,6 +57,7 @@ cdef struct GpuLayer:
 cdef struct Places:
     uint64_t x, h, h2, y, shared, shared_gate, gate, up, qkv, q, attended, acts, h_acts
     uint64_t scores, shrinks, sums, logits, rows, products, step
+    uint64_t q_latent, q_wide, out_wide, head_rows
 
 cdef class GpuDecoder(Decoder):
     cdef Device device
@@ -73,14 +80,16 @@ cdef class GpuDecoder(Decoder):
     cdef long n_products, n_counted, head_product
     cdef uint8_t *step
     cdef uint8_t *rows_staged
-    cdef long score_floats, gpu_blocks, most_tables
+    cdef long score_floats, gpu_blocks, most_tables, most_tokens
     cdef uint64_t gpu_final_norm, gpu_last_norm
     cdef Launches gpu_head
     cdef bint has_head
     cdef void *routed_event
     cdef void *join_kernel
     cdef void *heads_kernel
+    cdef void *latent_kernel
     cdef void *scores_kernel
+    cdef void *latent_scores_kernel
     cdef void *weights_kernel
     cdef void *values_kernel
     cdef void *quantise_kernel
@@ -99,4 +108,5 @@ cdef class GpuDecoder(Decoder):
     cdef uint64_t pin(self, array) except 0
     cdef uint64_t mapped(self, const void *host) noexcept nogil
     cdef Launches add_products(self, list parts, long y_stride) except *
+    cdef Launches add_heads(self, m, uint64_t place, long heads, uint64_t y, long x_stride, long y_stride) except *
     cdef int check(self, str what) except -1

@@ -34,14 +34,17 @@ cdef enum:
     MANY_ROWS = 64               # MER_GPU_MANY_ROWS
     MANY_TOKENS = 32             # MER_GPU_MANY_TOKENS
     FEW = 12                     # most tokens for which the kernels for few are quicker
+    MOST_BLOCKS = 65535          # of a grid's second and third dimension
+    SPAN_TOKENS = 16             # as in decoder.pyx
     MOST_SHARED = 48 << 10       # dynamic shared memory that needs no permission
     PLACE_ALIGN = 256
     STEP_ALIGN = 64
 
 FLOATS = (0, 1, 30)
 # The parts of a layer that are matrices; each may have a bias.
-MATRICES = ("q", "k", "v", "q_gate", "o", "gate", "up", "down", "router", "shared_gate")
-VECTORS = ("q_norm", "k_norm", "attention_out_norm", "mlp_out_norm", "routed_out_norm", "shared_norm",
+MATRICES = ("q", "k", "v", "q_gate", "o", "q_latent", "latent", "k_up", "v_up", "gate", "up", "down", "router",
+            "shared_gate")
+VECTORS = ("q_norm", "k_norm", "q_latent_norm", "latent_norm", "attention_out_norm", "mlp_out_norm", "routed_out_norm", "shared_norm",
            "shared_out_norm", "layer_scale", "sinks")
 PRODUCT = np.dtype([("weights", "u8"), ("bias", "u8"), ("y", "u8"), ("index", "u8"), ("first", "i4"), ("count", "i4")])
 
@@ -69,6 +72,7 @@ def layer_arrays(spec, weights):
 
 
 include "gpu_launches.pxi"
+include "gpu_latent.pxi"
 
 
 @cython.no_gc_clear
@@ -109,9 +113,9 @@ cdef class GpuDecoder(Decoder):
         self.at = Places(
             at["x"], at["h"], at["h2"], at["y"], at["shared"], at["shared_gate"], at["gate"], at["up"], at["qkv"],
             at["q"], at["attended"], at["acts"], at["h_acts"], at["scores"], at["shrinks"], at["sums"], at["logits"],
-            at["rows"], at["products"], at["step"])
+            at["rows"], at["products"], at["step"], at["q_latent"], at["q_wide"], at["out_wide"], at["head_rows"])
         self.score_floats = places["scores"][1] // 4
-        self.most_tables = buffers["last"].shape[0] * n_blocks
+        self.most_tables, self.most_tokens = buffers["last"].shape[0] * n_blocks, buffers["x"].shape[0]
         self.host_memory = buffers["x"].base
         self.host_address = self.host_memory.ctypes.data
         self.host_pointer = self.pin(self.host_memory)
@@ -126,18 +130,30 @@ cdef class GpuDecoder(Decoder):
         self.pin(self.products_memory)
         self.products = <mer_gpu_product *><uintptr_t>self.products_memory.ctypes.data
         device.check(device.new_event(&self.routed_event), "making an event")
+        self.place_head_rows()
         self.place_head(head)
         self.ahead_of = -1
 
     def find_kernels(self):
         device = self.device
         self.join_kernel, self.heads_kernel = device.function("mer_join"), device.function("mer_heads")
+        self.latent_kernel = device.function("mer_latent")
         self.scores_kernel = device.function("mer_attend_scores")
+        self.latent_scores_kernel = device.function("mer_attend_latents")
         self.weights_kernel = device.function("mer_attend_weights")
         self.values_kernel = device.function("mer_attend_values")
         self.quantise_kernel, self.activate_kernel = device.function("mer_quantise"), device.function("mer_activate")
-        if self.hidden * sizeof(float) > MOST_SHARED:
-            device.allow_shared("mer_join", self.hidden * sizeof(float))
+        widest = max(self.hidden, max(getattr(a, "query_rank", None) or 0 for a in self.spec.attentions))
+        if widest * sizeof(float) > MOST_SHARED:
+            device.allow_shared("mer_join", widest * sizeof(float))
+
+    def place_head_rows(self):
+        """Of latent attention, which row of all tokens' heads is a head's of each token: i32 [heads, tokens]."""
+        heads = next((a.n_heads for a in self.spec.attentions if hasattr(a, "kv_rank")), 0)
+        if heads:
+            rows = np.add.outer(np.arange(heads), np.arange(self.most_tokens) * heads).astype(np.int32)
+            self.device.upload_py(self.at.head_rows, rows)
+            self.device.finish_py()
 
     def place_head(self, head):
         cdef long floats = self.hidden * (2 if self.layer_norm else 1)
@@ -202,6 +218,7 @@ cdef class GpuDecoder(Decoder):
             each.few = self.device.function("mer_rows_" + NAMES[form])
             each.many = self.device.function("mer_many_" + NAMES[form])
             each.first, each.rows, each.cols, each.y_stride = len(self.table), rows, cols, y_stride
+            each.x_stride = cols
             each.prepared = form not in FLOATS
             for m, place, bias, y in matrices:
                 for first in range(0, m.data.shape[0], rows):
@@ -214,6 +231,23 @@ cdef class GpuDecoder(Decoder):
                 found.floats = True
         if len(self.table) > len(self.products_memory):
             raise ValueError("a layer with more products than were planned")
+        return found
+
+    cdef Launches add_heads(self, m, uint64_t place, long heads, uint64_t y, long x_stride, long y_stride) except *:
+        """Each head's rows of a matrix, by an input of its own: f32 [tokens, heads], x_stride apart."""
+        cdef Launches found
+        cdef Launch *each = &found.each[0]
+        cdef long rows = m.data.shape[0] // heads, head
+        memset(&found, 0, sizeof(found))
+        found.n, found.prepared = 1, m.format not in FLOATS
+        found.floats = not found.prepared
+        each.few = self.device.function("mer_rows_" + NAMES[m.format])
+        each.many = self.device.function("mer_many_" + NAMES[m.format])
+        each.first, each.n, each.rows, each.cols = len(self.table), heads, rows, m.cols
+        each.x_stride, each.y_stride, each.prepared = x_stride, y_stride, found.prepared
+        for head in range(heads):
+            self.table.append((place + head * rows * m.data.shape[1], 0, y + head * (y_stride // heads) * sizeof(float),
+                               self.at.head_rows + head * self.most_tokens * sizeof(int32_t), 0, 0))
         return found
 
     def add_layer(self, weights, blocks):
@@ -230,19 +264,16 @@ cdef class GpuDecoder(Decoder):
     def load_layer(self, long index, weights):
         cdef GpuLayer *g = &self.gpu[index]
         cdef Geometry *a = &self.layers[index].geometry
-        cdef long q = a.n_heads * a.head_dim, kv = a.n_kv * a.head_dim
         cdef Places *to = &self.at
         at = self.bring(layer_arrays(self.spec, weights))
 
         def part(name, y):
             return weights[name], at[name], at.get(name + "_bias", 0), y
 
-        g.no_v = "v" not in weights
-        g.gate_at = q + kv + (0 if g.no_v else kv)
-        g.gated = "q_gate" in weights
-        g.joint = g.gate_at + (q if g.gated else 0)
-        starts = (("q", 0), ("k", q), ("v", q + kv), ("q_gate", g.gate_at))
-        g.qkv = self.add_products([part(name, to.qkv + 4 * start) for name, start in starts if name in weights], g.joint)
+        if a.latent:
+            self.load_latent(index, weights, at)
+        else:
+            self.load_grouped(index, weights, at)
         g.o = self.add_products([part("o", to.y)], self.hidden)
         routed = "router" in weights
         if "gate" in weights:
@@ -260,12 +291,43 @@ cdef class GpuDecoder(Decoder):
         g.routed_out_norm, g.shared_norm = at.get("routed_out_norm", 0), at.get("shared_norm", 0)
         g.shared_out_norm, g.layer_scale = at.get("shared_out_norm", 0), at.get("layer_scale", 0)
         g.sinks = at.get("sinks", 0)
-        g.block_bytes = 2 * a.n_kv * self.part_bytes(a.head_dim)
+        g.block_bytes = self.part_bytes(a.latent_dim) if a.latent else 2 * a.n_kv * self.part_bytes(a.head_dim)
         g.blocks = self.take(g.block_bytes * self.gpu_blocks)
         self.kv_bytes += g.block_bytes * self.gpu_blocks
         if self.n_layers == self.gpu_layers:
             self.products_memory[:len(self.table)] = self.table
             self.n_products = len(self.table)
+
+    def load_grouped(self, long index, weights, at):
+        cdef GpuLayer *g = &self.gpu[index]
+        cdef Geometry *a = &self.layers[index].geometry
+        cdef long q = a.n_heads * a.head_dim, kv = a.n_kv * a.head_dim
+        g.no_v = "v" not in weights
+        g.gate_at = q + kv + (0 if g.no_v else kv)
+        g.gated = "q_gate" in weights
+        g.joint = g.gate_at + (q if g.gated else 0)
+        starts = (("q", 0), ("k", q), ("v", q + kv), ("q_gate", g.gate_at))
+        g.qkv = self.add_products(
+            [(weights[name], at[name], at.get(name + "_bias", 0), self.at.qkv + 4 * start)
+             for name, start in starts if name in weights], g.joint)
+
+    def load_latent(self, long index, weights, at):
+        cdef GpuLayer *g = &self.gpu[index]
+        cdef Geometry *a = &self.layers[index].geometry
+        cdef Places *to = &self.at
+        cdef long q = a.nope_dim + a.rope_dim
+
+        def part(name, y):
+            return weights[name], at[name], at.get(name + "_bias", 0), y
+
+        g.q_latent_norm, g.latent_norm = at.get("q_latent_norm", 0), at["latent_norm"]
+        if "q_latent" in weights:
+            g.q_latent = self.add_products([part("q_latent", to.q_latent)], a.query_rank)
+        g.qkv = self.add_products([part("q", to.q)], a.n_heads * q)
+        g.latent = self.add_products([part("latent", to.qkv)], a.latent_dim)
+        g.wide = self.add_heads(weights["k_up"], at["k_up"], a.n_heads, to.q_wide, q, a.n_heads * a.latent_dim)
+        g.unfold = self.add_heads(weights["v_up"], at["v_up"], a.n_heads, to.attended, a.kv_rank,
+                                  a.n_heads * a.value_dim)
 
     cdef int check(self, str what) except -1:
         cdef int error = self.error
@@ -297,13 +359,16 @@ cdef class GpuDecoder(Decoder):
         cdef GpuLayer *g = &self.gpu[index]
         cdef Layer *layer = &self.layers[index]
         with nogil:
-            join(self, g.attention_norm, self.at.h if g.qkv.floats else 0, 0, self.at.h_acts if g.qkv.prepared else 0,
-                      0, 0, 0)
-            multiply(self, &g.qkv, self.at.h, self.at.h_acts)
-            heads(self, g, layer)
-            attention_of(self, g, layer)
+            if layer.geometry.latent:
+                attend_latents(self, g, layer)
+            else:
+                join(self, g.attention_norm, self.at.h if g.qkv.floats else 0, 0,
+                     self.at.h_acts if g.qkv.prepared else 0, 0, 0, 0)
+                multiply(self, &g.qkv, self.at.h, self.at.h_acts)
+                heads(self, g, layer)
+                attention_of(self, g, layer)
             if g.o.prepared:
-                quantise(self, self.at.attended, g.o.each[0].cols, self.at.acts)
+                quantise(self, self.at.attended, self.n_tokens, g.o.each[0].cols, g.o.each[0].cols, self.at.acts)
             multiply(self, &g.o, self.at.attended, self.at.acts)
             owe(self, self.at.y, g.attention_out_norm, 0)
         self.check(f"attention of layer {index}")

@@ -28,7 +28,7 @@ cdef void multiply(GpuDecoder d, const Launches *m, uint64_t x, uint64_t acts) n
         each = &m.each[i]
         products, n = d.at.products + each.first * sizeof(mer_gpu_product), <int>each.n
         given = acts if each.prepared else x
-        act_stride = mer_act_bytes(MER_Q4_0, each.cols) if each.prepared else each.cols * sizeof(float)
+        act_stride = mer_act_bytes(MER_Q4_0, each.cols) if each.prepared else each.x_stride * sizeof(float)
         arguments[0], arguments[1], arguments[2] = &products, &n, &given
         arguments[3], arguments[4], arguments[5] = &act_stride, <void *>&each.rows, <void *>&each.cols
         arguments[6] = <void *>&each.y_stride
@@ -39,14 +39,14 @@ cdef void multiply(GpuDecoder d, const Launches *m, uint64_t x, uint64_t acts) n
                  0, arguments)
 
 
-cdef void quantise(GpuDecoder d, uint64_t x, long cols, uint64_t acts) noexcept nogil:
-    """acts: the prepared rows of x, f32 [tokens, cols]."""
+cdef void quantise(GpuDecoder d, uint64_t x, long n, long stride, long cols, uint64_t acts) noexcept nogil:
+    """acts: the prepared rows of x, f32 [n, cols], stride apart."""
     cdef void *arguments[6]
     cdef long act_bytes = mer_act_bytes(MER_Q4_0, cols)
-    cdef int columns = <int>cols, tokens = <int>d.n_tokens
-    arguments[0], arguments[1], arguments[2], arguments[3] = &x, &cols, &acts, &act_bytes
-    arguments[4], arguments[5] = &columns, &tokens
-    call(d, d.quantise_kernel, (cols + THREADS - 1) // THREADS, tokens, 1, 0, arguments)
+    cdef int columns = <int>cols, rows = <int>n
+    arguments[0], arguments[1], arguments[2], arguments[3] = &x, &stride, &acts, &act_bytes
+    arguments[4], arguments[5] = &columns, &rows
+    call(d, d.quantise_kernel, (cols + THREADS - 1) // THREADS, min(n, <long>MOST_BLOCKS), 1, 0, arguments)
 
 
 cdef void join(GpuDecoder d, uint64_t norm, uint64_t h, uint64_t h_host, uint64_t acts, uint64_t norm2, uint64_t h2,
@@ -103,21 +103,28 @@ cdef void heads(GpuDecoder d, const GpuLayer *g, const Layer *layer) noexcept no
 
 
 cdef void attention_of(GpuDecoder d, const GpuLayer *g, const Layer *layer) noexcept nogil:
-    """attended = attention of q; as many queries at a time as their scores have room."""
+    """attended = attention of q, or out_wide of q_wide; as many queries at a time as their scores have room."""
     cdef void *arguments[1]
     cdef mer_gpu_attention a
     cdef const Geometry *geometry = &layer.geometry
-    cdef long dim = geometry.head_dim, group = geometry.n_heads // geometry.n_kv
+    cdef long n_kv = 1 if geometry.latent else geometry.n_kv, group = geometry.n_heads // n_kv
+    cdef long dim = geometry.latent_dim if geometry.latent else geometry.head_dim
+    cdef long value_dim = geometry.kv_rank if geometry.latent else dim
+    # Their spans' tiles, of MER_GPU_QUERIES rows, are one dimension of a grid.
+    cdef long most = max(1, MOST_BLOCKS * MER_GPU_QUERIES // (SPAN_TOKENS * group))
     cdef long first = 0, end, stride, wanted, span, longest, span_end, width, seen
     cdef long next_span = 0
     memset(&a, 0, sizeof(a))
     a.q, a.out, a.sinks = d.at.q, d.at.attended, g.sinks
+    if geometry.latent:
+        a.q, a.out, a.latent = d.at.q_wide, d.at.out_wide, 1
     if g.gated:
         a.gate, a.gate_stride = d.at.qkv + g.gate_at * sizeof(float), g.joint
     a.blocks, a.block_bytes = g.blocks, g.block_bytes
     a.positions, a.sequence_of, a.tables = d.step_positions, d.step_sequences, d.step_tables
     a.scores, a.shrinks, a.sums = d.at.scores, d.at.shrinks, d.at.sums
-    a.scale, a.n_heads, a.n_kv, a.dim = geometry.scale, <int>geometry.n_heads, <int>geometry.n_kv, <int>dim
+    a.scale, a.n_heads, a.n_kv = geometry.scale, <int>geometry.n_heads, <int>n_kv
+    a.dim, a.value_dim = <int>dim, <int>value_dim
     a.window, a.table_stride, a.kv = <int>layer.window, <int>d.table_stride, d.kv
     a.heads = 4 if group > 2 else <int>group
     width = 32 * (THREADS // 32 // a.heads)
@@ -127,7 +134,7 @@ cdef void attention_of(GpuDecoder d, const GpuLayer *g, const Layer *layer) noex
         while end < d.n_tokens:
             seen = d.positions[end] - layer.window + 1 if layer.window and d.positions[end] >= layer.window else 0
             wanted = max(stride, (d.positions[end] // MER_KV_BLOCK + 1 - seen // MER_KV_BLOCK) * MER_KV_BLOCK)
-            if end > first and wanted * (end + 1 - first) * geometry.n_heads > d.score_floats:
+            if end > first and (wanted * (end + 1 - first) * geometry.n_heads > d.score_floats or end - first == most):
                 break
             stride = wanted
             end += 1
@@ -143,10 +150,10 @@ cdef void attention_of(GpuDecoder d, const GpuLayer *g, const Layer *layer) noex
         a.first, a.end, a.stride = <int>first, <int>end, stride
         a.tiles = <int>((longest * group + MER_GPU_QUERIES - 1) // MER_GPU_QUERIES)
         # A tile's queries may see one block more than each of them.
-        call(d, d.scores_kernel, (stride // MER_KV_BLOCK + longest // MER_KV_BLOCK + 1 + 7) // 8, geometry.n_kv,
-             (span - next_span) * a.tiles, MER_GPU_QUERIES * dim * sizeof(float), arguments)
+        call(d, d.latent_scores_kernel if geometry.latent else d.scores_kernel,
+             (stride // MER_KV_BLOCK + longest // MER_KV_BLOCK + 1 + 7) // 8, n_kv, (span - next_span) * a.tiles, MER_GPU_QUERIES * dim * sizeof(float), arguments)
         call(d, d.weights_kernel, geometry.n_heads, end - first, 1, 0, arguments)
-        call(d, d.values_kernel, (group + a.heads - 1) // a.heads * ((dim + width - 1) // width), geometry.n_kv,
+        call(d, d.values_kernel, (group + a.heads - 1) // a.heads * ((value_dim + width - 1) // width), n_kv,
              end - first, 0, arguments)
         first = end
 
@@ -163,7 +170,7 @@ cdef void feed_forward_of(GpuDecoder d, const GpuLayer *g, uint64_t h, uint64_t 
     arguments[8] = &nothing
     call(d, d.activate_kernel, blocks if blocks < 4096 else 4096, 1, 1, 0, arguments)
     if g.down.prepared:
-        quantise(d, d.at.gate, inter, d.at.acts)
+        quantise(d, d.at.gate, rows, inter, inter, d.at.acts)
     multiply(d, &g.down, d.at.gate, d.at.acts)
 
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from attrs import frozen
 
-from mer.model.spec import AttentionSpec, CompressedAttentionSpec, ModelSpec
+from mer.model.spec import CompressedAttentionSpec, LatentAttentionSpec, ModelSpec
 
 
 @frozen
@@ -31,8 +31,10 @@ def refusal(spec: ModelSpec) -> str | None:
     for attention in spec.attentions:
         if isinstance(attention, CompressedAttentionSpec):
             return "its attention is over compressed positions"
-        if not isinstance(attention, AttentionSpec):
-            return "its attention is latent (MLA)"
+        if isinstance(attention, LatentAttentionSpec):
+            if attention.indexer is not None:
+                return "its attention chooses positions (DSA)"
+            continue
         if attention.qk_norm == "vector" and attention.qk_norm_last:
             return "it norms whole queries behind the rotary embedding"
     return None

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 from attrs import evolve
-from engine_models import GREEDY, Logits, opened, prompt, write_text_model
+from engine_models import GREEDY, Logits, convert_to, opened, prompt, write_text_model
 from gpu_simulator import Simulator
 from oracle.make_checkpoints import make
 
 from mer import Engine
+from mer._ext.gpu_decoder import layer_arrays
+from mer._ext.uring import Reader
 from mer.config import EngineConfig
 from mer.engine import budget as budgets
 from mer.engine.placing import choose
 from mer.engine.runner import Runner
 from mer.errors import BudgetError, ConfigError
+from mer.model.dense import device_bytes, load_dense
 from mer.model.families import load
 from mer.model.placement import ON_THE_CPU, Placement
 from mer.streaming.experts import expert_tables
@@ -86,13 +89,28 @@ def test_what_the_device_takes(model, simulator):
     runner.close()
 
 
+def test_what_latent_attention_takes(tmp_path):
+    """No less is planned than layers bring: a quantised matrix that makes keys of latents becomes F16."""
+    rows = {"q_lora_rank": 64, "kv_lora_rank": 96, "qk_nope_head_dim": 96, "v_head_dim": 32}
+    make(tmp_path / "model", "deepseek_v3", **rows)
+    checkpoint = open_checkpoint(convert_to(tmp_path / "model", tmp_path / "store", None, "q4_0"))
+    architecture = load(checkpoint)
+    reader = Reader([str(file) for file in checkpoint.files], backend="preadv")
+    found = load_dense(checkpoint, architecture, reader)
+    reader.close()
+    planned, _ = device_bytes(checkpoint, architecture)
+    for nbytes, weights in zip(planned, found.layers, strict=True):
+        arrays = layer_arrays(architecture.spec, weights)
+        assert sum(-(-array.nbytes // 256) * 256 for array in arrays.values()) <= nbytes
+
+
 def test_who_stays_on_the_cpu(tmp_path, model):
-    make(tmp_path / "mla", "deepseek_v3")
-    assert chosen(tmp_path / "mla", 1 << 30) == (ON_THE_CPU, 0)
+    make(tmp_path / "dsa", "deepseek_v32")
+    assert chosen(tmp_path / "dsa", 1 << 30) == (ON_THE_CPU, 0)
     with pytest.raises(
         ConfigError, match="gpu_layers 2: of this model only experts can be on a GPU, its attention"
     ):
-        chosen(tmp_path / "mla", 1 << 30, gpu_layers=2)
+        chosen(tmp_path / "dsa", 1 << 30, gpu_layers=2)
     assert chosen(model, 1 << 30, prefix_store=tmp_path) == (ON_THE_CPU, 0)
     with pytest.raises(ConfigError, match="prefix_store"):
         EngineConfig(prefix_store=tmp_path, gpu_layers=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_models import convert_to, prompt
+from family_cases import CASES
 from gpu_simulator import Simulator
 from harness import Runner
 from make_checkpoints import make
@@ -19,6 +20,7 @@ from mer.model.placement import Placement, refusal
 # Of each what it alone has: windows, sinks, norms, biases, shared experts, gates, scales, caps, plain layers.
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "gemma4_text", "phimoe", "minimax_m2"]
 FAMILIES += ["granitemoeshared", "hunyuan_v1_moe", "glm4_moe", "llama", "ernie4_5_moe", "flex_olmo"]
+FAMILIES += ["deepseek_v2", "deepseek_v3", "glm4_moe_lite"]
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 SMALL |= {"max_position_embeddings": 4096}
@@ -88,6 +90,30 @@ def test_quantised_matrices(tmp_path, device, dense):
     check(write(tmp_path, "qwen2_moe", dense, num_hidden_layers=2), device, 2, True)
 
 
+# With rows that quantised matrices can have.
+LATENT = {
+    "q_lora_rank": 64,
+    "kv_lora_rank": 96,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 32,
+}
+
+
+@pytest.mark.parametrize(("dense", "kv"), [(None, "f16"), (None, "q8_0"), ("q8_0", "f32")])
+def test_latents(tmp_path, device, dense, kv):
+    changes = LATENT if dense else {}
+    check(write(tmp_path, "deepseek_v3", dense, **changes), device, 3, True, kv_dtype=kv)
+
+
+@pytest.mark.parametrize("case", ["lite", "scaled", "odd"])
+def test_kinds_of_latent_attention(tmp_path, device, monkeypatch, case):
+    """Queries of the hidden state itself, biases and a tied head, odd numbers; a few queries at a time."""
+    monkeypatch.setattr(device_scratch, "_SCORES", 1)
+    make(tmp_path / "model", "deepseek_v2", **CASES["deepseek_v2"][case])
+    check(tmp_path / "model", device, 3, head=True)
+
+
 def test_long_context(tmp_path, device, monkeypatch):
     """Of several rounds of maxima, and of more queries than their scores have room for."""
     path = write(tmp_path, "llama", **SMALL)
@@ -102,8 +128,9 @@ def test_long_context(tmp_path, device, monkeypatch):
 
 
 def test_who_stays_on_the_cpu(tmp_path):
-    for family in ("deepseek_v3", "qwen3_next", "llama"):
+    for family in ("deepseek_v3", "deepseek_v32", "qwen3_next", "llama"):
         make(tmp_path / family, family)
-    assert "MLA" in refusal(Runner(tmp_path / "deepseek_v3").spec)
+    assert "DSA" in refusal(Runner(tmp_path / "deepseek_v32").spec)
     assert "recurrent" in refusal(Runner(tmp_path / "qwen3_next").spec)
     assert refusal(Runner(tmp_path / "llama").spec) is None
+    assert refusal(Runner(tmp_path / "deepseek_v3").spec) is None

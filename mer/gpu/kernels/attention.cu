@@ -58,45 +58,118 @@ template <int KV> INLINE void score_rows(const uint8_t *part, int at, const floa
     else score<KV, 8>(part, at, q, dim, scores);
 }
 
-/* grid = (ceil(blocks of the longest / 8), n_kv, spans * tiles); a thread takes a position. Dynamic shared memory:
- * QUERIES * dim floats. */
-MER_KERNEL(mer_attend_scores, mer_gpu_attention a) {
-    MER_DYNAMIC_SHARED(q);
+/* What a block of threads scores: n queries of one sequence by blocks [b0, b0 + 8) of positions, up to `newest`. */
+struct score_tile {
+    int sequence, t0, r0, n, b0, newest;
+};
+
+/* This block's tile, its queries in q; false: it has none. */
+INLINE bool take_tile(const mer_gpu_attention &a, score_tile &tile, float *q) {
     const int32_t *const span = (const int32_t *)a.spans + blockIdx.z / a.tiles * 3;
     const int32_t *const positions = (const int32_t *)a.positions;
     const int group = a.n_heads / a.n_kv, dim = a.dim;
     const int t0 = span[1] > a.first ? span[1] : a.first, t1 = span[2] < a.end ? span[2] : a.end;
     const int r0 = blockIdx.z % a.tiles * QUERIES;
-    if (t0 >= t1 || r0 >= (t1 - t0) * group) return;
+    if (t0 >= t1 || r0 >= (t1 - t0) * group) return false;
     const int n = (t1 - t0) * group - r0 < QUERIES ? (t1 - t0) * group - r0 : QUERIES;
     /* The tile's own tokens, and the blocks that some of them see. */
     const int oldest = first_seen(a, positions[t0 + r0 / group]) / KV_BLOCK;
     const int newest = positions[t0 + (r0 + n - 1) / group] / KV_BLOCK;
     const int b0 = oldest + blockIdx.x * (MER_GPU_THREADS / KV_BLOCK);
-    if (b0 > newest) return;
+    if (b0 > newest) return false;
     for (int i = threadIdx.x; i < QUERIES * dim; i += MER_GPU_THREADS) {
         const int r = i / dim < n ? r0 + i / dim : r0;
         const int head = blockIdx.y * group + r % group;
         q[i] = ((const float *)a.q)[((long)(t0 + r / group) * a.n_heads + head) * dim + i % dim];
     }
     __syncthreads();
-    const int b = b0 + threadIdx.x / KV_BLOCK, at = threadIdx.x % KV_BLOCK;
-    if (b > newest) return;
-    const uint8_t *const part = part_of(a, table_of(a, span[0]), b, blockIdx.y);
+    tile = {span[0], t0, r0, n, b0, newest};
+    return true;
+}
+
+/* The tile's query i by place `at` of block b. */
+INLINE void store_score(const mer_gpu_attention &a, const score_tile &tile, int i, int b, int at, float score) {
+    const int group = a.n_heads / a.n_kv;
+    const int t = tile.t0 + (tile.r0 + i) / group, head = blockIdx.y * group + (tile.r0 + i) % group;
+    const int position = ((const int32_t *)a.positions)[t], base = first_seen(a, position) / KV_BLOCK;
+    if (b < base || b > position / KV_BLOCK) return;
+    float *const row = (float *)a.scores + ((long)(t - a.first) * a.n_heads + head) * a.stride;
+    row[(b - base) * KV_BLOCK + at] = score * a.scale;
+}
+
+/* grid = (ceil(blocks of the longest / 8), n_kv, spans * tiles); a thread takes a position. Dynamic shared memory:
+ * QUERIES * dim floats. */
+MER_KERNEL(mer_attend_scores, mer_gpu_attention a) {
+    MER_DYNAMIC_SHARED(q);
+    score_tile tile;
+    if (!take_tile(a, tile, q)) return;
+    const int b = tile.b0 + threadIdx.x / KV_BLOCK, at = threadIdx.x % KV_BLOCK;
+    if (b > tile.newest) return;
+    const uint8_t *const part = part_of(a, table_of(a, tile.sequence), b, blockIdx.y);
     float scores[QUERIES];
-    if (a.kv == KV_F32) score_rows<KV_F32>(part, at, q, dim, n, scores);
-    else if (a.kv == KV_F16) score_rows<KV_F16>(part, at, q, dim, n, scores);
-    else score_rows<KV_Q8_0>(part, at, q, dim, n, scores);
+    if (a.kv == KV_F32) score_rows<KV_F32>(part, at, q, a.dim, tile.n, scores);
+    else if (a.kv == KV_F16) score_rows<KV_F16>(part, at, q, a.dim, tile.n, scores);
+    else score_rows<KV_Q8_0>(part, at, q, a.dim, tile.n, scores);
 #pragma unroll
     for (int i = 0; i < QUERIES; i++) {
-        if (i >= n) break;
-        const int t = t0 + (r0 + i) / group, head = blockIdx.y * group + (r0 + i) % group;
-        const int base = first_seen(a, positions[t]) / KV_BLOCK;
-        if (b < base || b > positions[t] / KV_BLOCK) continue;
-        float *const row = (float *)a.scores + ((long)(t - a.first) * a.n_heads + head) * a.stride;
-        row[(b - base) * KV_BLOCK + at] = scores[i] * a.scale;
+        if (i >= tile.n) break;
+        store_score(a, tile, i, b, at, scores[i]);
     }
 }
+
+#define LANES 16 /* of threads that share a sum */
+
+/* Places `at` and `at` + 8 of a block of latents by the tile's queries: lane l has elements l, l + 16, ..., the lanes are
+ * added pairwise, what is left of the row comes last, as score_by_position adds them up. The lane 2 i + j stores query i's
+ * score of the place `at` + 8 j. */
+template <int KV, int N>
+INLINE void score_latents(const mer_gpu_attention &a, const score_tile &tile, const uint8_t *part, int b, const float *q) {
+    const int lane = threadIdx.x % LANES, at = threadIdx.x / LANES, dim = a.dim, whole = dim / LANES * LANES;
+    float sums[2][N];
+#pragma unroll
+    for (int r = 0; r < N; r++) sums[0][r] = sums[1][r] = 0;
+#pragma unroll 4
+    for (int d = lane; d < whole; d += LANES) {
+        const float k0 = load_value<KV>(part, d, at, dim), k1 = load_value<KV>(part, d, at + KV_BLOCK / 2, dim);
+#pragma unroll
+        for (int r = 0; r < N; r++) {
+            sums[0][r] += q[r * dim + d] * k0;
+            sums[1][r] += q[r * dim + d] * k1;
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+#pragma unroll
+        for (int r = 0; r < N; r++) {
+            float sum = sum_of_lanes(sums[j][r], LANES);
+            for (int d = whole; d < dim; d++) sum += q[r * dim + d] * load_value<KV>(part, d, at + j * (KV_BLOCK / 2), dim);
+            if (lane == 2 * r + j && r < tile.n) store_score(a, tile, r, b, at + j * (KV_BLOCK / 2), sum);
+        }
+}
+
+template <int KV> INLINE void score_latent_rows(const mer_gpu_attention &a, const score_tile &tile, const float *q) {
+    const int32_t *const table = table_of(a, tile.sequence);
+    for (int b = tile.b0; b < tile.b0 + MER_GPU_THREADS / KV_BLOCK && b <= tile.newest; b++) {
+        const uint8_t *const part = part_of(a, table, b, 0);
+        if (tile.n <= 1) score_latents<KV, 1>(a, tile, part, b, q);
+        else if (tile.n <= 2) score_latents<KV, 2>(a, tile, part, b, q);
+        else if (tile.n <= 4) score_latents<KV, 4>(a, tile, part, b, q);
+        else score_latents<KV, 8>(a, tile, part, b, q);
+    }
+}
+
+/* The same of latents, which are stored by position; the grid and the shared memory, too. n_kv is 1. */
+MER_KERNEL(mer_attend_latents, mer_gpu_attention a) {
+    MER_DYNAMIC_SHARED(q);
+    static_assert(MER_GPU_THREADS / LANES * 2 == KV_BLOCK && 2 * QUERIES == LANES, "two places, a lane for each score");
+    score_tile tile;
+    if (!take_tile(a, tile, q)) return;
+    if (a.kv == KV_F32) score_latent_rows<KV_F32>(a, tile, q);
+    else if (a.kv == KV_F16) score_latent_rows<KV_F16>(a, tile, q);
+    else score_latent_rows<KV_Q8_0>(a, tile, q);
+}
+
+#undef LANES
 
 /* The largest of the warp's values up to each lane's own. */
 INLINE float running_max(float x) {
@@ -176,7 +249,8 @@ MER_KERNEL(mer_attend_weights, mer_gpu_attention a) {
 template <int KV>
 INLINE void values(const mer_gpu_attention &a, float *staged, float weights[][STAGED], float shrinks[][STAGED / KV_BLOCK]) {
     const int heads = a.heads, slices = WARPS / heads, width = 32 * slices, tile = STAGED / slices;
-    const int group = a.n_heads / a.n_kv, groups = (group + heads - 1) / heads, dim = a.dim;
+    const int group = a.n_heads / a.n_kv, groups = (group + heads - 1) / heads, dim = a.value_dim;
+    const int part = a.latent ? 0 : a.n_kv + blockIdx.y;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int local = blockIdx.x % groups * heads + warp % heads, head = blockIdx.y * group + local;
     const int d0 = blockIdx.x / groups * width, d = d0 + warp / heads * 32 + lane;
@@ -198,7 +272,7 @@ INLINE void values(const mer_gpu_attention &a, float *staged, float weights[][ST
             const int place = coming + at;
             next[i] = 0.0f;
             if (place < n && e < dim)
-                next[i] = load_value<KV>(part_of(a, table, place / KV_BLOCK, a.n_kv + blockIdx.y), e, place % KV_BLOCK, dim);
+                next[i] = load_value<KV>(part_of(a, table, place / KV_BLOCK, part), e, place % KV_BLOCK, a.dim);
         }
 #pragma unroll
         for (int i = 0; i < STAGED / 32; i++) {
@@ -237,7 +311,7 @@ INLINE void values(const mer_gpu_attention &a, float *staged, float weights[][ST
     ((float *)a.out)[((long)t * a.n_heads + head) * dim + d] = out;
 }
 
-/* grid = (ceil(group / heads) * ceil(dim / (32 * WARPS / heads)), n_kv, queries) */
+/* grid = (ceil(group / heads) * ceil(value_dim / (32 * WARPS / heads)), n_kv, queries) */
 MER_KERNEL(mer_attend_values, mer_gpu_attention a) {
     __shared__ float staged[STAGED * 32], weights[WARPS][STAGED], shrinks[WARPS][STAGED / KV_BLOCK];
     if (a.kv == KV_F32) values<KV_F32>(a, staged, weights, shrinks);

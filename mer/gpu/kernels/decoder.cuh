@@ -39,9 +39,21 @@ typedef struct {
     int32_t n_heads, n_kv, dim, pairs, interleaved, qk_norm, qk_norm_last, v_norm, no_v, table_stride, kv;
 } mer_gpu_heads;
 
+/* The same of latent attention: latents to their places, rotated parts of queries to those of the wide ones. */
+typedef struct {
+    uint64_t q;                     /* f32 [tokens, n_heads, nope + rope] */
+    uint64_t wide;                  /* f32 [tokens, n_heads, rank + rope]: the last `rope` are written */
+    uint64_t latents, norm;         /* f32 [tokens, rank + rope], [rank] */
+    uint64_t cosine, sine;          /* [tokens, pairs] */
+    uint64_t blocks, positions, sequence_of, tables;
+    uint64_t block_bytes;
+    float eps;
+    int32_t n_heads, nope, rope, rank, pairs, interleaved, table_stride, kv;
+} mer_gpu_latent;
+
 /* Attention of queries [first, end) of a step. */
 typedef struct {
-    uint64_t q, out;              /* f32 [tokens, n_heads, dim] */
+    uint64_t q, out;              /* f32 [tokens, n_heads, dim], [tokens, n_heads, value_dim] */
     uint64_t gate;                /* f32 [tokens], gate_stride apart: times whose sigmoid the result is; 0: none */
     uint64_t sinks;               /* f32 [n_heads]; 0: none */
     uint64_t blocks, positions, sequence_of, tables;
@@ -49,9 +61,10 @@ typedef struct {
     uint64_t scores, shrinks, sums;
     uint64_t block_bytes, gate_stride, stride;
     float scale;
-    int32_t n_heads, n_kv, dim, window, table_stride, kv, first, end;
+    int32_t n_heads, n_kv, dim, value_dim, window, table_stride, kv, first, end;
     int32_t tiles;                /* of a span: of ROWS queries of one key's heads */
     int32_t heads;                /* of a block of threads of the values: 1, 2 or 4 */
+    int32_t latent;               /* values are the first value_dim elements of what is stored by position, [16, dim] */
 } mer_gpu_attention;
 
 #endif

@@ -121,6 +121,16 @@ INLINE void norm_head(const mer_gpu_heads &a, float *row, float *slot, const flo
     }
 }
 
+/* The pairs (i, i + pairs), or (2 i, 2 i + 1), of a row turn. */
+INLINE void rotate(float *row, const float *cosine, const float *sine, int pairs, int interleaved) {
+    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
+        float *const first = row + (interleaved ? 2 * i : i), *const second = interleaved ? first + 1 : first + pairs;
+        const float f = *first, s = *second;
+        *first = f * cosine[i] - s * sine[i];
+        *second = s * cosine[i] + f * sine[i];
+    }
+}
+
 /* grid = (n_heads + 2 n_kv, tokens); dynamic shared memory: dim floats. */
 MER_KERNEL(mer_heads, mer_gpu_heads a) {
     MER_DYNAMIC_SHARED(row);
@@ -148,13 +158,7 @@ MER_KERNEL(mer_heads, mer_gpu_heads a) {
     }
     if (part < 2) {
         __syncthreads();
-        const float *const cosine = (const float *)a.cosine + t * a.pairs, *const sine = (const float *)a.sine + t * a.pairs;
-        for (int i = threadIdx.x; i < a.pairs; i += blockDim.x) {
-            float *const first = row + (a.interleaved ? 2 * i : i), *const second = a.interleaved ? first + 1 : first + a.pairs;
-            const float f = *first, s = *second;
-            *first = f * cosine[i] - s * sine[i];
-            *second = s * cosine[i] + f * sine[i];
-        }
+        rotate(row, (const float *)a.cosine + t * a.pairs, (const float *)a.sine + t * a.pairs, a.pairs, a.interleaved);
         if (a.qk_norm_last) norm_head(a, row, &slot, whole, n, w, head);
     }
     __syncthreads();
@@ -166,4 +170,30 @@ MER_KERNEL(mer_heads, mer_gpu_heads a) {
     const int32_t *const table = (const int32_t *)a.tables + (long)((const int32_t *)a.sequence_of)[t] * a.table_stride;
     uint8_t *const block = (uint8_t *)a.blocks + (long)table[position / KV_BLOCK] * a.block_bytes;
     store_kv(block + ((part - 1) * a.n_kv + head) * kv_part_bytes(a.kv, dim), a.kv, position % KV_BLOCK, row, dim, part == 1);
+}
+
+/* grid = (n_heads + 1, tokens): the heads' queries, then the latent; dynamic shared memory: rank + rope floats. */
+MER_KERNEL(mer_latent, mer_gpu_latent a) {
+    MER_DYNAMIC_SHARED(row);
+    __shared__ float slot;
+    const int head = blockIdx.x, dim = a.rank + a.rope;
+    const long t = blockIdx.y;
+    const float *const cosine = (const float *)a.cosine + t * a.pairs, *const sine = (const float *)a.sine + t * a.pairs;
+    if (head < a.n_heads) {
+        const long at = t * a.n_heads + head;
+        const float *const q = (const float *)a.q + at * (a.nope + a.rope) + a.nope;
+        for (int i = threadIdx.x; i < a.rope; i += blockDim.x) row[i] = q[i];
+        __syncthreads();
+        rotate(row, cosine, sine, a.pairs, a.interleaved);
+        __syncthreads();
+        for (int i = threadIdx.x; i < a.rope; i += blockDim.x) ((float *)a.wide)[at * dim + a.rank + i] = row[i];
+        return;
+    }
+    load_row(row, (const float *)a.latents + t * dim, dim);
+    rms_norm_row(row, (const float *)a.norm, a.rank, a.eps, &slot);
+    rotate(row + a.rank, cosine, sine, a.pairs, a.interleaved);
+    __syncthreads();
+    const int position = ((const int32_t *)a.positions)[t];
+    const int32_t *const table = (const int32_t *)a.tables + (long)((const int32_t *)a.sequence_of)[t] * a.table_stride;
+    store_kv((uint8_t *)a.blocks + (long)table[position / KV_BLOCK] * a.block_bytes, a.kv, position % KV_BLOCK, row, dim, false);
 }
