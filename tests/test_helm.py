@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import kubernetes_validate
 import pytest
 import yaml
 from node_packages import needs_node, node_modules
 
 from mer.cli.serve import serve
+from mer.cli.shard import shard
+from mer.config import EngineConfig
 
 pytestmark = needs_node
 CHART = Path(__file__).parent.parent / "deploy/helm/mer"
@@ -77,6 +80,36 @@ CASES: dict[str, dict[str, Any]] = {
         ],
         "priorityClassName": "high",
         "gpu": {"enabled": True, "resource": "nvidia.com/mig-1g.10gb", "runtimeClass": "nvidia"},
+    },
+    "sharded": {
+        "model": {"name": "/models/store"},
+        "storage": {"kind": "hostPath", "hostPath": "/mnt/nvme"},
+        "shards": {
+            "enabled": True,
+            "replicas": 3,
+            "ram": "48Gi",
+            "overhead": "1Gi",
+            "cpu": "6",
+            "tlsSecret": "peers",
+            "tokenSecret": "join",
+            "args": ["--threads", "6"],
+            "nodeSelector": {"memory": "much"},
+            "tolerations": [{"key": "memory", "operator": "Exists"}],
+            "affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}},
+        },
+        "admin": {"enabled": True},
+        "imagePullSecrets": [{"name": "registry"}],
+        "autoscaling": {"enabled": True},
+        "networkPolicy": {"enabled": True},
+        "podLabels": {"c": "d"},
+        "podAnnotations": {"a": "b"},
+        "priorityClassName": "high",
+    },
+    "sharded, each with a claim": {
+        "model": {"name": "org/name", "fetch": "convert"},
+        "shards": {"enabled": True, "tlsSecret": "peers", "tokenSecret": "join"},
+        "networkPolicy": {"enabled": True},
+        "podDisruptionBudget": {"enabled": False},
     },
     "account": {
         "serviceAccount": {"name": "mine", "annotations": {"a": "b"}},
@@ -144,15 +177,30 @@ def test_rendered(helm, name):
             continue
         for version in VERSIONS:
             kubernetes_validate.validate(each, version, strict=True)
-    pod = objects["StatefulSet", "a-mer"]["spec"]["template"]["spec"]
-    restricted(pod)
     if "clientCa" not in case.get("tls", {}):
         restricted(objects["Pod", "a-mer-answers"]["spec"])
+    checked(engines(objects), serve)
+    if ("StatefulSet", "a-mer-shards") in objects:
+        checked(objects["StatefulSet", "a-mer-shards"], shard)
+
+
+def engines(objects: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+    (found,) = (
+        objects[kind, "a-mer"] for kind in ("StatefulSet", "Deployment") if (kind, "a-mer") in objects
+    )
+    return found
+
+
+def checked(workload: dict[str, Any], command: click.Command) -> None:
+    """What holds of pods, whoever they are of: nothing mounted that is not there, and options that exist."""
+    pod = workload["spec"]["template"]["spec"]
+    restricted(pod)
     mounted = {mount["name"] for each in pod["containers"] for mount in each["volumeMounts"]}
-    claims = objects["StatefulSet", "a-mer"]["spec"].get("volumeClaimTemplates", [])
-    given = {each["name"] for each in pod["volumes"]} | {each["metadata"]["name"] for each in claims}
-    assert mounted == given
-    known = {option for parameter in serve.params for option in parameter.opts}
+    given = {each["name"] for each in pod["volumes"]}
+    assert mounted == given | {
+        each["metadata"]["name"] for each in workload["spec"].get("volumeClaimTemplates", [])
+    }
+    known = {option for parameter in command.params for option in parameter.opts}
     options = [each.split("=")[0] for each in pod["containers"][0]["args"] if each.startswith("--")]
     assert set(options) <= known
 
@@ -214,6 +262,73 @@ def test_operators_ports_are_reached_with_a_key_or_from_inside_the_pod_alone(hel
     assert [each["port"] for each in operators["ports"]] == ["admin", "admin-grpc"]
 
 
+def fits(selector: dict[str, str], workload: dict[str, Any]) -> bool:
+    return selector.items() <= workload["spec"]["template"]["metadata"]["labels"].items()
+
+
+def test_shards_are_found_by_engines_and_engines_by_clients(helm):
+    objects = rendered(helm, CASES["sharded"])
+    front, behind = engines(objects), objects["StatefulSet", "a-mer-shards"]
+    assert (
+        front["kind"]
+        == objects["HorizontalPodAutoscaler", "a-mer"]["spec"]["scaleTargetRef"]["kind"]
+        == "Deployment"
+    )
+    for name, own, other in (
+        ("a-mer", front, behind),
+        ("a-mer-pods", front, behind),
+        ("a-mer-shards", behind, front),
+    ):
+        selector = objects["Service", name]["spec"]["selector"]
+        assert fits(selector, own)
+        assert not fits(selector, other)
+    assert objects["Service", "a-mer-shards"]["spec"]["clusterIP"] == "None"
+    (asked,) = front["spec"]["template"]["spec"]["containers"]
+    (container,) = behind["spec"]["template"]["spec"]["containers"]
+    (peer,) = (word.removeprefix("--peer=") for word in asked["args"] if word.startswith("--peer="))
+    assert peer == "dns:a-mer-shards.n.svc:9100"
+    assert EngineConfig(peers=peer).peers == (peer,)
+    assert "--listen=0.0.0.0:9100" in container["args"]
+    assert f"--ram={48 << 30}" in container["args"]
+    assert container["resources"]["limits"] == {"cpu": "6", "memory": str(49 << 30)}
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    assert ports == {"grpc": 9100, "health": 9101}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["grpc"] == {"port": ports["health"]}
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    assert {each["name"]: each["mountPath"] for each in asked["volumeMounts"]} == mounts
+    assert mounts.items() >= {"peer": "/etc/mer/peer", "peer-token": "/etc/mer/peer-token"}.items()
+
+
+def test_who_may_reach_shards(helm):
+    objects = rendered(helm, CASES["sharded"])
+    front, behind = engines(objects), objects["StatefulSet", "a-mer-shards"]
+    (come,) = objects["NetworkPolicy", "a-mer-shards"]["spec"]["ingress"]
+    assert fits(come["from"][0]["podSelector"]["matchLabels"], front)
+    assert [each["port"] for each in come["ports"]] == ["grpc"]
+    assert objects["NetworkPolicy", "a-mer-shards"]["spec"]["egress"] == []
+    names, out = objects["NetworkPolicy", "a-mer"]["spec"]["egress"]
+    assert {each["port"] for each in names["ports"]} == {53}
+    assert fits(out["to"][0]["podSelector"]["matchLabels"], behind)
+    assert out["ports"] == [{"port": 9100, "protocol": "TCP"}]
+    alone = rendered(helm, {"networkPolicy": {"enabled": True}})["NetworkPolicy", "a-mer"]["spec"]
+    assert alone["egress"] == []
+
+
+def test_claims_that_stay_need_a_stateful_set(helm):
+    objects = rendered(helm, CASES["sharded, each with a claim"])
+    for each in (engines(objects), objects["StatefulSet", "a-mer-shards"]):
+        assert each["kind"] == "StatefulSet"
+        assert objects["Service", each["spec"]["serviceName"]]["spec"]["clusterIP"] == "None"
+        assert [claim["metadata"]["name"] for claim in each["spec"]["volumeClaimTemplates"]] == ["models"]
+        init = each["spec"]["template"]["spec"]["initContainers"]
+        assert [one["name"] for one in init] == ["pull", "convert"]
+    shards = objects["StatefulSet", "a-mer-shards"]["spec"]["template"]["spec"]
+    (near,) = shards["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    for each in (engines(objects), objects["StatefulSet", "a-mer-shards"]):
+        assert fits(near["podAffinityTerm"]["labelSelector"]["matchLabels"], each)
+
+
 def test_what_is_said_in_them(helm):
     objects = rendered(helm, CASES["pulled"])
     container = objects["StatefulSet", "a-mer"]["spec"]["template"]["spec"]["containers"][0]
@@ -241,6 +356,8 @@ def test_what_is_said_in_them(helm):
         ({"storage": {"kind": "hostPath"}}, "storage.hostPath: name the directory"),
         ({"seccomp": {"type": "Localhost"}}, "seccomp.localhostProfile: name the profile"),
         ({"apiKeys": {"keys": ["short"]}}, "/apiKeys/keys/0"),
+        ({"shards": {"enabled": True, "tokenSecret": "a"}}, "shards.tlsSecret: name a secret with ca.crt"),
+        ({"shards": {"enabled": True, "tlsSecret": "a"}}, "shards.tokenSecret: name a secret"),
     ],
 )
 def test_what_is_wrong_is_named(helm, values, said):
