@@ -32,6 +32,7 @@ from rich.table import Table
 
 from bench.help import help_of
 from mer import Engine, SamplingParams
+from mer._ext.remote import Ask
 from mer.cli.common import model_argument
 from mer.engine.observer import Snapshot
 
@@ -120,12 +121,13 @@ def round_trip(engine: Engine, times: int = 200) -> float | None:
     experts = engine._runner.experts
     assert experts is not None
     tier, tables = experts.streamer, experts._tables
-    peer = experts._peers._peers[0] if experts._peers is not None else None
-    if peer is None or not peer.held:
+    peer = experts._peers._peers.get(0) if experts._peers is not None else None
+    held = peer._session.held if peer is not None else ()
+    if peer is None or not held:
         return None
     came = threading.Event()
-    answered, peer._answered = peer._answered, lambda *_: came.set()
-    layer, expert = divmod(min(peer.held), tier.n_experts)
+    answered, peer._answered = peer._answered, lambda _: came.set()
+    layer, expert = divmod(min(held), tier.n_experts)
     x = np.ones((1, int(tables.layers[layer, 3])), np.float32)
     found = []
     try:
@@ -133,7 +135,7 @@ def round_trip(engine: Engine, times: int = 200) -> float | None:
             came.clear()
             start = time.perf_counter()
             far = time.monotonic_ns() + 10**10
-            if not peer.ask(0, far, layer, x, [expert], [1], np.zeros(1, np.int32)):
+            if not peer.ask(Ask(0, far, layer, x, [expert], [1], np.zeros(1, np.int32))):
                 time.sleep(0.001)
                 continue
             came.wait(_WAIT_S)

@@ -12,9 +12,9 @@ from engine_models import opened, prompt, write_text_model
 from shards import LONG, certificates, here, peers, shard, until, with_peers
 
 from mer import Engine, SamplingParams
-from mer.cluster import peer as of_one
 from mer.cluster import peers as of_all
 from mer.cluster import server as serving
+from mer.cluster import session as of_one
 from mer.cluster.server import ShardSettings
 from mer.cluster.shard import Shard
 from mer.cluster.wire import make_rows, rows_checksum
@@ -45,7 +45,7 @@ def expected(model):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Who is lost is tried again soon."""
-    monkeypatch.setattr(of_one, "_LAST_DELAY", 0.5)
+    monkeypatch.setattr(of_one, "LAST_DELAY", 0.5)
 
 
 async def streams(engine, when: int, act) -> list[tuple[int, ...]]:
@@ -170,7 +170,7 @@ def test_what_is_no_request(model):
         hello = pb.ComputeRequest(
             hello=pb.Hello(
                 protocol=mine.protocol, version=mine.version, model=mine.model, arithmetic=mine.arithmetic,
-                probe=mine.probe,
+                probe=mine.probe, engine=bytes(16),
             )
         )  # fmt: skip
         x = np.ones((3, made.hidden[0]), np.float32)
@@ -211,6 +211,9 @@ def test_what_is_no_request(model):
             call(stub, hello, pb.ComputeRequest(assign=pb.Assign(experts=[10**6])))[1] == "INVALID_ARGUMENT"
         )
         assert call(stub, hello, rows(x=bytes(made.most_bytes + 1)))[1] == "RESOURCE_EXHAUSTED"
+        nameless = pb.ComputeRequest(hello=hello.hello)
+        nameless.hello.engine = b"short"
+        assert call(stub, nameless)[1] == "INVALID_ARGUMENT"
         for name, value, words in (
             ("protocol", 99, "protocol 99"),
             ("version", "0.0", "install the same version"),
@@ -233,9 +236,9 @@ async def test_one_engine_decides(model, expected):
         first = await Engine.open(model, peers=(server.address,))
         async with with_peers(model, server) as second:
             assert await streams(second, 10, lambda: None) == expected
-            assert not second._runner.experts._peers._peers[0].assigns
+            assert not second._runner.experts._peers._members.sessions[0].assigns
             await first.close()
-            await until(lambda: second._runner.experts._peers._peers[0].assigns, "it decides")
+            await until(lambda: second._runner.experts._peers._members.sessions[0].assigns, "it decides")
             assert await streams(second, 10, lambda: None) == expected
             assert len(made.held()) == made.total
 

@@ -10,8 +10,7 @@ from engine_models import opened, prompt, write_text_model
 from shards import certificates, here, peers, until
 
 from mer import SamplingParams
-from mer.cluster import names
-from mer.cluster import peer as of_one
+from mer.cluster import names, session
 from mer.cluster.names import resolve
 from mer.config import EngineConfig, peer_name
 from mer.errors import ConfigError
@@ -47,7 +46,7 @@ def server(monkeypatch):
     made = NameServer()
     monkeypatch.setattr(names.socket, "getaddrinfo", made)
     monkeypatch.setattr(names, "INTERVAL", 0.05)
-    monkeypatch.setattr(of_one, "_LAST_DELAY", 0.5)
+    monkeypatch.setattr(session, "LAST_DELAY", 0.5)
     return made
 
 
@@ -77,7 +76,7 @@ async def test_peers_come_and_go(model, server, caplog):
             await answers()
             # Who answers is used, whatever the name is now.
             server.addresses["localhost"] = [("127.0.0.1", two.port)]
-            await until(lambda: len(engine._runner.experts._peers._wanted()) == 1, "it is seen")
+            await until(lambda: len(engine._runner.experts._peers._members.wanted()) == 1, "it is seen")
             await answers()
             assert known(engine) == sorted([one.address, two.address])
             # And no answer of the name server is no reason to give up anyone.

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mer.cluster.peers import holders
+from mer.cluster.members import holders
 from mer.cluster.placement import place
 
 

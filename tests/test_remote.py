@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ class Peers:
         self.asked: list[tuple[int, int, list[int]]] = []
         self.left: list[tuple[int, int, list[int], bytes]] = []
 
-    def ask(self, peer, turn, deadline, layer, x, experts, counts, tokens):
+    def ask(self, peer, ask):
+        turn, _, layer, x, experts, counts, tokens = ask
         self.asked.append((peer, layer, experts))
         how, x = self.how[peer], x.copy()
         if how == "busy":
@@ -44,7 +46,7 @@ class Peers:
         elif how == "short":
             self.tier.answer(*answer[:3], answer[3][:-4])
         elif how == "lost":
-            threading.Timer(0.01, self.tier.lost, (peer,)).start()
+            threading.Timer(0.01, self.tier.answer, (turn, peer, experts, None)).start()
         else:
             assert how == "never"
             self.left.append(answer)
@@ -124,6 +126,21 @@ def test_an_answer_for_a_layer_that_is_over_changes_nothing(model):
     made.check(1, 5, 1)
 
 
+def once_asked(peers: Peers, tell) -> threading.Thread:
+    """Calls `tell` with what was not answered, a while behind the question."""
+
+    def wait() -> None:
+        while not peers.left:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        for each in peers.left:
+            tell(*each)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
 def test_a_peer_answers_where_the_own_drive_fails(model, tmp_path):
     """The own drive is asked when the peer is late; as it fails, the peer is waited for."""
     reader = Reader(model.paths)
@@ -131,13 +148,11 @@ def test_a_peer_answers_where_the_own_drive_fails(model, tmp_path):
     peers.tier.hold(np.zeros(model.tables.total, np.int32))
     for file in range(2):
         reader.set_fault(file, 0, 1 << 40, error=5, times=1000)
-    answering = threading.Timer(0.1, lambda: [peers.tier.answer(*each) for each in peers.left])
-    answering.start()
+    answering = once_asked(peers, peers.tier.answer)
     made.check(0, 3)
     answering.join()
     peers.left.clear()
-    losing = threading.Timer(0.1, peers.tier.lost, (0,))
-    losing.start()
+    losing = once_asked(peers, lambda *answer: peers.tier.answer(*answer[:3], None))
     with pytest.raises(DeviceReadError):
         made.check(0, 3, 1)
     losing.join()

@@ -1,4 +1,4 @@
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,26 +9,30 @@ NO_PEERS: dict[str, int]
 
 def table_bytes(n_keys: int, n_experts: int, pairs: int) -> int: ...
 
+class Ask(NamedTuple):
+    """What one layer wants of a peer: each of `experts` for the next `counts` of `tokens`, rows of x.
+
+    x f32 [T, hidden] is to be copied before `ask` returns. deadline: in ns of the monotonic clock; an answer
+    behind it is late.
+    """
+
+    turn: int
+    deadline: int
+    layer: int
+    x: NDArray[np.float32]
+    experts: list[int]
+    counts: list[int]
+    tokens: NDArray[np.int32]
+
 class Peers(Protocol):
-    def ask(
-        self,
-        peer: int,
-        turn: int,
-        deadline: int,
-        layer: int,
-        x: NDArray[np.float32],
-        experts: list[int],
-        counts: list[int],
-        tokens: NDArray[np.int32],
-    ) -> bool: ...
+    def ask(self, peer: int, ask: Ask) -> bool: ...
 
 class RemoteTier:
     n_keys: int
     n_experts: int
     patience_ns: int
     def __init__(self, mixture: Mixture, n_keys: int, peers: Peers, patience_ns: int) -> None: ...
-    def answer(self, turn: int, peer: int, experts: list[int], rows: bytes) -> None: ...
-    def lost(self, peer: int) -> None: ...
+    def answer(self, turn: int, peer: int, experts: list[int], rows: bytes | None) -> None: ...
     def hold(self, holders: NDArray[np.int32]) -> None: ...
     def heats(self) -> tuple[NDArray[np.float32], int]: ...
     def stats(self) -> dict[str, float]: ...

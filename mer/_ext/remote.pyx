@@ -4,17 +4,16 @@ Activations go out, and an output row comes back for every (token, expert) pair;
 the same order as all others, so that where one was computed leaves no trace. Who carries them is given by `peers`, an
 object with
 
-    ask(peer, turn, deadline, layer, x, experts, counts, tokens) -> bool
+    ask(peer, Ask) -> bool
 
-that is called on the thread that computes, and must not block: x is f32 [T, hidden], to be copied before it returns;
-expert experts[i] is wanted for the next counts[i] of `tokens`, rows of x; an answer behind the deadline, in ns of the
-monotonic clock, is late. False: this peer can't be asked now. What comes of it is told by `answer` and `lost`, on any
-thread.
+that is called on the thread that computes, and must not block. False: this peer can't be asked now. What comes of it is
+told by `answer`, on any thread.
 
 A peer that takes longer than the own drive would is not waited for: then the expert is read, too, and what is there
 first is used.
 """
 import logging
+from collections import namedtuple
 
 import numpy as np
 
@@ -52,6 +51,8 @@ cdef double FIRST_GUESS = 1.0
 cdef int64_t PIECE = 1000000000
 
 _log = logging.getLogger("mer")
+
+Ask = namedtuple("Ask", "turn deadline layer x experts counts tokens")
 
 
 def table_bytes(int64_t n_keys, int64_t n_experts, int64_t pairs):
@@ -147,7 +148,8 @@ cdef class RemoteTier:
         for peer, experts in by_peer.items():
             counts = [first[<int64_t>e + 1] - first[<int64_t>e] for e in experts]
             parts = [self.tokens_view[first[<int64_t>e]:first[<int64_t>e + 1]] for e in experts]
-            if not self.peers.ask(peer, self.turn, self.deadline, layer, x, experts, counts, np.concatenate(parts)):
+            wanted = Ask(self.turn, self.deadline, layer, x, experts, counts, np.concatenate(parts))
+            if not self.peers.ask(peer, wanted):
                 for e in experts:
                     self.asked[e] = -1
                     self.n_asked -= 1
@@ -175,15 +177,15 @@ cdef class RemoteTier:
                     _log.exception("what came from another machine could not be used")
 
     cdef int place(self, int64_t turn, int32_t peer, experts, rows) except -1:
-        """An answer's rows into the mixture's; without any: the peer is lost."""
+        """An answer's rows into the mixture's; without any they do not come."""
         cdef int64_t e, count, at = 0, hidden = self.mixture.shape.hidden
         cdef const uint8_t[::1] data
+        if turn != self.turn:                          # of a layer that is over
+            return 0
         if rows is None:
-            for e in range(self.n_experts):
+            for e in experts:
                 if self.asked[e] == peer and not self.came[e]:
                     self.asked[e] = -1
-            return 0
-        if turn != self.turn:                          # of a layer that is over
             return 0
         data = rows
         for e in experts:
@@ -224,15 +226,10 @@ cdef class RemoteTier:
     # On any thread.
 
     def answer(self, int64_t turn, int32_t peer, list experts, rows):
-        """rows: bytes of f32 [sum of their counts, hidden], the outputs of `experts`, in the order of what was asked."""
-        self.deliver((turn, peer, experts, rows))
-
-    def lost(self, int32_t peer):
-        """This peer will answer nothing of what it was asked."""
-        self.deliver((0, peer, [], None))
-
-    def deliver(self, tuple news):
-        self.inbox.append(news)
+        """rows: bytes of f32 [sum of their counts, hidden], the outputs of `experts`, in the order of what was asked;
+        None: they do not come.
+        """
+        self.inbox.append((turn, peer, experts, rows))
         pthread_mutex_lock(&self.lock)
         self.arrived = 1
         pthread_cond_signal(&self.changed)

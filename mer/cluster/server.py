@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from attrs import frozen
 
 from mer.cluster import security
+from mer.cluster.guests import Guests
 from mer.cluster.identity import Identity
 from mer.cluster.shard import Shard
 from mer.cluster.wire import WireError, outputs_checksum, unpack
@@ -89,41 +89,40 @@ class ShardServer:
 
 
 class Service(rpc.ExpertServicer):
-    """Answers engines; the first that is there decides what is held."""
+    """Answers engines; one of them decides what is held."""
 
     def __init__(self, shard: Shard, token: str) -> None:
         self._shard, self._token = shard, token
-        self._deciding = threading.Lock()
+        self._guests = Guests()
 
     def Compute(  # noqa: N802 - the name in the proto
         self, request_iterator: Iterator[pb.ComputeRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.ComputeResponse]:
         """See the proto."""
         self._check_token(context)
-        self._check_hello(next(request_iterator, pb.ComputeRequest()), context)
-        decides = self._deciding.acquire(blocking=False)
+        hello = self._check_hello(next(request_iterator, pb.ComputeRequest()), context)
+        stream = self._guests.come(hello.engine)
         try:
             _log.info("an engine has come: %s", context.peer())
-            welcome = pb.Welcome(capacity=self._shard.capacity, held=self._held(decides))
+            welcome = pb.Welcome(capacity=self._shard.capacity, held=self._held(stream))
             yield pb.ComputeResponse(welcome=welcome)
             for request in request_iterator:
                 kind = request.WhichOneof("kind")
                 if kind == "rows":
                     yield self._outputs(request.rows, context)
                     continue
-                decides = decides or self._deciding.acquire(blocking=False)
-                if kind == "assign" and decides:
-                    self._assign(request.assign, context)
-                elif kind not in ("assign", "ping"):
+                if kind == "assign":
+                    if self._guests.decides(stream):
+                        self._assign(request.assign, context)
+                elif kind != "ping":
                     context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{kind} is not expected here")
-                yield pb.ComputeResponse(held=self._held(decides))
+                yield pb.ComputeResponse(held=self._held(stream))
         finally:
-            if decides:
-                self._deciding.release()
+            self._guests.leave(stream)
             _log.info("an engine has gone: %s", context.peer())
 
-    def _held(self, decides: bool) -> pb.Held:
-        return pb.Held(experts=self._shard.held(), decides=decides)
+    def _held(self, stream: int) -> pb.Held:
+        return pb.Held(experts=self._shard.held(), decides=self._guests.decides(stream))
 
     def _check_token(self, context: grpc.ServicerContext) -> None:
         metadata = dict(context.invocation_metadata())
@@ -132,7 +131,7 @@ class Service(rpc.ExpertServicer):
             _log.warning("an engine without the join token was sent away: %s", context.peer())
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "the join token is wrong or missing")
 
-    def _check_hello(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> None:
+    def _check_hello(self, request: pb.ComputeRequest, context: grpc.ServicerContext) -> pb.Hello:
         if request.WhichOneof("kind") != "hello":
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a stream begins with a Hello")
         hello = request.hello
@@ -141,6 +140,9 @@ class Service(rpc.ExpertServicer):
         if refusal is not None:
             _log.warning("an engine was sent away: %s: %s", context.peer(), refusal)
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
+        if len(hello.engine) != 16:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an engine has a name of 16 bytes")
+        return hello
 
     def _assign(self, assign: pb.Assign, context: grpc.ServicerContext) -> None:
         try:

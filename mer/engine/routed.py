@@ -153,7 +153,8 @@ class RoutedExperts:
         Raises ConfigError, DeviceReadError or CheckpointError.
         """
         from mer.cluster.identity import identify
-        from mer.cluster.peers import PATIENCE_NS, Local, Peers
+        from mer.cluster.members import Local
+        from mer.cluster.peers import PATIENCE_NS, Peers
 
         tables, budget = self._tables, self._budget
         # Some slots are for what passes.
