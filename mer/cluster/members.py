@@ -47,6 +47,10 @@ class Members:
         """What a name's addresses are now."""
         self._named[name] = addresses
 
+    def exchange(self, addresses: Iterable[str]) -> None:
+        """Others in place of the addresses that were given at first."""
+        self._fixed = tuple(addresses)
+
     def wanted(self) -> dict[str, str | None]:
         """The addresses of all peers that there should be, and by which name each was found."""
         found: dict[str, str | None] = dict.fromkeys(self._fixed)

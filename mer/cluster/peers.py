@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Final
 
@@ -47,12 +48,7 @@ class Peers:
         ca, cert, key = config.peer_ca, config.peer_cert, config.peer_key
         if ca is not None and cert is not None and key is not None:
             self._credentials = security.channel_credentials(cert, key, ca)
-        for address in (*addresses, *names):
-            if not security.is_loopback(address) and (self._credentials is None or not self._token):
-                raise ConfigError(
-                    f"peer {address} is another machine: give --peer-ca, --peer-cert, --peer-key and "
-                    "--peer-token"
-                )
+        self._check([*addresses, *names])
         limit = most_bytes(local.hidden, local.layers * local.experts)
         self._options = [
             ("grpc.max_receive_message_length", limit),
@@ -89,6 +85,16 @@ class Peers:
         """Of each that is known, in the order in which they became so."""
         return tuple(peer.state() for peer in self._now())
 
+    def exchange(self, addresses: Sequence[str]) -> None:
+        """Other addresses in place of those that were given; one that is not among them is used while it answers.
+
+        Raises ConfigError for what is no address, or another machine's without certificates.
+        """
+        self._check(addresses)
+        with self._lock:
+            self._members.exchange(addresses)
+        self._reach()
+
     def close(self) -> None:
         """Leave them; no step may be under way."""
         with self._lock:
@@ -99,6 +105,14 @@ class Peers:
         for peer in self._now():
             peer.close()
         self._thread.join()
+
+    def _check(self, addresses: Iterable[str]) -> None:
+        for address in addresses:
+            if not security.is_loopback(address) and (self._credentials is None or not self._token):
+                raise ConfigError(
+                    f"peer {address} is another machine: give --peer-ca, --peer-cert, --peer-key and "
+                    "--peer-token"
+                )
 
     def _now(self) -> list[Peer]:
         with self._lock:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sized
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack, aclosing
 from functools import partial
 from numbers import Integral
@@ -252,6 +252,17 @@ class Engine:
             await asyncio.sleep(_RESIZE_PAUSE)
             budget = await ask()
         return budget
+
+    def exchange_peers(self, addresses: Sequence[str]) -> None:
+        """Ask the shards at these addresses from now on, in place of those whose addresses were in `peers`.
+
+        Raises ConfigError for what is no address, another machine's without certificates, and where the
+        engine was opened without peers.
+        """
+        experts = self._runner.experts
+        if experts is None:
+            raise ConfigError("a dense model has no experts that peers could hold")
+        experts.exchange_peers(addresses)
 
     def observe(self, observer: Observer) -> None:
         """Tell `observer` what happens to requests that are asked for from now on."""

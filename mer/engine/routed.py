@@ -19,7 +19,7 @@ from mer._ext.uring import Reader
 from mer.cluster.state import PeerState
 from mer.config import EngineConfig
 from mer.engine.budget import Budget
-from mer.errors import GpuError, RequestError
+from mer.errors import ConfigError, GpuError, RequestError
 from mer.model.mixture import fit
 from mer.model.spec import ModelSpec
 from mer.streaming.experts import ExpertTables, advice
@@ -168,6 +168,12 @@ class RoutedExperts:
     def peers(self) -> tuple[PeerState, ...]:
         """Other machines that hold experts."""
         return self._peers.states() if self._peers is not None else ()
+
+    def exchange_peers(self, addresses: Sequence[str]) -> None:
+        """See `Engine.exchange_peers`."""
+        if self._peers is None:
+            raise ConfigError("this engine was opened without peers; open it with at least one")
+        self._peers.exchange(addresses)
 
     def begin(self) -> None:
         """Everything is made: read back what was remembered, if that was asked for."""
