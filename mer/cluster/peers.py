@@ -86,7 +86,7 @@ class Peers:
         return tuple(peer.state() for peer in self._now())
 
     def exchange(self, addresses: Sequence[str]) -> None:
-        """Other addresses in place of those that were given; one that is not among them is used while it answers.
+        """Other addresses in place of those that were given, which are used for as long as they answer.
 
         Raises ConfigError for what is no address, or another machine's without certificates.
         """
