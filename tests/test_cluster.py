@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from engine_models import Logits, opened, prompt, write_text_model
+from prometheus_client.parser import text_string_to_metric_families
 from shards import LONG, MER, shard, with_peers
 
 from mer import SamplingParams
+from mer.api.grpc.convert import stats
+from mer.api.metrics import Metrics
 from mer.cluster import peers as module
 from mer.demo import model_path
 
@@ -68,10 +71,30 @@ async def test_the_same_bytes_from_two_peers(model, expected, monkeypatch):
             assert await all_at_once(engine) == expected
             now = engine.snapshot()
             assert now.peer_hits > 100
-            assert all(peer.answers > 10 and peer.failures == 0 for peer in now.peers)
+            assert all(peer.asked >= peer.answers > 10 and peer.failures == 0 for peer in now.peers)
+            check_reports(engine)
         async with with_peers(model, one, two, step_tokens=7) as engine:
             assert await all_at_once(engine) == expected
         assert one.end() == two.end() == 0
+
+
+def check_reports(engine):
+    """What metrics and GetStats say of peers is what the engine knows."""
+    now = engine.snapshot()
+    text = Metrics(engine, "tiny").render()[0].decode()
+    found = {
+        (sample.name, sample.labels.get("peer"), sample.labels.get("le")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    told = stats(now, 1.0)
+    assert (told.peer_hits, told.peer_late) == (now.peer_hits, now.peer_late)
+    for peer, other in zip(now.peers, told.peers, strict=True):
+        assert found["mer_peer_answer_seconds_count", peer.address, None] == peer.answers
+        assert found["mer_peer_answer_seconds_bucket", peer.address, "+Inf"] == peer.answers
+        assert found["mer_peer_answer_seconds_sum", peer.address, None] == pytest.approx(peer.answer_s)
+        assert found["mer_peer_asked_total", peer.address, None] == peer.asked
+        assert (other.address, other.held, other.answers) == (peer.address, peer.held, peer.answers)
 
 
 async def test_the_example_of_the_docs():

@@ -17,6 +17,7 @@ from http_server import serving
 
 from mer import Engine, SamplingParams
 from mer.api.grpc import service
+from mer.cli.dashboard.panels import speed
 from mer.cli.moments import Moment
 from mer.cli.monitor import monitor
 from mer.engine.view import Percentiles
@@ -214,6 +215,27 @@ def test_what_happened_between_two_answers():
     assert (now.expert_hit_rate, now.prefix_hit_rate) == (0.75, None)
     assert attrs.astuple(now.time_share) == (0.125, 0.25, 0.125, 0.5)
     assert now.first_token.p50 is None
+    assert (now.peers, now.peer_share) == ((), None)
+
+
+def test_peers_between_two_answers():
+    def answer(time, hits, *peers):
+        return pb.WatchResponse(time=time, stats=pb.GetStatsResponse(peer_hits=hits, peers=peers))
+
+    one = pb.Peer(address="a:1", condition="up", capacity=9, held=4, asked=10, answers=10, answer_s=1)
+    later = pb.Peer(
+        address="a:1", condition="up", capacity=9, held=8, asked=20, answers=18, answer_s=2, late=3
+    )
+    new = pb.Peer(address="b:1", condition="lost", asked=7, error="UNAVAILABLE: nobody is there")
+    now = Moment.between(answer(100, 10, one), answer(102, 50, later, new))
+    assert [peer.address for peer in now.peers] == ["a:1", "b:1"]
+    first, second = now.peers
+    assert (first.asked_per_s, first.late_per_s, first.answer_s, first.held) == (5, 1.5, 0.125, 8)
+    assert (second.asked_per_s, second.answer_s) == (0, None)
+    assert now.peer_share == 1
+    told = "\n".join(str(line) for line in speed(now, [1.0], 60))
+    assert "1 of 2 up, 8 experts, 100% computed" in told
+    assert "b:1 lost UNAVAILABLE: nobody is there" in told
 
 
 def run_monitor(*arguments: object, **environment: str) -> Result:

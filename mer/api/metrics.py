@@ -19,7 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from mer.api.access import REASONS
-from mer.cluster.state import PeerState
+from mer.cluster.state import ANSWER_BOUNDS, PeerState
 from mer.engine.budget import resident_bytes
 from mer.engine.engine import Engine
 from mer.engine.observer import EndReason, Snapshot
@@ -260,9 +260,10 @@ def _peers(now: Snapshot) -> Iterable[Metric]:
         return {peer.address: value(peer) for peer in now.peers}
 
     up = each(lambda peer: int(peer.condition == "up"))
-    answers = each(lambda peer: peer.answers)
+    asked, answers = each(lambda peer: peer.asked), each(lambda peer: peer.answers)
     yield _gauges("mer_peer_up", "Whether the peer is asked for experts.", "peer", up)
     yield _gauges("mer_peer_experts", "Experts that it holds.", "peer", each(lambda peer: peer.held))
+    yield _counters("mer_peer_asked", "Times that a layer wanted something of it.", "peer", asked)
     yield _counters("mer_peer_answers", "Times it computed what a layer wanted of it.", "peer", answers)
     late, failures = each(lambda peer: peer.late), each(lambda peer: peer.failures)
     yield _counters("mer_peer_late_answers", "Those that came too late.", "peer", late)
@@ -270,6 +271,12 @@ def _peers(now: Snapshot) -> Iterable[Metric]:
     sent, received = each(lambda peer: peer.sent), each(lambda peer: peer.received)
     yield _counters("mer_peer_sent_bytes", "Bytes of messages to it.", "peer", sent)
     yield _counters("mer_peer_received_bytes", "Bytes of messages from it.", "peer", received)
+    answer = HistogramMetricFamily(
+        "mer_peer_answer_seconds", "From asking a peer to all that it was asked for.", labels=["peer"]
+    )
+    for peer in now.peers:
+        answer.add_metric([peer.address], _buckets(ANSWER_BOUNDS, peer.answer_counts), peer.answer_s)
+    yield answer
     yield _counter("mer_peer_hits", "Experts that peers computed.", now.peer_hits)
     yield _counter("mer_peer_late_experts", "Experts for which the own drive was asked, too.", now.peer_late)
 
@@ -303,11 +310,15 @@ class _Histogram:
 def _histogram(
     name: str, help_text: str, bounds: Sequence[float], counts: Sequence[int], total: float
 ) -> Metric:
+    return HistogramMetricFamily(name, help_text, _buckets(bounds, counts), total)
+
+
+def _buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
     buckets, below = [], 0
     for bound, count in zip([*map(str, map(float, bounds)), "+Inf"], counts, strict=True):
         below += count
-        buckets.append((bound, below))
-    return HistogramMetricFamily(name, help_text, buckets, total)
+        buckets.append((bound, float(below)))
+    return buckets
 
 
 def _counter(name: str, help_text: str, value: float) -> Metric:

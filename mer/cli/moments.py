@@ -74,6 +74,23 @@ class VramLine:
 
 
 @frozen(kw_only=True)
+class PeerLine:
+    """Another machine that holds experts, see Peer. answer_s: of the answers of the interval, on average."""
+
+    address: str
+    condition: str
+    capacity: int
+    held: int
+    asked_per_s: float
+    late_per_s: float
+    answer_s: float | None
+    sent_bytes_per_s: float
+    received_bytes_per_s: float
+    failures: int
+    error: str
+
+
+@frozen(kw_only=True)
 class Moment:
     """Rates are of the last interval, rates of hits None where nothing was looked up. Sizes in bytes."""
 
@@ -107,6 +124,8 @@ class Moment:
     read_errors: int
     time_share: Shares
     vram: VramLine | None
+    peers: tuple[PeerLine, ...]
+    peer_share: float | None  # of all experts, those that peers computed
 
     @classmethod
     def between(cls, before: pb.WatchResponse, after: pb.WatchResponse) -> Moment:
@@ -128,8 +147,10 @@ class Moment:
                 "bus_bytes",
             )
         }
+        peer_hits = now.peer_hits - old.peer_hits
         found = steps["hits"] + steps["vram_hits"]
         experts = steps["expert_s"] + steps["gpu_wait_s"]
+        earlier = {each.address: each for each in old.peers}
         # A step counts when it is over: some of its time may lie before the interval.
         whole = max(seconds, steps["step_s"])
         return cls(
@@ -171,6 +192,8 @@ class Moment:
                 idle=max(whole - steps["step_s"], 0.0) / whole,
             ),
             vram=_vram(now.vram, steps, seconds) if now.HasField("vram") else None,
+            peers=tuple(_peer(earlier.get(each.address, each), each, seconds) for each in now.peers),
+            peer_share=_share(peer_hits, peer_hits + found + steps["misses"]) if now.peers else None,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -198,6 +221,25 @@ def _line(given: pb.RequestStatus) -> RequestLine:
         each.name: getattr(given, each.name) for each in attrs.fields(RequestLine) if each.name != "state"
     }
     return RequestLine(state=state, **fields)
+
+
+def _peer(before: pb.Peer, after: pb.Peer, seconds: float) -> PeerLine:
+    def rate(name: str) -> float:
+        return max(float(getattr(after, name) - getattr(before, name)), 0.0) / seconds
+
+    return PeerLine(
+        address=after.address,
+        condition=after.condition,
+        capacity=after.capacity,
+        held=after.held,
+        asked_per_s=rate("asked"),
+        late_per_s=rate("late"),
+        answer_s=_share(after.answer_s - before.answer_s, after.answers - before.answers),
+        sent_bytes_per_s=rate("sent"),
+        received_bytes_per_s=rate("received"),
+        failures=after.failures,
+        error=after.error,
+    )
 
 
 def _vram(given: pb.Vram, steps: Mapping[str, float], seconds: float) -> VramLine:

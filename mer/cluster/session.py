@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Final
 
@@ -9,7 +10,7 @@ from attrs import define, field, frozen
 
 from mer._ext.remote import Ask
 from mer.cluster.identity import Identity
-from mer.cluster.state import Condition, PeerState
+from mer.cluster.state import ANSWER_BOUNDS, Condition, PeerState
 from mer.cluster.wire import WireError, cut, make_rows, outputs_checksum
 from mer.v1 import expert_pb2 as pb
 
@@ -79,7 +80,8 @@ class Session:
         self.delay = FIRST_DELAY
         self.capacity, self.assigns = 0, False
         self.held: frozenset[int] = frozenset()
-        self._answers = self._late = self._failures = self._sent = self._received = 0
+        self._answer_counts, self._answer_s = [0] * (len(ANSWER_BOUNDS) + 1), 0.0
+        self._times = self._answers = self._late = self._failures = self._sent = self._received = 0
         self._error = ""
 
     @property
@@ -96,6 +98,7 @@ class Session:
         if self._condition != "up" or self._asked is not None or now < self._paused_until:
             return []
         self._asked = asked = _Asked(ask, now)
+        self._times += 1
         messages, at = [], 0
         for some, parts in cut(ask.experts, ask.counts):
             self._number += 1
@@ -166,11 +169,15 @@ class Session:
             condition=condition,
             capacity=self.capacity,
             held=len(self.held),
+            decides=self.assigns,
+            asked=self._times,
             answers=self._answers,
             late=self._late,
             failures=self._failures,
             sent=self._sent,
             received=self._received,
+            answer_counts=tuple(self._answer_counts),
+            answer_s=self._answer_s,
             error=self._error,
         )
 
@@ -197,11 +204,13 @@ class Session:
             return None
         self._asked = self._waiting_since = None
         if not asked.missing:
-            self._answers += 1
             self._note_time(now, asked)
         return asked.over()
 
     def _note_time(self, now: float, asked: _Asked) -> None:
+        self._answers += 1
+        self._answer_counts[bisect_left(ANSWER_BOUNDS, now - asked.at)] += 1
+        self._answer_s += now - asked.at
         if now * 1e9 <= asked.ask.deadline:
             self._late_in_a_row = 0
             return

@@ -28,10 +28,11 @@ _M = TypeVar("_M", bound=Message)
 
 _SAMPLING: Final = frozenset(field.name for field in attrs.fields(SamplingParams))
 _STEP_FIELDS: Final = [field.name for field in pb.StepStats.DESCRIPTOR.fields]
+_PEER_FIELDS: Final = [field.name for field in pb.Peer.DESCRIPTOR.fields]
 _STATS_FIELDS: Final = [
     field.name
     for field in pb.GetStatsResponse.DESCRIPTOR.fields
-    if field.name not in ("steps", "uptime_s", "vram")
+    if field.name not in ("steps", "uptime_s", "vram", "peers")
 ]
 _REASONS: Final = {
     "stop": pb.FINISH_REASON_STOP,
@@ -285,7 +286,10 @@ def stats(snapshot: Snapshot, uptime_s: float) -> pb.GetStatsResponse:
     """The fields that this version of the API has."""
     fields = {name: getattr(snapshot, name) for name in _STATS_FIELDS}
     vram = pb.Vram(**attrs.asdict(snapshot.vram)) if snapshot.vram else None
-    return pb.GetStatsResponse(**fields, steps=steps(snapshot.steps), uptime_s=uptime_s, vram=vram)
+    peers = [pb.Peer(**{name: getattr(each, name) for name in _PEER_FIELDS}) for each in snapshot.peers]
+    return pb.GetStatsResponse(
+        **fields, steps=steps(snapshot.steps), uptime_s=uptime_s, vram=vram, peers=peers
+    )
 
 
 def watched(view: View, name: str, uptime_s: float, *, experts: bool) -> pb.WatchResponse:

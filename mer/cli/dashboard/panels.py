@@ -11,7 +11,7 @@ from typing import Final
 from rich.text import Text
 
 from mer.cli.common import percent, rate, seconds, size
-from mer.cli.moments import Latency, Moment, VramLine
+from mer.cli.moments import Latency, Moment, PeerLine, VramLine
 
 _SPARKS: Final = "▁▂▃▄▅▆▇█"
 _LABEL: Final = 8
@@ -61,6 +61,8 @@ def speed(now: Moment, history: Sequence[float], width: int) -> list[Text]:
         lines.append(_line("experts", "none: a dense model"))
     if now.vram is not None:
         lines += _vram(now.vram, room)
+    if now.peers:
+        lines += _peers(now, room)
     blocks = f"{now.kv_blocks_used}+{now.kv_blocks_cached} of {now.kv_blocks}"
     if now.prefix_hit_rate is not None:
         blocks += f", {percent(now.prefix_hit_rate)} hits"
@@ -81,6 +83,21 @@ def _vram(vram: VramLine, room: int) -> list[Text]:
     if vram.layers:
         dense = f"{vram.layers} dense layers {size(vram.dense_bytes)}, KV {size(vram.kv_bytes)}"
         lines.append(_line("" if lines else "VRAM", dense))
+    return lines
+
+
+def _peers(now: Moment, room: int) -> list[Text]:
+    """All of them together, and the first that is not there."""
+    up = sum(each.condition == "up" for each in now.peers)
+    held, capacity = (
+        sum(value) for value in zip(*((each.held, each.capacity) for each in now.peers), strict=True)
+    )
+    share = "" if now.peer_share is None else f", {percent(now.peer_share)} computed"
+    told = f"{up} of {len(now.peers)} up, {held} experts{share}"
+    lines = [_line("peers", *bar(held, capacity, room, told))]
+    away: list[PeerLine] = [each for each in now.peers if each.condition != "up"]
+    if away:
+        lines.append(_line("", (f"{away[0].address} {away[0].condition} {away[0].error}"[:room], "red")))
     return lines
 
 
