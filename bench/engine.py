@@ -58,7 +58,9 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         if getattr(args, name) is not None
     }
     params = SamplingParams(max_tokens=args.decode + 1, temperature=0, ignore_eos=True)
-    async with Engine.open(args.model, EngineConfig(**settings)) as engine:
+    # Or else the second time the prompt would be found, not computed.
+    config = EngineConfig(**settings, prefix_cache=False, speculate="off")
+    async with Engine.open(args.model, config) as engine:
         if args.warmup:
             first = params if args.warmup == "all" else attrs.evolve(params, max_tokens=2)
             await engine.generate(args.prompt, first)
