@@ -44,8 +44,8 @@ FLOATS = (0, 1, 30)
 # The parts of a layer that are matrices; each may have a bias.
 MATRICES = ("q", "k", "v", "q_gate", "o", "q_latent", "latent", "k_up", "v_up", "gate", "up", "down", "router",
             "shared_gate")
-VECTORS = ("q_norm", "k_norm", "q_latent_norm", "latent_norm", "attention_out_norm", "mlp_out_norm", "routed_out_norm", "shared_norm",
-           "shared_out_norm", "layer_scale", "sinks")
+VECTORS = ("q_norm", "k_norm", "q_latent_norm", "latent_norm", "attention_out_norm", "mlp_out_norm", "routed_out_norm",
+           "shared_norm", "shared_out_norm", "layer_scale", "sinks")
 PRODUCT = np.dtype([("weights", "u8"), ("bias", "u8"), ("y", "u8"), ("index", "u8"), ("first", "i4"), ("count", "i4")])
 
 

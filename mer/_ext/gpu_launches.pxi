@@ -151,7 +151,8 @@ cdef void attention_of(GpuDecoder d, const GpuLayer *g, const Layer *layer) noex
         a.tiles = <int>((longest * group + MER_GPU_QUERIES - 1) // MER_GPU_QUERIES)
         # A tile's queries may see one block more than each of them.
         call(d, d.latent_scores_kernel if geometry.latent else d.scores_kernel,
-             (stride // MER_KV_BLOCK + longest // MER_KV_BLOCK + 1 + 7) // 8, n_kv, (span - next_span) * a.tiles, MER_GPU_QUERIES * dim * sizeof(float), arguments)
+             (stride // MER_KV_BLOCK + longest // MER_KV_BLOCK + 1 + 7) // 8, n_kv, (span - next_span) * a.tiles,
+             MER_GPU_QUERIES * dim * sizeof(float), arguments)
         call(d, d.weights_kernel, geometry.n_heads, end - first, 1, 0, arguments)
         call(d, d.values_kernel, (group + a.heads - 1) // a.heads * ((value_dim + width - 1) // width), n_kv,
              end - first, 0, arguments)

@@ -8,6 +8,7 @@ from mer._ext.mixture import Mixture
 NAMES: dict[int, str]
 
 def staging_bytes(layers: NDArray[np.int64], n_experts: int, top_k: int, max_tokens: int) -> int: ...
+def buffer_bytes(layers: NDArray[np.int64], n_experts: int, top_k: int, max_tokens: int) -> list[int]: ...
 
 class GpuMixture:
     nbytes: int

@@ -3,6 +3,8 @@
 x goes to the device once a layer, with the lists of who is multiplied with what; the experts' rows are written by the
 device into the mixture's own memory, so the weighted sum finds them there. Weights are in the device's memory already.
 """
+import numpy as np
+
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
@@ -49,12 +51,28 @@ def staging_bytes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k
             + padded(n_experts * 3 * sizeof(mer_gpu_product)))
 
 
+def buffer_bytes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k, int64_t max_tokens):
+    """Bytes of each of the device's buffers, of a Mixture with these arguments: what is uploaded, prepared inputs, rows
+    of gate and up, their prepared products. Raises GpuError for a format without a kernel.
+    """
+    cdef int64_t i, inter = 0, acts = 0, mids = 0, pairs = max_tokens * top_k
+    for i in range(layers.shape[0]):
+        for fmt in (layers[i, 0], layers[i, 1], layers[i, 2]):
+            if fmt not in NAMES:
+                raise GpuError(f"weights of format {fmt} have no kernel on a graphics device")
+        inter = max(inter, layers[i, 4])
+        acts = max(acts, max_tokens * act_stride(<int>layers[i, 0], layers[i, 3]))
+        mids = max(mids, pairs * act_stride(<int>layers[i, 2], layers[i, 4]))
+    inputs = staging_bytes(layers, n_experts, top_k, max_tokens)
+    return [inputs, padded(acts), padded(pairs * inter * 4), padded(pairs * inter * 4), padded(mids)]
+
+
 cdef class GpuMixture:
     """Computes experts of `mixture` on a device. Raises GpuError, GpuMemoryError where that can't be."""
 
     def __cinit__(self, Device device not None, Mixture mixture not None):
-        cdef int64_t i, hidden = 0, inter = 0, acts = 0, mids = 0
-        cdef int64_t pairs = mixture.max_tokens * mixture.top_k
+        cdef int64_t i, hidden = 0
+        cdef int64_t[:, ::1] layers = np.zeros((mixture.n_layers, 5), np.int64)
         cdef LayerShape *shape
         self.device, self.mixture = device, mixture
         self.kernels = <Kernel *>calloc(FORMAT_IDS, sizeof(Kernel))
@@ -64,21 +82,20 @@ cdef class GpuMixture:
             raise MemoryError
         for i in range(mixture.n_layers):
             shape = &mixture.layers[i]
-            hidden, inter = max(hidden, shape.hidden), max(inter, shape.inter)
-            acts = max(acts, mixture.max_tokens * act_stride(shape.gate_format, shape.hidden))
-            mids = max(mids, pairs * act_stride(shape.down_format, shape.inter))
-            for fmt in (shape.gate_format, shape.up_format, shape.down_format):
-                self.find(fmt)
+            hidden = max(hidden, shape.hidden)
+            layers[i, 0], layers[i, 1], layers[i, 2] = shape.gate_format, shape.up_format, shape.down_format
+            layers[i, 3], layers[i, 4] = shape.hidden, shape.inter
+        sizes = buffer_bytes(layers, mixture.n_experts, mixture.top_k, mixture.max_tokens)
+        for fmt in np.unique(np.asarray(layers)[:, :3]):
+            self.find(fmt)
         self.quantise, self.activate = device.function("mer_quantise"), device.function("mer_activate")
         self.activate_quantise = device.function("mer_activate_quantise")
         self.x_bytes = padded(mixture.max_tokens * hidden * 4)
-        self.index_bytes = padded(pairs * 4)
+        self.index_bytes = padded(mixture.max_tokens * mixture.top_k * 4)
         self.products_bytes = padded(mixture.n_experts * 3 * sizeof(mer_gpu_product))
-        inputs = self.x_bytes + self.index_bytes + self.products_bytes
-        sizes = [inputs, padded(acts), padded(pairs * inter * 4), padded(pairs * inter * 4), padded(mids)]
         self.nbytes = sum(sizes)
         device.check(device.enter(), "making room for experts")
-        self.take_host(inputs)
+        self.take_host(<size_t>sizes[0])
         device.check(device.alloc(<size_t>self.nbytes, &self.buffers), f"taking {self.nbytes} bytes for activations")
         self.inputs = self.buffers
         self.acts = self.inputs + <uint64_t>sizes[0]
@@ -109,8 +126,6 @@ cdef class GpuMixture:
 
     def find(self, int fmt):
         """Its kernels."""
-        if fmt not in NAMES:
-            raise GpuError(f"weights of format {fmt} have no kernel on a graphics device")
         self.kernels[fmt].one = self.device.function(f"mer_rows_{NAMES[fmt]}")
         self.kernels[fmt].many = self.device.function(f"mer_many_{NAMES[fmt]}")
         self.kernels[fmt].blocks = mer_act_is_q8(fmt)

@@ -11,6 +11,9 @@ NO_VRAM: dict[str, int | None]
 def host_bytes(
     layers: NDArray[np.int64], n_experts: int, top_k: int, max_tokens: int, slot_bytes: int
 ) -> int: ...
+def slots_in(
+    nbytes: int, layers: NDArray[np.int64], n_experts: int, top_k: int, max_tokens: int, slot_bytes: int
+) -> int: ...
 
 class VramTier:
     n_slots: int

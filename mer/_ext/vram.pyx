@@ -18,7 +18,7 @@ from posix.stdlib cimport posix_memalign
 from mer._ext.device cimport MER_DEVICE_NOT_READY, MER_STREAM_COMPUTE, MER_STREAM_COPY
 from mer._ext.recorder cimport now
 
-from mer._ext.gpu_mixture import staging_bytes
+from mer._ext.gpu_mixture import buffer_bytes, staging_bytes
 from mer.errors import GpuMemoryError
 
 cdef enum:
@@ -53,6 +53,20 @@ def host_bytes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k, i
     return _bounces(slot_bytes) * slot_bytes + staging_bytes(layers, n_experts, top_k, max_tokens)
 
 
+def slots_in(int64_t nbytes, const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k, int64_t max_tokens,
+             int64_t slot_bytes):
+    """For how many experts a tier of `nbytes` has room, for a streamer with these arguments; 0: not for one.
+
+    Raises GpuError for a format without a kernel.
+    """
+    arithmetic = sum(buffer_bytes(layers, n_experts, top_k, max_tokens))
+    return max(0, _slots(nbytes, arithmetic, slot_bytes, layers.shape[0] * n_experts))
+
+
+cdef int64_t _slots(int64_t nbytes, int64_t arithmetic, int64_t slot_bytes, int64_t n_keys):
+    return min((nbytes - arithmetic) // slot_bytes - _bounces(slot_bytes), n_keys)
+
+
 cdef int64_t _bounces(int64_t slot_bytes):
     return max(<int64_t>2, min(<int64_t>MOST_BOUNCES, BOUNCE_BYTES // slot_bytes))
 
@@ -71,7 +85,7 @@ cdef class VramTier:
         self.slot_bytes, self.n_keys, self.n_experts = cache.slot_bytes, cache.n_experts, mixture.n_experts
         self.n_bounces = _bounces(self.slot_bytes)
         self.arithmetic = GpuMixture(device, mixture)
-        n_slots = min((nbytes - self.arithmetic.nbytes) // self.slot_bytes - self.n_bounces, self.n_keys)
+        n_slots = _slots(nbytes, self.arithmetic.nbytes, self.slot_bytes, self.n_keys)
         if n_slots < 1:
             least = self.arithmetic.nbytes + (self.n_bounces + 1) * self.slot_bytes
             raise GpuMemoryError(f"{nbytes >> 20} MiB of its memory are too little: one expert and what is needed beside "

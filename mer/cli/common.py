@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Final, TypeVar
 
 import click
 from rich.console import Console
@@ -19,6 +21,33 @@ from rich.progress import (
 from mer.config import parse_size
 from mer.errors import ConfigError
 from mer.weights.hub import locate
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+DEVICE_OPTIONS: Final = (
+    click.option(
+        "--device",
+        metavar="auto|cpu|cuda[:N]",
+        default="auto",
+        show_default=True,
+        help="What computes beside the CPU; auto: an NVIDIA GPU where there is one that can.",
+    ),
+    click.option("--vram", help="Memory of the GPU to use (6GiB); default: what is free, less a margin."),
+    click.option(
+        "--gpu-layers",
+        metavar="N|auto",
+        default="auto",
+        show_default=True,
+        help="Layers, from the first on, whose attention and dense weights are on the GPU.",
+    ),
+)
+
+
+def device_options(command: _F) -> _F:
+    """The options that say what computes beside the CPU."""
+    for option in reversed(DEVICE_OPTIONS):
+        command = option(command)
+    return command
 
 
 def size_option(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:

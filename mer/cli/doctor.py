@@ -14,7 +14,8 @@ from rich.table import Table
 from mer._ext.cpus import usable_cpus
 from mer._ext.kernels import Kernels, Pool, isas
 from mer.cli import gpus
-from mer.cli.common import messages, model_argument, output, rate, size, size_option
+from mer.cli.common import device_options, messages, model_argument, output, rate, size, size_option
+from mer.config import EngineConfig
 from mer.errors import BudgetError, CheckpointError, UnsupportedModelError
 from mer.streaming.advice import advice
 from mer.streaming.machine import Machine, describe
@@ -40,14 +41,17 @@ _BLOCK: Final = 1 << 20
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Routing that `mer run` or `mer serve --trace` recorded; default: MODEL runs for 15 seconds.",
 )
+@device_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(path: Path, block: int | None, ram: int | None, trace: Path | None, as_json: bool) -> None:
+def doctor(path: Path, block: int | None, trace: Path | None, as_json: bool, **settings: Any) -> None:
     """Show what this machine allows and how fast it is.
 
     PATH is where the weights lie. Of a MODEL the largest file (of experts) is read, in any other directory
     (default: this one) a temporary file of up to 1 GiB is written, read and removed. A file is read as it
-    is. Of a MODEL it also says which share of its experts would be found in memory of other sizes.
+    is. Of a MODEL it also says what of it would be on the GPU, and which share of its experts would be found
+    in memory of other sizes.
     """
+    config = EngineConfig(**settings)
     with messages().status("looking at this machine") as status:
         machine = describe()
         refusal = uring_refusal()
@@ -59,25 +63,45 @@ def doctor(path: Path, block: int | None, ram: int | None, trace: Path | None, a
         memory_rate = pool.memory_bandwidth()
         status.update("looking for GPUs")
         gpu = gpus.survey(measure=True)
-        facts = _facts(machine, refusal, device, pool.n_threads, memory_rate, gpu)
+        facts = _facts(machine, refusal, device, pool.n_threads, memory_rate, gpu, config)
         facts["advice"] = advice(machine, device, refusal)
         if weights is not None or model.suffix == ".gguf":
+            status.update("seeing what of the model a GPU would have")
+            facts["on_gpu"] = _on_gpu(model, config)
             status.update("seeing which experts the model wants")
-            facts["hit_rates"], facts["advice"] = _rates_of(model, ram, trace, device.best, facts["advice"])
+            facts["hit_rates"], facts["advice"] = _rates_of(
+                model, config, trace, device.best, facts["advice"]
+            )
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
         _print(output(), machine, device, facts)
 
 
+def _on_gpu(model: Path, config: EngineConfig) -> dict[str, Any] | None:
+    """What of the model would be on the GPU; None where there is none, or the model is one that can't run."""
+    from mer.engine.placing import planned
+
+    try:
+        there = planned(model, config)
+    except UnsupportedModelError:
+        return None
+    if there is None:
+        return None
+    names = ("device", "layers", "dense_bytes", "kv_bytes", "slots")
+    return {name: getattr(there.vram, name) for name in names} | {
+        "of_layers": there.layers, "of_experts": there.experts, "head": there.head, "told": there.told,
+    }  # fmt: skip
+
+
 def _rates_of(
-    model: Path, ram: int | None, trace: Path | None, bandwidth: float, advised: list[str]
+    model: Path, config: EngineConfig, trace: Path | None, bandwidth: float, advised: list[str]
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Hit rates, None where there are none; what is advised then."""
     from mer.cli.hit_rates import hit_rates
 
     try:
-        rates = hit_rates(model, ram, trace, bandwidth)
+        rates = hit_rates(model, config, trace, bandwidth)
     except (BudgetError, UnsupportedModelError) as error:
         return None, [*advised, str(error)]
     if rates is None:
@@ -115,6 +139,7 @@ def _facts(
     threads: int,
     memory_rate: float,
     gpu: dict[str, Any],
+    config: EngineConfig,
 ) -> dict[str, Any]:
     return {
         "machine": asdict(machine),
@@ -131,7 +156,7 @@ def _facts(
             "device_bytes_per_second": device.best,
             "kernels": Kernels().isa,
             "threads": threads,
-            "gpu": gpus.used(gpu),
+            "gpu": gpus.used(gpu, config),
         },
     }
 
@@ -167,6 +192,8 @@ def _print(console: Console, machine: Machine, device: Device, facts: dict[str, 
         f"GPU      {gpus.use(uses['gpu'])}",
     ):
         console.print(f"  {line}", highlight=False, markup=False)
+    if facts.get("on_gpu"):
+        console.print(f"  on it    {facts['on_gpu']['told']}", highlight=False, markup=False)
     if facts.get("hit_rates"):
         _print_rates(console, facts["hit_rates"])
     console.print("What would be faster", style="bold", highlight=False)

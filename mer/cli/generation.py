@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mer._ext.cache import POLICIES
 from mer._ext.uring import BACKENDS
-from mer.cli.common import size, size_option
+from mer.cli.common import DEVICE_OPTIONS, size, size_option
 from mer.config import EngineConfig, Speculate
 from mer.engine.engine import Engine
 from mer.engine.observer import Snapshot
@@ -29,21 +29,7 @@ _ENGINE: Final = (
     click.option(
         "--ram", callback=size_option, help="Memory of the whole process (8GiB); default: what is free."
     ),
-    click.option(
-        "--device",
-        metavar="auto|cpu|cuda[:N]",
-        default="auto",
-        show_default=True,
-        help="What computes beside the CPU; auto: an NVIDIA GPU where there is one that can.",
-    ),
-    click.option("--vram", help="Memory of the GPU to use (6GiB); default: what is free, less a margin."),
-    click.option(
-        "--gpu-layers",
-        metavar="N|auto",
-        default="auto",
-        show_default=True,
-        help="Layers, from the first on, whose attention and dense weights are on the GPU.",
-    ),
+    *DEVICE_OPTIONS,
     click.option(
         "--context",
         type=int,

@@ -7,9 +7,10 @@ from typing import Any
 from attrs import asdict
 
 from mer.cli.common import rate, size
-from mer.errors import GpuError
+from mer.config import EngineConfig
+from mer.errors import ConfigError, GpuError
 from mer.gpu.compile import cuda
-from mer.gpu.opening import unclaimed
+from mer.gpu.opening import chosen, unclaimed
 from mer.gpu.probe import Gpu, gpus, load
 
 
@@ -32,14 +33,25 @@ def _facts(gpu: Gpu, *, measure: bool) -> dict[str, Any]:
     return facts
 
 
-def used(facts: dict[str, Any]) -> dict[str, Any]:
-    """What `--device auto` is with these facts: `device` ('cpu' or 'cuda:0'), `why`, and bytes of `vram`."""
-    if not facts["devices"]:
-        return {"device": "cpu", "why": facts["why"], "vram": 0}
-    first = facts["devices"][0]
-    if first["refusal"] is not None:
-        return {"device": "cpu", "why": f"{first['name']}: {first['refusal']}", "vram": 0}
-    return {"device": f"cuda:{first['ordinal']}", "why": first["name"], "vram": unclaimed(first["free"])}
+def used(facts: dict[str, Any], config: EngineConfig) -> dict[str, Any]:
+    """What is used with these facts: `device` ('cpu' or 'cuda:0'), `why`, and bytes of `vram`.
+
+    Raises ConfigError where a device is asked for that is not there.
+    """
+    if config.device == "cpu":
+        return {"device": "cpu", "why": "--device cpu", "vram": 0}
+    try:
+        if not facts["devices"]:
+            raise GpuError(facts["why"])
+        gpu = facts["devices"][chosen(config.device).ordinal]
+        if gpu["refusal"] is not None:
+            raise GpuError(f"{gpu['name']}: {gpu['refusal']}")
+    except GpuError as error:
+        if config.device != "auto":
+            raise ConfigError(f"device {config.device}: {error}") from None
+        return {"device": "cpu", "why": str(error), "vram": 0}
+    vram = config.vram or unclaimed(gpu["free"])
+    return {"device": f"cuda:{gpu['ordinal']}", "why": gpu["name"], "vram": vram}
 
 
 def row(facts: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from mer.config import EngineConfig
 from mer.engine.budget import Budget, usable, with_page_tables
@@ -85,8 +85,10 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{-(-size // 2**20)} MiB"
 
 
-def hit_rates(path: Path, ram: int | None, trace: Path | None, bandwidth: float) -> HitRates | None:
-    """None for a dense model. trace: of its routing; None: it is run for a while, and that is recorded.
+def hit_rates(path: Path, config: EngineConfig, trace: Path | None, bandwidth: float) -> HitRates | None:
+    """None for a dense model. config: memory and devices that it may have.
+
+    trace: of its routing; None: it is run for a while, and that is recorded.
 
     Raises what Engine.open raises, and ConfigError for a file that is no trace.
     """
@@ -94,7 +96,7 @@ def hit_rates(path: Path, ram: int | None, trace: Path | None, bandwidth: float)
         return None
     with tempfile.TemporaryDirectory(prefix="mer-doctor-") as place:
         recorded = Path(place) / "trace.csv"
-        budget = asyncio.run(_run(path, ram, None if trace else recorded))
+        budget = asyncio.run(_run(path, evolve(config, max_running=1, trace=None if trace else recorded)))
         found = distances(trace or recorded)
         if len(found.hits) != budget.experts + 1:
             raise ConfigError(
@@ -104,10 +106,10 @@ def hit_rates(path: Path, ram: int | None, trace: Path | None, bandwidth: float)
         return HitRates.of(budget, found, bandwidth)
 
 
-async def _run(path: Path, ram: int | None, record: Path | None) -> Budget:
-    """Its budget. record: where its routing goes; None: it is not run."""
-    async with Engine.open(path, EngineConfig(ram=ram, max_running=1, trace=record)) as engine:
-        if record is None:
+async def _run(path: Path, config: EngineConfig) -> Budget:
+    """Its budget. Without a trace, where its routing would go, it is not run."""
+    async with Engine.open(path, config) as engine:
+        if config.trace is None:
             return engine.budget
         end = time.monotonic() + _SECONDS
         for seed, prompt in enumerate(_PROMPTS):

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from attrs import frozen
 
 from mer._ext.device import Device
+from mer._ext.vram import slots_in
 from mer.config import EngineConfig
-from mer.engine.budget import Budget, mib
+from mer.engine.budget import Budget, measure, mib
+from mer.engine.stats import Vram
 from mer.errors import BudgetError, ConfigError, GpuError
 from mer.gpu import open_device, vram_budget
 from mer.model import device_scratch
 from mer.model.dense import device_bytes
-from mer.model.families import Architecture
+from mer.model.families import Architecture, load
 from mer.model.kv import layer_bytes
 from mer.model.placement import ON_THE_CPU, Placement, refusal
-from mer.streaming.experts import ExpertTables
-from mer.weights.checkpoint import Checkpoint
+from mer.streaming.experts import ExpertTables, expert_tables
+from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
 
 _log = logging.getLogger("mer")
 
@@ -78,6 +82,47 @@ def place(
         return ALONE
     placement, taken = choose(checkpoint, architecture, tables, budget, config, vram)
     return OnDevice(device, placement, vram, taken)
+
+
+@frozen
+class Planned:
+    """What a GPU would have, of a model of so many layers and experts; head: the head, too."""
+
+    vram: Vram
+    layers: int
+    experts: int
+    head: bool
+
+    @property
+    def told(self) -> str:
+        """One line."""
+        return f"{self.vram.told(self.experts)}; the model has {self.layers} layers"
+
+
+def planned(path: Path, config: EngineConfig) -> Planned | None:
+    """What of the model at `path` an engine would put on the GPU, which is opened; None: there is none.
+
+    Bytes are those that are set aside. Raises what `place` and opening a checkpoint raise.
+    """
+    checkpoint = open_checkpoint(path)
+    require_streamable(checkpoint)
+    architecture = load(checkpoint)
+    tables = expert_tables(architecture.experts, path)
+    budget = measure(checkpoint, architecture, tables, config)
+    gpu = place(checkpoint, architecture, tables, budget, config)
+    if gpu.device is None:
+        return None
+    spec, slots = architecture.spec, 0
+    if tables.total:
+        with suppress(GpuError):
+            shape = tables.layers, tables.n_experts, spec.top_k, budget.step_tokens, tables.slot_bytes
+            slots = slots_in(gpu.experts, *shape)
+    kv = sum(layer_bytes(spec, budget.kv_dtype)[: gpu.placement.layers]) * budget.kv_blocks
+    vram = Vram(
+        device=gpu.device.name, layers=gpu.placement.layers, dense_bytes=max(0, gpu.dense - kv), kv_bytes=kv,
+        slots=slots, nbytes=slots * tables.slot_bytes, resident=0, evictions=0, lost=None,
+    )  # fmt: skip
+    return Planned(vram, spec.n_layers, tables.total, gpu.placement.head)
 
 
 def choose(

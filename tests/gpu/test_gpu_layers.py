@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from attrs import evolve
+from click.testing import CliRunner
 from engine_models import GREEDY, Logits, convert_to, opened, prompt, write_text_model
 from gpu_simulator import Simulator
 from oracle.make_checkpoints import make
@@ -11,6 +14,8 @@ from oracle.make_checkpoints import make
 from mer import Engine
 from mer._ext.gpu_decoder import layer_arrays
 from mer._ext.uring import Reader
+from mer.cli import hit_rates
+from mer.cli.doctor import doctor
 from mer.config import EngineConfig
 from mer.engine import budget as budgets
 from mer.engine.placing import choose
@@ -19,6 +24,7 @@ from mer.errors import BudgetError, ConfigError
 from mer.model.dense import device_bytes, load_dense
 from mer.model.families import load
 from mer.model.placement import ON_THE_CPU, Placement
+from mer.streaming import probe as disk
 from mer.streaming.experts import expert_tables
 from mer.weights.checkpoint import open_checkpoint
 
@@ -87,6 +93,26 @@ def test_what_the_device_takes(model, simulator):
     after = simulator.counts()
     assert 0 < after.bytes - before.bytes <= planned
     runner.close()
+
+
+@pytest.mark.parametrize(
+    ("vram", "layers"), [("200MiB", "auto"), ("200MiB", 1), ("22MiB", "auto"), ("4MiB", "auto")]
+)
+def test_doctor_knows_what_an_engine_will_do(model, simulator, monkeypatch, vram, layers):
+    monkeypatch.setattr(disk.probe, "__kwdefaults__", disk.probe.__kwdefaults__ | {"seconds": 0.02})
+    monkeypatch.setattr(hit_rates, "_TOKENS", 3)
+    asked = ["--device", "cuda:0", "--vram", vram, "--gpu-layers", str(layers)]
+    settings = {"device": "cuda:0", "vram": vram, "gpu_layers": layers}
+    said = CliRunner().invoke(doctor, [str(model), "--json", *asked])
+    runner = Runner.open(model, EngineConfig(**settings))
+    there, placement = runner.vram, runner.placement
+    runner.close()
+    assert said.exit_code == 0, said.output
+    facts = json.loads(said.stdout)["on_gpu"]
+    found = (there.layers, there.slots) if there else (0, 0)
+    assert (facts["layers"], facts["slots"], facts["head"]) == (*found, placement.head)
+    assert (facts["of_layers"], facts["of_experts"]) == (2, 12)
+    assert f"room for {found[1]} of 12 experts" in facts["told"] or not found[1]
 
 
 def test_what_latent_attention_takes(tmp_path):
