@@ -69,3 +69,11 @@ class RequestError(MerError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class TooLongError(RequestError):
+    """A prompt of more tokens than there is room for. tokens: how many; None where only its size is known."""
+
+    def __init__(self, message: str, tokens: int | None, param: str = "prompt") -> None:
+        super().__init__(message, param)
+        self.tokens = tokens

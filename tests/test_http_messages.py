@@ -64,6 +64,17 @@ def test_text_is_the_answer_that_chat_completions_give(server, client):
     assert count.input_tokens == expected.usage.prompt_tokens
 
 
+def test_what_is_too_long_is_counted(client):
+    """Who counts wants to know whether it is."""
+    once, twice = (
+        client.messages.count_tokens(model="small", messages=[{"role": "user", "content": "word " * n}])
+        for n in (2000, 4000)
+    )
+    assert twice.input_tokens > once.input_tokens > 2048
+    with pytest.raises(REFUSED, match=f"{once.input_tokens} tokens"):
+        ask(client, messages=[{"role": "user", "content": "word " * 2000}])
+
+
 def test_a_stream_is_the_whole_answer(client):
     whole = ask(client, max_tokens=12, extra_body=GREEDY)
     with client.messages.stream(model="small", messages=ASK, max_tokens=12, extra_body=GREEDY) as stream:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
+import weakref
+from contextlib import aclosing
 
 import pytest
 from engine_models import opened, write_text_model
@@ -227,6 +230,36 @@ async def test_what_came_before_an_error_is_delivered():
     assert [delta.text for _, delta in await anext(batches)] == ["a"]
     with pytest.raises(RequestTimeoutError):
         await anext(batches)
+
+
+async def test_nothing_of_a_refused_request_waits_for_the_garbage_collector():
+    """A cycle of an error and frames would hold its prompt, until a collection frees many of them at once."""
+
+    class Refusing:
+        async def stream(self, prompt, params):
+            raise RequestTimeoutError("late")
+            yield
+
+    class Tokens(list):
+        """What a weak reference can be made of."""
+
+    prompt = Tokens([1, 2])
+    left = weakref.ref(prompt)
+
+    async def ask(prompt):
+        try:
+            async with aclosing(merged(Refusing(), [(prompt, SamplingParams())], idle=9)) as batches:
+                await anext(batches)
+        except RequestTimeoutError:
+            return
+
+    gc.disable()
+    try:
+        await ask(prompt)
+        del prompt
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 async def test_no_http(model):

@@ -17,7 +17,7 @@ from oracle.make_checkpoints import make
 from mer import Engine, QueueFullError, RequestTimeoutError, SamplingParams, Structure
 from mer.engine.mailbox import FULL
 from mer.engine.sampling import Sampler
-from mer.errors import RequestError
+from mer.errors import RequestError, TooLongError
 
 
 def params(**changes) -> SamplingParams:
@@ -46,6 +46,19 @@ def test_biases_are_looked_at_once():
     again = attrs.evolve(once, seed=3)
     assert again.logit_bias is once.logit_bias
     assert again.logit_bias == {5: 4.0, 7: -100}
+    assert (again.logit_bias[7], 8 in again.logit_bias, repr(again.logit_bias)) == (
+        -100, False, "Biases({5: 4.0, 7: -100.0})",
+    )  # fmt: skip
+
+
+def test_stop_tokens_are_not_too_many():
+    assert len(SamplingParams(stop_token_ids=range(4096)).stop_token_ids) == 4096
+    with pytest.raises(RequestError, match="stop_token_ids: 4097 of them; at most 4096") as error:
+        SamplingParams(stop_token_ids=range(4097))
+    assert error.value.param == "stop_token_ids"
+    with pytest.raises(RequestError) as error:
+        SamplingParams(stop_token_ids=[-1] * 100_000)
+    assert len(str(error.value)) < 200
 
 
 def test_refused_parameters_are_named():
@@ -363,3 +376,43 @@ async def test_a_prompt_is_refused_by_its_length_alone(tmp_path, monkeypatch):
             engine.chat_prompt([{"role": "user", "content": "x" * 1_000_000}])
         with pytest.raises(RequestError, match="the prompt has 1000000 tokens"):
             await engine.generate([-1] * 1_000_000)
+
+
+async def test_a_prompt_of_too_many_tokens_is_refused_before_they_are_a_list(tmp_path, monkeypatch):
+    """A million of Python's integers would take milliseconds to be made, with everybody waiting."""
+    async with opened(write_text_model(tmp_path / "model", chat=True), context=64) as engine:
+        text, made = "word " * 60, []
+        vocabulary = engine.tokenizer._vocabulary
+        raw = vocabulary._tokenizer
+
+        class Watched:
+            def __init__(self, encoding):
+                self._encoding = encoding
+
+            def __len__(self):
+                return len(self._encoding)
+
+            @property
+            def ids(self):
+                made.append(len(self))
+                return self._encoding.ids
+
+        class Watching:
+            def __getattr__(self, name):
+                return getattr(raw, name)
+
+            def encode(self, *args, **more):
+                return Watched(raw.encode(*args, **more))
+
+        monkeypatch.setattr(vocabulary, "_tokenizer", Watching())
+        for ask in (
+            lambda: engine.generate(text),
+            lambda: engine.embed(text),
+            lambda: asyncio.to_thread(engine.chat_prompt, [{"role": "user", "content": text}]),
+        ):
+            with pytest.raises(TooLongError, match=r"the prompt has \d+ tokens; 64 is the most") as error:
+                await ask()
+            assert error.value.tokens > 64
+        assert made == []
+        await engine.generate("word", params(max_tokens=1))
+        assert len(made) == 1

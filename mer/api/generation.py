@@ -12,9 +12,11 @@ from attrs import evolve
 from mer.engine.engine import Engine
 from mer.engine.outputs import Delta
 from mer.engine.params import SamplingParams
-from mer.errors import RequestError
+from mer.errors import RequestError, TooLongError
 
 MAX_ANSWERS: Final = 128
+# Tokens that a text may have whatever the model's context, where they are only to be told.
+MOST_IDS: Final = 1 << 16
 # Pieces that may lie between the engine and a client who does not read; then the engine is told to wait.
 _UNREAD: Final = 64
 # Characters from which on tokenizing would hold up the event loop, so that a thread does it.
@@ -25,11 +27,21 @@ Job = tuple[list[int], SamplingParams]
 
 
 async def text_tokens(engine: Engine, text: str, param: str = "prompt", *, special: bool = True) -> list[int]:
-    """Token ids of a text. Raises RequestError for a model without a tokenizer."""
+    """Token ids of a text.
+
+    Raises RequestError for a model without a tokenizer, TooLongError for more tokens than its context holds,
+    and than MOST_IDS.
+    """
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise RequestError("this model came without a tokenizer; send token ids", param)
-    return await off_loop(len(text), lambda: tokenizer.encode(text, special=special))
+    most = max(engine.context, MOST_IDS)
+
+    def fits(tokens: int) -> None:
+        if tokens > most:
+            raise TooLongError(f"{param}: it has {tokens} tokens; {most} is the most here", tokens, param)
+
+    return await off_loop(len(text), lambda: tokenizer.encode(text, special=special, fits=fits))
 
 
 async def texts_tokens(engine: Engine, given: Sequence[str | list[int]]) -> list[list[int]]:
@@ -86,7 +98,10 @@ async def merged(
                 if isinstance(item, Exception):
                     if batch:
                         yield batch
-                    raise item
+                    try:
+                        raise item
+                    finally:  # its traceback holds this frame, which need not hold it: prompts would stay
+                        del item, items
                 batch.append((i, item))
                 running -= item.finish_reason is not None
             yield batch

@@ -41,7 +41,7 @@ from mer.engine.stats import StepStats
 from mer.engine.storing import Storing
 from mer.engine.view import ExpertMap, Recent, View, requests
 from mer.engine.worker import Worker
-from mer.errors import ConfigError, EngineClosedError, RequestError
+from mer.errors import ConfigError, EngineClosedError, RequestError, TooLongError
 from mer.model.families import Architecture
 from mer.model.settings import eos_ids
 from mer.model.spec import ModelSpec
@@ -358,24 +358,25 @@ class Engine:
     def chat_prompt(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
         """Token ids of a conversation, by the model's chat template, up to where the answer begins.
 
-        Raises RequestError when the model has no template or the template refuses the messages.
+        Raises RequestError when the model has no template or the template refuses the messages, TooLongError
+        for more tokens than there is room for.
         """
         template = self._tokenizer.chat_template if self._tokenizer else None
         if self._tokenizer is None or template is None:
             raise RequestError("this model has no chat template; send a plain prompt", "messages")
         text = template.render(messages, **variables)
         self.check_length(text)
-        return self._tokenizer.encode(text, special=False)
+        return self._tokenizer.encode(text, special=False, fits=self._fits)
 
     def check_length(self, prompt: str | Sized) -> None:
         """Refuse token ids, or a text that has too many by its length alone, before it is cut into them.
 
-        Raises RequestError.
+        Raises TooLongError.
         """
         if not isinstance(prompt, str):
-            self._refuse_beyond(len(prompt), self.context)
+            self._fits(len(prompt))
         elif self._tokenizer is not None:
-            self._refuse_beyond(self._tokenizer.at_least(prompt), self.context, "at least ")
+            self._refuse_beyond(self._tokenizer.at_least(prompt), self.context, exact=False)
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Result:
         """The whole answer to a text or to token ids. Raises as `stream` does."""
@@ -403,7 +404,6 @@ class Engine:
         Raises as `stream` does.
         """
         tokens = await self._off_loop(prompt, lambda: self._tokens(prompt))
-        self._refuse_beyond(len(tokens), self.context)
         job = Embedding(tokens=tokens, wants="hidden", id=next(self._ids), mailbox=Mailbox())
         self._worker.submit(job)
         mean: NDArray[np.float32] | None = None
@@ -474,12 +474,15 @@ class Engine:
             return await asyncio.to_thread(prepare)
         return prepare()
 
-    def _refuse_beyond(self, tokens: int, most: int, at_least: str = "") -> None:
+    def _fits(self, tokens: int) -> None:
+        self._refuse_beyond(tokens, self.context)
+
+    def _refuse_beyond(self, tokens: int, most: int, *, exact: bool = True) -> None:
         if tokens > most:
-            raise RequestError(
-                f"the prompt has {at_least}{tokens} tokens; {most} is the most here (the model's context is "
-                f"{self.spec.max_positions}, the KV cache holds {self.budget.context})",
-                "prompt",
+            raise TooLongError(
+                f"the prompt has {'' if exact else 'at least '}{tokens} tokens; {most} is the most here (the "
+                f"model's context is {self.spec.max_positions}, the KV cache holds {self.budget.context})",
+                tokens if exact else None,
             )
 
     def _tokens(self, prompt: Prompt) -> list[int]:
@@ -487,11 +490,10 @@ class Engine:
             if self._tokenizer is None:
                 raise RequestError("this model came without a tokenizer; send token ids", "prompt")
             self.check_length(prompt)
-            tokens = self._tokenizer.encode(prompt)
+            tokens = self._tokenizer.encode(prompt, fits=self._fits)
         elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
             tokens = list(prompt)
-            # Before each of them is looked at.
-            self._refuse_beyond(len(tokens), self.context)
+            self._fits(len(tokens))  # before each of them is looked at
         else:
             kind = type(prompt).__name__
             raise RequestError(f"the prompt must be text or a list of token ids, not {kind}", "prompt")

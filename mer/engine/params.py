@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import reprlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any, Final, Self, TypeVar, get_args
 
 import numpy as np
 from attrs import Attribute, field, frozen
+from numpy.typing import NDArray
 
 from mer.config import Speculate
 from mer.engine.structure import Structure
 from mer.errors import RequestError
 
 MAX_LOGPROBS = 20  # as OpenAI's API
+# Each answer has a set of them.
+MAX_STOP_IDS: Final = 4096
+# Biases that are looked at in one go: numpy holds the interpreter's lock meanwhile.
+_BIASES: Final = 4096
 
 _INT64 = 2**63
 _T = TypeVar("_T")
@@ -39,7 +46,8 @@ def _tokens(value: Iterable[int]) -> tuple[int, ...]:
 
 
 def _refuse(name: str, wanted: str, value: object) -> None:
-    shown = repr(value)
+    # Of very many only some: repr would hold the interpreter's lock for all of them.
+    shown = reprlib.repr(value) if isinstance(value, Sized) and len(value) > 100 else repr(value)
     raise RequestError(f"{name} must be {wanted}, not {shown[:40]}{'...' if len(shown) > 40 else ''}", name)
 
 
@@ -75,6 +83,8 @@ def _check_tokens(_: Any, attribute: Attribute[Any], value: Any) -> None:
         isinstance(item, int) and type(item) is not bool and item >= 0 for item in value
     ):
         _refuse(attribute.name, "a list of token ids, integers of at least 0", value)
+    if len(value) > MAX_STOP_IDS:
+        raise RequestError(f"{attribute.name}: {len(value)} of them; at most {MAX_STOP_IDS}", attribute.name)
 
 
 def _check_flag(_: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -87,8 +97,11 @@ def _check_speculative(_: Any, attribute: Attribute[Any], value: Any) -> None:
         _refuse(attribute.name, f"true, false or one of {', '.join(get_args(Speculate))}", value)
 
 
-class Biases(dict[int, float]):
-    """Biases that were checked. tokens: i64 [n]; biases: f32 [n], in the same order."""
+class Biases(Mapping[int, float]):
+    """Biases that were checked, in the order in which they came. tokens: i64 [n]; biases: f32 [n].
+
+    There may be a hundred thousand, and many requests: as arrays they are let go of in no time.
+    """
 
     def __init__(self, given: Mapping[int, float]) -> None:
         """Raises RequestError."""
@@ -101,13 +114,42 @@ class Biases(dict[int, float]):
             for token, bias in given.items()
         ):
             _refuse("logit_bias", "a mapping of token ids to numbers from -100 to 100", given)
-        super().__init__(given)
-        self.tokens = np.fromiter(given, np.int64, len(given))
-        self.biases = np.fromiter(given.values(), np.float32, len(given))
+        items = iter(given.items())
+        self._join(iter(lambda: dict(itertools.islice(items, _BIASES)), {}))
+
+    @classmethod
+    def of(cls, pieces: Iterable[Mapping[int, float]]) -> Self:
+        """Of mappings that were checked, made one after the other."""
+        made = cls.__new__(cls)
+        made._join(pieces)
+        return made
+
+    def _join(self, pieces: Iterable[Mapping[int, float]]) -> None:
+        tokens, biases = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+        for piece in pieces:
+            tokens.append(np.fromiter(piece, np.int64, len(piece)))
+            biases.append(np.fromiter(piece.values(), np.float32, len(piece)))
+        self.tokens: NDArray[np.int64] = np.concatenate(tokens)
+        self.biases: NDArray[np.float32] = np.concatenate(biases)
+
+    def __getitem__(self, token: int) -> float:
+        (found,) = np.nonzero(self.tokens == token)
+        if not len(found):
+            raise KeyError(token)
+        return float(self.biases[found[-1]])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.tokens.tolist())
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        return f"Biases({dict(zip(self.tokens.tolist(), self.biases.tolist(), strict=True))})"
 
 
 def _biases(given: Mapping[int, float]) -> Biases:
-    """There may be a hundred thousand: looked at once, not for every answer."""
+    """Looked at once, not for every answer."""
     return given if isinstance(given, Biases) else Biases(given)
 
 

@@ -39,8 +39,8 @@ class Vocabulary(Protocol):
     def decoder(self) -> dict[str, Any] | None:
         """The decoder, as in tokenizer.json."""
 
-    def encode(self, text: str, special: bool) -> list[int]:
-        """Ids of `text`; with `special`, also those that open and close every text."""
+    def encode(self, text: str, special: bool, fits: Callable[[int], object] | None = None) -> list[int]:
+        """Ids of `text`; with `special`, also those that open and close every text. fits: as Tokenizer's."""
 
     def token(self, id: int) -> str | None:
         """The token as it stands in the vocabulary; None for an id that has none."""

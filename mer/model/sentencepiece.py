@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,7 +77,7 @@ class SentencePieceVocabulary:
         wanted = config.get(f"add_{name}_token", default)
         return [id] if wanted and id is not None else []
 
-    def encode(self, text: str, special: bool) -> list[int]:
+    def encode(self, text: str, special: bool, fits: Callable[[int], object] | None = None) -> list[int]:
         ids: list[int] = []
         done = 0
         for match in self._split.finditer(text):
@@ -90,7 +90,10 @@ class SentencePieceVocabulary:
                 end += len(text[end:]) - len(text[end:].lstrip())
             done = end
         self._encode_part(text[done:], ids, done == 0)
-        return [*self._bos, *ids, *self._eos] if special else ids
+        ids = [*self._bos, *ids, *self._eos] if special else ids
+        if fits is not None:
+            fits(len(ids))
+        return ids
 
     def _encode_part(self, text: str, ids: list[int], first: bool) -> None:
         if text:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,11 +77,14 @@ class Tokenizer:
         # Normalising makes one character of four at the most.
         return len(text) // (4 * self._vocabulary.longest)
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, special: bool = True, fits: Callable[[int], object] | None = None
+    ) -> list[int]:
         """Token ids of `text`.
 
         Special tokens that are written out in the text become those tokens, as in transformers. special: add
         what opens and closes every text (BOS ...); False for the output of a chat template, which has it.
+        fits: told how many there are, before they become a list of Python's; raises where that is too many.
         Raises RequestError for text that is not Unicode (half a surrogate pair).
         """
         try:
@@ -92,7 +95,7 @@ class Tokenizer:
                 "no character; is the input UTF-8?",
                 "prompt",
             ) from None
-        return self._vocabulary.encode(text, special)
+        return self._vocabulary.encode(text, special, fits)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD.
@@ -194,10 +197,14 @@ class JsonVocabulary:
         decoder = self._tokenizer.decoder
         self.decoder: dict[str, Any] | None = None if decoder is None else json.loads(decoder.__getstate__())
 
-    def encode(self, text: str, special: bool) -> list[int]:
+    def encode(self, text: str, special: bool, fits: Callable[[int], object] | None = None) -> list[int]:
         if len(text) > _LONG:
-            return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+            encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0]
+        else:
+            encoding = self._tokenizer.encode(text, add_special_tokens=special)
+        if fits is not None:  # the lock is held while ids are made, 20 ms for a million, and let go of
+            fits(len(encoding))
+        return encoding.ids
 
     def token(self, id: int) -> str | None:
         return self._tokenizer.id_to_token(id)

@@ -15,7 +15,7 @@ from mer.api.generation import off_loop
 from mer.api.large_json import most_bytes
 from mer.engine.observer import Snapshot
 from mer.engine.outputs import Delta, Timings, TokenLogprob, Usage
-from mer.engine.params import SamplingParams
+from mer.engine.params import Biases, SamplingParams
 from mer.engine.stats import StepStats
 from mer.engine.structure import Structure
 from mer.engine.view import Percentiles, RequestView, View
@@ -120,7 +120,7 @@ def sampling(given: pb.SamplingParams, remaining: float | None) -> SamplingParam
         elif field.name == "speculate":
             fields["speculative"] = _speculate(value)
         elif field.name == "logit_bias":
-            fields["logit_bias"] = dict(value)
+            fields["logit_bias"] = Biases(value)
         else:
             fields[field.name] = tuple(value) if field.is_repeated else value
     fields.setdefault("seed", secrets.randbits(63))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Final
 
 from attrs import frozen
@@ -11,7 +12,7 @@ from msgspec import UNSET
 from quart import Blueprint, Response
 
 from mer.api.conversation import behind_thoughts
-from mer.api.generation import MAX_ANSWERS, Job, merged, seeded, texts_tokens
+from mer.api.generation import MAX_ANSWERS, Job, merged, off_loop, seeded, texts_tokens
 from mer.api.http import sse
 from mer.api.http.answers import (
     Completion,
@@ -80,7 +81,7 @@ async def _work(engine: Engine, body: CompletionRequest) -> _Work:
     """Raises ApiError and RequestError."""
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options needs stream: true", "stream_options")
-    given, n = prompts(body.prompt, "prompt", MAX_ANSWERS), body.n or 1
+    given, n = await translated(lambda: prompts(body.prompt, "prompt", MAX_ANSWERS)), body.n or 1
     if len(given) * n > MAX_ANSWERS:
         raise invalid(f"{len(given)} prompts with n = {n}: at most {MAX_ANSWERS} answers at a time", "n")
     max_tokens = _MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -105,7 +106,7 @@ async def _work(engine: Engine, body: CompletionRequest) -> _Work:
         elif isinstance(prompt, str):
             echoes.append(prompt)
         else:
-            echoes.append(tokenizer.decode(prompt) if tokenizer else "")
+            echoes.append(await off_loop(len(prompt), partial(tokenizer.decode, prompt)) if tokenizer else "")
     return _Work(jobs, n, echoes, body.logprobs is not None, tokenizer)
 
 

@@ -15,7 +15,7 @@ from mer.api.http.answers import Embedding, Embeddings, PromptUsage
 from mer.api.http.call import current_call
 from mer.api.http.errors import api_error
 from mer.api.http.schemas import MAX_TEXTS, EmbeddingsRequest, prompts
-from mer.api.http.service import Service, body_as, json_response
+from mer.api.http.service import Service, body_as, json_response, translated
 from mer.engine.engine import Engine
 from mer.errors import RequestError
 
@@ -34,7 +34,7 @@ def blueprint(service: Service) -> Blueprint:
         if service.settings.log_prompts:
             current_call().log["input"] = body.input
         try:
-            given = prompts(body.input, "input", MAX_TEXTS)
+            given = await translated(lambda: prompts(body.input, "input", MAX_TEXTS))
             tokens = await texts_tokens(engine, given)
             vectors = await _embedded(engine, tokens)
         except RequestError as error:

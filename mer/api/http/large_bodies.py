@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -12,6 +12,7 @@ from mer.api import large_json
 from mer.api.http.errors import ApiError
 from mer.api.http.schemas import Biases, converted, decode, malformed, refusal
 from mer.api.large_json import PIECE, TooLargeError, most_text
+from mer.engine import params
 
 _T = TypeVar("_T")
 # Parameters that are long by nature; the others are copied, or written into a prompt, all at once.
@@ -75,11 +76,13 @@ def _by_pieces(given: Any, kind: type[_T]) -> _T:
     ):
         return converted(given, kind)
     made, entries = converted({**given, name: None}, kind), iter(biases.items())
-    pieces: dict[int, float] = {}
-    try:
+
+    def pieces() -> Iterator[dict[int, float]]:
         while piece := dict(itertools.islice(entries, _BIASES)):
-            pieces |= msgspec.convert(piece, Biases, str_keys=True)
+            yield msgspec.convert(piece, Biases, str_keys=True)
+
+    try:
+        setattr(made, name, params.Biases.of(pieces()))
     except msgspec.ValidationError as error:
         raise refusal(str(error).replace("`$", f"`$.{name}")) from None
-    setattr(made, name, pieces)
     return made

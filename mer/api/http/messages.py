@@ -60,7 +60,7 @@ from mer.api.http.service import Service, body_as, json_response, translated
 from mer.engine.engine import Engine
 from mer.engine.params import SamplingParams
 from mer.engine.structure import Structure
-from mer.errors import RequestError
+from mer.errors import RequestError, TooLongError
 from mer.model.pieces import Content, Piece, Reasoning, ToolCall
 
 # What clients of this endpoint call parameters.
@@ -112,7 +112,12 @@ def blueprint(service: Service) -> Blueprint:
 
 async def _count(engine: Engine, body: CountTokensRequest) -> int:
     request = await translated(lambda: to_request(body, SamplingParams()))
-    prepared = await conversation.prepare(engine, request)
+    try:
+        prepared = await conversation.prepare(engine, request)
+    except TooLongError as error:
+        if error.tokens is None:
+            raise
+        return error.tokens  # counted is what may be too much
     return len(prepared.prompt)
 
 
