@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import grpc
 import numpy as np
@@ -241,6 +242,28 @@ async def test_one_engine_decides(model, expected):
             await until(lambda: second._runner.experts._peers._members.sessions[0].assigns, "it decides")
             assert await streams(second, 10, lambda: None) == expected
             assert len(made.held()) == made.total
+
+
+async def test_a_restarted_engine_places_as_before(model, tmp_path, monkeypatch):
+    """By the heat that it remembers, though the shard is an empty one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with here(model, most=3) as (server, made):
+        async with with_peers(model, server, warm_start=True) as engine:
+            await streams(engine, 10, lambda: None)
+            members = engine._runner.experts._peers._members
+            members._next_tokens = 0  # placed again by what was counted
+            await until(lambda: not members._due and members._next_tokens, "placed")
+            placed = members._placed[0]
+            await until(lambda: set(made.held()) == placed, "read")
+    (file,) = tmp_path.glob("mer/hot/*.json")
+    heat = np.zeros(made.total, np.float32)
+    for key, share in json.loads(file.read_text())["heat"]:
+        heat[key] = share
+    assert placed < set(np.argsort(-heat, kind="stable")[:8].tolist())
+    with here(model, most=3) as (server, made):
+        async with with_peers(model, server, warm_start=True) as engine:
+            assert set(made.held()) == placed
+            assert engine._runner.experts._tier.heats()[0].tobytes() == heat.tobytes()
 
 
 async def test_mutual_tls(model, expected, tmp_path):

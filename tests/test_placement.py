@@ -40,6 +40,14 @@ def test_little_hotter_is_not_worth_a_move():
     assert place(heats([0.2, 0.3, 0.31, 0.0]), 0, {0: 2}, held) == {0: {1, 2}}
 
 
+def test_before_anything_is_known_what_is_held_stays():
+    """Also the experts that an engine would keep itself, as it knows none better."""
+    held = {0: frozenset({0, 1, 4}), 1: frozenset({2})}
+    placed = place(np.zeros((2, 4), np.float32), 3, {0: 3, 1: 2}, held)
+    assert placed[0] == {0, 1, 4}
+    assert placed[1] > {2}
+
+
 @st.composite
 def clusters(draw):
     layers, experts = draw(st.integers(1, 4)), draw(st.integers(1, 6))

@@ -173,9 +173,15 @@ def test_heat_is_the_share_of_tokens(model):
     assert sorted(np.argsort(heat)[-3:].tolist()) == [2, 5, 7]
     assert heat[5] == pytest.approx(1 - 0.98 ** (8 * MAX_TOKENS), rel=1e-3)
     assert heat[8:].max() == heat[0] == 0
+    made, peers = with_peers(model, {0: "at once"}, LONG, 4)
+    peers.tier.remember(heat)
+    assert peers.tier.heats()[0].tobytes() == heat.tobytes()
+    assert peers.tier.heats()[1] == 0
 
 
 def test_what_does_not_fit(model):
     _, peers = with_peers(model, {0: "at once"}, LONG, 4)
     with pytest.raises(ValueError, match="holders of 3 experts"):
         peers.tier.hold(np.zeros(3, np.int32))
+    with pytest.raises(ValueError, match="heat of 3 experts"):
+        peers.tier.remember(np.zeros(3, np.float32))

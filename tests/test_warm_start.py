@@ -110,6 +110,8 @@ BAD = {
     "no number": lambda text: text.replace(b"[[", b'[["a", 0.5], ['),
     "one twice": lambda text: text.replace(b"[[", b"[[3, 0.5], [3, 0.5], ["),
     "no chance": lambda text: text.replace(b"[[", b"[[3, NaN], ["),
+    "a heat that is none": lambda text: text.replace(b"]]}", b']], "heat": 7}'),
+    "a heat above 1": lambda text: text.replace(b"]]}", b']], "heat": [[3, 1.5]]}'),
     "a chance above 1": lambda text: text.replace(b"[[", b"[[3, 1.5], ["),
 }
 

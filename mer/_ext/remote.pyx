@@ -241,6 +241,12 @@ cdef class RemoteTier:
             raise ValueError(f"holders of {holders.shape[0]} experts, there are {self.n_keys}")
         memcpy(self.holder, &holders[0], self.n_keys * sizeof(int32_t))
 
+    def remember(self, const float[::1] heat):
+        """f32 [keys]: what `heats` was once, to go on from. Raises ValueError for another length."""
+        if heat.shape[0] != self.n_keys:
+            raise ValueError(f"heat of {heat.shape[0]} experts, there are {self.n_keys}")
+        memcpy(self.heat, &heat[0], self.n_keys * sizeof(float))
+
     def heats(self):
         """(f32 [keys], the share of the last tokens that wanted each expert; of how many tokens, all layers counted)."""
         found = np.empty(self.n_keys, np.float32)

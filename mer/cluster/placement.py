@@ -26,9 +26,11 @@ def place(
     The hottest beside the local ones are held once; with room for all of these, the local ones too, for the
     time before they are in memory here; with room for all experts the hottest several times, once a peer.
     Where an expert is held, it stays; a new one goes to the peer that has least of its layer's heat, so that
-    a layer's work is spread.
+    a layer's work is spread. Before anything is known of heat, nothing that is held moves.
     """
     n_experts = heat.shape[1]
+    if not heat.any():  # nothing is known: what is held is as good as anything
+        local = 0
     order = _order(heat)
     ranked = [*order[local:], *order[:local]]
     free = dict(capacities)

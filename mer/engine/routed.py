@@ -28,6 +28,7 @@ from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:  # it brings gRPC, which only those need who have peers
+    from mer._ext.remote import RemoteTier
     from mer.cluster.peers import Peers
 
 # Bytes of the expert cache that are touched ahead of their use, in idle time.
@@ -76,6 +77,7 @@ class RoutedExperts:
     """
 
     streamer: ExpertStreamer
+    _tier: RemoteTier
 
     def __init__(self, spec: ModelSpec, tables: ExpertTables, budget: Budget, config: EngineConfig) -> None:
         self._spec, self._tables, self._budget, self._config = spec, tables, budget, config
@@ -161,7 +163,10 @@ class RoutedExperts:
         kept = (budget.slots - budget.least_slots) * 3 // 4
         local = Local(len(tables.layers), tables.n_experts, int(tables.layers[:, 3].max()), kept)
         peers = Peers(self._config, identify(checkpoint, tables, self.streamer, isa), local)
-        peers.begin(self.streamer.use_peers(peers, PATIENCE_NS))
+        self._tier = self.streamer.use_peers(peers, PATIENCE_NS)
+        if self._warm is not None:
+            self._tier.remember(self._warm.heat)
+        peers.begin(self._tier)
         self._peers = peers
 
     @property
@@ -182,10 +187,12 @@ class RoutedExperts:
 
     def end(self, *, used: bool) -> None:
         """Before the reader is closed. used: whether steps were computed."""
+        heat = None
         if self._peers is not None:
             self._peers.close()
+            heat, _ = self._tier.heats()
         if self._warm is not None:
-            self._warm.end(used=used)
+            self._warm.end(used=used, heat=heat)
 
     def pin(self, layer: int, expert: int | None, *, on: bool) -> int:
         """See `Engine.pin`."""
