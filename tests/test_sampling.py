@@ -1,12 +1,20 @@
-"""The sampler against transformers' logits processors, OpenAI's formula, torch and numpy's own generator."""
+"""The sampler against transformers' logits processors, OpenAI's formula, torch and numpy's own generator.
+
+And against what it was before it was written in C: by numpy, in sampling_reference.py.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sampling_reference
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -19,10 +27,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from mer._ext import sampling
+from mer._ext.sampling import Room, uniform
 from mer.engine.params import SamplingParams
-from mer.engine.sampling import Sampler, distribution
+from mer.engine.sampling import Sampler
 from mer.errors import MerError, RequestError
 
+CSRC = Path(__file__).parent.parent / "mer/_ext/csrc"
 NAN, INF = float("nan"), float("inf")
 BIG = np.finfo(np.float32).max
 
@@ -59,6 +70,20 @@ def on_an_edge(logits: NDArray[np.float32], params: SamplingParams) -> bool:
     ratios = probs / probs.max()
     near_min = params.min_p > 0 and ((ratios - params.min_p).abs() < 1e-12 * params.min_p).any()
     return bool(near_p or near_min)
+
+
+def distribution(
+    logits: NDArray[np.float32], params: SamplingParams
+) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """The tokens that survive, and their probabilities."""
+    filters = params.temperature, params.top_k, params.top_p, params.min_p
+    found = Room(logits.size).survivors(logits, *filters)
+    if found is None:
+        found = Room(logits.size).survivors(logits, params.temperature, 0, 1.0, 1e-320)
+        assert found is not None
+    ids, weights = found
+    assert weights.max() == 1
+    return ids, weights / weights.sum()
 
 
 def check(logits: NDArray[np.float32], params: SamplingParams) -> None:
@@ -204,7 +229,7 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
             torch.tensor([tokens]), torch.from_numpy(logits)[None]
         )
         want = scores[0].numpy()
-        got = sampler._penalised(logits)
+        got = sampler._drawer.adjusted(Room(logits.size), logits)
         np.testing.assert_array_equal(got, want)
         tokens.append(sampler.sample(logits).token)
         assert tokens[-1] == want.argmax()
@@ -231,7 +256,9 @@ def test_presence_and_frequency_penalties_are_those_of_openai() -> None:
                 mu = mu * repetition if mu < 0 else mu / repetition
             c = answer.count(j)
             want.append(mu - c * frequency - float(c > 0) * presence)
-        np.testing.assert_allclose(sampler._penalised(logits), want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            sampler._drawer.adjusted(Room(logits.size), logits), want, rtol=1e-5, atol=1e-5
+        )
         answer.append(sampler.sample(logits).token)
         assert answer[-1] == max(range(vocab), key=want.__getitem__)
     assert len(set(answer)) < len(answer)
@@ -269,6 +296,99 @@ def test_drawn_frequencies_follow_the_probabilities(params: dict[str, float], se
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5 + 4  # mean + 4 standard deviations of chi-square
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    vocab=st.sampled_from([1, 5, 31, 32, 33, 64, 100, 1000, 5003]),
+    scale=st.sampled_from([0.1, 1.0, 4.0, 20.0]),
+    masked=st.booleans(),
+    params=st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.sampled_from([0.0, 1e-300, 0.3, 0.8, 1.7, 50.0]),
+            "top_k": st.sampled_from([1, 2, 5, 40, 200, 10**6]),
+            "top_p": st.floats(0.01, 0.9999),
+            "min_p": st.floats(1e-6, 0.9),
+            "repetition_penalty": st.sampled_from([0.7, 1.2, 3.0]),
+            "presence_penalty": st.sampled_from([-1.5, 0.6]),
+            "frequency_penalty": st.sampled_from([-0.3, 2.0]),
+            "logit_bias": st.sampled_from([{0: 3.0}, {0: -100.0}]),
+        },
+    ),
+)
+def test_tokens_are_those_of_numpy(
+    seed: int, vocab: int, scale: float, masked: bool, params: dict[str, float]
+) -> None:
+    """Random logits lie on no edge, where the order of a sum would decide."""
+    random = np.random.default_rng(seed)
+    given_ = SamplingParams(seed=seed, **params)
+    prompt = random.integers(0, vocab + 10, 20).tolist()
+    sampler, reference = Sampler(given_, prompt, vocab), sampling_reference.Sampler(given_, prompt, vocab)
+    for step in range(12):
+        logits = random_row(seed + step, vocab, scale)
+        allowed = random.random(vocab) < 0.5 if masked else None
+        if allowed is not None:
+            allowed[random.integers(vocab)] = True
+        assert sampler.sample(logits, allowed).token == reference.sample(logits, allowed)
+
+
+def test_ties_are_drawn_as_by_numpy() -> None:
+    for seed in range(60):
+        logits = np.round(random_row(seed, 700, 1))
+        logits[seed] = -0.0
+        params = SamplingParams(seed=seed, top_k=seed % 30, min_p=seed % 3 / 3)
+        sampler, reference = Sampler(params, [], 700), sampling_reference.Sampler(params, [], 700)
+        for _ in range(10):
+            assert sampler.sample(logits).token == reference.sample(logits)
+
+
+def test_weights_are_exp_to_the_last_bits() -> None:
+    """Those of numpy's numbers of 80 bits; results down to the least number that there is."""
+    depths = np.concatenate([np.linspace(0, 40, 30_001), np.linspace(40, 746, 5_003)])
+    logits = (-depths).astype(np.float32)
+    for temperature in (1.0, 0.7):
+        found = Room(logits.size).survivors(logits, temperature, 0, 1.0, 5e-324)
+        assert found is not None
+        want = np.exp((logits.astype(float) * (1 / temperature)).astype(np.longdouble))
+        ids, weights = found
+        np.testing.assert_allclose(weights, want[ids].astype(float), rtol=2**-51, atol=1e-323)
+        left_out = np.setdiff1d(np.arange(logits.size), ids)
+        assert want[left_out].astype(float).max() < 1e-323
+
+
+def test_every_processor_weighs_alike(tmp_path: Path) -> None:
+    """Compiled for the oldest one, with checks of what is undefined; the engine has the best one's code."""
+    compiler = shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    flags = ["-std=gnu11", "-O1", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
+    flags += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-shared", "-fPIC", f"-I{CSRC}"]
+    sources = sorted(map(str, (CSRC / "sampling").glob("*.c")))
+    command = [compiler, *flags, "-DMER_CLONES=", "-o", str(tmp_path / "plain.so"), *sources, "-lm"]
+    subprocess.run(command, check=True)
+    plain, best = (ctypes.CDLL(str(path)) for path in (tmp_path / "plain.so", sampling.__file__))
+    logits = random_row(5, 4999, 20)
+    logits[77] = -INF
+    n, peak, slope = ctypes.c_long(logits.size), ctypes.c_float(logits.max()), ctypes.c_double(1 / 0.8)
+    got: dict[str, list[bytes]] = {}
+    for name, lib in (("plain", plain), ("best", best)):
+        sums, weights = np.empty(logits.size), np.empty(logits.size)
+        peaks = np.empty(157, np.float32)
+        x, *out = (ctypes.c_void_p(each.ctypes.data) for each in (logits, sums, weights, peaks))
+        lib.mer_block_sums(x, n, peak, slope, out[0])
+        lib.mer_weights(x, n, peak, slope, out[1])
+        assert not lib.mer_peaks(x, n, out[2])
+        got[name] = [sums[:157].tobytes(), weights.tobytes(), peaks.tobytes()]
+    assert got["plain"] == got["best"]
+
+
+def test_uniform_numbers_are_those_of_numpy() -> None:
+    for seed in (0, 1, 2**63, 2**64 - 1):
+        for position in (0, 1, 2**32, 2**63 + 5):
+            want = np.random.Generator(np.random.Philox(key=seed, counter=position)).random()
+            assert uniform(seed, position) == want
+
+
 def test_draws_invert_the_cumulative_distribution_with_philox() -> None:
     """numpy's Generator over a Philox of its own gives the uniform numbers; a loop finds the tokens."""
     logits, seed = random_row(1, 300, 1), 1234567890123456789
@@ -284,9 +404,9 @@ def test_draws_invert_the_cumulative_distribution_with_philox() -> None:
 
 
 @pytest.mark.parametrize(("u", "token"), [(0.0, 1), (0.5 - 2**-53, 1), (0.5, 3), (1 - 2**-53, 3)])
-def test_a_draw_on_the_edge_of_two_tokens(u: float, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mer.engine.sampling._uniform", lambda seed, position: u)
-    assert Sampler(SamplingParams(), [], 5).sample(row(-INF, 2, -INF, 2, -INF)).token == token
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_a_draw_on_the_edge_of_two_tokens(u: float, token: int, top_k: int) -> None:
+    assert Room(5).pick(row(-INF, 2, -INF, 2, -INF), 1.0, top_k, 1.0, 0.0, u) == token
 
 
 def test_a_draw_depends_on_seed_and_position_alone() -> None:

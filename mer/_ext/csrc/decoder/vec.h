@@ -7,7 +7,8 @@
 
 /* The compiler's own dispatch by CPUID, by levels: a name such as "haswell" would mean just that CPU. Resolvers
  * run too early for the sanitizers. */
-#if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__SANITIZE_THREAD__) && \
+#if defined(MER_CLONES) /* by whoever compiles it for one level */
+#elif defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12 && !defined(__SANITIZE_THREAD__) && \
     !defined(__SANITIZE_ADDRESS__)
 #define MER_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
