@@ -16,6 +16,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from mer.cli.cluster import cluster
 from mer.cli.draft import draft
 from mer.cli.main import COMMANDS
 from mer.cli.serve import serve
@@ -143,7 +144,8 @@ def test_options_of_the_unit():
 def test_manual_pages(tmp_path):
     made = run(sys.executable, ROOT / "tools/man.py", tmp_path)
     assert made.returncode == 0, made.stderr
-    names = {"mer", *(f"mer-{name}" for name in COMMANDS), *(f"mer-draft-{name}" for name in draft.commands)}
+    names = {"mer", *(f"mer-{name}" for name in COMMANDS)}
+    names |= {f"mer-{group.name}-{name}" for group in (cluster, draft) for name in group.commands}
     assert {page.stem for page in tmp_path.iterdir()} == names
     page = (tmp_path / "mer-serve.1").read_text().replace("\\-", "-")
     for parameter in serve.params:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 
 NAV = {
     "Use it": ["how-it-works", "python", "http", "grpc", "models", "speculative", "gpu", "cluster"],
-    "Run it": ["deploy", "kubernetes", "operations", "security", "top", "metrics", "performance"],
+    "Run it": ["deploy", "kubernetes", "ray", "operations", "security", "top", "metrics", "performance"],
     "Reference": ["reference/cli", "reference/python", "reference/http", "reference/grpc"],
     "Build it": ["architecture", "adding-a-model", "CONTRIBUTING", "CHANGELOG"],
 }

@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "chat": "Talk with a model.",
     "serve": "Serve a model over HTTP, by OpenAI's API.",
     "shard": "Hold experts of a model for engines on other machines.",
+    "cluster": "Run shards and engines on the machines of a Ray cluster.",
     "top": "Show what a server does, on the terminal.",
     "monitor": "Write what a server does, line by line; --json for scripts.",
     "reload": "Have a running server serve its model anew.",
