@@ -9,6 +9,11 @@ control group of that limit (as root), the page cache dropped before each. `--pe
 llama-cpp-python, see bench/peer.py; without it mer is measured alone. Below the whole model llama.cpp maps
 the file and does not repack; where all fits it repacks as it likes. Both run the prompt once before what is
 timed; where all fits mer runs everything once, since it reads an expert when it is first wanted.
+
+    python -m bench.compare ... --vram none,4GiB,8GiB,16GiB [--llama-bench /tmp/llama.cpp/bin/llama-bench]
+
+--vram: behind it the same shares of the experts with so much of a GPU's memory, and llama.cpp's CUDA build on
+the same GGUF; these are runs of bench.gpu, which says how they are measured: no control group limits them.
 """
 
 from __future__ import annotations
@@ -24,41 +29,11 @@ from attrs import asdict
 from rich.console import Console
 from rich.table import Table
 
-from bench import ceilings, engine, peer
+from bench import ceilings, engine, gpu, peer
 from bench.help import help_of
-from mer.config import EngineConfig
-from mer.engine.budget import Budget, measure
-from mer.model.families import load
-from mer.streaming.experts import expert_tables
-from mer.weights.checkpoint import open_checkpoint
+from bench.model import Model
 
-# The interpreter that inspects the model is smaller than one that runs it.
-SLACK = 24 << 20
 GROUP = Path("/sys/fs/cgroup/memory/mer-compare")
-
-
-class Model:
-    """What a token of the model costs."""
-
-    def __init__(self, store: Path) -> None:
-        checkpoint = open_checkpoint(store)
-        architecture = load(checkpoint)
-        self.spec = spec = architecture.spec
-        tables = expert_tables(architecture.experts)
-        self.budget: Budget = measure(checkpoint, architecture, tables, EngineConfig(ram=1 << 50))
-        embedding = checkpoint.tensors[architecture.dense["embedding"]].nbytes
-        dense = self.budget.dense - (0 if spec.tied_embeddings else embedding)
-        self.head = (
-            embedding if spec.tied_embeddings else checkpoint.tensors[architecture.dense["head"]].nbytes
-        )
-        self.expert = tables.slot_bytes
-        self.token_bytes = dense + spec.n_moe_layers * spec.top_k * self.expert
-        self.file = store / "experts-00001.safetensors"
-
-    def ram(self, share: float) -> int:
-        """Bytes that hold this share of the experts."""
-        cache = self.budget.slot * round(share * self.budget.experts)
-        return int((self.budget.fixed + cache + SLACK) * 1.004)
 
 
 def drop_caches() -> None:
@@ -142,6 +117,9 @@ def median(runs: list[dict[str, Any]], key: str) -> float:
     "--peer-decode", default=16, show_default=True, help="Tokens of llama.cpp where the model does not fit."
 )
 @click.option("--threads", default=os.cpu_count(), show_default=True)
+@click.option("--vram", help="Rows with a GPU, as bench.gpu has them: none,4GiB,8GiB,16GiB.")
+@click.option("--device", default="auto", show_default=True, help="Of those, as mer run --device.")
+@click.option("--llama-bench", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything there, too.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG (needs matplotlib).")
 def main(
@@ -154,10 +132,15 @@ def main(
     decode: int,
     peer_decode: int,
     threads: int,
+    vram: str | None,
+    device: str,
+    llama_bench: Path | None,
     out: Path | None,
     plot: Path | None,
 ) -> None:
-    model = Model(store)
+    model, card = Model(store), gpu.card(device) if vram else ("", {})
+    if vram and not card[1]:
+        raise click.ClickException("--vram: there is no GPU that can be used, mer doctor says why")
     ids = list(range(100, 100 + prompt))
     rows = []
     for share in [float(part) / 100 for part in shares.split(",")]:
@@ -172,25 +155,32 @@ def main(
                 count = decode if fits else peer_decode
                 theirs.append(run_peer(python, gguf, ids, count, limit, threads, fits))
         memory = statistics.median(each.memory for each in found)
-        device = statistics.median(each.device for each in found)
+        disk = statistics.median(each.device for each in found)
         missed = median(mine, "read_per_token")
         rows.append(
             {
                 "share": share,
                 "ram": ram,
                 "memory": memory,
-                "device": device,
-                "ceiling": 1 / max(model.token_bytes / memory, missed / device),
+                "device": disk,
+                "ceiling": 1 / max(model.token_bytes / memory, missed / disk),
                 "mer": mine,
                 "peer": theirs,
                 "ceilings": [asdict(each) for each in found],
             }
         )
         show(rows)
+    report: dict[str, Any] = {"token_bytes": model.token_bytes, "rows": rows}
+    if vram:
+        budgets, parts = tuple(vram.split(",")), tuple(shares.split(","))
+        wanted = gpu.Wanted(device, budgets, parts, prompt, decode, threads=threads)
+        report["gpu"] = gpu.rows(Console(width=150), store, wanted, card, llama_bench, gguf)
     if out:
-        out.write_text(json.dumps({"token_bytes": model.token_bytes, "rows": rows}, indent=1) + "\n")
+        out.write_text(json.dumps(report, indent=1) + "\n")
     if plot:
         draw(rows, plot)
+    if vram and gpu.differ(report["gpu"]):
+        raise click.ClickException(gpu.DIFFER)
 
 
 COLUMNS = ("experts that fit", "program", "prefill tok/s", "decode tok/s", "of ceiling", "read/token", "peak")

@@ -7,9 +7,9 @@
     python -m bench.make_model qwen3-30b-a3b /tmp/qwen.gguf --layers 12 --as gguf
     python -m bench.gpu /tmp/qwen --llama-bench /tmp/llama.cpp/bin/llama-bench
 
---vram is for the whole model: one with a quarter of the layers gets a quarter, but for the head, which is not
-of a layer. --experts: percent of them that memory has room for. Every run is a process of its own
-(bench/gpu_engine.py), warmed with other text.
+--vram, in GB or with a unit (4GiB), is for the whole model: one with a quarter of the layers gets a quarter,
+but for the head, which is not of a layer. --experts: percent of them that memory has room for. Every run is a
+process of its own (bench/gpu_engine.py), warmed with other text.
 
 Ceiling of decode, tokens/s, by what the run itself counted per token, each byte moved once:
 
@@ -39,13 +39,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import gpu_engine, gpu_peer
-from bench.compare import Model
 from bench.gpu_kernels import bandwidths
 from bench.help import help_of
 from bench.io import run_reader
+from bench.model import Model
 from bench.shapes import SHAPES
 from mer._ext.kernels import Pool
-from mer.config import EngineConfig
+from mer.config import EngineConfig, parse_size
 from mer.errors import MerError
 from mer.gpu.opening import open_device
 
@@ -105,10 +105,11 @@ class Shape:
         self.layer_bytes = self.model.budget.experts // spec.n_moe_layers * self.model.expert
         self.dense_bytes = self.model.token_bytes - self.experts_bytes
 
-    def vram(self, gigabytes: str) -> int:
-        """Bytes that stand for so many GB beside the whole model."""
+    def vram(self, size: str) -> int:
+        """Bytes that stand for so many GB, or a size with a unit, beside the whole model."""
         head = self.model.head
-        return int(head + (float(gigabytes) * 1e9 - head) * self.share)
+        nbytes = parse_size(size) if size[-1:].isalpha() else float(size) * 1e9
+        return int(head + (nbytes - head) * self.share)
 
 
 def per_token(found: dict[str, Any], decode: int) -> dict[str, float]:
@@ -137,12 +138,91 @@ def ceiling(shape: Shape, found: dict[str, Any], per: dict[str, float], have: Ba
     return 1 / max(dense + experts, bus, per["missed"] / have.disk)
 
 
+@frozen
+class Wanted:
+    """Which runs: of each share of the experts (percent that memory holds) one with each `vram`.
+
+    vram: 'none' (the CPU alone), GB beside the whole model ('4'), or a size ('4GiB'). prompt, decode, warm:
+    tokens. seconds: a run that takes longer is given up.
+    """
+
+    device: str
+    vram: tuple[str, ...]
+    experts: tuple[str, ...]
+    prompt: int = 512
+    decode: int = 128
+    warm: int = 1024
+    threads: int | None = None
+    seconds: float = 60.0
+
+
+def rows(
+    console: Console,
+    store: Path,
+    wanted: Wanted,
+    found_card: tuple[str, dict[str, float]],
+    peer: Path | None,
+    gguf: Path,
+) -> dict[str, Any]:
+    """Measure all of a store's runs and show them. peer: llama.cpp's llama-bench, for `gguf`."""
+    shape, (name, gpu) = Shape(store), found_card
+    have = measure(gpu, shape.model, wanted.threads)
+    console.print(
+        f"{shape.name}, {shape.layers} of {shape.of} layers; {name}: memory {have.gpu / 1e9:.0f} GB/s, "
+        f"bus {have.to_gpu / 1e9:.1f}, back {have.from_gpu / 1e9:.1f}; CPU memory {have.memory / 1e9:.1f}"
+        f"; disk {have.disk / 1e9:.2f}; a token: {shape.dense_bytes / MIB:.0f} MiB dense, "
+        f"{shape.experts_bytes / MIB:.0f} MiB of experts"
+    )
+    runs: list[dict[str, Any]] = []
+    for share in wanted.experts:
+        for budget in wanted.vram:
+            where: dict[str, Any] = {"device": "cpu"}
+            if budget != "none":
+                where = {"device": wanted.device, "vram": shape.vram(budget)}
+            run: dict[str, Any] = {"vram_gb": budget, "experts": share, **where}
+            runs.append(run)
+            settings = {name: getattr(wanted, name) for name in ("prompt", "decode", "warm", "threads")}
+            try:
+                found = gpu_engine.measure(
+                    store, wanted.seconds, cache_experts=f"{share}%", **where, **settings
+                )
+            except gpu_engine.GpuRunError as error:
+                run["error"] = str(error)
+                console.print(f"vram {budget}, experts {share} %: {error}")
+                continue
+            per = per_token(found, wanted.decode)
+            run |= {"found": found, "per_token": per, "ceiling": ceiling(shape, found, per, have)}
+            run["same"] = found["drawn"] == next(r["found"]["drawn"] for r in runs if "found" in r)
+    theirs = peer_runs(console, peer, gguf, shape, wanted) if peer else []
+    show(console, runs, theirs)
+    return {
+        "name": shape.name,
+        "device": name,
+        "layers": [shape.layers, shape.of],
+        "bandwidths": asdict(have),
+        "dense_bytes": shape.dense_bytes,
+        "experts_bytes": shape.experts_bytes,
+        "runs": runs,
+        "llama.cpp": theirs,
+    }
+
+
+DIFFER = "what was drawn differs between runs of one model"
+
+
+def differ(found: dict[str, Any]) -> bool:
+    """Whether something else was drawn in one of the runs that `rows` returned."""
+    return any(not run.get("same", True) for run in found["runs"])
+
+
 @click.command(help=help_of(__doc__))
 @click.argument(
     "stores", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
 @click.option("--device", default="auto", show_default=True, help="As mer run --device.")
-@click.option("--vram", default="none,4,8,16", show_default=True, help="GB; none: the CPU alone.")
+@click.option(
+    "--vram", default="none,4,8,16", show_default=True, help="GB, or sizes (4GiB); none: the CPU alone."
+)
 @click.option("--experts", default="25,100", show_default=True, help="Percent of them that memory holds.")
 @click.option("--prompt", default=512, show_default=True, help="Tokens of the prompt that is timed.")
 @click.option("--decode", default=128, show_default=True, help="Tokens.")
@@ -164,58 +244,17 @@ def main(
     peer: Path | None,
     out: Path | None,
 ) -> None:
-    console = Console(width=150)
-    name, gpu = card(device)
-    report: dict[str, Any] = {"device": name, "shapes": []}
-    differs = False
+    console, found = Console(width=150), card(device)
+    wanted = Wanted(
+        device, tuple(vram.split(",")), tuple(experts.split(",")), prompt, decode, warm, threads, seconds
+    )
+    report: dict[str, Any] = {"device": found[0], "shapes": []}
     for store in stores:
-        shape = Shape(store)
-        have = measure(gpu, shape.model, threads)
-        console.print(
-            f"{shape.name}, {shape.layers} of {shape.of} layers; {name}: memory {have.gpu / 1e9:.0f} GB/s, "
-            f"bus {have.to_gpu / 1e9:.1f}, back {have.from_gpu / 1e9:.1f}; CPU memory {have.memory / 1e9:.1f}"
-            f"; disk {have.disk / 1e9:.2f}; a token: {shape.dense_bytes / MIB:.0f} MiB dense, "
-            f"{shape.experts_bytes / MIB:.0f} MiB of experts"
-        )
-        runs = []
-        for share in experts.split(","):
-            for budget in vram.split(","):
-                where: dict[str, Any] = {"device": "cpu"}
-                if budget != "none":
-                    where = {"device": device, "vram": shape.vram(budget)}
-                run: dict[str, Any] = {"vram_gb": budget, "experts": share, **where}
-                runs.append(run)
-                settings = {"prompt": prompt, "decode": decode, "warm": warm, "threads": threads}
-                try:
-                    found = gpu_engine.measure(store, seconds, cache_experts=f"{share}%", **where, **settings)
-                except gpu_engine.GpuRunError as error:
-                    run["error"] = str(error)
-                    console.print(f"vram {budget}, experts {share} %: {error}")
-                    continue
-                per = per_token(found, decode)
-                run |= {"found": found, "per_token": per, "ceiling": ceiling(shape, found, per, have)}
-                first = next(r["found"]["drawn"] for r in runs if "found" in r)
-                run["same"] = found["drawn"] == first
-                differs |= not run["same"]
-        theirs = (
-            peer_runs(console, peer, shape, vram.split(","), seconds, prompt, decode, threads) if peer else []
-        )
-        report["shapes"].append(
-            {
-                "name": shape.name,
-                "layers": [shape.layers, shape.of],
-                "bandwidths": asdict(have),
-                "dense_bytes": shape.dense_bytes,
-                "experts_bytes": shape.experts_bytes,
-                "runs": runs,
-                "llama.cpp": theirs,
-            }
-        )
-        show(console, runs, theirs)
+        report["shapes"].append(rows(console, store, wanted, found, peer, Path(f"{store}.gguf")))
         if out:  # what there is, should the next be stopped
             out.write_text(json.dumps(report, indent=1) + "\n")
-    if differs:
-        raise click.ClickException("what was drawn differs between runs of one model")
+    if any(map(differ, report["shapes"])):
+        raise click.ClickException(DIFFER)
 
 
 COLUMNS = (
@@ -225,37 +264,36 @@ COLUMNS = (
 
 
 def peer_runs(
-    console: Console,
-    bench: Path,
-    shape: Shape,
-    budgets: list[str],
-    seconds: float,
-    prompt: int,
-    decode: int,
-    threads: int | None,
+    console: Console, bench: Path, gguf: Path, shape: Shape, wanted: Wanted
 ) -> list[dict[str, Any]]:
     """llama.cpp with each of the budgets."""
     runs = []
-    for budget in budgets:
+    for budget in wanted.vram:
         left = None
         if budget != "none":
             left = gpu_peer.cpu_layers(shape.layers, shape.dense_bytes, shape.layer_bytes, shape.vram(budget))
         run: dict[str, Any] = {"vram_gb": budget, "cpu_layers": left}
         runs.append(run)
         try:
-            gguf = Path(f"{shape.store}.gguf")
-            settings = {"prompt": prompt, "decode": decode, "threads": threads, "left": left}
-            run["found"] = gpu_peer.measure(bench, gguf, seconds, **settings)
+            run["found"] = gpu_peer.measure(
+                bench, gguf, wanted.seconds, prompt=wanted.prompt, decode=wanted.decode,
+                threads=wanted.threads, left=left,
+            )  # fmt: skip
         except gpu_peer.GpuPeerError as error:
             run["error"] = str(error)
             console.print(f"llama.cpp, vram {budget}: {error}")
     return runs
 
 
+def named(budget: str) -> str:
+    """For people."""
+    return f"{budget} GB" if budget.replace(".", "", 1).isdigit() else budget
+
+
 def show(console: Console, runs: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     table = Table(*COLUMNS)
     for run in runs:
-        budget = "none" if run["vram_gb"] == "none" else f"{run['vram_gb']} GB"
+        budget = named(run["vram_gb"])
         if "found" not in run:
             table.add_row(budget, f"{run['experts']} %", "-")
             continue
@@ -277,7 +315,7 @@ def show(console: Console, runs: list[dict[str, Any]], theirs: list[dict[str, An
         if "found" in run:
             left, found = run["cpu_layers"], run["found"]
             where = "no GPU" if left is None else f"{left} layers' experts on the CPU"
-            budget = "none" if run["vram_gb"] == "none" else f"{run['vram_gb']} GB"
+            budget = named(run["vram_gb"])
             table.add_row(budget, "llama.cpp", f"{found['decode']:.1f}", "", f"{found['prefill']:.0f}", where)
     console.print(table)
 

@@ -1,13 +1,14 @@
 """bench.gpu: its ceiling by hand, its table, and what it takes from llama.cpp's llama-bench."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 from test_bench_tools import SMALL, nothing
 
-from bench import gpu, gpu_peer
+from bench import compare, gpu, gpu_peer
 from bench.make_model import write_store
 from bench.shapes import model_config
 from bench.synthetic import Weights
@@ -47,9 +48,15 @@ def test_what_llama_bench_prints() -> None:
     assert found == {"prefill": 100.5, "decode": 20.25, "build": "7 abc", "gpu": "Card 1"}
 
 
-def test_every_run_is_measured_and_compared(tmp_path, monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "store"
     config = model_config("qwen3-30b-a3b", 3, vocab_size=600, hidden_size=256, **SMALL["qwen3-30b-a3b"])
-    write_store(config, Weights(config, formats.by_name("q4_0"), formats.Q8_0), tmp_path / "store", nothing)
+    write_store(config, Weights(config, formats.by_name("q4_0"), formats.Q8_0), path, nothing)
+    return path
+
+
+def test_every_run_is_measured_and_compared(store, tmp_path, monkeypatch) -> None:
     sizes = [
         "--prompt",
         "32",
@@ -62,7 +69,7 @@ def test_every_run_is_measured_and_compared(tmp_path, monkeypatch) -> None:
         "--json",
         str(tmp_path / "j"),
     ]
-    arguments = [str(tmp_path / "store"), "--device", "cpu", "--vram", "none", *sizes]
+    arguments = [str(store), "--device", "cpu", "--vram", "none", *sizes]
     monkeypatch.setattr(gpu, "DEPTH", 2)
     done = CliRunner().invoke(gpu.main, arguments)
     assert done.exit_code == 0, done.output
@@ -79,3 +86,47 @@ def test_every_run_is_measured_and_compared(tmp_path, monkeypatch) -> None:
     refused = CliRunner().invoke(gpu.main, arguments)
     assert refused.exit_code == 1
     assert "differs between runs" in refused.output
+
+
+def test_so_much_of_a_gpu(store) -> None:
+    """A part of what the whole model would have; its head is all there."""
+    shape = gpu.Shape(store)
+    head, share = shape.model.head, 3 / 48
+    shape.share = share
+    assert shape.vram("4") == int(head + (4e9 - head) * share)
+    assert shape.vram("4GiB") == int(head + ((4 << 30) - head) * share)
+
+
+def test_compare_has_rows_with_a_gpu(store, tmp_path, monkeypatch) -> None:
+    """They are those of bench.gpu, for the same shares of the experts."""
+    mine = {"prefill": 1.0, "decode": 1.0, "read_per_token": 1.0, "hit_rate": 1.0, "peak": 1, "tokens": []}
+    monkeypatch.setattr(compare, "run_mer", lambda *_: mine)
+    ceilings = compare.ceilings.Ceilings(1, 2.0, 1.0, 4096, 1, 3.0, 1.0)
+    monkeypatch.setattr(compare.ceilings, "measure", lambda *_, **__: ceilings)
+    monkeypatch.setattr(gpu, "card", lambda device: ("Card 1", {"memory": 1e12, "to_device": 5e10}))
+    monkeypatch.setattr(gpu, "measure", lambda *_: HAVE)
+    timings = {"hits": 1, "misses": 1, "vram_hits": 2, "bus_bytes": 0, "bytes_read": 0}
+    timings |= {"decode_tokens_per_s": 5.0, "prefill_tokens_per_s": 7.0}
+    found = {name: {"timings": timings} for name in ("decode", "prefill")} | {"drawn": 1, "vram": None}
+    asked = []
+
+    def measured(path, seconds, **options):
+        asked.append(options)
+        return found | {"drawn": len(asked) // 4}
+
+    monkeypatch.setattr(gpu.gpu_engine, "measure", measured)
+    gguf = tmp_path / "x.gguf"
+    gguf.touch()
+    arguments = [str(store), str(gguf), "--shares", "25,100", "--rounds", "1", "--json", str(tmp_path / "j")]
+    arguments += ["--device", "cuda:1", "--vram", "none,4GiB"]
+    done = CliRunner().invoke(compare.main, arguments)
+    assert "Card 1" in done.output
+    assert gpu.DIFFER in done.output  # of the last
+    assert done.exit_code == 1
+    report = json.loads((tmp_path / "j").read_text())
+    runs = [(run["vram_gb"], run["experts"], run["same"]) for run in report["gpu"]["runs"]]
+    assert runs == [("none", "25", True), ("4GiB", "25", True), ("none", "100", True), ("4GiB", "100", False)]
+    assert [(a["device"], a["cache_experts"]) for a in asked[:2]] == [("cpu", "25%"), ("cuda:1", "25%")]
+    monkeypatch.setattr(gpu, "card", lambda device: ("no GPU", {}))
+    refused = CliRunner().invoke(compare.main, arguments)
+    assert "there is no GPU that can be used" in refused.output
