@@ -196,6 +196,10 @@ static void choices(void) {
         const int n = mer_isas_for(&cases[i].cpu, found, 8);
         CHECK(!strcmp(found[0]->name, cases[i].best), "case %zu: %s", i, found[0]->name);
         CHECK(!strcmp(found[n - 1]->name, "scalar"), "case %zu", i);
+        if (!strcmp(found[0]->name, "amx")) { /* tiles where they pay, for the rest what comes next */
+            CHECK(found[0]->matmul[MER_Q4_0] != found[1]->matmul[MER_Q4_0], "case %zu", i);
+            CHECK(found[0]->matmul[MER_Q4_K] == found[1]->matmul[MER_Q4_K], "case %zu", i);
+        }
         CHECK(mer_isas_for(&cases[i].cpu, found, 1) == 1, "case %zu", i);
     }
 }

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import BF16, BLOCK, FORMATS, INTEGER, Bytes, Floats, assert_close, encode, make
+from test_kernels import BF16, BLOCK, FORMATS, INTEGER, Bytes, Floats, assert_close, decode, encode, make
 
 from mer._ext.kernels import Kernels, isas
 
@@ -130,6 +130,21 @@ def test_bf16_splits_activations_without_loss(amx: SoftAmx) -> None:
     x[0], x[1] = np.finfo(np.float32).max, -1e-30
     one = encode(BF16, np.ones((1, 1), np.float32))
     np.testing.assert_array_equal(amx.matmul_py(BF16, one, x), x)
+
+
+def test_bf16_of_one_token_has_the_bytes_of_tiles(amx: SoftAmx) -> None:
+    """It goes without them; subnormal numbers count as zero in tiles, as operands and as results."""
+    rng = np.random.default_rng(2)
+    w = encode(
+        BF16, (rng.standard_normal((37, 77)) * np.exp(8 * rng.standard_normal((37, 77)))).astype(np.float32)
+    )
+    x = rng.standard_normal((40, 77)) * np.exp(rng.uniform(-88, 20, (40, 1)))
+    x[3] *= 1e-38 / np.abs(x[3]).max()
+    whole = amx.matmul_py(BF16, w, x.astype(np.float32))
+    assert np.any((whole == 0) & (np.abs(x @ decode(BF16, w).T) > 0))
+    for t in range(len(x)):
+        one = amx.matmul_py(BF16, w, x[t : t + 1].astype(np.float32))
+        assert one.tobytes() == whole[t : t + 1].tobytes()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -16,12 +16,16 @@ typedef struct {
     int far; /* beyond AHEAD_NEAR: into the second level of cache */
 } mer_ahead;
 
-/* Fetches the lines of n bytes at p; a prefetch never faults, so it may run past the end. */
+/* Fetches the lines of n bytes at p; a prefetch never faults, so it may run past the end. The branches hide p from each
+ * other, or compilers work out every address before them. */
 AHEAD_INLINE void ahead_lines(const char *p, size_t n, int far) {
-    if (far)
+    if (far) {
+        __asm__("" : "+r"(p));
         for (size_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 2);
-    else
+    } else {
+        __asm__("" : "+r"(p));
         for (size_t i = 0; i < n; i += 64) __builtin_prefetch(p + i, 0, 3);
+    }
 }
 
 /* For a run of groups at p: a distance of at least one group, since each of its rows is read from the

@@ -1,9 +1,10 @@
 /* AMX: products of tiles, for batches.
  *
- * Integer formats: the tile product of 16 tokens and 16 rows over one block of 32 is the same integer that avx512.c
- * has, and what follows is the same arithmetic, so every result has its bytes. Few tokens are left to avx512.c.
+ * Integer formats: the tile product of 16 tokens and 16 rows over one block of 32 is the same integer that AVX-512
+ * has, and what follows is the same arithmetic, so every result has its bytes. Few tokens are left to AVX-512, and so are
+ * formats whose sums are scaled within a block: tiles give them by way of memory, which took longer for Q4_K.
  *
- * BF16: the tile adds pairs in an order of its own, so here every number of tokens takes the same way. Activations
+ * BF16: the tile adds pairs in an order of its own, which one token follows without tiles (add_step). Activations
  * are not rounded: they are split into three BF16 numbers whose sum they are, high, middle and low, which makes three
  * products. F16 has more bits than BF16, and F32 more still: they would take six and nine, and stay with avx512.c.
  */
@@ -66,10 +67,10 @@ INLINE void store_lanes(int8_t (*line)[64], const __m512i w[4]) {
 
 /* A strip's buffers: they stay in the first level of cache. */
 typedef struct {
-    _Alignas(64) int8_t weights[2][8][64];
+    _Alignas(64) int8_t weights[8][64];
     int8_t q[STRIP][32];
     int32_t sums[STRIP][ROWS];
-    float acc[STRIP][ROWS], scaled[STRIP][ROWS], minima[STRIP][ROWS];
+    float acc[STRIP][ROWS];
     mer_act_q8 a[STRIP];
 } strip;
 
@@ -93,10 +94,10 @@ INLINE void strip_q4_0(strip *s, const rows16 *row, const mer_ahead *ahead, long
             low[k] = _mm512_sub_epi8(_mm512_and_si512(raw[k], mask), eight);
             high[k] = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(raw[k], 4), mask), eight);
         }
-        store_lanes(s->weights[0], low);
-        store_lanes(s->weights[0] + 4, high);
+        store_lanes(s->weights, low);
+        store_lanes(s->weights + 4, high);
         gather_block(s->a, n_tok, b, s->q);
-        multiply_block(s->weights[0], s->q, n_tok, s->sums);
+        multiply_block(s->weights, s->q, n_tok, s->sums);
         add_sums(s, load_scales(row, at), n_tok, b);
     }
 }
@@ -112,10 +113,10 @@ INLINE void strip_mxfp4(strip *s, const rows16 *row, const mer_ahead *ahead, lon
             low[k] = _mm512_shuffle_epi8(values, _mm512_and_si512(raw[k], mask));
             high[k] = _mm512_shuffle_epi8(values, _mm512_and_si512(_mm512_srli_epi16(raw[k], 4), mask));
         }
-        store_lanes(s->weights[0], low);
-        store_lanes(s->weights[0] + 4, high);
+        store_lanes(s->weights, low);
+        store_lanes(s->weights + 4, high);
         gather_block(s->a, n_tok, b, s->q);
-        multiply_block(s->weights[0], s->q, n_tok, s->sums);
+        multiply_block(s->weights, s->q, n_tok, s->sums);
         add_sums(s, load_powers(row, at), n_tok, b);
     }
 }
@@ -127,53 +128,11 @@ INLINE void strip_q8_0(strip *s, const rows16 *row, const mer_ahead *ahead, long
         for (int half = 0; half < 2; half++) {
             __m512i w[4];
             load_lanes(row, at + 2 + (size_t)half * 16, w);
-            store_lanes(s->weights[0] + half * 4, w);
+            store_lanes(s->weights + half * 4, w);
         }
         gather_block(s->a, n_tok, b, s->q);
-        multiply_block(s->weights[0], s->q, n_tok, s->sums);
+        multiply_block(s->weights, s->q, n_tok, s->sums);
         add_sums(s, load_scales(row, at), n_tok, b);
-    }
-}
-
-INLINE void strip_q4_k(strip *s, const rows16 *row, const mer_ahead *ahead, long n_tok, long cols) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    for (long b = 0; b < cols / 256; b++) {
-        const size_t at = (size_t)b * sizeof(mer_block_q4_k);
-        struct q4_k_head h;
-        load_q4_k_head(row, at, &h);
-        memset(s->scaled, 0, (size_t)n_tok * sizeof s->scaled[0]);
-        memset(s->minima, 0, (size_t)n_tok * sizeof s->minima[0]);
-        for (int j = 0; j < 8; j++) {
-            if (j % 2 == 0) {
-                const size_t qs = at + 16 + (size_t)j * 16, share = 4 * sizeof(mer_block_q4_k);
-                if (ahead) ahead_step(*ahead, row->run[0] + ROWS * at + (size_t)j / 2 * share, share);
-                for (int half = 0; half < 2; half++) {
-                    __m512i raw[4], low[4], high[4];
-                    load_lanes(row, qs + (size_t)half * 16, raw);
-                    for (int k = 0; k < 4; k++) {
-                        low[k] = _mm512_and_si512(raw[k], mask);
-                        high[k] = _mm512_and_si512(_mm512_srli_epi16(raw[k], 4), mask);
-                    }
-                    store_lanes(s->weights[0] + half * 4, low);
-                    store_lanes(s->weights[1] + half * 4, high);
-                }
-            }
-            const long sub = b * 8 + j;
-            gather_block(s->a, n_tok, sub, s->q);
-            multiply_block(s->weights[j % 2], s->q, n_tok, s->sums);
-            for (long t = 0; t < n_tok; t++) {
-                const __m512 n = _mm512_cvtepi32_ps(_mm512_load_si512(s->sums[t]));
-                const __m512 sum = _mm512_mul_ps(_mm512_mul_ps(n, h.scale[j]), _mm512_set1_ps(s->a[t].d[sub]));
-                const __m512 min = _mm512_mul_ps(h.min[j], _mm512_set1_ps(s->a[t].dsum[sub]));
-                _mm512_store_ps(s->scaled[t], _mm512_add_ps(_mm512_load_ps(s->scaled[t]), sum));
-                _mm512_store_ps(s->minima[t], _mm512_add_ps(_mm512_load_ps(s->minima[t]), min));
-            }
-        }
-        for (long t = 0; t < n_tok; t++) {
-            __m512 acc = _mm512_add_ps(_mm512_load_ps(s->acc[t]), _mm512_mul_ps(h.d, _mm512_load_ps(s->scaled[t])));
-            acc = _mm512_sub_ps(acc, _mm512_mul_ps(h.dmin, _mm512_load_ps(s->minima[t])));
-            _mm512_store_ps(s->acc[t], acc);
-        }
     }
 }
 
@@ -208,7 +167,6 @@ INLINE void strip_q4_k(strip *s, const rows16 *row, const mer_ahead *ahead, long
 
 INT_MATMUL(matmul_q4_0, MER_Q4_0, strip_q4_0)
 INT_MATMUL(matmul_q8_0, MER_Q8_0, strip_q8_0)
-INT_MATMUL(matmul_q4_k, MER_Q4_K, strip_q4_k)
 INT_MATMUL(matmul_mxfp4, MER_MXFP4, strip_mxfp4)
 
 /* BF16. A step is 32 columns: 64 bytes of each row, and of each token's three parts. */
@@ -238,14 +196,8 @@ static void split(const float *x, void *act, long cols) {
             memset(out + cols / STEP * 3 * STEP + part * STEP + 16, 0, 16 * sizeof *out);
 }
 
-typedef struct {
-    _Alignas(64) char weights[16][64]; /* line k: columns 2 k and 2 k + 1 of each row */
-    char parts[3][STRIP][64];
-    float sums[STRIP][ROWS];
-} strip_bf16;
-
-/* The next `bytes` of sixteen rows; beyond them zeros. */
-INLINE void load_step(strip_bf16 *s, const rows16 *row, size_t at, size_t bytes) {
+/* The next `bytes` of sixteen rows, beyond them zeros: lane r of w[k] has columns 2 k and 2 k + 1 of row r. */
+INLINE void load_step(const rows16 *row, size_t at, size_t bytes, __m512i w[STEP / 2]) {
     char padded[ROWS][64];
     rows16 from = *row;
     if (bytes < 64) {
@@ -255,22 +207,68 @@ INLINE void load_step(strip_bf16 *s, const rows16 *row, size_t at, size_t bytes)
         from.step = 64;
         at = 0;
     }
-    for (int k = 0; k < 4; k++) {
-        __m512i w[4];
-        load_lanes(&from, at + (size_t)k * 16, w);
-        for (int i = 0; i < 4; i++) _mm512_store_si512(s->weights[4 * k + i], w[i]);
+    for (int k = 0; k < 4; k++) load_lanes(&from, at + (size_t)k * 16, w + 4 * k);
+}
+
+INLINE size_t step_bytes(long cols, long k) { return cols - k < STEP ? 2 * (size_t)(cols - k) : 64; }
+
+/* What the tile products of a step come to for one token, in their order: even columns and odd ones are added up apart
+ * from zero on, ascending, each product fused with its sum, then both together, then onto the row's sum. */
+INLINE __m512 add_step(__m512 sum, const __m512i w[STEP / 2], const char *parts) {
+    const __m512i top = _mm512_set1_epi32((int)0xffff0000u);
+    float x[3][STEP];
+    __m512 even[3], odd[3];
+    for (int part = 0; part < 3; part++) {
+        for (int i = 0; i < STEP; i += 16) {
+            const __m256i h = _mm256_loadu_si256((const __m256i *)(parts + 64 * part + 2 * i));
+            _mm512_storeu_si512(x[part] + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+        }
+        even[part] = odd[part] = _mm512_setzero_ps();
+    }
+    for (int k = 0; k < STEP / 2; k++) {
+        const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(w[k], 16));
+        const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(w[k], top));
+        for (int part = 0; part < 3; part++) {
+            even[part] = _mm512_fmadd_ps(_mm512_set1_ps(x[part][2 * k]), low, even[part]);
+            odd[part] = _mm512_fmadd_ps(_mm512_set1_ps(x[part][2 * k + 1]), high, odd[part]);
+        }
+    }
+    for (int part = 0; part < 3; part++) sum = _mm512_add_ps(sum, _mm512_add_ps(even[part], odd[part]));
+    return sum;
+}
+
+/* One token, which would leave most of each tile empty. Apart, so that nothing moves past the setting of MXCSR. */
+static __attribute__((noinline)) void one_bf16(const char *w, size_t bytes, long cols, long r0, long r1,
+                                               const char *act, float *y) {
+    const mer_ahead run = ahead_begin(w + (size_t)r0 * bytes, ROWS * bytes);
+    for (long r = r0; r < r1; r += ROWS) {
+        const rows16 row = open_rows(w + (size_t)r * bytes, bytes, r1 - r);
+        __m512 sum = _mm512_setzero_ps();
+        for (long k = 0; k < cols; k += STEP) {
+            const size_t at = 2 * (size_t)k;
+            __m512i step[STEP / 2];
+            ahead_step(run, row.run[0] + ROWS * at, ROWS * 64);
+            load_step(&row, at, step_bytes(cols, k), step);
+            sum = add_step(sum, step, act + 3 * at);
+        }
+        store_rows(y + r, sum, r1 - r);
     }
 }
 
-static void matmul_bf16(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, float *y,
-                        long y_stride) {
+typedef struct {
+    _Alignas(64) char weights[16][64];
+    char parts[3][STRIP][64];
+    float sums[STRIP][ROWS];
+} strip_bf16;
+
+static void many_bf16(const char *w, size_t bytes, long cols, long r0, long r1, const void *const *acts, long n_tok,
+                      float *y, long y_stride) {
     strip_bf16 s;
     memset(s.parts, 0, sizeof s.parts);
     configure(64);
-    const size_t bytes = mer_row_bytes(MER_BF16, cols);
-    const mer_ahead run = ahead_begin((const char *)w + (size_t)r0 * bytes, ROWS * bytes);
+    const mer_ahead run = ahead_begin(w + (size_t)r0 * bytes, ROWS * bytes);
     for (long r = r0; r < r1; r += ROWS) {
-        const rows16 row = open_rows((const char *)w + (size_t)r * bytes, bytes, r1 - r);
+        const rows16 row = open_rows(w + (size_t)r * bytes, bytes, r1 - r);
         for (long t = 0; t < n_tok; t += STRIP) {
             const long n = n_tok - t < STRIP ? n_tok - t : STRIP;
             tile_zero(0);
@@ -279,8 +277,10 @@ static void matmul_bf16(const void *w, long cols, long r0, long r1, const void *
             tile_zero(3);
             for (long k = 0; k < cols; k += STEP) {
                 const size_t at = 2 * (size_t)k;
+                __m512i step[STEP / 2];
                 if (t == 0) ahead_step(run, row.run[0] + ROWS * at, ROWS * 64);
-                load_step(&s, &row, at, cols - k < STEP ? 2 * (size_t)(cols - k) : 64);
+                load_step(&row, at, step_bytes(cols, k), step);
+                for (int i = 0; i < STEP / 2; i++) _mm512_store_si512(s.weights[i], step[i]);
                 for (long i = 0; i < n; i++) {
                     const char *const from = (const char *)acts[t + i] + 3 * at;
                     for (int part = 0; part < 3; part++)
@@ -307,6 +307,20 @@ static void matmul_bf16(const void *w, long cols, long r0, long r1, const void *
         }
     }
     tile_release();
+}
+
+static void matmul_bf16(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok, float *y,
+                        long y_stride) {
+    enum { FLUSH = 1 << 15, DENORMALS_ARE_ZERO = 1 << 6 }; /* as tile products do */
+    const size_t bytes = mer_row_bytes(MER_BF16, cols);
+    if (n_tok != 1) {
+        many_bf16(w, bytes, cols, r0, r1, acts, n_tok, y, y_stride);
+        return;
+    }
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | FLUSH | DENORMALS_ARE_ZERO);
+    one_bf16(w, bytes, cols, r0, r1, acts[0], y);
+    _mm_setcsr(before);
 }
 
 static void quantise(const float *x, void *act, long cols) { mer_isa_avx512.quantise(x, act, cols); }
@@ -346,13 +360,13 @@ const mer_isa mer_isa_amx = {
             [MER_Q5_1] = mer_avx512_q5_1,
             [MER_Q2_K] = mer_avx512_q2_k,
             [MER_Q3_K] = mer_avx512_q3_k,
+            [MER_Q4_K] = mer_avx512_q4_k,
             [MER_Q5_K] = mer_avx512_q5_k,
             [MER_Q6_K] = mer_avx512_q6_k,
             [MER_IQ4_NL] = mer_avx512_iq4_nl,
             [MER_IQ4_XS] = mer_avx512_iq4_xs,
             [MER_Q4_0] = matmul_q4_0,
             [MER_Q8_0] = matmul_q8_0,
-            [MER_Q4_K] = matmul_q4_k,
             [MER_MXFP4] = matmul_mxfp4,
         },
 };

@@ -1,5 +1,6 @@
 /* Products with every format of blocks, one row of weights a lane. The including file has made `vec` a register of
- * ROWS lanes of 32 bits, `vecf` the same of floats, and V(name) the intrinsic of that width.
+ * ROWS lanes of 32 bits, `vecf` the same of floats, V(name) the intrinsic of that width, and TOKENS how many tokens have
+ * their sums in registers at once.
  *
  * Weights are unpacked into bytes, for many tokens four columns of each row a register, so that what follows never
  * crosses lanes; a unit of some 256 columns is unpacked once for all of them. Few tokens are multiplied as soon as
@@ -11,10 +12,7 @@
 #ifndef MER_LANES_H
 #define MER_LANES_H
 
-#ifndef TOKENS
-#define TOKENS 8 /* tokens of a unit whose sums are in registers, or half as many; with less this compiles faster */
-#endif
-#define FEW 2    /* tokens that are multiplied at once */
+#define FEW 3    /* tokens that are multiplied at once */
 #define STRIP 32 /* tokens that one unpacking of a unit serves */
 #define SUBS 8   /* blocks of 32 columns of a unit, at the most */
 
@@ -27,9 +25,6 @@ typedef struct {
     scales s;
     vec w[SUBS][8]; /* [block][four columns] */
 } unit;
-
-/* Loops that have to be unrolled: their counter becomes a constant, their arrays registers. */
-#define UNROLL _Pragma("GCC unroll 8")
 
 INLINE vec splat(const int byte) { return V(set1_epi8)((char)byte); }
 INLINE vec splat32(const int x) { return V(set1_epi32)(x); }
@@ -71,41 +66,40 @@ INLINE void load(const rows *row, size_t at, const int turned, vec w[4]) {
 
 #include "lane_formats.h"
 
-/* sum - (a number << shift) where `shift` is what was added to each weight. */
+/* What follows takes constants from the table: `group`, the columns that share a scale; `most`, see dots(); `shift`, 1 <<
+ * shift having been added to each weight; `minima`, whether there are any. n: the sums of a block's products, the added
+ * taken off again. */
+
 INLINE vec without_offset(vec n, const int32_t *sum, const int shift) {
     return shift ? V(sub_epi32)(n, V(slli_epi32)(splat32(*sum), shift)) : n;
 }
 
-/* What follows takes constants from the table: `group`, the columns that share a scale; `most`, see dot(); `shift`, 1 <<
- * shift having been added to each weight; `minima`, whether there are any. n: the sums of a block's products. */
-
-/* The products of block b of 32, onto a row's sum. */
-INLINE vecf add_block(vecf acc, vec n, vecf scale, vecf min, const mer_act_q8 *a, long b, const int shift,
-                      const int minima) {
-    const vecf d = V(mul_ps)(scale, V(set1_ps)(a->d[b]));
-    acc = V(add_ps)(acc, V(mul_ps)(d, V(cvtepi32_ps)(without_offset(n, a->sum + b, shift))));
-    return minima ? V(sub_ps)(acc, V(mul_ps)(min, V(set1_ps)(a->dsum[b]))) : acc;
+/* The products of a block of 32, whose activations have the scale d, onto a row's sum. */
+INLINE vecf add_block(vecf acc, vec n, vecf scale, vecf min, const float d, const float *dsum, const int minima) {
+    acc = V(add_ps)(acc, V(mul_ps)(V(mul_ps)(scale, V(set1_ps)(d)), V(cvtepi32_ps)(n)));
+    return minima ? V(sub_ps)(acc, V(mul_ps)(min, V(set1_ps)(*dsum))) : acc;
 }
 
 /* Those of the 32 columns j of a block of 256, before they are multiplied by d. n: of each half, if that is a group.
  * Of two groups scale * n is exact, so that nothing hangs on the fused operation. */
-INLINE vecf add_columns(vecf sum, const vec n[2], const scales *s, const int j, const mer_act_q8 *a, long b,
-                        const int group, const int shift) {
+INLINE vecf add_columns(vecf sum, const vec n[2], const scales *s, const int j, const float d, const int group) {
     vecf x;
     if (group == 32)
-        x = V(mul_ps)(V(cvtepi32_ps)(without_offset(n[0], a->sum + b, shift)), s->scale[j]);
+        x = V(mul_ps)(V(cvtepi32_ps)(n[0]), s->scale[j]);
     else {
-        x = V(mul_ps)(V(cvtepi32_ps)(without_offset(n[0], a->half + 2 * b, shift)), s->scale[2 * j]);
-        x = V(fmadd_ps)(V(cvtepi32_ps)(without_offset(n[1], a->half + 2 * b + 1, shift)), s->scale[2 * j + 1], x);
+        x = V(mul_ps)(V(cvtepi32_ps)(n[0]), s->scale[2 * j]);
+        x = V(fmadd_ps)(V(cvtepi32_ps)(n[1]), s->scale[2 * j + 1], x);
     }
-    return V(add_ps)(sum, V(mul_ps)(x, V(set1_ps)(a->d[b])));
+    return V(add_ps)(sum, V(mul_ps)(x, V(set1_ps)(d)));
 }
 
-INLINE vecf add_minima(vecf min, const scales *s, const int j, const mer_act_q8 *a, long b, const int group) {
-    if (group == 32) return V(add_ps)(min, V(mul_ps)(s->min[j], V(set1_ps)(a->dsum[b])));
-    vecf m = V(mul_ps)(s->min[2 * j], V(cvtepi32_ps)(splat32(a->half[2 * b])));
-    m = V(fmadd_ps)(s->min[2 * j + 1], V(cvtepi32_ps)(splat32(a->half[2 * b + 1])), m);
-    return V(add_ps)(min, V(mul_ps)(m, V(set1_ps)(a->d[b])));
+/* half: the sums of the activations of each half, if that is a group. */
+INLINE vecf add_minima(vecf min, const scales *s, const int j, const float d, const float *dsum, const int32_t *half,
+                       const int group) {
+    if (group == 32) return V(add_ps)(min, V(mul_ps)(s->min[j], V(set1_ps)(*dsum)));
+    vecf m = V(mul_ps)(s->min[2 * j], V(cvtepi32_ps)(splat32(half[0])));
+    m = V(fmadd_ps)(s->min[2 * j + 1], V(cvtepi32_ps)(splat32(half[1])), m);
+    return V(add_ps)(min, V(mul_ps)(m, V(set1_ps)(d)));
 }
 
 INLINE vecf add_k_block(vecf acc, vecf sum, vecf min, const scales *s, const int minima) {
@@ -113,33 +107,69 @@ INLINE vecf add_k_block(vecf acc, vecf sum, vecf min, const scales *s, const int
     return minima ? V(sub_ps)(acc, V(mul_ps)(s->dmin, min)) : acc;
 }
 
+/* A unit's activations of some tokens, but for their bytes: copied, since there are not registers enough for as many
+ * pointers. `start` is what sums of products begin with: less what `shift` adds to them, of each half if that is a group. */
+typedef struct {
+    const int8_t *q[TOKENS];
+    float d[TOKENS][SUBS], dsum[TOKENS][SUBS];
+    int32_t half[TOKENS][2 * SUBS], start[TOKENS][2 * SUBS];
+} tokens;
+
+/* Without sign, since what is behind a row's last block may be any number. */
+INLINE int32_t less_offset(int32_t sum, const int shift) { return (int32_t)(0u - ((uint32_t)sum << shift)); }
+
+/* Rows are padded, so that a whole unit can be read where there is less of it. */
+INLINE void take_tokens(const int n_tok, tokens *x, const mer_act_q8 *a, long b, const int group, const int shift,
+                        const int minima) {
+    UNROLL for (int t = 0; t < n_tok; t++) {
+        x->q[t] = a[t].q + b * 32;
+        memcpy(x->d[t], a[t].d + b, sizeof x->d[t]);
+        if (minima && group != 16) memcpy(x->dsum[t], a[t].dsum + b, sizeof x->dsum[t]);
+        if (minima && group == 16) memcpy(x->half[t], a[t].half + 2 * b, sizeof x->half[t]);
+        if (shift && group != 16)
+            for (int j = 0; j < SUBS; j++) x->start[t][j] = less_offset(a[t].sum[b + j], shift);
+        if (shift && group == 16)
+            for (int j = 0; j < 2 * SUBS; j++) x->start[t][j] = less_offset(a[t].half[2 * b + j], shift);
+    }
+}
+
 /* n_tok tokens more, a constant so that the loops unroll: onto their sums, the blocks of a unit from column 32 b on. */
 INLINE void add_unit(const int n_tok, const unit *u, const mer_act_q8 *a, long b, const int n_blocks, const int group,
                      const int most, const int shift, const int minima, vecf *acc) {
+    const int parts = group == 16 ? 2 : 1, quads = 8 / parts;
     vecf sum[TOKENS], min[TOKENS];
+    tokens x;
+    take_tokens(n_tok, &x, a, b, group, shift, minima);
     UNROLL for (int t = 0; t < n_tok; t++) sum[t] = group ? V(setzero_ps)() : acc[t];
     UNROLL for (int t = 0; t < n_tok; t++) min[t] = V(setzero_ps)();
-    for (int j = 0; j < n_blocks; j++)
+    for (int j = 0; j < n_blocks; j++) {
+        vec n[2][TOKENS];
+        UNROLL for (int p = 0; p < parts; p++) {
+            UNROLL for (int t = 0; t < n_tok; t++)
+                n[p][t] = shift ? splat32(x.start[t][parts * j + p]) : zeros();
+            dots(n_tok, u->w[j] + quads * p, x.q, 32 * j + 16 * p, quads, most, n[p]);
+        }
         UNROLL for (int t = 0; t < n_tok; t++) {
-            const int8_t *const q = a[t].q + (b + j) * 32;
-            vec n[2];
-            n[0] = dot(u->w[j], q, group == 16 ? 4 : 8, most);
-            if (group == 16) n[1] = dot(u->w[j] + 4, q + 16, 4, most);
+            const vec both[2] = {n[0][t], n[parts - 1][t]};
             if (group == 0)
-                sum[t] = add_block(sum[t], n[0], u->s.scale[j], u->s.min[j], a + t, b + j, shift, minima);
+                sum[t] = add_block(sum[t], n[0][t], u->s.scale[j], u->s.min[j], x.d[t][j], &x.dsum[t][j], minima);
             else {
-                sum[t] = add_columns(sum[t], n, &u->s, j, a + t, b + j, group, shift);
-                if (minima) min[t] = add_minima(min[t], &u->s, j, a + t, b + j, group);
+                sum[t] = add_columns(sum[t], both, &u->s, j, x.d[t][j], group);
+                if (minima)
+                    min[t] = add_minima(min[t], &u->s, j, x.d[t][j], &x.dsum[t][j], x.half[t] + 2 * j, group);
             }
         }
+    }
     UNROLL for (int t = 0; t < n_tok; t++) acc[t] = group ? add_k_block(acc[t], sum[t], min[t], &u->s, minima) : sum[t];
 }
 
 /* All of a unit's tokens. There is room for more tokens than there are. */
 #define ADD_UNIT(...)                                                                                         \
     for (long t = 0; t < n_tok; t += TOKENS)                                                                  \
-        if (n_tok - t > TOKENS / 2)                                                                           \
+        if (n_tok - t > TOKENS * 3 / 4)                                                                       \
             add_unit(TOKENS, &u, a + t, __VA_ARGS__, acc + t);                                                \
+        else if (n_tok - t > TOKENS / 2)                                                                      \
+            add_unit(TOKENS * 3 / 4, &u, a + t, __VA_ARGS__, acc + t);                                        \
         else                                                                                                  \
             add_unit(TOKENS / 2, &u, a + t, __VA_ARGS__, acc + t);
 
@@ -168,12 +198,12 @@ INLINE void product(rows_fn rows_product, int id, const void *w, long cols, long
 #define PRODUCT(NAME, ID)                                                                                     \
     static void rows_##NAME(const rows *row, const mer_ahead *ahead, const mer_act_q8 *a, long n_tok,         \
                             long cols, vecf *acc) {                                                           \
-        if (n_tok > FEW)                                                                                      \
-            many_##NAME(row, ahead, a, n_tok, cols, acc);                                                     \
-        else if (n_tok == FEW)                                                                                \
-            few_##NAME(FEW, *row, *ahead, a, cols, acc);                                                      \
-        else                                                                                                  \
-            few_##NAME(1, *row, *ahead, a, cols, acc);                                                        \
+        switch (n_tok) {                                                                                      \
+        case 1: few_##NAME(1, *row, *ahead, a, cols, acc); break;                                             \
+        case 2: few_##NAME(2, *row, *ahead, a, cols, acc); break;                                             \
+        case 3: few_##NAME(3, *row, *ahead, a, cols, acc); break;                                             \
+        default: many_##NAME(row, ahead, a, n_tok, cols, acc);                                                \
+        }                                                                                                     \
     }                                                                                                         \
     void FUNCTION(NAME)(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok,      \
                         float *y, long y_stride) {                                                            \
@@ -213,7 +243,8 @@ INLINE void product(rows_fn rows_product, int id, const void *w, long cols, long
                 sums n = {0};                                                                                 \
                 multiply(&n, w[0], a[t].q + b * 32, MOST);                                                    \
                 multiply(&n, w[1], a[t].q + b * 32 + 16, MOST);                                               \
-                acc[t] = add_block(acc[t], fold(&n, MOST), scale, min, a + t, b, SHIFT, MINIMA);              \
+                acc[t] = add_block(acc[t], without_offset(fold(&n, MOST), a[t].sum + b, SHIFT), scale, min,   \
+                                   a[t].d[b], a[t].dsum + b, MINIMA);                                         \
             }                                                                                                 \
         }                                                                                                     \
         CLOSE_FEW                                                                                             \
@@ -227,9 +258,14 @@ INLINE void product(rows_fn rows_product, int id, const void *w, long cols, long
             for (long j = 0; j < n; j++) {                                                                    \
                 const size_t at = (size_t)(b + j) * bytes;                                                    \
                 ahead_step(*ahead, row->run[0] + ROWS * at, ROWS * bytes);                                    \
-                scale_##NAME(row, at, u.s.scale + j, u.s.min + j);                                            \
-                weights_##NAME(row, at, 0, 1, u.w[j]);                                                        \
-                weights_##NAME(row, at, 1, 1, u.w[j] + 4);                                                    \
+                vecf min;                                                                                     \
+                scale_##NAME(row, at, u.s.scale + j, &min);                                                   \
+                if (MINIMA) u.s.min[j] = min;                                                                 \
+                UNROLL for (int half = 0; half < 2; half++) {                                                 \
+                    vec w[4];                                                                                 \
+                    weights_##NAME(row, at, half, 1, w);                                                      \
+                    for (int k = 0; k < 4; k++) u.w[j][4 * half + k] = w[k];                                  \
+                }                                                                                             \
             }                                                                                                 \
             ADD_UNIT(b, (int)n, 0, MOST, SHIFT, MINIMA)                                                       \
         }                                                                                                     \
@@ -258,18 +294,23 @@ INLINE void product(rows_fn rows_product, int id, const void *w, long cols, long
                     UNROLL for (int i = 0; i < TOGETHER; i++)                                                 \
                         UNROLL for (int t = 0; t < n_tok; t++) {                                              \
                             const int8_t *const q = a[t].q + b * 256 + (j + i) * 32 + half * 16;              \
-                            if (GROUP == 16)                                                                  \
-                                m[i][t][half] = dot(w[i], q, 4, MOST);                                        \
-                            else                                                                              \
+                            if (GROUP == 16) {                                                                \
+                                const int32_t whole = a[t].half[2 * (b * SUBS + j + i) + half];               \
+                                m[i][t][half] = SHIFT ? splat32(less_offset(whole, SHIFT)) : zeros();         \
+                                dots(1, w[i], &q, 0, 4, MOST, m[i][t] + half);                                \
+                            } else                                                                            \
                                 multiply(&n[i][t], w[i], q, MOST);                                            \
                         }                                                                                     \
                 }                                                                                             \
                 UNROLL for (int i = 0; i < TOGETHER; i++)                                                     \
                     UNROLL for (int t = 0; t < n_tok; t++) {                                                  \
                         const long at_act = b * SUBS + j + i;                                                 \
-                        if (GROUP == 32) m[i][t][0] = fold(&n[i][t], MOST);                                   \
-                        sum[t] = add_columns(sum[t], m[i][t], &s, j + i, a + t, at_act, GROUP, SHIFT);        \
-                        if (MINIMA) min[t] = add_minima(min[t], &s, j + i, a + t, at_act, GROUP);             \
+                        if (GROUP == 32)                                                                      \
+                            m[i][t][0] = without_offset(fold(&n[i][t], MOST), a[t].sum + at_act, SHIFT);      \
+                        sum[t] = add_columns(sum[t], m[i][t], &s, j + i, a[t].d[at_act], GROUP);              \
+                        if (MINIMA)                                                                           \
+                            min[t] = add_minima(min[t], &s, j + i, a[t].d[at_act], a[t].dsum + at_act,        \
+                                                a[t].half + 2 * at_act, GROUP);                               \
                     }                                                                                         \
             }                                                                                                 \
             UNROLL for (int t = 0; t < n_tok; t++) acc[t] = add_k_block(acc[t], sum[t], min[t], &s, MINIMA);  \

@@ -15,6 +15,9 @@
 #define FUNCTION(NAME) mer_avx2_##NAME
 #define AS_FLOATS(X) _mm256_castsi256_ps(X)
 #define SIGN_SHIFT 0 /* weights with a sign are multiplied as they are */
+#ifndef TOKENS
+#define TOKENS 4 /* there are sixteen registers; with less this compiles faster */
+#endif
 
 typedef __m256i vec;
 typedef __m256 vecf;
@@ -94,26 +97,28 @@ INLINE vec where_bits(vec x, vec bits, const int value) {
 
 INLINE vec with_sign(vec w) { return w; }
 
-/* Sums of the products of 4 n columns. `most`: of how many products of two neighbours the sum fits 16 bits; 0: the
- * weights have a sign, and are -127 at the least. */
-INLINE vec dot(const vec *w, const int8_t *q, const int n, const int most) {
+INLINE vec zeros(void) { return _mm256_setzero_si256(); }
+
+/* Adds to n_tok sums the products of 4 n columns from q[t] + at on. `most`: of how many products of two neighbours the
+ * sum fits 16 bits; 0: the weights have a sign, and are -127 at the least. */
+INLINE void dots(const int n_tok, const vec *w, const int8_t *const *q, const int at, const int n, const int most,
+                 vec *sum) {
     const vec one = _mm256_set1_epi16(1);
-    vec sum = _mm256_setzero_si256();
-    for (int k = 0, together; k < n; k += together) {
-        together = most > n ? n : most ? most : 1;
-        vec pairs = _mm256_setzero_si256();
-        for (int i = k; i < k + together; i++) {
-            int four;
-            memcpy(&four, q + 4 * i, 4);
-            const vec x = _mm256_set1_epi32(four);
-            const vec two = most ? _mm256_maddubs_epi16(w[i], x)
-                                 : _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(x, w[i]));
-            pairs = i == k ? two : _mm256_add_epi16(pairs, two);
-        }
-        const vec fours = _mm256_madd_epi16(pairs, one);
-        sum = k == 0 ? fours : _mm256_add_epi32(sum, fours);
+    const int together = most > n ? n : most ? most : 1;
+    UNROLL for (int k = 0; k < n; k += together) {
+        vec pairs[TOKENS];
+        UNROLL for (int i = k; i < k + together; i++)
+            UNROLL for (int t = 0; t < n_tok; t++) {
+                int four;
+                memcpy(&four, q[t] + at + 4 * i, 4);
+                const vec x = _mm256_set1_epi32(four);
+                const vec two = most ? _mm256_maddubs_epi16(w[i], x)
+                                     : _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(x, w[i]));
+                pairs[t] = i == k ? two : _mm256_add_epi16(pairs[t], two);
+            }
+        UNROLL for (int t = 0; t < n_tok; t++)
+            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(pairs[t], one));
     }
-    return sum;
 }
 
 /* Within each half: sums of a's 64-bit parts, then of b's. Here and below shuffles and an addition, not

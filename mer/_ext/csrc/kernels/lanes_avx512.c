@@ -14,6 +14,9 @@
 #define V(NAME) _mm512_##NAME
 #define FUNCTION(NAME) mer_avx512_##NAME
 #define AS_FLOATS(X) _mm512_castsi512_ps(X)
+#ifndef TOKENS
+#define TOKENS 8 /* there are 32 registers; with less this compiles faster */
+#endif
 #define SIGN_SHIFT 7 /* a byte product needs one factor without sign: 128 is added */
 
 typedef __m512i vec;
@@ -47,16 +50,30 @@ INLINE vec where_bits(vec x, vec bits, const int value) {
 
 INLINE vec with_sign(vec w) { return w ^ _mm512_set1_epi8(-128); }
 
-/* Sums of the products of 4 n columns: two chains, since an addition takes five cycles. `most` is of no meaning here. */
-INLINE vec dot(const vec *w, const int8_t *q, const int n, const int most) {
+INLINE vec zeros(void) { return _mm512_setzero_si512(); }
+
+/* sum + the products with four bytes, which compilers load apart. */
+INLINE vec add_products(vec sum, vec w, const int8_t *four) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*(const char (*)[4])four));
+    return sum;
+}
+
+/* Adds to n_tok sums the products of 4 n columns from q[t] + at on. An addition takes five cycles, so that few tokens
+ * need two chains each. `most` is of no meaning here. */
+INLINE void dots(const int n_tok, const vec *w, const int8_t *const *q, const int at, const int n, const int most,
+                 vec *sum) {
     (void)most;
-    vec sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-    for (int k = 0; k < n; k++) {
-        int four;
-        memcpy(&four, q + 4 * k, 4);
-        sum[k % 2] = _mm512_dpbusd_epi32(sum[k % 2], w[k], _mm512_set1_epi32(four));
+    const int chains = n_tok > 4 ? 1 : 2;
+    vec other[TOKENS];
+    UNROLL for (int t = 0; t < n_tok; t++) other[t] = zeros();
+    UNROLL for (int k = 0; k < n; k++)
+        UNROLL for (int t = 0; t < n_tok; t++) {
+            vec *const to = k % chains ? other : sum;
+            to[t] = add_products(to[t], w[k], q[t] + at + 4 * k);
+        }
+    if (chains == 2) {
+        UNROLL for (int t = 0; t < n_tok; t++) sum[t] = _mm512_add_epi32(sum[t], other[t]);
     }
-    return _mm512_add_epi32(sum[0], sum[1]);
 }
 
 /* Products of 32 columns of rows beside each other: sums of neighbours. */

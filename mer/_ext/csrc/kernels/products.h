@@ -33,4 +33,7 @@ MER_BLOCK_FORMATS(MER_DECLARE_PRODUCTS)
 #define MER_AVX2_ENTRY(NAME, ID) [ID] = mer_avx2_##NAME,
 #define MER_AVX512_ENTRY(NAME, ID) [ID] = mer_avx512_##NAME,
 
+/* Loops that have to be unrolled: their counter becomes a constant, their arrays registers. */
+#define UNROLL _Pragma("GCC unroll 8")
+
 #endif

@@ -21,11 +21,10 @@ INLINE const char *row_at(const rows16 *row, int i) { return row->run[i / 4] + (
 /* 16 bytes of rows q, q + 4, q + 8 and q + 12, each in its quarter. */
 INLINE __m512i load_rows(const rows16 *row, int q, size_t at) {
     at += (size_t)q * row->step;
-    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(row->run[0] + at)),
-                                                load128(row->run[1] + at), 1);
-    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(row->run[2] + at)),
-                                                 load128(row->run[3] + at), 1);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    __m512i x = _mm512_castsi128_si512(load128(row->run[0] + at));
+    x = _mm512_mask_broadcast_i32x4(x, 0x00f0, load128(row->run[1] + at));
+    x = _mm512_mask_broadcast_i32x4(x, 0x0f00, load128(row->run[2] + at));
+    return _mm512_mask_broadcast_i32x4(x, 0xf000, load128(row->run[3] + at));
 }
 
 /* Within each quarter: lane i of w[k] becomes lane k of w[i]. */
@@ -69,39 +68,6 @@ INLINE __m512 load_powers(const rows16 *row, size_t at) {
     const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
     const __mmask16 tiny = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
     return _mm512_castsi512_ps(_mm512_mask_sllv_epi32(normal, tiny, _mm512_set1_epi32(0x00200000), e));
-}
-
-/* The head of a Q4_K block of sixteen rows: d, dmin, and eight scales and minima each. */
-struct q4_k_head {
-    __m512 d, dmin, scale[8], min[8];
-};
-
-INLINE void load_q4_k_head(const rows16 *row, size_t at, struct q4_k_head *h) {
-    const __m512i r0 = load_rows(row, 0, at), r1 = load_rows(row, 1, at);
-    const __m512i r2 = load_rows(row, 2, at), r3 = load_rows(row, 3, at);
-    const __m512i t0 = _mm512_unpacklo_epi32(r0, r1), t1 = _mm512_unpacklo_epi32(r2, r3);
-    const __m512i t2 = _mm512_unpackhi_epi32(r0, r1), t3 = _mm512_unpackhi_epi32(r2, r3);
-    const __m512i dd = _mm512_unpacklo_epi64(t0, t1), a = _mm512_unpackhi_epi64(t0, t1);
-    const __m512i b = _mm512_unpacklo_epi64(t2, t3), c = _mm512_unpackhi_epi64(t2, t3);
-    h->d = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(dd));
-    h->dmin = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(dd, 16)));
-
-    const __m512i six = _mm512_set1_epi8(0x3f), four = _mm512_set1_epi8(0x0f), top = _mm512_set1_epi8(0x30);
-    const __m512i packed[4] = {
-        _mm512_and_si512(a, six),
-        _mm512_or_si512(_mm512_and_si512(c, four), _mm512_and_si512(_mm512_srli_epi32(a, 2), top)),
-        _mm512_and_si512(b, six),
-        _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(c, 4), four),
-                        _mm512_and_si512(_mm512_srli_epi32(b, 2), top)),
-    };
-    const __m512i byte = _mm512_set1_epi32(0xff);
-    for (int i = 0; i < 4; i++) {
-        __m512 *const out = (i < 2 ? h->scale : h->min) + i % 2 * 4;
-        out[0] = _mm512_cvtepi32_ps(_mm512_and_si512(packed[i], byte));
-        out[1] = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(packed[i], 8), byte));
-        out[2] = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(packed[i], 16), byte));
-        out[3] = _mm512_cvtepi32_ps(_mm512_srli_epi32(packed[i], 24));
-    }
 }
 
 /* Where run i of a group of n rows starts. A short group's last run overlaps the one before, which gives the
