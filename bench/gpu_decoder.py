@@ -30,21 +30,31 @@ from mer.model.dense import DenseWeights, Matrix
 from mer.model.forward import Forward
 from mer.model.kv import BLOCK, KVCache
 from mer.model.placement import ON_THE_CPU, Placement
-from mer.model.spec import AttentionSpec, LayerSpec, ModelSpec, RopeSpec, RouterSpec
+from mer.model.spec import AttentionSpec, LatentAttentionSpec, LayerSpec, ModelSpec, RopeSpec, RouterSpec
 from mer.model.state import StateCache
 
 # hidden, heads, heads of keys, head's size, vocabulary, experts, of a token
 SHAPES = {
     "qwen3-30b-a3b": (2048, 32, 4, 128, 151936, 128, 8),
     "gpt-oss-20b": (2880 // 256 * 256, 64, 8, 64, 201088, 32, 4),
+    "deepseek-v2-lite": (2048, 16, 1, 192, 102400, 64, 6),
     "tiny": (256, 4, 2, 64, 512, 8, 2),
+    "tiny-latent": (256, 4, 1, 96, 512, 8, 2),
 }
+# Of latent attention: what is not turned and what is of a head of queries, a head's values, the latent.
+LATENT = {"deepseek-v2-lite": (128, 64, 128, 512), "tiny-latent": (64, 32, 64, 256)}
 
 
 def spec_of(shape: str, layers: int) -> ModelSpec:
     hidden, heads, kv, dim, vocab, experts, chosen = SHAPES[shape]
-    attention = AttentionSpec(heads, kv, dim, dim**-0.5, qk_norm="head")
-    inverse = tuple(float(1e6 ** (-2 * i / dim)) for i in range(dim // 2))
+    attention: AttentionSpec | LatentAttentionSpec
+    turned = dim
+    if shape in LATENT:
+        nope, turned, value, rank = LATENT[shape]
+        attention = LatentAttentionSpec(heads, nope, turned, value, rank, None, dim**-0.5)
+    else:
+        attention = AttentionSpec(heads, kv, dim, dim**-0.5, qk_norm="head")
+    inverse = tuple(float(1e6 ** (-2 * i / turned)) for i in range(turned // 2))
     return ModelSpec(
         family="bench", vocab=vocab, hidden=hidden, norm_eps=1e-6, max_positions=1 << 17, attention=attention,
         rope=RopeSpec(inverse), layers=tuple(LayerSpec(None, i) for i in range(layers)),
@@ -67,23 +77,36 @@ def matrix(rng: np.random.Generator, name: str, rows: int, cols: int) -> Matrix:
 
 
 def weights_of(spec: ModelSpec) -> DenseWeights:
-    a = spec.attention
-    assert isinstance(a, AttentionSpec)
     assert spec.router is not None
     rng = np.random.default_rng(0)
-    q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
 
     def norm(n: int) -> NDArray[np.float32]:
         return (1 + 0.1 * rng.standard_normal(n)).astype(np.float32)
+
+    def attention() -> dict[str, Any]:
+        a, hidden = spec.attention, spec.hidden
+        if isinstance(a, LatentAttentionSpec):
+            heads = a.n_heads
+            return {
+                "q": matrix(rng, "q4_k", heads * (a.nope_dim + a.rope_dim), hidden),
+                "latent": matrix(rng, "q4_k", a.latent_dim, hidden), "latent_norm": norm(a.kv_rank),
+                "k_up": matrix(rng, "q8_0", heads * a.kv_rank, a.nope_dim),
+                "v_up": matrix(rng, "q8_0", heads * a.value_dim, a.kv_rank),
+                "o": matrix(rng, "q4_k", hidden, heads * a.value_dim),
+            }  # fmt: skip
+        assert isinstance(a, AttentionSpec)
+        q, kv = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
+        return {
+            "q_norm": norm(a.head_dim), "k_norm": norm(a.head_dim),
+            "q": matrix(rng, "q4_k", q, hidden), "k": matrix(rng, "q4_k", kv, hidden),
+            "v": matrix(rng, "q4_k", kv, hidden), "o": matrix(rng, "q4_k", hidden, q),
+        }  # fmt: skip
 
     layers: list[dict[str, Any]] = []
     for _ in spec.layers:
         layers.append(
             {
-                "attention_norm": norm(spec.hidden), "mlp_norm": norm(spec.hidden),
-                "q_norm": norm(a.head_dim), "k_norm": norm(a.head_dim),
-                "q": matrix(rng, "q4_k", q, spec.hidden), "k": matrix(rng, "q4_k", kv, spec.hidden),
-                "v": matrix(rng, "q4_k", kv, spec.hidden), "o": matrix(rng, "q4_k", spec.hidden, q),
+                "attention_norm": norm(spec.hidden), "mlp_norm": norm(spec.hidden), **attention(),
                 "router": matrix(rng, "f32", spec.router.n_experts, spec.hidden),
             }
         )  # fmt: skip
