@@ -36,6 +36,9 @@ class Context:
     def peer(self):
         return "simulated"
 
+    def cancel(self):
+        raise AssertionError("nobody waits here")
+
     def abort(self, code, details):
         raise AbortedError(f"{code.name}: {details}")
 
@@ -175,7 +178,10 @@ class Node:
                 address, self.number.to_bytes(16, "big"), RIGHT, self.world.model.tables.total
             )
         )
-        self.members.forget()
+        for index in self.members.forget():
+            if index in self.links:  # it was just tried again
+                self.links.pop(index).ended = True
+            self.changed()
         for index, keys in self.members.place(self.heat, self.tokens).items():
             messages = sessions[index].assign(now, keys)
             self.assigns += len(messages)

@@ -8,6 +8,7 @@ runs as many such histories; the test suite runs some.
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -214,6 +215,7 @@ TestCluster = Cluster.TestCase
 
 
 if __name__ == "__main__":
+    logging.disable()
     run_state_machine_as_test(
         Cluster,
         settings=settings(Cluster.TestCase.settings, max_examples=int(sys.argv[1]), stateful_step_count=60),

@@ -25,6 +25,9 @@ _REFUSED: Final = (
     grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED,
 )  # fmt: skip
 
+# Characters of what a peer says of an error.
+_LONGEST: Final = 400
+
 
 class Peer:
     """Threads: a step asks, one of its own reads what comes, a third calls `check` now and then."""
@@ -151,7 +154,9 @@ class Peer:
 
 
 def _words(error: grpc.RpcError) -> str:
-    code, details = error.code(), error.details()
+    code, details = error.code(), error.details() or ""
+    # What comes from elsewhere is written to logs and terminals.
+    details = "".join(c if c.isprintable() else "?" for c in details[:_LONGEST])
     if code in _REFUSED:
         return f"it refuses: {details}"
     return f"{code.name}: {details}"

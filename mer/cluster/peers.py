@@ -159,6 +159,7 @@ class Peers:
         for peer in gone:
             _log.info("peer %s has gone from its name", peer.state().address)
             peer.close()
+            self._changed()
 
     def _changed(self) -> None:
         """A peer has come, gone, or holds something else."""

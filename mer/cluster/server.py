@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from mer.cluster import security
 from mer.cluster.guests import Guests
 from mer.cluster.identity import Identity
 from mer.cluster.shard import Shard
-from mer.cluster.wire import WireError, outputs_checksum, unpack
+from mer.cluster.wire import WireError, check_hello, outputs_checksum, unpack
 from mer.config import parse_address
 from mer.errors import ConfigError
 from mer.v1 import expert_pb2 as pb
@@ -26,6 +27,8 @@ _log = logging.getLogger("mer")
 
 # Engines at a time; each has a thread, which sleeps while it is asked nothing.
 _MOST_ENGINES: Final = 16
+# Who says nothing for so long takes no place: seconds.
+_HELLO_S: Final = 10.0
 
 
 @frozen(kw_only=True)
@@ -100,7 +103,13 @@ class Service(rpc.ExpertServicer):
     ) -> Iterator[pb.ComputeResponse]:
         """See the proto."""
         self._check_token(context)
-        hello = self._check_hello(next(request_iterator, pb.ComputeRequest()), context)
+        patience = threading.Timer(_HELLO_S, context.cancel)
+        patience.start()
+        try:
+            first = next(request_iterator, pb.ComputeRequest())
+        finally:
+            patience.cancel()
+        hello = self._check_hello(first, context)
         stream = self._guests.come(hello.engine)
         try:
             _log.info("an engine has come: %s", context.peer())
@@ -135,17 +144,21 @@ class Service(rpc.ExpertServicer):
         if request.WhichOneof("kind") != "hello":
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a stream begins with a Hello")
         hello = request.hello
+        try:
+            check_hello(hello)
+        except WireError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         other = Identity(hello.version, hello.model, hello.arithmetic, hello.probe, hello.protocol)
         refusal = self._shard.identity.refusal(other)
         if refusal is not None:
             _log.warning("an engine was sent away: %s: %s", context.peer(), refusal)
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
-        if len(hello.engine) != 16:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an engine has a name of 16 bytes")
         return hello
 
     def _assign(self, assign: pb.Assign, context: grpc.ServicerContext) -> None:
         try:
+            if len(assign.experts) > self._shard.total:
+                raise ConfigError(f"{len(assign.experts)} experts: there are {self._shard.total}")
             self._shard.assign(assign.experts)
         except ConfigError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))

@@ -134,6 +134,8 @@ class Session:
             raise WireError(f"{kind} is not expected here")
         self._waiting_since = now if self._asked is not None else None
         if kind == "welcome":
+            if response.welcome.capacity > self._n_keys:
+                raise WireError(f"room for {response.welcome.capacity} experts, there are {self._n_keys}")
             self._take_held(response.welcome.held)
             self.capacity = response.welcome.capacity
             self._condition, self.delay, self._error = "up", FIRST_DELAY, ""
@@ -222,8 +224,8 @@ class Session:
 
     def _take_held(self, held: pb.Held) -> bool:
         """Whether it was news."""
-        if held.experts and max(held.experts) >= self._n_keys:
-            raise WireError(f"expert {max(held.experts)} is held, and there are {self._n_keys}")
+        if len(held.experts) > self._n_keys or max(held.experts, default=0) >= self._n_keys:
+            raise WireError(f"experts are held that there are not: there are {self._n_keys}")
         before = self.held, self.assigns
         self.held, self.assigns = frozenset(held.experts), held.decides
         return before != (self.held, self.assigns)

@@ -15,6 +15,8 @@ from mer.v1 import expert_pb2 as pb
 MOST_ROWS = 256
 # What a message takes beside activations, whatever their size: numbers, and names of held experts.
 _BESIDE = 1 << 20
+# Characters or bytes of one part of a Hello.
+_LONGEST = 100
 
 
 class WireError(MerError):
@@ -59,6 +61,15 @@ def cut(experts: Sequence[int], counts: Sequence[int]) -> list[tuple[list[int], 
     return pieces
 
 
+def check_hello(hello: pb.Hello) -> None:
+    """Raises WireError where a part of it is longer than any can be, or could spoil a log."""
+    names = hello.version, hello.arithmetic
+    if max(map(len, (*names, hello.model, hello.probe))) > _LONGEST or not all(map(str.isprintable, names)):
+        raise WireError(f"a Hello has printable parts of at most {_LONGEST} characters")
+    if len(hello.engine) != 16:
+        raise WireError("an engine has a name of 16 bytes")
+
+
 def rows_checksum(rows: pb.Rows) -> int:
     """Of what a request asks for."""
     head = [rows.id & 0xFFFFFFFF, rows.layer, *rows.experts, *rows.counts, *rows.tokens]
@@ -77,6 +88,10 @@ def unpack(
 
     hidden: of each layer. Raises WireError for what can't be.
     """
+    # First how much it is: what is too much is not looked at.
+    most = max(len(rows.tokens), len(rows.experts), len(rows.counts))
+    if most > MOST_ROWS:
+        raise WireError(f"{most} rows in one message, at most {MOST_ROWS} are allowed")
     if rows_checksum(rows) != rows.checksum:
         raise WireError("the checksum of the rows is wrong: they were damaged on their way")
     if rows.layer >= len(hidden):
@@ -86,8 +101,6 @@ def unpack(
         raise WireError(
             f"{len(rows.experts)} experts with {len(counts)} counts do not fit {len(tokens)} tokens"
         )
-    if len(tokens) > MOST_ROWS:
-        raise WireError(f"{len(tokens)} rows in one message, at most {MOST_ROWS} are allowed")
     if max(rows.experts) >= n_experts:
         raise WireError(f"expert {max(rows.experts)}: a layer has {n_experts}")
     if len(rows.x) % (4 * width) or not len(tokens) or tokens.max() * 4 * width >= len(rows.x):
