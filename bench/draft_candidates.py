@@ -24,7 +24,7 @@ from mer.train.record import continued, hidden_states
 PROMPT, LENGTH = 128, 256  # tokens of a window: of its prompt, and in all
 DEPTH, BEAM, CHILDREN = 8, 6, 4  # how far candidates go, how many of a depth go on, into how many
 SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16)
-LOOKUPS = (5, 3, 2)  # as mer.engine.draft
+LOOKUPS = (5, 3, 2)  # tokens that must have stood there before
 FADES, OLDER = 0.8, 0.5  # what prompt lookup thinks of one more token, and of one more earlier place
 SHARP = 0.3  # temperature at which the head's chances are about those of greedy answers
 CONFIG = EngineConfig(threads=1)

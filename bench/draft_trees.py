@@ -91,9 +91,11 @@ class Steps:
             runner.step([chunk])
             seconds, stats = time.thread_time() - began, runner.stats - before
             if steps >= STEPS // 4 and len(nodes) == size:  # the first ones follow other work
-                wanted = runner._forward.routes
-                assert wanted is not None
-                experts = statistics.mean([len(np.unique(layer[: chunk.width])) for layer in wanted])
+                experts = float(runner.spec.top_k)
+                if nodes:
+                    wanted = runner._forward.routes
+                    assert wanted is not None
+                    experts = statistics.mean([len(np.unique(layer[: chunk.width])) for layer in wanted])
                 for of, value in zip(
                     (self.seconds, self.read, self.experts), (seconds, stats.bytes_read, experts), strict=True
                 ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import string
 from types import SimpleNamespace
 
 import attrs
@@ -18,17 +19,20 @@ from hypothesis.extra.numpy import arrays
 from test_scheduler import sequence, step
 
 from mer import SamplingParams
+from mer._ext.lookup import TextIndex
 from mer._ext.prefetch import EARLY_LAYERS
 from mer.api.http.answers import UsageAnswer
 from mer.engine import drafting
 from mer.engine import engine as engines
+from mer.engine.acceptance import MOST_DRAFTED, TIED, Acceptance
 from mer.engine.draft import Draft, NgramDrafter
+from mer.engine.drafting import Drafting
 from mer.engine.likely import LikelyExperts
 from mer.engine.outputs import Usage
 from mer.engine.routed import extra_experts
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Scheduler
-from mer.engine.speculation import MOST_DRAFTED, Choice, Costs, Offer, Record, Speculation
+from mer.engine.speculation import LOOKUP, Choice, Costs, Offer, Speculation, Verdict
 from mer.engine.structure import Structure
 from mer.errors import DeviceReadError
 from mer.model.kv import BLOCK
@@ -40,12 +44,15 @@ from mer.model.kv import BLOCK
     ("text", "most", "expected"),
     [
         ("abcdefg", 4, None),
-        ("abcdxab", 3, ("cdx", 2)),
-        ("xabcyabczabc", 2, ("za", 1)),  # the latest
-        ("12345a12345b12345", 1, ("b", 0)),
-        ("5a12345b2345", 1, ("b", 1)),
-        ("ababab", 5, ("ababa", 1)),  # beyond its end it goes on as it went
-        ("aaaaaaa", 3, ("aaa", 0)),
+        ("abcdxab", 3, ("cdx", 4)),
+        ("xabcyabczabc", 2, ("za", 3)),  # the latest
+        ("12345a12345b12345", 1, ("b", 2)),
+        ("x12345a92345b12345", 1, ("a", 2)),  # the longest
+        ("5a12345b2345", 1, ("b", 3)),
+        ("ababab", 5, ("ababa", 3)),  # beyond its end it goes on as it went
+        ("aaaaaaa", 3, ("aaa", 2)),
+        ("abcdefgh1abcdefgh", 1, ("1", 1)),
+        (2 * ("x" + string.ascii_lowercase), 2, ("xa", 0)),
         ("abcab", 0, None),
         ("a", 3, None),
     ],
@@ -64,6 +71,30 @@ def test_it_does_not_matter_when_it_looks(tokens, first):
     assert early.propose(4) == NgramDrafter(list(tokens)).propose(4)
 
 
+@given(st.lists(st.integers(0, 2), max_size=80), st.integers(0, 40))
+def test_the_longest_match_is_found(tokens, repeated):
+    """By trying all places, the latest first."""
+    tokens = tokens + tokens[: repeated % (len(tokens) + 1)]
+    best = (0, 0)
+    for start in range(len(tokens) - 1, 1, -1):
+        length = next((n for n in range(start) if tokens[start - 1 - n] != tokens[-1 - n]), start)
+        if min(length, 64) > max(best[1], 1):
+            best = start, min(length, 64)
+    assert TextIndex(tokens).find() == best
+
+
+def test_long_texts_are_looked_at_as_they_grow():
+    draws = random.Random(3)
+    tokens = [draws.randrange(200_000) for _ in range(5000)]
+    index, text = TextIndex(grown := tokens[:3]), tokens[:3]
+    for token in tokens[3:]:
+        grown.append(token)
+        index.find()
+    grown += tokens[1000:1100]
+    assert index.find() == (1100, 64)
+    assert text == tokens[:3]
+
+
 # --- how much is verified
 
 
@@ -72,23 +103,80 @@ def test_costs_between_and_beyond_what_was_measured():
     costs.observe(2, 4.0)
     assert 2 in costs
     assert 3 not in costs
-    assert costs(4) == pytest.approx(4.0 + 2 * 0.6 * 4.0 / 2)
-    costs.observe(6, 8.0)
-    assert [costs(n) for n in (3, 4, 6, 8)] == pytest.approx([5.0, 6.0, 8.0, 10.0])
+    assert costs(4) == pytest.approx(4.0 + 2 * 0.4 * 4.0 / 2)
+    for _ in range(3):
+        costs.observe(6, 8.0)
+    assert [costs(n) for n in (1, 3, 4, 6, 8)] == pytest.approx([3.0, 5.0, 6.0, 8.0, 10.0])
     costs.observe(6, 3.0)
     costs.observe(6, 100.0)
     assert costs(6) == 8.0, "the median"
-    for _ in range(100):
+    for _ in range(200):
         costs.observe(2, 4.0)
     assert costs(6) == 8.0
     costs.observe(2, 4.0)
-    assert costs(6) == pytest.approx(4.0 + 4 * 0.6 * 4.0 / 2), "forgotten"
+    assert costs(6) == pytest.approx(4.0 + 4 * 0.4 * 4.0 / 2), "forgotten"
+
+
+def test_a_width_that_is_slow_for_the_first_time_is_tried_again():
+    costs = Costs()
+    costs.observe(1, 1.0)
+    costs.observe(2, 50.0)
+    assert costs(2) == pytest.approx(1.4), "as was guessed"
+    costs.observe(2, 50.0)
+    assert costs(2) == 50.0
+
+
+def test_chances_by_position():
+    """A draft head may be surer of its later tokens; nobody's experience is everybody's."""
+    everybody, own = Acceptance(), Acceptance()
+    for _ in range(300):
+        for position, right in enumerate((0.5, 0.75, 1.0)):
+            everybody.note(TIED, position, right == 1.0 or _ % 4 < 4 * right)
+    chances = own.chances(TIED, everybody)
+    assert chances[:3] == pytest.approx([0.5, 0.375, 0.375], rel=0.15)
+    assert chances[3] == pytest.approx(chances[2], rel=0.1), "what nobody knows is as before"
+    for _ in range(100):
+        own.note(TIED, 0, False)
+    assert own.chances(TIED, everybody)[0] < 0.1
+    assert own.chances(0, everybody) == Acceptance().chances(0, Acceptance())
+
+
+def test_what_is_not_verified_is_watched():
+    """Prompt lookup's chances are known without a step that verifies anything."""
+    draws = random.Random(0)
+    tokens = [draws.randrange(50) for _ in range(40)]
+
+    def text(tokens):
+        return SimpleNamespace(
+            tokens=tokens, drafts=Acceptance(), watched=None, propose=NgramDrafter(tokens).propose
+        )
+
+    repeating, other = text(2 * tokens[:12]), text(2 * tokens[:12])
+    looking = Drafting([], Speculation(0))
+    for at in range(16):
+        looking._look_up(repeating)
+        looking._look_up(other)
+        repeating.tokens.append(tokens[at % 12])
+        other.tokens.append(100 + at)
+    kind = 1  # behind 12 tokens
+    nobody = Acceptance()
+    assert repeating.drafts.chances(kind, nobody)[0] > 0.8 > 0.7 > other.drafts.chances(kind, nobody)[0]
+    assert repeating.drafts.chances(kind, nobody)[9] > 0.15 > nobody.chances(kind, nobody)[9]
+
+
+# --- simulated texts
 
 
 def test_one_slow_step_is_not_held_against_drafts_for_ever():
     slow = iter([1.0, 1.0, 50.0])
     *_, speculation = live(lambda tokens: next(slow, 1 + 0.05 * tokens), 0.95, steps=3000)
     assert speculation.accepted > 2000
+
+
+def note(own, everybody, kind, drafted, right):
+    for position in range(min(right + 1, drafted)):
+        own.note(kind, position, position < right)
+        everybody.note(kind, position, position < right)
 
 
 def live(
@@ -98,19 +186,21 @@ def live(
 
     seconds(tokens): of a step. chance: of each drafted token to be right.
     """
-    speculation, record, draws = Speculation(), [Record() for _ in range(sequences)], random.Random(seed)
-    took = plain = 0.0
+    speculation, record, draws = Speculation(), [Acceptance() for _ in range(sequences)], random.Random(seed)
+    took, plain, everybody = 0.0, 0.0, Acceptance()
     for _ in range(steps):
-        choices = speculation.choose([Offer(each.chance(0)) for each in record], 99)
+        offer = [each.chances(0, everybody) if speculation.affordable(LOOKUP) else () for each in record]
+        choices = speculation.choose([Offer(each) for each in offer], 99)
         lengths = [choice.length for choice in choices]
-        right = 0
+        right, verdicts = 0, []
         for each, length in zip(record, lengths, strict=True):
             accepted = next((i for i in range(length) if draws.random() >= chance), length)
+            note(each, everybody, 0, length, accepted)
             if length:
-                each.note(0, length, accepted)
+                verdicts.append(Verdict(LOOKUP, length, accepted))
             right += accepted
         cost = seconds(sequences + sum(lengths)) * draws.uniform(0.9, 1.1)
-        speculation.observe(sequences, sum(lengths), right, cost)
+        speculation.observe(sequences, cost, verdicts)
         took += cost
         plain += seconds(sequences) * (1 + right / sequences)
     return took, plain, speculation
@@ -145,12 +235,13 @@ def test_the_best_drafts_get_the_room():
     speculation = Speculation()
 
     def lengths(*chances, room=99):
-        return [choice.length for choice in speculation.choose([Offer(each) for each in chances], room)]
+        offers = [Offer(tuple(each**depth for depth in range(1, 9) if each)) for each in chances]
+        return [choice.length for choice in speculation.choose(offers, room)]
 
     assert lengths(0.9, 0.9) == [0, 0], "nothing is known yet"
-    speculation.observe(2, 0, 0, 1.0)
-    speculation.observe(2, 6, 0, 1.5)
-    speculation.observe(2, 0, 0, 1.0)
+    speculation.observe(2, 1.0)
+    speculation.observe(2, 1.5, [Verdict(LOOKUP, 6, 0)])
+    speculation.observe(2, 1.0)
     first, second = lengths(0.95, 0.5)
     assert first > second > 0
     assert lengths(0.0, 0.95)[0] == 0
@@ -237,7 +328,8 @@ def always(monkeypatch):
             super().__init__(n_engines)
             made.append(self)
 
-        affordable = True
+        def affordable(self, source):
+            return True
 
         def ready(self, sequences):
             return True
@@ -352,9 +444,9 @@ def test_experts_that_only_drafts_want(data):
 
 
 async def test_further_experts_are_counted(tmp_path, monkeypatch, always):
-    """By transformers' routers: two steps, each of one token and eight right ones behind it."""
+    """By transformers' routers: two steps, each of one token and sixteen right ones behind it."""
     model = make(tmp_path, "mixtral", num_local_experts=16)
-    given, params = prompt(9), attrs.evolve(GREEDY, max_tokens=19)
+    given, params = prompt(9), attrs.evolve(GREEDY, max_tokens=35)
     async with opened(tmp_path, speculate="off") as engine:
         answer = (await engine.generate(given, params)).token_ids
     with torch.no_grad():
@@ -365,16 +457,16 @@ async def test_further_experts_are_counted(tmp_path, monkeypatch, always):
     def wanted(rows):
         return {(layer, expert) for layer, of in enumerate(chosen) for row in rows for expert in of[row]}
 
-    expected = sum(len(wanted(range(p + 1, p + 9)) - wanted([p])) for p in (9, 18))
+    expected = sum(len(wanted(range(p + 1, p + 17)) - wanted([p])) for p in (9, 26))
     tell(monkeypatch, {tuple(given): answer}, wrong=1000)
     async with opened(tmp_path) as engine:
         result = await engine.generate(given, params)
         timings, usage = result.timings, result.usage
-        assert (usage.drafted, usage.accepted, usage.draft_experts) == (16, 16, expected)
+        assert (usage.drafted, usage.accepted, usage.draft_experts) == (32, 32, expected)
         told = msgspec.to_builtins(UsageAnswer.of([[usage, usage]]))
-        assert told["drafts"] == {"drafted": 32, "accepted": 32, "draft_experts": 2 * expected}
+        assert told["drafts"] == {"drafted": 64, "accepted": 64, "draft_experts": 2 * expected}
         assert "drafts" not in msgspec.to_builtins(UsageAnswer.of([[Usage(1, 2)]]))
-        assert timings.drafted == timings.accepted == 16
+        assert timings.drafted == timings.accepted == 32
         assert timings.draft_experts == engine.snapshot().draft_experts == expected > 0
 
 

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_speculation import note
 
+from mer.engine.acceptance import DRAFT_MODEL, MOST_DRAFTED, TIED, Acceptance
 from mer.engine.drafting import Drafting
-from mer.engine.speculation import DRAFT_MODEL, MOST_DRAFTED, TIED, Offer, Record, Speculation
+from mer.engine.speculation import LOOKUP, Offer, Speculation, Verdict
 
 KINDS = (TIED, DRAFT_MODEL)
 
@@ -33,14 +35,17 @@ def live(
     at the start, whatever their chance.
     """
     speculation, draws = Speculation(len(engines)), random.Random(seed)
-    records = [Record() for _ in range(sequences)]
+    records, everybody = [Acceptance() for _ in range(sequences)], Acceptance()
     drafted = [0] * len(engines)
     took = plain = 0.0
     for _ in range(steps):
         offers = [
             Offer(
-                speculation.chance(record, 0) if lookup >= 0 else 0.0,
-                tuple(speculation.chance(record, kind) for kind in KINDS[: len(engines)]),
+                record.chances(0, everybody) if lookup >= 0 and speculation.affordable(LOOKUP) else (),
+                tuple(
+                    record.chances(kind, everybody) if speculation.affordable(1 + at) else ()
+                    for at, kind in enumerate(KINDS[: len(engines)])
+                ),
             )
             for record in records
         ]
@@ -52,7 +57,7 @@ def live(
                 speculation.proposed(at, len(asked), max(asked), seconds)
                 took += seconds
                 drafted[at] += sum(asked)
-        right = 0
+        right, verdicts = 0, []
         for record, choice in zip(records, choices, strict=True):
             chance = lookup if choice.engine is None else engines[choice.engine][0]
             accepted = next((i for i in range(choice.length) if draws.random() >= chance), choice.length)
@@ -60,11 +65,13 @@ def live(
                 unlucky, accepted = unlucky - 1, 0
             if choice.length:
                 kind = 0 if choice.engine is None else KINDS[choice.engine]
-                speculation.note(record, kind, choice.length, accepted)
+                note(record, everybody, kind, choice.length, accepted)
+                source = LOOKUP if choice.engine is None else 1 + choice.engine
+                verdicts.append(Verdict(source, choice.length, accepted))
             right += accepted
         more = sum(choice.length for choice in choices)
         seconds = (1 + slope * (sequences + more - 1)) * draws.uniform(0.9, 1.1)
-        speculation.observe(sequences, more, right, seconds)
+        speculation.observe(sequences, seconds, verdicts)
         took += seconds
         plain += (1 + slope * (sequences - 1)) * (1 + right / sequences)
     return took, plain, speculation, drafted
@@ -105,13 +112,13 @@ def test_a_few_unlucky_drafts_do_not_silence_a_head_for_ever(seed):
 def test_a_draft_that_somebody_else_delayed_is_not_held_against_drafts():
     speculation = Speculation(1)
     for _ in range(20):
-        speculation.observe(1, 0, 0, 1.0)
+        speculation.observe(1, 1.0)
     for seconds in (0.1, 0.1, 0.1, 5.0):
         speculation.proposed(0, 1, 2, seconds)
-    assert speculation.ready(1)
+    assert speculation.affordable(1)
     for _ in range(8):  # but one that is slow is
         speculation.proposed(0, 1, 2, 5.0)
-    assert not speculation.ready(1)
+    assert not speculation.affordable(1)
 
 
 def test_time_that_others_had_is_no_cost_of_looking_on():
@@ -124,7 +131,7 @@ def test_time_that_others_had_is_no_cost_of_looking_on():
     speculation = Speculation(1)
     drafting = Drafting([Looking()], speculation)
     for _ in range(20):
-        speculation.observe(1, 0, 0, 0.005)
+        speculation.observe(1, 0.005)
     for _ in range(5):
         drafting.observe([], SimpleNamespace(states=None))
-    assert speculation.ready(1)
+    assert speculation.affordable(1)

@@ -16,12 +16,12 @@ from mer._ext.moe import scratch_bytes
 from mer._ext.remote import table_bytes
 from mer._ext.vram import host_bytes
 from mer.config import EngineConfig
+from mer.engine.acceptance import MOST_DRAFTED
 from mer.engine.blocks import blocks_for
 from mer.engine.constraint import constraint_bytes
 from mer.engine.draft import DraftShape, DraftSource
 from mer.engine.likely import LikelyExperts
 from mer.engine.prefix_store import buffer_bytes
-from mer.engine.speculation import MOST_DRAFTED
 from mer.engine.states import IMAGES
 from mer.errors import BudgetError, ConfigError
 from mer.gpu import uses_gpu

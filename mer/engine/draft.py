@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from attrs import frozen
+from attrs import define, frozen
 from numpy.typing import NDArray
 
+from mer._ext.lookup import TextIndex
+from mer.engine.acceptance import lookup_kind
 from mer.engine.scheduler import Chunk, Sequence
 
 if TYPE_CHECKING:
     from mer.engine.runner import Runner
 
-# Tokens of context that must have stood there before: the longest that is found is taken.
-_SIZES: Final = (5, 3, 2)
-
 
 @frozen
 class Draft:
-    """tokens: what may come next, at least one. kind: how it was made, as mer.engine.speculation counts."""
+    """tokens: what may come next, at least one. kind: how it was made, as mer.engine.acceptance counts."""
 
     tokens: list[int]
     kind: int
+
+
+@define
+class Watched:
+    """A draft that no step verifies: what comes says how right it would have been.
+
+    start: of the text's tokens the first one it guesses. right: so many were right so far.
+    """
+
+    tokens: list[int]
+    kind: int
+    start: int
+    right: int = 0
 
 
 class Drafter(Protocol):
@@ -37,7 +49,7 @@ class DraftEngine(Protocol):
     """Guesses how texts go on, with weights of its own; for all requests of a step at once.
 
     Used by the thread that computes, between steps. An error that it raises ends drafting with it, and
-    nothing else. kind: of its drafts, as mer.engine.speculation counts; name: for people.
+    nothing else. kind: of its drafts, as mer.engine.acceptance counts; name: for people.
     """
 
     kind: int
@@ -59,7 +71,7 @@ class DraftEngine(Protocol):
         """These were computed, drafts included, which may turn out wrong; the step is not committed yet.
 
         states: Runner.states; to be called at once or not at all. None: there is no time to spend on drafts
-        now.
+        now, and further steps are not told of until there is.
         """
 
     def forget(self, sequence: Sequence) -> None:
@@ -90,36 +102,25 @@ class DraftSource(Protocol):
 
 
 class NgramDrafter:
-    """What followed when the last few tokens stood in this text before (prompt lookup).
+    """What followed when the text was last as it is now, for as many tokens as can be (prompt lookup).
 
     It looks at `tokens`, the prompt and the answer, which others append to.
     """
 
     def __init__(self, tokens: list[int]) -> None:
         self._tokens = tokens
-        # By n-gram, where its latest continuation begins.
-        self._after: list[dict[tuple[int, ...], int]] = [{} for _ in _SIZES]
-        self._known = 0
-        self._learn()
+        self._index = TextIndex(tokens)
+        self._index.find()  # the prompt is looked at here, by whoever asks
 
     def propose(self, most: int) -> Draft | None:
-        self._learn()
-        tokens = self._tokens
-        for kind, (size, after) in enumerate(zip(_SIZES, self._after, strict=True)):
-            start = after.get(tuple(tokens[-size:]))
-            if start is not None and most > 0:
-                return Draft(self._copy(start, most), kind)
-        return None
+        start, length = self._index.find()
+        if not length or most <= 0:
+            return None
+        return Draft(self._copy(start, most), lookup_kind(length))
 
     def _copy(self, start: int, count: int) -> list[int]:
         """From there on; a text that repeats itself goes on with what is copied."""
         tokens, period = self._tokens, len(self._tokens) - start
+        if count <= period:
+            return tokens[start : start + count]
         return [tokens[start + i % period] for i in range(count)]
-
-    def _learn(self) -> None:
-        tokens = self._tokens
-        for end in range(self._known, len(tokens)):
-            for size, after in zip(_SIZES, self._after, strict=True):
-                if end >= size:
-                    after[tuple(tokens[end - size : end])] = end
-        self._known = len(tokens)

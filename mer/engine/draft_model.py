@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from mer.config import EngineConfig
 from mer.engine import budget as budgets
+from mer.engine.acceptance import DRAFT_MODEL, MOST_DRAFTED
 from mer.engine.blocks import BlockPool
 from mer.engine.budget import Budget
 from mer.engine.draft import DraftShape
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Sequence
-from mer.engine.speculation import DRAFT_MODEL, MOST_DRAFTED
 from mer.errors import ConfigError
 from mer.model.families import Architecture, load
 from mer.model.kv import BLOCK

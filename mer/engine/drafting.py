@@ -9,13 +9,14 @@ from functools import partial
 from typing import Final, TypeVar
 
 from mer.config import EngineConfig
+from mer.engine.acceptance import MOST_DRAFTED, Acceptance
 from mer.engine.budget import drafts
-from mer.engine.draft import DraftEngine, DraftSource
+from mer.engine.draft import Draft, DraftEngine, DraftSource, Watched
 from mer.engine.draft_model import ModelSource
 from mer.engine.request import Request
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Sequence
-from mer.engine.speculation import MOST_DRAFTED, Choice, Offer, Speculation
+from mer.engine.speculation import LOOKUP, Choice, Offer, Speculation, Verdict
 from mer.engine.tied import find_head
 from mer.errors import ConfigError, GpuError, MerError
 from mer.model.families import Architecture
@@ -82,43 +83,70 @@ class Drafting:
         self.speculation = speculation
         self.experts = 0  # that drafted tokens alone wanted
         self._engines = list(engines)
+        self._acceptance = Acceptance()
         self._failed: set[DraftEngine] = set()
+        self._listening = [True] * len(self._engines)  # whether each saw the last step's states
+        self._nobody: list[int | None] = [None] * len(self._engines)
+        self._verdicts: list[Verdict] = []  # of this step
+        self._spent = 0.0  # on drafts, in this step
         self._idle = 0  # steps in a row for which engines offered drafts, and nothing was wanted
         self._asleep = 0  # steps until they are asked again
 
     def prepare(
         self, requests: list[Request], room: int, expect: Callable[[list[int]], None] = lambda _: None
-    ) -> list[list[int]]:
-        """Of each, what the next step had better verify, of `room` tokens in all.
+    ) -> list[list[int]] | None:
+        """Of each, what the next step had better verify, of `room` tokens in all; None: nothing of any.
 
         expect: see Runner.expect; called with the tokens behind which an engine is to draft, while the
         drive has nothing to do.
         """
+        drafts = [self._look_up(request) for request in requests]
         if not self.speculation.ready(len(requests)):
-            return [[] for _ in requests]
-        drafts = [request.propose(MOST_DRAFTED) for request in requests]
+            return None
         self._asleep = max(self._asleep - 1, 0)
-        behind = [
-            [None if self._asleep else self._behind(engine, request) for engine in self._engines]
-            for request in requests
-        ]
+        behind = [self._all_behind(request) for request in requests]
+        if not self.speculation.affordable(LOOKUP):
+            drafts = [None] * len(requests)
         if not any(drafts) and all(tokens is None for late in behind for tokens in late):
-            return [[] for _ in requests]
+            return None
         offers = [
-            Offer(0.0 if draft is None else self._chance(request, draft.kind), self._chances(request, late))
+            Offer(
+                () if draft is None else self._chances(request, draft.kind),
+                tuple(
+                    () if tokens is None else self._chances(request, engine.kind)
+                    for engine, tokens in zip(self._engines, late, strict=True)
+                ),
+            )
             for request, draft, late in zip(requests, drafts, behind, strict=True)
         ]
         choices = self.speculation.choose(offers, room)
         self._doze(offers, choices)
+        if not any(choice.length for choice in choices):
+            return None
         found = [
             draft.tokens[: choice.length] if draft is not None else []
             for draft, choice in zip(drafts, choices, strict=True)
         ]
         for request, draft in zip(requests, drafts, strict=True):
-            request.draft_kind = 0 if draft is None else draft.kind
+            request.draft_kind, request.draft_source = 0 if draft is None else draft.kind, LOOKUP
         for at in range(len(self._engines)):
             self._ask(at, requests, behind, choices, found, expect)
         return found
+
+    def _look_up(self, request: Request) -> Draft | None:
+        """What prompt lookup finds. Whether that is right is seen in any case, as its tokens come."""
+        watched, tokens = request.watched, request.tokens
+        while watched is not None and watched.start + watched.right < len(tokens):
+            position = watched.right
+            right = tokens[watched.start + position] == watched.tokens[position]
+            self._note(request, watched.kind, position, right)
+            watched.right += 1
+            if not right or watched.right == len(watched.tokens):
+                request.watched = watched = None
+        draft = request.propose(MOST_DRAFTED)
+        if watched is None and draft is not None:
+            request.watched = Watched(draft.tokens, draft.kind, len(tokens))
+        return draft
 
     def _doze(self, offers: list[Offer], choices: list[Choice]) -> None:
         """To ask engines takes time, too: where what they offer does not pay they are left alone a while."""
@@ -150,7 +178,7 @@ class Drafting:
         lengths = [min(choices[i].length, requests[i].room) for i in ready]
         for i, tokens in zip(ready, self._propose(at, [requests[i] for i in ready], lengths), strict=True):
             found[i] = tokens
-            requests[i].draft_kind = self._engines[at].kind
+            requests[i].draft_kind, requests[i].draft_source = self._engines[at].kind, 1 + at
 
     def observe(self, chunks: list[Chunk], runner: Runner) -> None:
         """A step of it has computed these; see DraftEngine.observe."""
@@ -160,17 +188,33 @@ class Drafting:
             for chunk, count in zip(chunks, extra, strict=True):
                 if isinstance(chunk.sequence, Request):
                     chunk.sequence.draft_experts += count
-        for engine in self._working():
-            # Of so little work the processor's time: that others had it meanwhile is no cost of drafts.
-            began = time.thread_time()
-            given = runner.states if self.speculation.affordable and self._asleep <= 1 else None
-            self._guarded(engine, partial(engine.observe, chunks, given))
-            self.speculation.spend(time.thread_time() - began)
+        for at, engine in enumerate(self._engines):
+            listens = self._asleep <= 1 and self.speculation.affordable(1 + at)
+            if listens or self._listening[at]:
+                # Of so little work the processor's time: that others had it meanwhile is no cost of drafts.
+                began = time.thread_time()
+                self._guarded(engine, partial(engine.observe, chunks, runner.states if listens else None))
+                self._spend(1 + at, time.thread_time() - began)
+            self._listening[at] = listens
 
     def judge(self, request: Request, drafted: int, right: int) -> None:
         """Of its last draft so many tokens were verified, and the first `right` of them were right."""
         if drafted:
-            self.speculation.note(request.drafts, request.draft_kind, drafted, right)
+            request.watched = None
+            self._verdicts.append(Verdict(request.draft_source, drafted, right))
+            for position in range(min(right + 1, drafted)):
+                self._note(request, request.draft_kind, position, position < right)
+
+    def replayed(self, seconds: float) -> None:
+        """It took so long to set recurrent states back behind the wrong drafts of the step."""
+        wrong = {verdict.source for verdict in self._verdicts if verdict.right < verdict.drafted}
+        for source in wrong:
+            self._spend(source, seconds / len(wrong))
+
+    def end_step(self, sequences: int, seconds: float, *, alone: bool) -> None:
+        """It is over: see Speculation.observe. seconds: all of it, with what is counted as spent already."""
+        self.speculation.observe(sequences, seconds - self._spent, self._verdicts, alone=alone)
+        self._verdicts, self._spent = [], 0.0
 
     def forget(self, request: Sequence) -> None:
         for engine in self._working():
@@ -183,31 +227,43 @@ class Drafting:
     def _working(self) -> list[DraftEngine]:
         return [engine for engine in self._engines if engine not in self._failed]
 
-    def _behind(self, engine: DraftEngine, request: Request) -> int | None:
-        if engine in self._failed or not (request.engines and request.room):
+    def _note(self, request: Request, kind: int, position: int, right: bool) -> None:
+        request.drafts.note(kind, position, right)
+        self._acceptance.note(kind, position, right)
+
+    def _spend(self, source: int, seconds: float) -> None:
+        self._spent += seconds
+        self.speculation.spend(source, seconds)
+
+    def _chances(self, request: Request, kind: int) -> tuple[float, ...]:
+        return request.drafts.chances(kind, self._acceptance)
+
+    def _all_behind(self, request: Request) -> list[int | None]:
+        """Of each engine, by how many tokens it is behind; None: it can't draft for this one or shall not."""
+        if self._asleep or not (request.engines and request.room):
+            return self._nobody
+        return [self._behind(at, engine, request) for at, engine in enumerate(self._engines)]
+
+    def _behind(self, at: int, engine: DraftEngine, request: Request) -> int | None:
+        if not self.speculation.affordable(1 + at):
             return None
-        return self._guarded(engine, partial(engine.behind, request))
-
-    def _chance(self, request: Request, kind: int) -> float:
-        return self.speculation.chance(request.drafts, kind)
-
-    def _chances(self, request: Request, behind: list[int | None]) -> tuple[float, ...]:
-        return tuple(
-            0.0
-            if tokens is None or (tokens > _BEHIND and not self.speculation.may_catch_up(at))
-            else self._chance(request, engine.kind)
-            for at, (engine, tokens) in enumerate(zip(self._engines, behind, strict=True))
-        )
+        tokens = self._guarded(engine, partial(engine.behind, request))
+        late = tokens is not None and tokens > _BEHIND
+        return None if late and not self.speculation.may_catch_up(at) else tokens
 
     def _catch_up(self, at: int, request: Request) -> None:
         engine, began = self._engines[at], time.perf_counter()
         self._guarded(engine, partial(engine.catch_up, request))
-        self.speculation.caught_up(at, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._spent += seconds
+        self.speculation.caught_up(at, seconds)
 
     def _propose(self, at: int, requests: list[Request], lengths: list[int]) -> list[list[int]]:
         engine, began = self._engines[at], time.perf_counter()
         found = self._guarded(engine, partial(engine.propose, requests, lengths))
-        self.speculation.proposed(at, len(requests), max(lengths), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._spent += seconds
+        self.speculation.proposed(at, len(requests), max(lengths), seconds)
         return [[] for _ in requests] if found is None else found
 
     def _guarded(self, engine: DraftEngine, call: Callable[[], _T]) -> _T | None:

@@ -9,14 +9,15 @@ import numpy as np
 from attrs import Factory, define, evolve, field
 from numpy.typing import NDArray
 
+from mer.engine.acceptance import Acceptance
 from mer.engine.constraint import Constraint
-from mer.engine.draft import Draft, Drafter
+from mer.engine.draft import Draft, Drafter, Watched
 from mer.engine.mailbox import Mailbox
 from mer.engine.outputs import Delta, FinishReason, Timings, TokenLogprob, Usage
 from mer.engine.params import SamplingParams
 from mer.engine.sampling import Sampled, Sampler, with_logprobs
 from mer.engine.scheduler import Sequence
-from mer.engine.speculation import Record
+from mer.engine.speculation import LOOKUP
 from mer.engine.stats import StepStats
 from mer.model.detokenizer import Detokenizer
 from mer.model.stopping import StopStrings
@@ -76,8 +77,8 @@ class Request(Job):
 
     drafter: prompt lookup, None: not for this one. engines: whether draft engines may draft for it. drafts:
     what became of what was drafted. drafted, accepted: tokens of drafts that were verified, and those that
-    were right. draft_experts: that drafted tokens wanted, and no others of their steps. draft_kind: of the
-    last draft.
+    were right. draft_experts: that drafted tokens wanted, and no others of their steps. draft_source: of the
+    last draft, draft_kind: as Acceptance counts. watched: what prompt lookup found and no step verified.
     """
 
     params: SamplingParams
@@ -88,11 +89,13 @@ class Request(Job):
     constraint: Constraint | None = None
     drafter: Drafter | None = None
     engines: bool = False
-    drafts: Record = Factory(Record)
+    drafts: Acceptance = Factory(Acceptance)
+    watched: Watched | None = None
     drafted: int = 0
     accepted: int = 0
     draft_experts: int = 0
     draft_kind: int = 0
+    draft_source: int = LOOKUP
     _detokenizer: Detokenizer | None = field(init=False)
     _stops: StopStrings = field(init=False)
     _end_ids: frozenset[int] = field(init=False)

@@ -349,8 +349,11 @@ class Runner:
             states=np.array(states, np.int32) if states else None,
         )
         try:
+            learns = self._likely is not None and self._early_reader is not None
+            self._forward.keep_routes = learns or any(chunk.draft for chunk in chunks)
             logits = self._forward.step(batch)
-            self._learn(batch.tokens)
+            if learns:
+                self._learn(batch.tokens)
             reads = self.reader.stats()["ops"]
             if reads != self._reads:
                 self._unchanged.check()
@@ -374,9 +377,8 @@ class Runner:
 
     def _learn(self, tokens: NDArray[np.int32]) -> None:
         likely, routes = self._likely, self._forward.routes
-        if likely is None or routes is None or len(tokens) > routes.shape[1] or self._early_reader is None:
-            return
-        likely.learn(tokens, routes)
+        if likely is not None and routes is not None and len(tokens) <= routes.shape[1]:
+            likely.learn(tokens, routes)
 
     @property
     def _early_reader(self) -> Prefetcher | None:

@@ -1,43 +1,39 @@
 """How many drafted tokens a step verifies: by what drafts were worth and what steps cost so far.
 
 A step over more tokens takes longer: there is more to compute, and each token routes to experts of its own,
-which may have to be read. So both sides are measured: of drafts, how often the next token was the drafted
-one; of steps, the seconds by the number of tokens; of draft engines, the seconds that a token takes them.
+which may have to be read. So both sides are measured: of drafts, how often their tokens were right; of steps,
+the seconds by the number of tokens; of draft engines, the seconds that a token takes them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
+from collections.abc import Sequence
 from typing import Final
 
-from attrs import define, field, frozen
+from attrs import define, frozen
 
-MOST_DRAFTED: Final = 8  # tokens of one request in one step
-
-# Kinds of drafts: prompt lookup has one for each length of what stood there before, the longest is 0.
-LOOKUPS: Final = 3
-DRAFT_MODEL: Final = 3
-TIED: Final = 4
-
-_MEMORY: Final = 0.97  # of what drafts were worth, what is left after one more
-_BELIEF: Final = 4.0  # drafted tokens that the first guess of a chance is worth
-_FIRST: Final = (0.7, 0.5, 0.4, 0.7, 0.7)  # that guess, by kind of draft
-_LATEST: Final = 5  # measurements of a step, whose median counts
-_FORGOTTEN: Final = 100  # steps until a price is tried anew: what was dear in a cold cache, or by accident
-_SLOPE: Final = 0.6  # one more token, in steps of one token, as long as nothing else is known
+_LATEST: Final = 7  # measurements of a step, whose median counts
+_FORGOTTEN: Final = 200  # steps until a price is tried anew: what was dear in a cold cache, or by accident
+_SLOPE: Final = 0.4  # one more token, in steps of one token, as long as nothing else is known
+_MOVED: Final = 0.02  # a median that changed by less changes nothing
 _WORTH: Final = 1.03  # a step with drafts must look this much better than one without
 _REFRESH: Final = 32  # steps until one without drafts is measured again
-# An engine that was left alone for so many steps is tried anew with so many short drafts, as a few unlucky
-# ones may have silenced it. Each time it is left alone for twice as long, up to a bound.
+# An engine is tried with so many short drafts. One that was left alone for so many steps is tried anew, as a
+# few unlucky ones may have silenced it. Each time it is left alone for twice as long, up to a bound.
 _PAUSE: Final = 64
 _LONGEST_PAUSE: Final = 4096
 _PROBES: Final = 8
 # A draft that took so many times as long as usual: somebody else had the processor meanwhile.
 _ACCIDENT: Final = 2.0
-# What may be lost: so many plain steps at first, and this part of the time that they take.
-_TRIES: Final = 4.0
-_LOSS: Final = 0.01
+# What may be lost, by prompt lookup and by all engines: so many plain steps at once, and this part of the
+# time that they take. So an answer of 128 tokens can lose 2 %, and all of them together 1 %.
+_TRIES: Final = (1.25, 1.25)
+_LOSS: Final = (0.005, 0.005)
+_GAINED: Final = 8.0  # of what was gained, as much may be lost at once
+_EARNING: Final = 8  # plain steps of which that is counted at once
+
+LOOKUP: Final = 0  # of what drafts come from; engines follow
 
 
 class Costs:
@@ -48,40 +44,59 @@ class Costs:
         self._latest: dict[int, deque[float]] = {}
         self._at: dict[int, int] = {}
         self._steps = 0
+        self._next = _FORGOTTEN  # when something may be forgotten
+        self._curve: list[float] = []  # by tokens, as far as anybody has asked
 
     def observe(self, tokens: int, seconds: float) -> None:
         self.age()
-        latest = self._latest.setdefault(tokens, deque(maxlen=_LATEST))
+        latest = self._latest.get(tokens)
+        if latest is None:
+            latest = self._latest[tokens] = deque(maxlen=_LATEST)
+            if self._seconds:  # the first one may touch memory that no other has
+                latest.append(self(tokens))
         latest.append(seconds)
-        self._seconds[tokens] = median(latest)
         self._at[tokens] = self._steps
+        middle, known = sorted(latest)[(len(latest) - 1) // 2], self._seconds.get(tokens, 0.0)
+        if abs(middle - known) > _MOVED * known:
+            self._seconds[tokens] = middle
+            self._curve.clear()
 
     def age(self) -> None:
         """One more step: what was measured long ago is forgotten."""
         self._steps += 1
+        if self._steps <= self._next:
+            return
         for old in [each for each, at in self._at.items() if self._steps - at > _FORGOTTEN]:
             del self._seconds[old], self._latest[old], self._at[old]
+            self._curve.clear()
+        self._next = min(self._at.values(), default=self._steps) + _FORGOTTEN
 
     def __contains__(self, tokens: int) -> bool:
         return tokens in self._seconds
 
     def __call__(self, tokens: int) -> float:
-        """Of a step of so many. Needs one measurement."""
-        known = sorted(self._seconds)
-        below = [each for each in known if each <= tokens]
-        above = [each for each in known if each >= tokens]
-        if below and above:
-            low, high = below[-1], above[0]
-            share = (tokens - low) / (high - low) if high > low else 0.0
-            return self._seconds[low] + share * (self._seconds[high] - self._seconds[low])
-        near = below[-1] if below else above[0]
-        return max(self._seconds[near] + self._slope(known) * (tokens - near), 0.0)
+        """Of a step of so many; 0 where nothing was measured."""
+        return self._seconds[tokens] if tokens in self._seconds else self.curve(tokens)[tokens]
 
-    def guess(self, tokens: int) -> float:
-        """The same; nothing where nothing was measured, so that it is tried."""
-        return self(tokens) if self._seconds else 0.0
+    def curve(self, most: int) -> list[float]:
+        """Of steps of 0, 1, ..., at least `most` tokens; 0 where nothing was measured."""
+        if len(self._curve) <= most:
+            known = sorted(self._seconds)
+            if not known:
+                return [0.0] * (most + 1)
+            slope = self._slope(known)
+            low, at = known[0], self._seconds[known[0]]
+            curve = [max(at - slope * (low - tokens), 0.0) for tokens in range(low)]
+            for high in known[1:]:
+                step = (self._seconds[high] - at) / (high - low)
+                curve += [at + step * more for more in range(high - low)]
+                low, at = high, self._seconds[high]
+            curve += [at + slope * more for more in range(most + 1 - low)]
+            self._curve = curve or [at]
+        return self._curve
 
     def _slope(self, known: list[int]) -> float:
+        """Seconds of one more token, beyond what was measured."""
         first, last = known[0], known[-1]
         if first == last:
             return _SLOPE * self._seconds[first] / first
@@ -89,37 +104,40 @@ class Costs:
 
 
 @define
-class Record:
-    """What became of a request's drafts, by kind."""
+class Ledger:
+    """Gains and losses of drafts, beside what plain steps take, seconds.
 
-    tried: list[float] = field(factory=lambda: [0.0] * len(_FIRST))
-    right: list[float] = field(factory=lambda: [0.0] * len(_FIRST))
-    belief: list[float] = field(factory=lambda: [_BELIEF] * len(_FIRST))  # left of it
+    tries: what may be lost at once, plain steps. part: of their time, that may be lost in the long run. left,
+    saved: what is left of both. Once it was used up nothing is tried until there is enough for something.
+    """
 
-    def chance(self, kind: int, first: float | None = None) -> float:
-        """That the next drafted token is the one that comes, when all before it were. first: as guessed."""
-        guess = _FIRST[kind] if first is None else first
-        belief = self.belief[kind]
-        return (self.right[kind] + belief * guess) / (self.tried[kind] + belief)
+    tries: float
+    part: float
+    left: float = 0.0
+    saved: float = 0.0
+    is_open: bool = True
 
-    def note(self, kind: int, drafted: int, accepted: int) -> None:
-        """Those behind the first wrong one say nothing."""
-        tried = min(accepted + 1, drafted)
-        keep = _MEMORY**tried
-        self.tried[kind] = self.tried[kind] * keep + tried
-        self.right[kind] = self.right[kind] * keep + accepted
-        self.belief[kind] *= keep
+    def gain(self, seconds: float, plain: float) -> None:
+        """By drafts. plain: what a plain step takes. One long wrong draft does not silence others for ever."""
+        most = self.tries * plain
+        self.saved += seconds
+        self.left = min(max(self.left + seconds, -most), self.saved, _GAINED * plain)
+        self.is_open = self.left >= (0.0 if self.is_open else 0.5 * most)
+
+    def earn(self, seconds: float, plain: float) -> None:
+        """Plain steps took so long."""
+        self.gain(min(self.part * seconds, max(self.tries * plain - self.left, 0.0)), plain)
 
 
 @frozen
 class Offer:
-    """What can be drafted of one sequence: the chance of each next token to be right, 0 where there is none.
+    """What can be drafted of one sequence: see Acceptance.chances, empty where there is nothing.
 
     lookup: of the draft that prompt lookup has found. engines: of what each engine would draft, in order.
     """
 
-    lookup: float
-    engines: tuple[float, ...] = ()
+    lookup: tuple[float, ...]
+    engines: tuple[tuple[float, ...], ...] = ()
 
 
 @frozen
@@ -130,12 +148,25 @@ class Choice:
     engine: int | None
 
 
+@frozen
+class Verdict:
+    """Of one sequence's draft: where it came from (LOOKUP or 1 + engine), its tokens, how many were right."""
+
+    source: int
+    drafted: int
+    right: int
+
+
+_NONE: Final = Choice(0, None)
+
+
 class Speculation:
     """Decides for steps that compute answers alone. Pure arithmetic.
 
-    Whatever it believes, it can't lose more than a hundredth of the time beyond its first tries: gains and
-    losses of steps with drafts, beside what plain ones took, are added up with what drafting itself took,
-    and where they are used up nothing is drafted until plain steps have earned a little.
+    Whatever it believes, it can't lose more than a hundredth of the time beyond its first tries: prompt
+    lookup and each engine have a ledger, of gains and losses of steps with their drafts beside what plain
+    ones took, and of the time that drafting takes. Whose is used up drafts nothing until plain steps have
+    earned a little for it.
     """
 
     def __init__(self, engines: int = 0) -> None:
@@ -148,36 +179,22 @@ class Speculation:
         self._proposed = [False] * engines
         self._silent = [0] * engines  # steps since its last draft
         self._pause = [_PAUSE] * engines
-        self._probes = [0] * engines  # short drafts that are left to try it with
-        self._all = Record()
-        # What may be lost: at once, and in all.
-        self._balance = 0.0
-        self._saved = 0.0
-        self._begun = False
-        self._affordable, self._enough = True, 0.0
+        self._probes = [_PROBES] * engines  # short drafts that are left to try it with
+        self._ledgers = [
+            Ledger(_TRIES[0], _LOSS[0]),
+            *(Ledger(_TRIES[1] / engines, _LOSS[1] / engines) for _ in range(engines)),
+        ]
+        self._plain = 0.0  # seconds of the last plain step; 0: there was none
         self._since_plain = 0
+        self._unearned = 0.0  # seconds of plain steps that no ledger has seen
 
-    def chance(self, record: Record, kind: int) -> float:
-        """That a drafted token of this kind is right, for the request with this record."""
-        return record.chance(kind, (_FIRST[kind] + self._all.chance(kind)) / 2)
-
-    def note(self, record: Record, kind: int, drafted: int, accepted: int) -> None:
-        """What became of a draft of the request with this record."""
-        for each in (record, self._all):
-            each.note(kind, drafted, accepted)
-
-    @property
-    def affordable(self) -> bool:
-        """Whether there is time to spend on what engines need before they can draft.
-
-        Once it was used up not before there is enough for a draft, too: else that alone would use it up.
-        """
-        self._affordable = self._balance >= (0.0 if self._affordable else self._enough)
-        return self._affordable
+    def affordable(self, source: int) -> bool:
+        """Whether there is time to lose by what comes from there."""
+        return self._ledgers[source].is_open
 
     def ready(self, sequences: int) -> bool:
-        """Whether the next step, of so many sequences, may verify drafts: else there is no need to look."""
-        return sequences in self._costs and self._since_plain < _REFRESH and self._balance >= 0.0
+        """Whether the next step, of so many sequences, may verify drafts."""
+        return sequences in self._costs and self._since_plain < _REFRESH
 
     def choose(self, offers: list[Offer], room: int) -> list[Choice]:
         """What to verify of each sequence in the next step: 0 to MOST_DRAFTED tokens, `room` in all.
@@ -187,23 +204,27 @@ class Speculation:
         """
         n = len(offers)
         if not self.ready(n):
-            return [Choice(0, None)] * n
+            return [_NONE] * n
         for each in range(len(self._prices)):
             if room >= n and any(offer.engines[each] for offer in offers) and self._due(each):
-                return [Choice(1, each) if offer.engines[each] else Choice(0, None) for offer in offers]
-        rate, take, wanted, engine = self._best(offers, None, room)
+                return [Choice(1, each) if offer.engines[each] else _NONE for offer in offers]
+        rate, lengths = self._best([offer.lookup for offer in offers], [False] * n, None, room)
+        found = [Choice(length, None) for length in lengths]
         for each in range(len(self._prices)):
-            if any(offer.engines[each] > offer.lookup for offer in offers):
-                found = self._best(offers, each, room)
-                if found[0] > rate:
-                    rate, take, wanted, engine = found
-        lengths = [0] * n
-        for _, _, at in wanted[:take]:
-            lengths[at] += 1
-        return [
-            Choice(length, engine if engine is not None and offer.engines[engine] > offer.lookup else None)
-            for length, offer in zip(lengths, offers, strict=True)
-        ]
+            better = [_worth(offer.engines[each]) > _worth(offer.lookup) for offer in offers]
+            if any(better):
+                chains = [
+                    offer.engines[each] if asked else offer.lookup
+                    for offer, asked in zip(offers, better, strict=True)
+                ]
+                other, lengths = self._best(chains, better, each, room)
+                if other > rate:
+                    rate = other
+                    found = [
+                        Choice(length, each if asked else None)
+                        for length, asked in zip(lengths, better, strict=True)
+                    ]
+        return found
 
     def _due(self, engine: int) -> bool:
         """Whether it is to be tried anew."""
@@ -214,92 +235,110 @@ class Speculation:
         return self._probes[engine] > 0
 
     def _best(
-        self, offers: list[Offer], engine: int | None, room: int
-    ) -> tuple[float, int, list[tuple[float, int, int]], int | None]:
-        """(Tokens per second, how many of the wanted ones, (chance, depth, sequence) of all, engine)."""
-        n = len(offers)
-        made = [0.0 if engine is None else offer.engines[engine] for offer in offers]
+        self, chains: list[tuple[float, ...]], asked: list[bool], engine: int | None, room: int
+    ) -> tuple[float, list[int]]:
+        """(Tokens per second, how many of each chain). asked: whose is the engine's."""
+        n = len(chains)
+        lengths = [0] * n
+        most = min(room, sum(map(len, chains)))
+        seconds = self._costs.curve(n + most)
+        expected, best, take = float(n), _WORTH * n / seconds[n], 0
+        if not most or n + sum(map(sum, chains)) <= best * seconds[n + 1]:
+            return best, lengths
         # Each next token of a draft is wanted less than the one before: the best first, and all that pay.
-        wanted = sorted(
-            (
-                (max(offer.lookup, other) ** depth, depth, at)
-                for at, (offer, other) in enumerate(zip(offers, made, strict=True))
-                for depth in range(1, MOST_DRAFTED + 1)
-                if offer.lookup > 0.0 or other > 0.0
-            ),
-            key=lambda each: -each[0],
-        )
-        expected, best, take = float(n), _WORTH * n / self._costs(n), 0
-        deepest, asked = 0, 0
+        wanted = [
+            (chance, depth, at) for at, chain in enumerate(chains) for depth, chance in enumerate(chain, 1)
+        ]
+        if n > 1:
+            wanted.sort(key=lambda each: (-each[0], each[1]))
+        deepest = texts = 0
         for count, (chance, depth, at) in enumerate(wanted[:room], 1):
             expected += chance
-            if made[at] > offers[at].lookup:
-                deepest = max(deepest, depth)
-                asked += depth == 1
-            seconds = self._costs(n + count)
-            if engine is not None and asked:
-                seconds += deepest * self._prices[engine].guess(asked)
-            if expected / seconds > best:
-                best, take = expected / seconds, count
-        return best, take, wanted, engine
+            took = seconds[n + count]
+            if engine is not None:
+                if asked[at]:
+                    deepest = max(deepest, depth)
+                    texts += depth == 1
+                if texts:
+                    took += deepest * self._prices[engine](texts)
+            if expected > best * took:
+                best, take = expected / took, count
+        for _, _, at in wanted[:take]:
+            lengths[at] += 1
+        return best, lengths
 
     def may_catch_up(self, engine: int) -> bool:
         """Whether there is time for an engine to look at what it is behind.
 
         The first time there is: what it is worth can't be known before. That belongs to warming up.
         """
-        return self._saved > 0.0 or not self._proposed[engine]
+        return self._ledgers[1 + engine].saved > 0.0 or not self._proposed[engine]
 
     def caught_up(self, engine: int, seconds: float) -> None:
         """It took so long to."""
         if self._proposed[engine]:
-            self.spend(seconds)
+            self.spend(1 + engine, seconds)
 
     def proposed(self, engine: int, sequences: int, depth: int, seconds: float) -> None:
         """It took so long to draft `depth` tokens of each of so many sequences."""
         if self._proposed[engine]:  # the first time its weights may not be in memory yet: that is warming up
             prices = self._prices[engine]
             prices.observe(sequences, seconds / depth)
-            self.spend(min(seconds, _ACCIDENT * depth * prices(sequences)))
+            self.spend(1 + engine, min(seconds, _ACCIDENT * depth * prices(sequences)))
         self._proposed[engine] = True
         self._silent[engine] = 0
         self._probes[engine] = max(self._probes[engine] - 1, 0)
 
-    def spend(self, seconds: float) -> None:
-        """Drafting took so long."""
-        self._gain(-seconds)
+    def spend(self, source: int, seconds: float) -> None:
+        """What comes from there took so long to make."""
+        self._ledgers[source].gain(-seconds, self._plain)
 
     def observe(
-        self, sequences: int, drafted: int, accepted: int, seconds: float, *, alone: bool = True
+        self, sequences: int, seconds: float, verdicts: Sequence[Verdict] = (), *, alone: bool = True
     ) -> None:
-        """A step computed the next token of so many, verified drafted tokens, and took `seconds`.
+        """A step computed the next token of so many and verified drafts, and took `seconds`.
 
         alone: it computed no prompts, beside which nothing is verified.
         """
         if not alone:
-            self._gain(_LOSS * seconds)
+            self._earn(seconds)
             return
-        plain = self._costs(sequences) if sequences in self._costs else seconds
-        if not self._begun:
-            self._begun = True
-            self._gain(_TRIES * seconds)
-        # To verify takes no longer than to compute each by itself; what is above that is some accident.
-        seconds = min(seconds, plain * (sequences + drafted) / sequences) if drafted else seconds
-        self._costs.observe(sequences + drafted, seconds)
+        drafted = right = 0
+        for verdict in verdicts:
+            drafted += verdict.drafted
+            right += verdict.right
         for prices in self._prices:
             prices.age()
-        self._silent = [steps + 1 for steps in self._silent]
-        if drafted:
-            self.drafted += drafted
-            self.accepted += accepted
-            self._since_plain += 1
-            self._gain(plain + accepted * plain / sequences - seconds)
-        else:
+        if self._silent:
+            self._silent = [steps + 1 for steps in self._silent]
+        if not drafted:
+            self._costs.observe(sequences, seconds)
             self._since_plain = 0
-            self._gain(_LOSS * seconds)
-        self._balance = min(self._balance, _TRIES * plain)
-        self._enough = plain
+            if not self._plain:
+                for ledger in self._ledgers:
+                    ledger.gain(ledger.tries * seconds, seconds)
+            self._plain = self._costs(sequences)
+            self._unearned += seconds
+            if self._unearned > _EARNING * self._plain:
+                self._earn(self._unearned)
+                self._unearned = 0.0
+            return
+        plain = self._costs(sequences) if sequences in self._costs else seconds
+        # To verify takes no longer than to compute each by itself; what is above that is some accident.
+        seconds = min(seconds, plain * (sequences + drafted) / sequences)
+        self._costs.observe(sequences + drafted, seconds)
+        self.drafted += drafted
+        self.accepted += right
+        self._since_plain += 1
+        for verdict in verdicts:
+            gained = verdict.right * plain / sequences - (seconds - plain) * verdict.drafted / drafted
+            self._ledgers[verdict.source].gain(gained, plain)
 
-    def _gain(self, seconds: float) -> None:
-        self._saved += seconds
-        self._balance = min(self._balance + seconds, self._saved)
+    def _earn(self, seconds: float) -> None:
+        for ledger in self._ledgers:
+            ledger.earn(seconds, self._plain)
+
+
+def _worth(chain: tuple[float, ...]) -> float:
+    """Of a draft, as much as a short one has."""
+    return sum(chain[:4])

@@ -15,10 +15,10 @@ from mer._ext.kernels import Kernels
 from mer._ext.moe import ExpertStreamer, scratch_bytes
 from mer._ext.uring import Reader
 from mer.config import EngineConfig
+from mer.engine.acceptance import MOST_DRAFTED, TIED
 from mer.engine.draft import DraftShape
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Sequence
-from mer.engine.speculation import MOST_DRAFTED, TIED
 from mer.model.draft_forward import DraftForward
 from mer.model.draft_head import Head, open_head
 from mer.model.families import Architecture, load_head
@@ -178,7 +178,8 @@ class TiedEngine:
     def behind(self, sequence: Sequence) -> int | None:
         """None where no state before its last token is known."""
         text = self._texts.get(sequence)
-        return self._known(sequence, text) or None if text is not None else None
+        known = self._known(sequence, text) if text is not None else 0
+        return known if known > 0 else None
 
     def catch_up(self, sequence: Sequence) -> None:
         """It is never behind by so much."""
@@ -268,10 +269,8 @@ class TiedEngine:
     def observe(self, chunks: list[Chunk], states: Callable[[bool], NDArray[np.float32]] | None) -> None:
         """Keep the last states of each sequence. Behind those that were not kept it begins anew."""
         if states is None:
-            for chunk in chunks:  # what a draft left behind is wrong, or will be missed
-                text = self._texts.get(chunk.sequence)
-                if text is not None:
-                    text.count = max(0, min(text.count, chunk.sequence.computed - text.done))
+            for sequence, text in self._texts.items():  # what a draft left behind is wrong, or will be missed
+                text.count = max(0, min(text.count, sequence.computed - text.done))
             return
         rows, at = states(self._streams), 0
         for chunk in chunks:

@@ -55,6 +55,7 @@ class Worker:
         self._counted = runner.stats
         self.store: PrefixStore | None = None  # changes on the thread, or before there are requests
         self._scheduler = scheduler
+        self._began = 0.0  # the step
         self._pace = Pace(scheduler.step_tokens)
         self._drafting = drafting
         self._most = scheduler.max_running + max_waiting
@@ -166,6 +167,7 @@ class Worker:
                 self._obey(wait=idle and not (self._closing and not self._scheduler))
                 self._expire()
                 self._wake()
+                self._began = time.perf_counter()
                 chunks = self._scheduler.schedule(self._pace.room)
                 for load in self._scheduler.take_loads():
                     self._fetch(load)
@@ -259,11 +261,15 @@ class Worker:
             self._put(job, error)
 
     def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
+        if self._drafting is None:
+            return chunks
         requests = [chunk.sequence for chunk in chunks if isinstance(chunk.sequence, Request)]
         room = self._scheduler.draft_room(chunks)
-        if self._drafting is None or not room or len(requests) < len(chunks):
+        if not room or len(requests) < len(chunks):
             return chunks
         drafts = self._drafting.prepare(requests, room, self._runner.expect)
+        if drafts is None:
+            return chunks
         chunks = self._scheduler.with_drafts(chunks, drafts)
         if any(chunk.draft for chunk in chunks):
             self._runner.expect([token for chunk in chunks for token in chunk.tokens])
@@ -322,7 +328,7 @@ class Worker:
         drawing = time.monotonic_ns()
         embeds = any(isinstance(job, Embedding) for job in jobs)
         hidden = self._runner.hidden() if embeds else logits
-        token = row = accepted = 0
+        token = row = 0
         for job, chunk, (start, n_rows, last) in zip(jobs, chunks, starts, strict=True):
             job.end_step(stats)
             here = slice(token, token + chunk.width)
@@ -331,7 +337,7 @@ class Worker:
                     self._embed(job, start, hidden[here])
                 else:
                     assert isinstance(job, Request)
-                    accepted += self._answer(job, start, logits[row : row + n_rows], chunk.draft, last=last)
+                    self._answer(job, start, logits[row : row + n_rows], chunk.draft, last=last)
             except MerError as error:
                 self._fail([job], error)
             except Exception as error:  # of one answer's tokens or text: the others go on
@@ -341,8 +347,9 @@ class Worker:
         self._wake()
         if self._drafting is not None:
             self._set_back(chunks, [start for start, *_ in starts], self._drafting)
-            drafted = sum(len(chunk.draft) for chunk in chunks)
-            self._drafting.speculation.observe(decoding, drafted, accepted, stats.step_s, alone=not prompt)
+            now = time.perf_counter()
+            self._drafting.end_step(decoding, now - self._began, alone=not prompt)
+            self._began = now
         if self._runner.profile is not None:
             self._runner.profile.span("sampling and text", drawing)
 
@@ -361,7 +368,7 @@ class Worker:
             at += chunk.width
         if spans:
             self._runner.replay(spans)
-            drafting.speculation.spend(time.perf_counter() - began)
+            drafting.replayed(time.perf_counter() - began)
         for chunk in held:
             self._scheduler.commit_state(chunk)
 
@@ -373,12 +380,11 @@ class Worker:
 
     def _answer(
         self, request: Request, start: int, logits: NDArray[np.float32], draft: tuple[int, ...], *, last: bool
-    ) -> int:
-        """How many tokens of the draft were right."""
+    ) -> None:
         if request.wants == "all":
             request.see_prompt(start, logits)
         if not last:
-            return 0
+            return
         right = 0
         request.drafted += len(draft)
         for row in logits[-1 - len(draft) :]:
@@ -395,7 +401,6 @@ class Worker:
             self._drafting.judge(request, len(draft), right)
         if request in self._jobs and not self._closing and request.mailbox.hold_up():
             self._scheduler.pause(request)
-        return right
 
     def _accept(self, request: Request, logits: NDArray[np.float32]) -> None:
         first, before = len(request.tokens) == request.prompt_tokens, request.last_at

@@ -101,8 +101,10 @@ class Forward:
         ] + [False]
         self._views: dict[str, NDArray[Any]] = {}
         self.trace: TraceWriter | None = None
-        # i32 [MoE layers, most tokens, top_k]: the choices of the last step, if it had no more tokens.
+        # i32 [MoE layers, most tokens, top_k]: the choices of the last step, if it had no more tokens and its
+        # choices were to be kept.
         self.routes: NDArray[np.int32] | None = None
+        self.keep_routes = True
         # Whether each layer is told what the next one will probably want.
         self.look_ahead = False
         # Called before each layer: no expert is in use then, and the cache may change its size.
@@ -168,6 +170,9 @@ class Forward:
         if self.spec.embedding_scale != 1.0:
             view["x"] *= np.float32(self.spec.embedding_scale)
         decoder.begin(batch.positions, batch.query_offsets, batch.block_tables, batch.tokens)
+        routes = self.routes if self.keep_routes else None
+        if routes is not None and len(ids) > routes.shape[1]:
+            routes = None
         recurrent = self._recurrent
         if recurrent is not None and batch.states is not None:
             recurrent.begin(batch.query_offsets, batch.states)
@@ -186,8 +191,8 @@ class Forward:
             if self.look_ahead and self._pairs[index] and self._moe.wants_guesses(len(h)):
                 decoder.predict(index + 1)
                 ahead = view["ahead_ids"]
-            if self.routes is not None and len(ids) <= self.routes.shape[1]:
-                self.routes[layer.moe_index, : len(ids)] = ids
+            if routes is not None:
+                routes[layer.moe_index, : len(ids)] = ids
             if self.trace is not None:
                 self.trace.record(layer.moe_index, batch.positions, batch.query_offsets, ids, weights)
             self._moe.forward(layer.moe_index, h, ids, weights, y, ahead)
