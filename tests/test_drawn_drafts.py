@@ -16,7 +16,8 @@ from test_speculation import always  # noqa: F401 (a fixture)
 from mer import SamplingParams
 
 VOCAB, ANSWERS = 12, 400
-PROMPT = [3, 7, 1, 3, 7, 1, 3, 7]
+# Whatever is drawn first stood behind a 7 before.
+PROMPT = [*(token for first in range(VOCAB) for token in (7, first, (5 * first + 4) % VOCAB)), 7]
 PARAMS = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=4, ignore_eos=True)
 
 
