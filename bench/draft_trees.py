@@ -54,7 +54,7 @@ from bench.draft_candidates import (
     rejection,
 )
 from bench.help import help_of
-from bench.speculative import TEXTS
+from bench.speculative import GIVEN
 from mer.demo import model_path
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Sequence
@@ -285,12 +285,11 @@ def main(
         ]
         if temperature:
             drawn[name] = rejection(found, head, texts[name][::4], temperature)
-    for name, prompt in TEXTS.items():
-        if name != "prose":
-            start = np.array([tokenizer.encode(prompt)], np.int32)
-            found, *_ = answers(model, start, start.shape[1] + LENGTH - PROMPT, 0.0)
-            texts[f"{name}, head"] = head.unfold(found, 0, SHARP)
-            texts[f"{name}, prompt lookup"] = look_up(found.tokens[0].tolist(), 0, found.first)
+    for name, (prompt, _) in GIVEN.items():
+        start = np.array([tokenizer.encode(prompt)], np.int32)
+        found, *_ = answers(model, start, start.shape[1] + LENGTH - PROMPT, 0.0)
+        texts[f"{name}, head"] = head.unfold(found, 0, SHARP)
+        texts[f"{name}, prompt lookup"] = look_up(found.tokens[0].tolist(), 0, found.first)
     values = {text: {name: worth(starts, name) for name in SHAPES} for text, starts in texts.items()}
     assert first is not None
     starts = texts["held-out, greedy"]

@@ -1,11 +1,17 @@
-"""What drafting gains: the same greedy answers with it and without, in turns.
+"""What drafting gains: the same answers with it and without, in turns.
 
     python -m bench.speculative MODEL [--draft-model SMALL] [--ram 3GiB] [--cache-experts 25%]
 
 One engine for each way of drafting in one process, of which one computes at a time; each round begins with
-another. Prompts are texts where the model has a tokenizer. Those that bench/make_model.py writes have none
-and count upward, so that token ids can have them quote the prompt, meet nothing that they have seen, or
-always be misled: each two tokens stood in the prompt before, and went on otherwise there.
+another. `wrong` is auto where whatever is drafted, by prompt lookup or an engine, is wrong, and says that it
+is sure: what the worst text could cost. `CPU` is the ratio by processor time, which says something on a busy
+machine, too.
+
+Prose is a greedy answer to text that the bundled model has not seen. Code, JSON and what is quoted from the
+prompt are given: a structure lets one text pass, so each model, even one that can't quote, writes what such
+an answer would be. Models that bench/make_model.py writes have no tokenizer and count upward, so that token
+ids can have them quote the prompt, meet nothing that they have seen, or be misled: each two tokens stood in
+the prompt before, and went on otherwise there.
 """
 
 from __future__ import annotations
@@ -13,11 +19,15 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
+import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, get_args
+from unittest import mock
 
 import click
+from attrs import evolve
 from rich.console import Console
 from rich.table import Table
 
@@ -25,20 +35,86 @@ from bench.help import help_of
 from mer import Engine, EngineConfig, SamplingParams
 from mer.config import Speculate
 from mer.demo import model_path
+from mer.engine import engine as engine_module
+from mer.engine.draft import Draft, DraftEngine
 from mer.engine.outputs import Result
+from mer.engine.structure import Structure
 from mer.errors import MerError
 
-CODE = (
-    "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n\n\ndef mul(a, b):\n    return"
+# The ends of Pride and Prejudice and of Emma, which the bundled model was not trained on.
+HELD_OUT = {
+    "prose": "Happy for all her maternal feelings was the day on which Mrs. Bennet got rid of her two most "
+    "deserving daughters. With what delighted pride she afterwards visited Mrs. Bingley, and talked of Mrs. "
+    "Darcy, may be guessed.",
+    "prose, another": "The wedding was very much like other weddings, where the parties have no taste for "
+    "finery or parade; and Mrs. Elton, from the particulars detailed by her husband, thought it all "
+    "extremely shabby, and very inferior to her own.",
+}
+PASSAGE = (
+    "It was late in the autumn when the ship came home, and the whole town went down to the harbour to see "
+    "it. The captain stood upon the deck, with his hat in his hand, and looked for his wife among the "
+    "people; but she had been told that he was lost, and had gone to live with her sister in the country."
 )
-JSON = '[{"name": "Ann", "age": 31}, {"name": "Bob", "age": 24}, {"name": "Eve", "age": 57}, {"name": "Joe", '
-PROSE = (
-    "It was late in the autumn when the ship came home, and the whole town went down to the harbour to see"
-)
-TEXTS = {"prose": PROSE, "code": CODE, "JSON": JSON, "quoting": f"{PROSE} it. {PROSE} it. {PROSE[:40]}"}
 
 
-def counting(length: int) -> dict[str, str | list[int]]:
+def _function(name: str, sign: str) -> str:
+    return f"def {name}(a, b):\n    return a {sign} b\n\n\n"
+
+
+def _person(name: str, age: int, town: str) -> str:
+    return f'{{"name": "{name}", "age": {age}, "town": "{town}"}},\n '
+
+
+# A prompt, and the answer that is let pass.
+GIVEN = {
+    "code": (
+        "".join(map(_function, ("add", "sub"), "+-")),
+        "".join(map(_function, ("mul", "div", "mod", "power"), ("*", "/", "%", "**"))),
+    ),
+    "JSON": (
+        "[" + "".join(map(_person, ("Ann", "Bob", "Eve"), (31, 24, 57), ("London", "Bath", "Lyme"))),
+        "".join(
+            map(
+                _person,
+                ("Joe", "Kate", "Tom", "Mary"),
+                (42, 19, 33, 28),
+                ("Bath", "London", "Lyme", "London"),
+            )
+        ),
+    ),
+    "quoting": (f"{PASSAGE}\n\n", PASSAGE),
+}
+TEXTS = HELD_OUT | {name: prompt for name, (prompt, _) in GIVEN.items()}
+
+
+class Wrong:
+    """In place of prompt lookup: tokens that do not come, behind what looks like a long match."""
+
+    vocab = 1
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+
+    def propose(self, most: int) -> Draft | None:
+        last = self._tokens[-1] + 31 * len(self._tokens)
+        return Draft([(7919 * (last + 13 * i) + 1) % self.vocab for i in range(most)], 0)
+
+
+class WrongEngine:
+    """A draft engine that says another token each time."""
+
+    def __init__(self, engine: DraftEngine, vocab: int) -> None:
+        self._engine, self._vocab = engine, vocab
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def propose(self, sequences: Sequence[Any], lengths: list[int]) -> list[list[int]]:
+        found = self._engine.propose(sequences, lengths)
+        return [[(token + 1) % self._vocab for token in draft] for draft in found]
+
+
+def counting(length: int) -> dict[str, list[int]]:
     """Prompts of token ids for a model that counts upward, for answers of that length."""
     first = 1000
     answer = list(range(first, first + length + 16))
@@ -50,28 +126,53 @@ def counting(length: int) -> dict[str, str | list[int]]:
     }
 
 
+async def opened(
+    stack: AsyncExitStack, path: Path, mode: str, drafts: dict[str, Any], settings: dict[str, Any]
+) -> Engine:
+    how: Any = "auto" if mode == "wrong" else mode
+    more = drafts if how in ("draft", "auto") else {}
+    engine = await stack.enter_async_context(
+        Engine.open(path, EngineConfig(**settings, **more, speculate=how))
+    )
+    if mode == "wrong":
+        Wrong.vocab = engine.spec.vocab
+        drafting = engine._drafting
+        assert drafting is not None
+        drafting._engines = [WrongEngine(each, engine.spec.vocab) for each in drafting._engines]
+    return engine
+
+
+async def ask(engine: Engine, mode: str, prompt: str | list[int], params: SamplingParams) -> dict[str, Any]:
+    """One answer, and what it took."""
+    drafter = Wrong if mode == "wrong" else engine_module.NgramDrafter
+    began = time.process_time()
+    with mock.patch.object(engine_module, "NgramDrafter", drafter):
+        result = await engine.generate(prompt, params)
+    return {"result": result, "cpu_s": time.process_time() - began}
+
+
 async def measure(
-    path: Path, modes: list[Speculate], tokens: int, rounds: int, drafts: dict[str, Any], **settings: Any
+    path: Path, modes: list[str], tokens: int, rounds: int, drafts: dict[str, Any], **settings: Any
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """By prompt and mode, what each round gave. drafts: settings of those modes that use draft engines."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     async with AsyncExitStack() as stack:
-        engines: dict[str, Engine] = {}
-        for mode in modes:
-            more = drafts if mode in ("draft", "auto") else {}
-            config = EngineConfig(**settings, **more, speculate=mode)
-            engines[mode] = await stack.enter_async_context(Engine.open(path, config))
+        engines = {mode: await opened(stack, path, mode, drafts, settings) for mode in modes}
         prompts = counting(tokens) if engines["off"].tokenizer is None else TEXTS
         for name, prompt in prompts.items():
             found[name] = {mode: [] for mode in modes}
+            params = greedy
+            if prompts is TEXTS and name in GIVEN:
+                params = evolve(greedy, structure=Structure.choice([GIVEN[name][1]]))
             for number in range(rounds + 1):
                 answers: dict[str, Result] = {}
                 first = number % len(modes)
                 for mode in modes[first:] + modes[:first]:
-                    answers[mode] = await engines[mode].generate(prompt, params)
+                    got = await ask(engines[mode], mode, prompt, params)
+                    answers[mode] = got["result"]
                     if number:  # the first one fills the cache
-                        found[name][mode].append(numbers(answers[mode]))
+                        found[name][mode].append(numbers(**got))
                 for mode, answer in answers.items():
                     if answer.token_ids != answers["off"].token_ids:
                         raise click.ClickException(
@@ -80,10 +181,11 @@ async def measure(
     return found
 
 
-def numbers(result: Result) -> dict[str, Any]:
+def numbers(result: Result, cpu_s: float) -> dict[str, Any]:
     timings, count = result.timings, len(result.token_ids)
     return {
         "tokens_per_s": (count - 1) / timings.decode_s,
+        "tokens_per_cpu_s": count / cpu_s,
         "drafted": timings.drafted,
         "accepted": timings.accepted,
         "draft_experts": timings.draft_experts,
@@ -100,7 +202,7 @@ def median(runs: list[dict[str, Any]], key: str) -> float:
 @click.argument("model", type=click.Path(exists=True, path_type=Path), default=model_path())
 @click.option(
     "--modes",
-    default="off,ngram,draft,auto",
+    default="off,ngram,draft,auto,wrong",
     show_default=True,
     help="Beside off, which is always measured. draft needs a head or a draft model.",
 )
@@ -124,22 +226,20 @@ def main(
 ) -> None:
     given = {name: value for name, value in settings.items() if value is not None}
     asked = modes.split(",")
-    unknown = set(asked) - set(get_args(Speculate))
+    known = [*get_args(Speculate), "wrong"]
+    unknown = set(asked) - set(known)
     if unknown:
         raise click.BadParameter(f"no such mode: {', '.join(sorted(unknown))}", param_hint="--modes")
     named = {"draft_model": draft_model, "draft_head": draft_head}
     drafts = {name: value for name, value in named.items() if value is not None}
-    ways: list[Speculate] = [
-        "off",
-        *(mode for mode in get_args(Speculate) if mode in asked and mode != "off"),
-    ]
+    ways = ["off", *(mode for mode in asked if mode != "off")]
     try:
         found = asyncio.run(measure(model, ways, tokens, rounds, drafts, **given))
     except MerError as error:
         raise click.ClickException(str(error)) from error
-    table = Table("prompt", "drafts", "tokens/s", "ratio", "accepted", "tokens/pass", "read/token")
+    table = Table("prompt", "drafts", "tokens/s", "ratio", "CPU", "accepted", "tokens/pass", "read/token")
     for name, by_mode in found.items():
-        plain = median(by_mode["off"], "tokens_per_s")
+        plain, plain_cpu = (median(by_mode["off"], key) for key in ("tokens_per_s", "tokens_per_cpu_s"))
         for mode, runs in by_mode.items():
             drafted = sum(run["drafted"] for run in runs)
             accepted = sum(run["accepted"] for run in runs)
@@ -149,7 +249,8 @@ def main(
                 mode,
                 f"{speed:.1f}",
                 f"{speed / plain:.2f}",
-                f"{accepted} of {drafted}" if drafted else "",
+                f"{median(runs, 'tokens_per_cpu_s') / plain_cpu:.2f}",
+                f"{accepted / drafted:.0%} of {drafted / len(runs):.0f}" if drafted else "",
                 f"{median(runs, 'tokens_per_pass'):.2f}",
                 f"{median(runs, 'read_per_token') / 2**20:.2f} MiB",
             )

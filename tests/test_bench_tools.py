@@ -314,3 +314,4 @@ def test_drafting_is_measured(tmp_path):
     assert set(found) == set(speculative.TEXTS)
     assert all(run["tokens_per_s"] > 0 for modes in found.values() for runs in modes.values() for run in runs)
     assert not any(run["drafted"] for modes in found.values() for run in modes["off"])
+    assert not any(run["accepted"] for modes in found.values() for run in modes["wrong"])

@@ -229,14 +229,14 @@ async def test_its_errors_are_nobodys_failure(error, tmp_path, always, monkeypat
         def step(self, chunks):
             if self is model._runner:
                 calls.append(chunks)
-                if len(calls) > 12:
+                if len(calls) > 24:
                     raise error
             return compute(self, chunks)
 
         monkeypatch.setattr(Runner, "step", step)
         with caplog.at_level(logging.WARNING, "mer"):
             assert await ask(engine, [prompt(9), prompt(40)], GREEDY) == expected
-        assert len(calls) == 13
+        assert len(calls) == 25
         drafted = always[0].drafted
         assert await ask(engine, [prompt(9)], GREEDY) == expected[:1]
         assert always[0].drafted == drafted > 0

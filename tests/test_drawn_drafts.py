@@ -62,5 +62,5 @@ async def test_the_distribution_is_the_models(kind, model, always):  # noqa: F81
         statistic = float(((seen - expected) ** 2 / expected).sum())
         freedom = len(likely) - 1
         assert freedom > 3
-        # Seeds are fixed: what is drawn is the same in each run. Mean and 3 standard deviations of chi-square.
+        # Mean and 3 standard deviations of chi-square. Seeds are fixed: each run draws the same.
         assert statistic < freedom + 3 * (2 * freedom) ** 0.5

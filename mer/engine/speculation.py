@@ -118,7 +118,7 @@ class Ledger:
     is_open: bool = True
 
     def gain(self, seconds: float, plain: float) -> None:
-        """By drafts. plain: what a plain step takes. One long wrong draft does not silence others for ever."""
+        """By drafts. plain: what a plain step takes. One long wrong draft silences nobody for ever."""
         most = self.tries * plain
         self.saved += seconds
         self.left = min(max(self.left + seconds, -most), self.saved, _GAINED * plain)
