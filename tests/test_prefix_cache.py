@@ -119,10 +119,16 @@ async def test_a_preempted_one_finds_its_own_blocks(model, logits):
             expected.append((await engine.generate(ids, LOGGED)).token_ids)
     computed = {}
     for cached in (False, True):
-        async with opened(model, context=112, prefix_cache=cached) as engine:
+        # Both begin in one step, and grow to nine blocks, of seven.
+        async with opened(model, context=112, prefix_cache=cached, speculate="off") as engine:
             steps = Steps()
             engine.observe(steps)
-            found = await asyncio.gather(*(engine.generate(ids, LOGGED) for ids in prompts))
+            engine.pause()
+            asked = [asyncio.create_task(engine.generate(ids, LOGGED)) for ids in prompts]
+            while engine.snapshot().waiting < len(asked):  # noqa: ASYNC110 (it happens elsewhere)
+                await asyncio.sleep(0.001)
+            engine.resume()
+            found = await asyncio.gather(*asked)
             computed[cached] = steps.tokens
             assert engine.snapshot().preemptions > 0
             assert [each.usage.cached_tokens for each in found] == [0, 0], "its own do not count"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
+from typing import Any, cast
 
 import attrs
 import numpy as np
@@ -16,7 +17,9 @@ from oracle.make_checkpoints import make
 
 from mer import Engine, QueueFullError, RequestTimeoutError, SamplingParams, Structure
 from mer.engine.mailbox import FULL
+from mer.engine.request import Embedding
 from mer.engine.sampling import Sampler
+from mer.engine.stats import StepStats
 from mer.errors import RequestError, TooLongError
 
 
@@ -416,3 +419,14 @@ async def test_a_prompt_of_too_many_tokens_is_refused_before_they_are_a_list(tmp
         assert made == []
         await engine.generate("word", params(max_tokens=1))
         assert len(made) == 1
+
+
+def test_a_job_has_the_steps_that_it_took_part_in() -> None:
+    """It was paused twice, and others' steps went on."""
+    job = Embedding(tokens=[1], id=0, mailbox=cast(Any, None))
+    total = StepStats()
+    for step, here in enumerate((0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0)):
+        before, total = total, total + StepStats(hits=10**step)
+        if here:
+            job.end_step(before, total)
+    assert job.steps == StepStats(hits=1_110_010_110)

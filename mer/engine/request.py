@@ -37,7 +37,9 @@ class Job(Sequence):
     timeout: float | None = None
     asked_at: float = Factory(time.perf_counter)
     started_at: float | None = None
-    steps: StepStats = Factory(StepStats)
+    _earlier: StepStats = Factory(StepStats)
+    _since: StepStats | None = None
+    _until: StepStats | None = None
     prompt_tokens: int = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -45,9 +47,22 @@ class Job(Sequence):
         if self.timeout is not None:
             self.deadline = self.asked_at + self.timeout
 
-    def end_step(self, stats: StepStats) -> None:
-        """A step that it took part in has been computed."""
-        self.steps += stats
+    def end_step(self, before: StepStats, after: StepStats) -> None:
+        """A step that it took part in has been computed: totals of all steps, without and with it.
+
+        One step's `after` is the next one's `before`, the same object: so nothing is added up while it is in
+        all of them.
+        """
+        if self._until is not before:
+            self._earlier, self._since = self.steps, before
+        self._until = after
+
+    @property
+    def steps(self) -> StepStats:
+        """Of those that it took part in."""
+        if self._since is None or self._until is None:
+            return self._earlier
+        return self._earlier + (self._until - self._since)
 
     def usage(self) -> Usage:
         """So far."""

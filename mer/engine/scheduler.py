@@ -210,19 +210,30 @@ class Scheduler:
         """
         preempted = self.preemptions
         for sequence in list(self.running):
-            if sequence.pending == 1 and sequence in self.running:
+            if sequence.pending == 1 and len(sequence.tokens) > BLOCK * len(sequence.blocks):
                 self._grow(sequence)
         if self.preemptions == preempted:
             self._admit()
-        decoding = [sequence for sequence in self.running if sequence.pending == 1]
-        chunks = [Chunk(sequence, 1) for sequence in decoding]
-        room = self.step_tokens - len(chunks)
-        if prompt_room is not None:
-            first = min((each.priority for each in self.running if each.pending > 1), default=0)
-            if any(each.priority <= first for each in decoding):
-                room = min(room, prompt_room)
-        rows = self.rows - sum(chunk.rows for chunk in chunks)
+        decoding: list[Sequence] = []
+        prompts: list[Sequence] = []
         for sequence in self.running:
+            (decoding if sequence.pending == 1 else prompts).append(sequence)
+        chunks = [Chunk(sequence, 1) for sequence in decoding]
+        if prompts:
+            self._add_prompts(chunks, prompts, prompt_room)
+        if self.states:
+            self._reserve_states(chunks)
+        return chunks
+
+    def _add_prompts(self, chunks: list[Chunk], prompts: list[Sequence], prompt_room: int | None) -> None:
+        """As much of prompts as there is room for beside the chunks of those that decode."""
+        room = self.step_tokens - len(chunks)
+        rows = self.rows - sum(chunk.rows for chunk in chunks)
+        if prompt_room is not None:
+            first = min(each.priority for each in prompts)
+            if any(chunk.sequence.priority <= first for chunk in chunks):
+                room = min(room, prompt_room)
+        for sequence in prompts:
             count = min(room, sequence.pending)
             if 0 < sequence.images.branch - sequence.computed < count:
                 count = sequence.images.branch - sequence.computed  # where a snapshot is to be left
@@ -230,13 +241,10 @@ class Scheduler:
                 count = min(count, rows)
             elif sequence.wants == "last" and count == sequence.pending and not rows:
                 count -= 1
-            if sequence.pending > 1 and count:
+            if count:
                 chunks.append(Chunk(sequence, count))
                 room -= count
                 rows -= chunks[-1].rows
-        if self.states:
-            self._reserve_states(chunks)
-        return chunks
 
     def draft_room(self, chunks: list[Chunk]) -> int:
         """How many drafted tokens this step could verify."""
@@ -298,6 +306,8 @@ class Scheduler:
         """Its next `count` tokens have been computed; those of a draft count once they turn out right."""
         full = sequence.computed // BLOCK
         sequence.computed += count
+        if sequence.computed // BLOCK == full:
+            return
         self._find_keys(sequence)
         for at in range(full, min(sequence.computed // BLOCK, len(sequence.keys))):
             self.pool.publish(sequence.blocks, at, sequence.keys[at])

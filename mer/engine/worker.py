@@ -53,6 +53,7 @@ class Worker:
         """drafting: None where nothing is to be drafted."""
         self._runner = runner
         self._counted = runner.stats
+        self._totals = StepStats()  # of all steps that were somebody's
         self.store: PrefixStore | None = None  # changes on the thread, or before there are requests
         self._scheduler = scheduler
         self._began = 0.0  # the step
@@ -317,6 +318,7 @@ class Worker:
                 self._tell("started", job.started_at - job.asked_at)
         logits = self._runner.step(chunks)
         stats = self._uncounted()
+        before, self._totals = self._totals, self._totals + stats
         starts = [(chunk.sequence.computed, chunk.rows, chunk.last) for chunk in chunks]
         decoding = sum(chunk.sequence.pending == 1 for chunk in chunks)
         prompt = sum(chunk.count for chunk in chunks) - decoding
@@ -330,7 +332,7 @@ class Worker:
         hidden = self._runner.hidden() if embeds else logits
         token = row = 0
         for job, chunk, (start, n_rows, last) in zip(jobs, chunks, starts, strict=True):
-            job.end_step(stats)
+            job.end_step(before, self._totals)
             here = slice(token, token + chunk.width)
             try:
                 if isinstance(job, Embedding):

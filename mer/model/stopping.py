@@ -28,6 +28,8 @@ class StopStrings:
 
         After a stop string nothing more is shown.
         """
+        if not self._stops:
+            return text, None
         if self._ended:
             return "", None
         self._held += text
