@@ -17,7 +17,7 @@ from pathlib import Path
 import trustme
 from engine_models import opened
 
-from mer import Engine
+from mer import Engine, SamplingParams
 from mer.cluster.server import ShardServer, ShardSettings
 from mer.cluster.shard import Shard
 from mer.cluster.state import PeerState
@@ -28,16 +28,24 @@ LONG = 60.0
 
 
 class Process:
-    """`mer shard`, listening; what it writes is in `lines`."""
+    """`mer shard`, listening; what it writes is in `lines`. popen: begins it somewhere else."""
 
-    def __init__(self, model: Path, *options: str, port: int = 0) -> None:
-        command = [*MER, "shard", str(model), "--listen", f"127.0.0.1:{port}", "--threads", "1", *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_environment())
+    def __init__(
+        self,
+        model: Path,
+        *options: str,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        popen: Callable[..., subprocess.Popen[str]] = subprocess.Popen,
+    ) -> None:
+        command = [*MER, "shard", str(model), "--listen", f"{host}:{port}", "--threads", "1", *options]
+        self.process = popen(command, stderr=subprocess.PIPE, text=True, env=_environment())
+        self.host = host
         self.lines: list[str] = []
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line)
-            if found := re.search(r"127\.0\.0\.1:(\d+)", line):
+            if found := re.search(rf"{re.escape(host)}:(\d+)", line):
                 self.port = int(found[1])
                 break
         else:
@@ -51,7 +59,7 @@ class Process:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def kill(self) -> None:
         self.process.kill()
@@ -75,8 +83,8 @@ def _environment() -> dict[str, str]:
 
 
 @contextmanager
-def shard(model: Path, *options: str, port: int = 0) -> Iterator[Process]:
-    made = Process(model, *(options or ("--ram", "1GiB")), port=port)
+def shard(model: Path, *options: str, **where) -> Iterator[Process]:
+    made = Process(model, *(options or ("--ram", "1GiB")), **where)
     try:
         yield made
     finally:
@@ -134,3 +142,19 @@ async def until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < end, what
         await asyncio.sleep(0.02)
+
+
+async def streams(
+    engine: Engine, prompts: list[list[int]], params: SamplingParams, when: int, act: Callable[[], object]
+) -> list[tuple[int, ...]]:
+    """What is answered to all prompts at once; `act` is done when the first has so many tokens."""
+
+    async def read(number: int) -> tuple[int, ...]:
+        found: list[int] = []
+        async for piece in engine.stream(prompts[number], params):
+            if number == 0 and len(found) <= when < len(found) + len(piece.token_ids):
+                act()
+            found += piece.token_ids
+        return tuple(found)
+
+    return await asyncio.gather(*map(read, range(len(prompts))))

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cgroups import MemoryGroup
+
+from bench.cgroups import MemoryGroup
 
 RAM = 3 << 30
 MER = [sys.executable, "-c", "from mer.cli.main import main; main()"]

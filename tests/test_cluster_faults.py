@@ -8,6 +8,7 @@ import json
 import grpc
 import numpy as np
 import pytest
+import shards
 import trustme
 from engine_models import opened, prompt, write_text_model
 from shards import LONG, certificates, here, peers, shard, until, with_peers
@@ -50,17 +51,7 @@ def quick(monkeypatch):
 
 
 async def streams(engine, when: int, act) -> list[tuple[int, ...]]:
-    """What is answered to all prompts at once; `act` is done when the first has so many tokens."""
-
-    async def read(number):
-        found = []
-        async for piece in engine.stream(PROMPTS[number], PARAMS):
-            if number == 0 and len(found) <= when < len(found) + len(piece.token_ids):
-                act()
-            found += piece.token_ids
-        return tuple(found)
-
-    return await asyncio.gather(*map(read, range(len(PROMPTS))))
+    return await shards.streams(engine, PROMPTS, PARAMS, when, act)
 
 
 async def test_killed_and_started_again(model, expected, monkeypatch, caplog):

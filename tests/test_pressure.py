@@ -11,12 +11,12 @@ import time
 import http_server
 import httpx
 import pytest
-from cgroups import MemoryGroup
 from http_server import PATIENCE, SERVE, serving
 from oracle.make_checkpoints import make
 from oracle.make_tokenizer import write_tokenizer
 from test_doctor import fake
 
+from bench.cgroups import MemoryGroup
 from mer.engine.breath import Breath
 from mer.streaming.pressure import Gauge
 

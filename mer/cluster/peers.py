@@ -56,6 +56,7 @@ class Peers:
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),  # peers are machines of one's own
         ]
         self._lock = threading.Lock()
         self._closed = False

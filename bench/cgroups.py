@@ -16,7 +16,7 @@ class MemoryGroup:
 
     def __init__(self, limit: int) -> None:
         self._old = (ROOT / "memory" / "memory.limit_in_bytes").exists()
-        self.path = (ROOT / "memory" if self._old else ROOT) / f"mer-test-{uuid.uuid4().hex[:8]}"
+        self.path = (ROOT / "memory" if self._old else ROOT) / f"mer-{uuid.uuid4().hex[:8]}"
         self.path.mkdir()
         self.limit(limit)
         swap = self.path / ("memory.memsw.limit_in_bytes" if self._old else "memory.swap.max")
@@ -50,8 +50,9 @@ class MemoryGroup:
         name = "memory.max_usage_in_bytes" if self._old else "memory.peak"
         return int((self.path / name).read_text())
 
-    def run(self, command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        def join() -> None:
-            (self.path / "cgroup.procs").write_text(str(os.getpid()))
+    def join(self) -> None:
+        """The calling process and its children are of the group."""
+        (self.path / "cgroup.procs").write_text(str(os.getpid()))
 
-        return subprocess.run(command, capture_output=True, text=True, preexec_fn=join, **options)  # type: ignore[call-overload,no-any-return]
+    def run(self, command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, preexec_fn=self.join, **options)  # type: ignore[call-overload,no-any-return]
