@@ -6,11 +6,14 @@ import json
 
 from click.testing import CliRunner
 from engine_models import write_text_model
+from shards import LONG
 
 from bench import cluster
+from mer.cluster import peers
 
 
-def test_one_node_against_two(tmp_path):
+def test_one_node_against_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "PATIENCE_NS", int(LONG * 1e9))  # however busy the machine
     model = write_text_model(tmp_path / "tiny")
     command = [
         str(model),

@@ -23,6 +23,14 @@ class Peers:
         self.model, self.how = model, how
         self.asked: list[tuple[int, int, list[int]]] = []
         self.left: list[tuple[int, int, list[int], bytes]] = []
+        self.expected: dict[int, int] = {}
+        self.probed: list[tuple[int, int, list[int]]] = []
+
+    def expected_ns(self, peer, rows):
+        return self.expected.get(peer, 0)
+
+    def probe(self, peer, ask):
+        self.probed.append((peer, ask.turn, ask.experts))
 
     def ask(self, peer, ask):
         turn, _, layer, x, experts, counts, tokens = ask
@@ -177,6 +185,45 @@ def test_heat_is_the_share_of_tokens(model):
     peers.tier.remember(heat)
     assert peers.tier.heats()[0].tobytes() == heat.tobytes()
     assert peers.tier.heats()[1] == 0
+
+
+def test_who_would_be_later_than_the_drive_is_not_asked(model):
+    """The slower one's experts are read first; what that takes counts for the other."""
+    x, _, weights = model.inputs(0, 1)
+    ids, holders = np.array([[0, 1, 2]], np.int32), np.zeros(model.tables.total, np.int32)
+    holders[2] = 1
+    exact = model.exact(KERNELS, 0, x, ids, weights)
+    for times, asked, probed in (
+        (3.5, [], [(0, 0, [0, 1]), (1, 0, [2])]),
+        (2.5, [(0, 0, [0, 1])], [(1, 0, [2])]),  # turn 0 is nobody's
+        (0.5, [(0, 0, [0, 1]), (1, 0, [2])], []),
+    ):
+        made, peers = with_peers(model, {0: "never", 1: "never"}, 0, EXPERTS)
+        peers.tier.hold(holders)
+        one_ns = made.cache.slot_bytes  # 1 ns a byte, before any is measured
+        peers.expected = dict.fromkeys((0, 1), int(times * one_ns))
+        assert made.forward(0, x, ids, weights).tobytes() == exact.tobytes()
+        assert (sorted(peers.asked), sorted(peers.probed)) == (asked, probed)
+        assert made.streamer.stats()["peer_skipped"] == sum(len(experts) for *_, experts in probed)
+
+
+def test_a_peer_that_answers_soon_is_asked_however_quick_the_drive(model):
+    made, peers = with_peers(model, {0: "at once"}, LONG, EXPERTS)
+    peers.tier.hold(np.zeros(model.tables.total, np.int32))
+    peers.expected = {0: LONG // 5}
+    made.check(0, 3)
+    assert peers.asked
+
+
+def test_the_drive_is_measured_now_and_then(model):
+    made, peers = with_peers(model, {0: "at once"}, LONG, 1)
+    peers.tier.hold(np.zeros(model.tables.total, np.int32))
+    x, ids, weights = model.inputs(0, 1)
+    for _ in range(256):
+        made.forward(0, x, ids, weights)
+    assert made.streamer.stats()["misses"] == 0
+    made.forward(0, x, ids, weights)
+    assert made.streamer.stats()["misses"] == 1
 
 
 def test_what_does_not_fit(model):

@@ -385,6 +385,9 @@ cdef class ExpertStreamer:
             if self.ahead is not NULL and not under_way[WAITING] and not under_way[BUSY] and self.failed is NULL:
                 self.prefetcher.look_ahead(base + self.n_experts, self.ahead, self.mixture.tokens)
                 self.ahead = NULL
+            if self.remote is not None and asked_drive and not under_way[LOADING] and not under_way[WAITING]:
+                self.remote.note_read(now() - asked_drive, self.bytes_read - before)
+                asked_drive, before = 0, self.bytes_read
             if self.vram is not None:
                 self.vram.launch()
             mark = now()
@@ -415,8 +418,6 @@ cdef class ExpertStreamer:
             elif under_way[ON_PEER]:
                 self.remote.wait()
             elif self.vram is None or not under_way[ON_DEVICE] or self.end_device(n):
-                if self.remote is not None and asked_drive:
-                    self.remote.note_read(now() - asked_drive, self.bytes_read - before)
                 return 0
 
     cdef void spent(self, int64_t kind, int64_t since) noexcept nogil:

@@ -24,18 +24,20 @@ cdef class RemoteTier:
     cdef int32_t *token_of             # [pairs] the token of each sorted pair
     cdef object tokens_view            # the same as an array
     cdef int64_t turn, base, n_asked, deadline
+    cdef int64_t n_reads               # experts that the own drive is to read, as nobody has them
+    cdef int64_t unread                # turns in a row in which it read none
     cdef bint overdue                  # the deadline is over, and the own drive has been asked
-    cdef double read_ns                # a byte, of reading experts from the own drive
+    cdef double read_ns                # a byte, of reading experts from the own drive; 0: none was read
     # what came from the peers and has not been looked at
     cdef pthread_mutex_t lock
     cdef pthread_cond_t changed
     cdef list inbox
     cdef volatile int arrived
-    cdef int64_t hits, late, wait_ns
+    cdef int64_t hits, late, skipped, wait_ns
 
     # A layer's turn, after Mixture.begin; its experts begin at `base`: nothing has been asked.
     cdef void begin(self, int64_t base) noexcept nogil
-    # Whether a peer has an expert of the layer; it is among those that `send` asks for then.
+    # Whether a peer is to be asked for an absent expert of the layer; `send` asks for it then.
     cdef bint add(self, int64_t expert) noexcept nogil
     # Asks for them. Who can't be asked now has nothing: see `pending`. slot_bytes: what reading one takes.
     cdef void send(self, int64_t layer, int64_t slot_bytes) noexcept nogil
@@ -54,5 +56,6 @@ cdef class RemoteTier:
     # So many bytes of experts came from the own drive in so many ns.
     cdef void note_read(self, int64_t ns, int64_t nbytes) noexcept nogil
 
-    cdef int ask(self, int64_t layer) except -1
+    cdef int ask(self, int64_t layer, double one_ns) except -1
+    cdef object slower(self, by_peer, double one_ns)
     cdef int place(self, int64_t turn, int32_t peer, experts, rows) except -1

@@ -5,12 +5,15 @@ the same order as all others, so that where one was computed leaves no trace. Wh
 object with
 
     ask(peer, Ask) -> bool
+    expected_ns(peer, rows) -> int
+    probe(peer, Ask)
 
-that is called on the thread that computes, and must not block. False: this peer can't be asked now. What comes of it is
-told by `answer`, on any thread.
+that are called on the thread that computes, and must not block. ask: False: this peer can't be asked now. What comes of
+it is told by `answer`, on any thread. expected_ns: how long it takes for so many rows, 0: not known. probe: it may be
+asked, to know that; nobody waits for what comes.
 
-A peer that takes longer than the own drive would is not waited for: then the expert is read, too, and what is there
-first is used.
+A peer that is expected to answer later than the own drive reads is not asked. One that takes longer all the same is not
+waited for: then the expert is read, too, and what is there first is used.
 """
 import logging
 from collections import namedtuple
@@ -40,15 +43,20 @@ cdef extern from "pthread.h" nogil:
     int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
 
 # The statistics where there is no tier
-NO_PEERS = dict.fromkeys(("peer_hits", "peer_late", "peer_wait_s"), 0)
+NO_PEERS = dict.fromkeys(("peer_hits", "peer_late", "peer_skipped", "peer_wait_s"), 0)
 
 # Of one token, in the average of how often an expert is wanted.
 cdef double RATE = 0.02
 # Of a new measurement in the average of the drive's speed; and what is assumed before there is any, ns a byte.
 cdef double NEW = 0.1
 cdef double FIRST_GUESS = 1.0
+# After so many turns in which peers had all, one expert is read, to know how quick the drive is.
+cdef int64_t PROBE = 256
+# Of the patience: a peer that answers as soon as this is asked, however quick the drive.
+cdef double SOON = 0.25
 # Where the own drive has been asked already and failed, a peer is waited for in pieces of this, ns.
 cdef int64_t PIECE = 1000000000
+cdef int64_t NEVER = 0x7fffffffffffffff
 
 _log = logging.getLogger("mer")
 
@@ -75,7 +83,7 @@ cdef class RemoteTier:
         pthread_cond_init(&self.changed, &attributes)
         pthread_condattr_destroy(&attributes)
         self.mixture, self.peers, self.n_keys, self.n_experts = mixture, peers, n_keys, mixture.n_experts
-        self.patience_ns, self.read_ns, self.inbox = patience_ns, FIRST_GUESS, []
+        self.patience_ns, self.inbox = patience_ns, []
         self.holder = <int32_t *>calloc(n_keys, sizeof(int32_t))
         self.heat = <float *>calloc(n_keys, sizeof(float))
         self.asked = <int32_t *>calloc(self.n_experts, sizeof(int32_t))
@@ -104,7 +112,7 @@ cdef class RemoteTier:
     cdef void begin(self, int64_t base) noexcept nogil:
         cdef int64_t e, count, tokens = self.mixture.tokens
         cdef float kept = <float>pow(1.0 - RATE, <double>tokens)
-        self.base, self.n_asked, self.overdue = base, 0, False
+        self.base, self.n_asked, self.n_reads, self.overdue = base, 0, 0, False
         self.turn += 1
         self.tokens += tokens
         memset(self.asked, 0xff, self.n_experts * sizeof(int32_t))
@@ -116,7 +124,9 @@ cdef class RemoteTier:
 
     cdef bint add(self, int64_t expert) noexcept nogil:
         cdef int32_t peer = self.holder[self.base + expert]    # once: others may change it
-        if peer < 0:
+        if peer < 0 or self.unread >= PROBE:
+            self.n_reads += 1
+            self.unread = 0
             return False
         self.asked[expert], self.wanted[expert] = peer, 1
         self.n_asked += 1
@@ -124,20 +134,22 @@ cdef class RemoteTier:
 
     cdef void send(self, int64_t layer, int64_t slot_bytes) noexcept nogil:
         cdef int64_t i
+        cdef double one_ns = (self.read_ns if self.read_ns else FIRST_GUESS) * <double>slot_bytes
         if self.n_asked == 0:
             return
-        self.deadline = now() + max(self.patience_ns, <int64_t>(self.read_ns * <double>(slot_bytes * self.n_asked)))
         for i in range(self.mixture.tokens * self.mixture.top_k):
             self.token_of[self.mixture.position[i]] = <int32_t>(i // self.mixture.top_k)
         with gil:
             try:
-                self.ask(layer)
+                self.ask(layer, one_ns)
             except Exception:                          # the own drive has them all
                 _log.exception("other machines could not be asked")
                 memset(self.asked, 0xff, self.n_experts * sizeof(int32_t))
                 self.n_asked = 0
+        if self.n_asked and not self.n_reads:
+            self.unread += 1
 
-    cdef int ask(self, int64_t layer) except -1:
+    cdef int ask(self, int64_t layer, double one_ns) except -1:
         cdef int64_t e
         cdef const int64_t *first = self.mixture.first
         by_peer = {}
@@ -145,15 +157,41 @@ cdef class RemoteTier:
             if self.asked[e] >= 0:
                 by_peer.setdefault(self.asked[e], []).append(e)
         x = np.asarray(self.mixture.arrays[0])
+        slower = self.slower(by_peer, one_ns)
+        for peer in slower:
+            self.n_asked -= len(by_peer[peer])
+        self.deadline = now() + max(self.patience_ns, <int64_t>(one_ns * <double>self.n_asked))
         for peer, experts in by_peer.items():
             counts = [first[<int64_t>e + 1] - first[<int64_t>e] for e in experts]
             parts = [self.tokens_view[first[<int64_t>e]:first[<int64_t>e + 1]] for e in experts]
             wanted = Ask(self.turn, self.deadline, layer, x, experts, counts, np.concatenate(parts))
-            if not self.peers.ask(peer, wanted):
-                for e in experts:
-                    self.asked[e] = -1
-                    self.n_asked -= 1
+            if peer in slower:
+                self.peers.probe(peer, wanted._replace(turn=0, deadline=NEVER))
+                self.skipped += len(experts)
+            elif self.peers.ask(peer, wanted):
+                continue
+            else:
+                self.n_asked -= len(experts)
+            for e in experts:
+                self.asked[e] = -1
         return 0
+
+    cdef object slower(self, by_peer, double one_ns):
+        """The peers that would answer later than the own drive could read: what they have, the slowest one's first,
+        is added to what the drive has to read anyway.
+        """
+        cdef const int64_t *first = self.mixture.first
+        cdef int64_t reading = self.n_reads
+        expected, found = [], set()
+        for peer, experts in by_peer.items():
+            rows = sum(first[<int64_t>e + 1] - first[<int64_t>e] for e in experts)
+            expected.append((self.peers.expected_ns(peer, rows), peer, len(experts)))
+        for ns, peer, count in sorted(expected, reverse=True):
+            if ns > max(one_ns * (reading + count), SOON * self.patience_ns):
+                found.add(peer)
+                reading += count
+        self.n_reads = reading
+        return found
 
     cdef bint pending(self, int64_t expert) noexcept nogil:
         return self.asked[expert] >= 0 and not self.came[expert]
@@ -221,7 +259,8 @@ cdef class RemoteTier:
         self.wait_ns += now() - start
 
     cdef void note_read(self, int64_t ns, int64_t nbytes) noexcept nogil:
-        self.read_ns += NEW * (ns / <double>nbytes - self.read_ns)
+        cdef double found = ns / <double>nbytes
+        self.read_ns = self.read_ns + NEW * (found - self.read_ns) if self.read_ns else found
 
     # On any thread.
 
@@ -256,6 +295,7 @@ cdef class RemoteTier:
 
     def stats(self):
         """Totals: peer_hits, experts that other machines computed, counted once a call; peer_late: those for which the
-        own drive was asked, too; peer_wait_s: time with nothing to compute here, and no read under way.
+        own drive was asked, too; peer_skipped: those that were read, as that was to be sooner; peer_wait_s: time with nothing to compute here, and no read under way.
         """
-        return {"peer_hits": self.hits, "peer_late": self.late, "peer_wait_s": self.wait_ns / 1e9}
+        return {"peer_hits": self.hits, "peer_late": self.late, "peer_skipped": self.skipped,
+                "peer_wait_s": self.wait_ns / 1e9}

@@ -278,6 +278,8 @@ def _peers(now: Snapshot) -> Iterable[Metric]:
         answer.add_metric([peer.address], _buckets(ANSWER_BOUNDS, peer.answer_counts), peer.answer_s)
     yield answer
     yield _counter("mer_peer_hits", "Experts that peers computed.", now.peer_hits)
+    skipped = now.peer_skipped
+    yield _counter("mer_peer_skipped_experts", "Experts that the own drive was to have sooner.", skipped)
     yield _counter("mer_peer_late_experts", "Experts for which the own drive was asked, too.", now.peer_late)
 
 

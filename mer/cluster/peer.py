@@ -61,6 +61,16 @@ class Peer:
         with self._lock:
             return self._send(self._session.ask(time.monotonic(), ask))
 
+    def expected(self, rows: int) -> float:
+        """See Session."""
+        with self._lock:
+            return self._session.expected(rows)
+
+    def probe(self, ask: Ask) -> None:
+        """See Session."""
+        with self._lock:
+            self._send(self._session.probe(time.monotonic(), ask))
+
     def assign(self, experts: Iterable[int]) -> None:
         """Tell it what to hold."""
         with self._lock:

@@ -82,6 +82,16 @@ class Peers:
         asked = self._peers.get(peer)
         return asked is not None and asked.ask(ask)
 
+    def expected_ns(self, peer: int, rows: int) -> int:
+        """See mer._ext.remote."""
+        asked = self._peers.get(peer)
+        return 0 if asked is None else round(1e9 * asked.expected(rows))
+
+    def probe(self, peer: int, ask: Ask) -> None:
+        """See mer._ext.remote."""
+        if (asked := self._peers.get(peer)) is not None:
+            asked.probe(ask)
+
     def states(self) -> tuple[PeerState, ...]:
         """Of each that is known, in the order in which they became so."""
         return tuple(peer.state() for peer in self._now())

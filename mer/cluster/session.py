@@ -10,6 +10,7 @@ from attrs import define, field, frozen
 
 from mer._ext.remote import Ask
 from mer.cluster.identity import Identity
+from mer.cluster.pace import Pace
 from mer.cluster.state import ANSWER_BOUNDS, Condition, PeerState
 from mer.cluster.wire import WireError, cut, make_rows, outputs_checksum
 from mer.v1 import expert_pb2 as pb
@@ -24,6 +25,8 @@ LOST: Final = 20.0
 _OFTEN: Final = 3
 _PAUSE: Final = 0.01
 _LONGEST_PAUSE: Final = 5.0
+# Who would be slower than the own drive is asked for the measurement's sake alone: every so many seconds.
+PROBE: Final = 1.0
 
 
 @frozen
@@ -77,6 +80,7 @@ class Session:
         self._number = 0
         self._waiting_since: float | None = None  # for an answer of any kind
         self._late_in_a_row, self._paused_until = 0, 0.0
+        self._pace = Pace()
         self.delay = FIRST_DELAY
         self.capacity, self.assigns = 0, False
         self.held: frozenset[int] = frozenset()
@@ -108,6 +112,14 @@ class Session:
             messages.append(self._sending(now, pb.ComputeRequest(rows=rows)))
             at += count
         return messages
+
+    def expected(self, rows: int) -> float:
+        """Seconds until it answers for so many rows, as it did lately; 0: it is not known."""
+        return self._pace.expected(rows)
+
+    def probe(self, now: float, ask: Ask) -> list[pb.ComputeRequest]:
+        """The same as `ask`, now and then, for an answer that nobody waits for."""
+        return self.ask(now, ask) if self._pace.age(now, len(ask.tokens)) >= PROBE else []
 
     def assign(self, now: float, experts: Iterable[int]) -> list[pb.ComputeRequest]:
         """Tell it what to hold, if that is ours to decide."""
@@ -154,6 +166,7 @@ class Session:
         first = self._condition != "lost" or why != self._error
         self._condition, self._error = "lost", why
         self._failures += 1
+        self._pace.forget()
         return owed, first
 
     def next_delay(self) -> float:
@@ -213,6 +226,7 @@ class Session:
         self._answers += 1
         self._answer_counts[bisect_left(ANSWER_BOUNDS, now - asked.at)] += 1
         self._answer_s += now - asked.at
+        self._pace.note(now, len(asked.ask.tokens), max(now - asked.at, 1e-6))
         if now * 1e9 <= asked.ask.deadline:
             self._late_in_a_row = 0
             return

@@ -55,6 +55,7 @@ class Snapshot:
     peers: tuple[PeerState, ...]  # other machines that hold experts
     peer_hits: int  # total: experts that they computed, counted once a step
     peer_late: int  # total: experts that were asked of them, and of the own drive, too
+    peer_skipped: int  # total: experts that they have, and that the own drive was to have sooner
     peer_wait_s: float  # total: of steps, with nothing to compute here, and no read under way
 
 
