@@ -102,6 +102,7 @@ class EngineReplica:
             [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
         )
         self._stack.push_async_callback(self._channel.close)
+        self._answering: set[asyncio.Task[None]] = set()
         self._tasks = [
             start(watch_files(self._models), "watching files"),
             start(breathe(self._models, pressure.Gauge()), "watching memory"),
@@ -182,6 +183,8 @@ class EngineReplica:
                 outbox.put_nowait(None)
 
         task = asyncio.create_task(answer())
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
         try:
             more = True
             while more:
@@ -197,8 +200,8 @@ class EngineReplica:
                     yield messages
             await task
         finally:
+            # By this the application ends what it has begun; cancelled, it would leave that running.
             inbox.put_nowait({"type": "http.disconnect"})
-            task.cancel()
 
     async def rpc(
         self,
