@@ -126,6 +126,10 @@ class Node:
         self.tier = streamed.streamer.use_peers(self, _PATIENCE)
         self.tick()
 
+    def expected_ns(self, peer, rows):
+        """Nothing is known: the drive's time is real, that of the peers is not."""
+        return 0
+
     def ask(self, peer, ask):
         """What the tier calls in a step. Who is asked answers at once, later, or is lost: `how` says it."""
         session = self.members.sessions.get(peer)
