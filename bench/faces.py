@@ -21,8 +21,6 @@ from attrs import Factory, define
 
 from mer import Engine, EngineConfig, SamplingParams
 
-_STEADY = {"temperature": 0, "ignore_eos": True}
-
 
 @define
 class Record:
@@ -35,9 +33,10 @@ class Record:
 
 
 class Face(Protocol):
-    """name: for the tables."""
+    """name: for the tables. temperature: of all answers, which end at no end of text."""
 
     name: str
+    temperature: float
 
     async def ask(self, prompt: list[int], tokens: int) -> Record:
         """Ask for so many tokens and wait for all of them."""
@@ -56,6 +55,7 @@ def _cpu_s(pid: int | str) -> float:
 
 class InProcess:
     name = "in process"
+    temperature = 0.0
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -63,7 +63,7 @@ class InProcess:
 
     async def ask(self, prompt: list[int], tokens: int) -> Record:
         record = Record(time.perf_counter())
-        params = SamplingParams(max_tokens=tokens, **_STEADY)  # type: ignore[arg-type]
+        params = SamplingParams(max_tokens=tokens, temperature=self.temperature, ignore_eos=True)
         async for delta in self._engine.stream(prompt, params):
             record.arrivals.append(time.perf_counter())
             record.tokens += len(delta.token_ids)
@@ -80,6 +80,7 @@ class InProcess:
 
 class Http:
     name = "HTTP"
+    temperature = 0.0
 
     def __init__(self, port: int, pid: int) -> None:
         self._port = port
@@ -88,7 +89,8 @@ class Http:
 
     async def ask(self, prompt: list[int], tokens: int) -> Record:
         record = Record(time.perf_counter())
-        asked = {"prompt": prompt, "max_tokens": tokens, "stream": True, **_STEADY}
+        asked = {"prompt": prompt, "max_tokens": tokens, "stream": True, "ignore_eos": True}
+        asked["temperature"] = self.temperature
         body = json.dumps(asked | {"stream_options": {"include_usage": True}}).encode()
         reader, writer = await self._send("POST", "/v1/completions", body)
         try:
@@ -157,6 +159,7 @@ class Http:
 
 class Grpc:
     name = "gRPC"
+    temperature = 0.0
 
     def __init__(self, stub: Any, messages: Any, http: Http) -> None:
         self._stub = stub
@@ -168,9 +171,8 @@ class Grpc:
 
         record = Record(time.perf_counter())
         pb = self._messages
-        request = pb.GenerateRequest(
-            token_ids=pb.TokenIds(ids=prompt), params=pb.SamplingParams(max_tokens=tokens, **_STEADY)
-        )
+        params = pb.SamplingParams(max_tokens=tokens, temperature=self.temperature, ignore_eos=True)
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), params=params)
         try:
             async for piece in self._stub.Generate(request):
                 record.arrivals.append(time.perf_counter())

@@ -2,6 +2,7 @@
 
     python -m bench.serve demo
     python -m bench.serve /tmp/model --streams 1,8 --cache-experts 25% --rate 2 --json load.json
+    python -m bench.serve demo --no-server --threads 1 --temperature 0.8 --speculate off --tokens 200
 
 Closed loop: so many streams, each asks again when its answer is there. Open loop (`--rate`): requests come as
 a Poisson process, whatever became of those before. Each round runs every face once, on the same requests, one
@@ -165,6 +166,7 @@ class Plan:
     rounds: int = 3
     goals: tuple[float, float] = (1.0, 0.1)
     server: bool = True  # else the engine in process alone
+    temperature: float = 0.0
 
     def prompts(self, vocab: int, *seed: int) -> list[list[int]]:
         draw = np.random.default_rng(seed)
@@ -180,6 +182,7 @@ async def measure(model: Path, plan: Plan) -> list[Load]:
         if plan.server:
             faces += await stack.enter_async_context(served(model, plan.settings))
         for face in faces:  # the cache is filled, code is loaded
+            face.temperature = plan.temperature
             await closed(face, plan.prompts(plain.vocab, 0), plan.tokens, max(plan.streams))
         for number in range(1, plan.rounds + 1):
             for streams in plan.streams:
@@ -199,7 +202,15 @@ def show(loads: list[Load], streams: Sequence[int]) -> dict[str, Any]:
     """Print the tables; returns what stands in them."""
     console = Console(width=120, highlight=False)
     table = Table(
-        "face", "load", "failed", "tokens/s", "first token ms", "next token ms", "lag ms", "goodput/s"
+        "face",
+        "load",
+        "failed",
+        "tokens/s",
+        "CPU us",
+        "first token ms",
+        "next token ms",
+        "lag ms",
+        "goodput/s",
     )
     medians = []
     for name in dict.fromkeys((each.face, each.load) for each in loads):
@@ -212,23 +223,30 @@ def show(loads: list[Load], streams: Sequence[int]) -> dict[str, Any]:
             each.load,
             f"{each.failed:g}",
             f"{each.tokens_per_s:.1f}",
+            f"{1e6 * each.cpu_s_per_token:.0f}",
             *spread,
             f"{each.goodput:.2f}",
         )
     console.print(table)
-    console.print("Latencies: 50th/95th/99th percentile.")
+    console.print("CPU: processor time a token. Latencies: 50th/95th/99th percentile.")
     cost = costs(loads)
     for name, added in cost.items():
         wall, cpu = 1e3 * added["wall_s"], 1e3 * added["cpu_s"]
         console.print(f"{name}: {wall:+.3f} ms a token beside the engine in process, processor {cpu:+.3f} ms")
-    scaling = {}
+    scaling, cpu_scaling = {}, {}
     if len(streams) > 1:
         few, many = f"closed, {streams[0]}", f"closed, {streams[-1]}"
         for face in dict.fromkeys(each.face for each in loads):
-            by_load = {each.load: each.tokens_per_s for each in medians if each.face == face}
-            scaling[face] = by_load[many] / by_load[few]
-            console.print(f"{face}: {streams[-1]} streams give {scaling[face]:.2f} times {streams[0]}")
-    return {"medians": [asdict(each) for each in medians], "cost_per_token": cost, "scaling": scaling}
+            by_load = {each.load: each for each in medians if each.face == face}
+            scaling[face] = by_load[many].tokens_per_s / by_load[few].tokens_per_s
+            # of short runs the system's clock has counted nothing
+            cpu_scaling[face] = by_load[few].cpu_s_per_token / max(by_load[many].cpu_s_per_token, 1e-9)
+            console.print(
+                f"{face}: {streams[-1]} streams give {scaling[face]:.2f} times the tokens/s of {streams[0]}, "
+                f"{cpu_scaling[face]:.2f} times by processor time"
+            )
+    found = {"medians": [asdict(each) for each in medians], "cost_per_token": cost}
+    return found | {"scaling": scaling, "cpu_scaling": cpu_scaling}
 
 
 def numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> list[int]:
@@ -254,6 +272,8 @@ def numbers(_ctx: click.Context, _param: click.Parameter, value: str) -> list[in
 @click.option("--goal-first", default=1.0, show_default=True, help="Seconds to the first token.")
 @click.option("--goal-next", default=0.1, show_default=True, help="From token to token, on an average.")
 @click.option("--server/--no-server", default=True, help="Without: the engine in process alone.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--speculate", type=click.Choice(["auto", "off"]), help="off: nothing is drafted.")
 @click.option("--ram", help="Of each of the two processes.")
 @click.option("--context", type=int)
 @click.option("--cache-experts")
@@ -268,9 +288,11 @@ def main(
     context: int | None,
     cache_experts: str | None,
     threads: int | None,
+    speculate: str | None,
     **options: Any,
 ) -> None:
     given = {"ram": ram, "context": context, "cache_experts": cache_experts, "threads": threads}
+    given["speculate"] = speculate
     settings = {name: value for name, value in given.items() if value is not None}
     plan = Plan(settings=settings, goals=(goal_first, goal_next), **options)
     try:

@@ -82,7 +82,8 @@ def test_a_small_load_on_every_face(tmp_path):
     model, out = write_text_model(tmp_path / "model"), tmp_path / "load.json"
     numbers = {"rounds": 1, "requests": 3, "tokens": 4, "prompt": 5, "rate": 50, "context": 64}
     options = [f"--{name}={value}" for name, value in numbers.items()]
-    done = CliRunner().invoke(serve.main, [str(model), *options, "--streams=1,2", f"--json={out}"])
+    drawn = ["--temperature=0.8", "--speculate=off"]
+    done = CliRunner().invoke(serve.main, [str(model), *options, "--streams=1,2", *drawn, f"--json={out}"])
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
     assert [each["face"] for each in found["runs"]] == list(FACES) * 3
@@ -93,7 +94,7 @@ def test_a_small_load_on_every_face(tmp_path):
         assert 0 < each["first_token_s"][0] <= each["first_token_s"][2] < each["seconds"]
     assert any(each["lag_s"][2] > 0 for each in found["runs"])
     assert set(found["cost_per_token"]) == {f"{f}, closed, {n}" for f in FACES[1:] for n in (1, 2)}
-    assert set(found["scaling"]) == set(FACES)
+    assert set(found["scaling"]) == set(found["cpu_scaling"]) == set(FACES)
     assert "2 streams give" in done.output
 
 
