@@ -80,9 +80,9 @@ def test_a_stream_is_the_whole_answer(client):
     whole = ask(client, temperature=0, max_output_tokens=12)
     events, final = stream(client, temperature=0, max_output_tokens=12)
     assert final.output_text == whole.output_text
-    assert final.usage == whole.usage.model_copy(
-        update={"input_tokens_details": final.usage.input_tokens_details}
-    )
+    # What the cache had, and what was drafted, may differ.
+    counts = ("input_tokens", "output_tokens", "total_tokens", "output_tokens_details")
+    assert all(getattr(final.usage, name) == getattr(whole.usage, name) for name in counts)
     kinds = [event.type for event in events if event.type != "response.output_text.delta"]
     assert kinds == [
         "response.created", "response.in_progress", "response.output_item.added",

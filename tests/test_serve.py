@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import http_server
 import httpx
 import pytest
 import trustme
@@ -159,6 +160,66 @@ def test_a_second_signal_ends_it_while_it_loads(model):
             assert process.wait(PATIENCE) == -signal.SIGTERM
         finally:
             process.kill()
+
+
+FAILS = """
+from mer.cli.main import main
+from mer.engine.scheduler import Scheduler
+
+schedule = Scheduler.schedule
+
+def failing(self, *args):
+    if any(sequence.tokens[:3] == [5, 5, 5] for sequence in self.waiting):
+        raise ZeroDivisionError("a bug")
+    return schedule(self, *args)
+
+Scheduler.schedule = failing
+main()
+"""
+BAD = {"prompt": [5, 5, 5], "max_tokens": 4}
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    monkeypatch.setattr(http_server, "SERVE", [sys.executable, "-c", FAILS, "serve"])
+
+
+def test_a_server_whose_only_engine_failed_ends(model, failing):
+    """Who watches over it starts it anew; whoever was being served is told before."""
+    with serving(model, "--context", 8192) as server, ThreadPoolExecutor(1) as pool:
+        begun = threading.Event()
+        running = pool.submit(stream, server, ENDLESS | {"max_tokens": 8000}, begun)
+        assert begun.wait(PATIENCE)
+        answer = httpx.post(f"{server.url}{TEXT}", json=BAD, timeout=PATIENCE)
+        assert (answer.status_code, "a bug" in answer.json()["error"]["message"]) == (500, True)
+        assert "a bug" in json.loads(running.result(PATIENCE)[-1])["error"]["message"]
+        assert server.ended() == 1
+        told = "".join(server.lines)
+        assert told.count("the server ends, so that who watches over it starts it anew") == 1
+        assert server.lines[-1].startswith("error: the engine stopped by an error inside mer: ZeroDivision")
+
+
+def test_one_of_several_engines_that_failed_is_loaded_anew(model, failing):
+    """The others go on, and the server is healthy."""
+    with serving(model, f"other={model}", "--context", 8192) as server, ThreadPoolExecutor(1) as pool:
+
+        def ask(body, name):
+            return httpx.post(f"{server.url}{TEXT}", json={**body, "model": name}, timeout=PATIENCE)
+
+        expected = ask(SHORT, "other").json()["choices"]
+        begun = threading.Event()
+        running = pool.submit(stream, server, ENDLESS | {"max_tokens": 3000}, begun)
+        assert begun.wait(PATIENCE)
+        for _ in range(2):
+            assert ask(BAD, "other").status_code == 500
+            server.wait_for("model other: .*a bug.*; the next request loads it anew")
+            assert ask(SHORT, "other").json()["choices"] == expected
+        assert httpx.get(f"{server.url}/health", timeout=PATIENCE).status_code == 200
+        assert json.loads(running.result(PATIENCE)[-2])["choices"][0]["finish_reason"] == "length"
+        assert ask(BAD, "small").status_code == 500
+        server.wait_for("model small: .*a bug.*; the next request loads it anew")
+        assert ask(SHORT, "small").json()["choices"] == expected
+        assert server.process.poll() is None
 
 
 def test_log_for_people_with_prompts_where_asked(model, tmp_path):

@@ -22,6 +22,8 @@ from mer import SamplingParams
 from mer._ext.lookup import TextIndex
 from mer._ext.prefetch import EARLY_LAYERS
 from mer.api.http.answers import UsageAnswer
+from mer.api.http.anthropic import AnthropicUsage
+from mer.api.http.responses_types import ResponseUsage
 from mer.engine import drafting
 from mer.engine import engine as engines
 from mer.engine.acceptance import MOST_DRAFTED, TIED, Acceptance
@@ -466,6 +468,11 @@ async def test_further_experts_are_counted(tmp_path, monkeypatch, always):
         told = msgspec.to_builtins(UsageAnswer.of([[usage, usage]]))
         assert told["drafts"] == {"drafted": 64, "accepted": 64, "draft_experts": 2 * expected}
         assert "drafts" not in msgspec.to_builtins(UsageAnswer.of([[Usage(1, 2)]]))
+        told["drafts"] = {"drafted": 32, "accepted": 32, "draft_experts": expected}
+        for each in (ResponseUsage.of(usage, 0), AnthropicUsage.of(usage)):
+            assert msgspec.to_builtins(each)["drafts"] == told["drafts"]
+        for each in (ResponseUsage.of(Usage(1, 2), 0), AnthropicUsage.of(Usage(1, 2))):
+            assert "drafts" not in msgspec.to_builtins(each)
         assert timings.drafted == timings.accepted == 32
         assert timings.draft_experts == engine.snapshot().draft_experts == expected > 0
 

@@ -75,7 +75,7 @@ class Models:
 
     @property
     def failure(self) -> str:
-        """Why an engine stopped by an error inside mer; empty while none has. Only a restart helps."""
+        """Why an engine stopped by an error inside mer; empty while none has. Only a new one helps."""
         return next(
             (each.engine.failure for each in self.all.values() if each.engine and each.engine.failure), ""
         )
@@ -241,6 +241,25 @@ class Models:
         except MerError as why:
             model.error = f"{error} ({why})"
             _log.error("model %s: %s", model.name, model.error)
+
+    def drop_failed(self) -> str:
+        """Take out models whose engine stopped by an error inside mer: their next request loads them anew.
+
+        The only model of a server stays as it is: what else is in the process may be no better, and nobody
+        else is served. Returns why its engine stopped, unless a reload is just bringing another one.
+        """
+        for model in self.all.values():
+            loaded = model._loaded
+            if loaded is None or not loaded.engine.failure or model.state == "reloading":
+                continue
+            if len(self.all) == 1:
+                return loaded.engine.failure
+            model.error = loaded.engine.failure
+            _log.error("model %s: %s; the next request loads it anew", model.name, model.error)
+            model.state, model._loaded = "unloaded", None
+            self._tell(model)
+            self._leave(model, loaded, drain=False)
+        return ""
 
     async def close(self, *, drain: bool) -> None:
         """All engines."""

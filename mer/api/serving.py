@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mer.api.admin import Admin, watch_files
 from mer.api.breathing import breathe
@@ -20,12 +20,16 @@ from mer.api.models import Models, start
 from mer.api.settings import ServerSettings
 from mer.api.tracing import Tracing
 from mer.engine.engine import Engine
+from mer.errors import EngineFailedError
 from mer.streaming.pressure import Gauge
 
 if TYPE_CHECKING:
     from mer.api.grpc.server import GrpcServer
 
 _log = logging.getLogger("mer.server")
+
+# Seconds between two looks at the engines.
+_LOOK: Final = 0.25
 
 # Told when requests can come: the engine, the URL of the HTTP API, the port of the gRPC API if there is one.
 Announce = Callable[[Engine, str, int | None], None]
@@ -42,12 +46,14 @@ async def serve(
     SIGHUP reloads the models that are loaded, and the API keys, which `keys` reads.
 
     A second signal ends it at once, a third one whatever is under way. Both APIs tell their health
-    while the model is being loaded. Raises what Engine.open raises, and ConfigError for an address or a
-    certificate that can't be used.
+    while the model is being loaded. Raises what Engine.open raises, ConfigError for an address or a
+    certificate that can't be used, and EngineFailedError when the only model's engine stopped by itself: a
+    process that is started anew is the way out.
     """
     stop, now, closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     engine: Engine | None = None
+    failure = ""
 
     def signalled() -> None:
         if now.is_set() or (stop.is_set() and (engine is None or closing.is_set())):
@@ -82,7 +88,11 @@ async def serve(
                 return
             # So long does a thread that computes in Python (a template, a body) keep the loop waiting.
             sys.setswitchinterval(0.001)
-            watching = [start(watch_files(models), "watching files"), start(obey(), "SIGHUP")]
+            watching = [
+                start(watch_files(models), "watching files"),
+                start(_watch_engines(models, stop), "watching engines"),
+                start(obey(), "SIGHUP"),
+            ]
             if not settings.fixed_ram:
                 watching.append(start(breathe(models, Gauge()), "watching memory"))
             try:
@@ -90,6 +100,7 @@ async def serve(
                     await grpc.ready(engine)
                 announce(engine, server.url, grpc.port if grpc else None)
                 await stop.wait()
+                failure = models.drop_failed()
                 service.draining = True
                 await _drain(service, grpc, now)
             finally:
@@ -102,6 +113,18 @@ async def serve(
             await asyncio.to_thread(tracing.close)
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(name)
+    if failure:
+        raise EngineFailedError(f"{failure}; its log says more, and a new start helps")
+
+
+async def _watch_engines(models: Models, stop: asyncio.Event) -> None:
+    """Set `stop` when nothing can be served any more."""
+    while True:
+        await asyncio.sleep(_LOOK)
+        if models.drop_failed():
+            _log.error("the engine has failed: the server ends, so that who watches over it starts it anew")
+            stop.set()
+            return
 
 
 async def _unless(stop: asyncio.Event, opening: Coroutine[None, None, Engine]) -> Engine | None:

@@ -43,6 +43,13 @@ class DraftsUsed(Struct):
     accepted: int
     draft_experts: int
 
+    @classmethod
+    def of(cls, *answers: Usage) -> DraftsUsed | UnsetType:
+        """Of all these answers; UNSET where nothing was drafted."""
+        drafted = sum(each.drafted for each in answers)
+        accepted = sum(each.accepted for each in answers)
+        return cls(drafted, accepted, sum(each.draft_experts for each in answers)) if drafted else UNSET
+
 
 class UsageAnswer(Struct):
     """drafts: where there were any."""
@@ -56,17 +63,14 @@ class UsageAnswer(Struct):
     @classmethod
     def of(cls, prompts: Iterable[Iterable[Usage]]) -> UsageAnswer:
         """Of several answers to each of several prompts; a prompt counts once."""
-        prompt = completion = cached = drafted = accepted = experts = 0
+        prompt = completion = cached = 0
+        every: list[Usage] = []
         for answers in prompts:
-            each = list(answers)
+            every += (each := list(answers))
             prompt += each[0].prompt_tokens
             cached += min(one.cached_tokens for one in each)  # the others find the first one's
             completion += sum(one.completion_tokens for one in each)
-            drafted += sum(one.drafted for one in each)
-            accepted += sum(one.accepted for one in each)
-            experts += sum(one.draft_experts for one in each)
-        drafts = DraftsUsed(drafted, accepted, experts) if drafted else UNSET
-        return cls(prompt, completion, prompt + completion, CachedTokens(cached), drafts)
+        return cls(prompt, completion, prompt + completion, CachedTokens(cached), DraftsUsed.of(*every))
 
 
 class TopLogprob(Struct):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from mer.api.http.answers import DraftsUsed
 from mer.api.http.errors import ApiError
 from mer.api.http.schemas import Body, Count, JsonObject, Probability, Text
 from mer.engine.outputs import Usage
@@ -168,17 +169,18 @@ AnswerBlock = TextAnswer | ThinkingAnswer | ToolUseAnswer
 
 
 class AnthropicUsage(Struct):
-    """input_tokens: without those that were found in the cache."""
+    """input_tokens: without those that were found in the cache. drafts: where there were any."""
 
     input_tokens: int
     output_tokens: int
     cache_read_input_tokens: int = 0
     cache_creation_input_tokens: int = 0
+    drafts: DraftsUsed | UnsetType = UNSET
 
     @classmethod
     def of(cls, usage: Usage) -> AnthropicUsage:
         cached = usage.cached_tokens
-        return cls(usage.prompt_tokens - cached, usage.completion_tokens, cached)
+        return cls(usage.prompt_tokens - cached, usage.completion_tokens, cached, drafts=DraftsUsed.of(usage))
 
 
 class AppliedEdits(Struct):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from mer.api.http.answers import ContentLogprob
+from mer.api.http.answers import ContentLogprob, DraftsUsed
 from mer.api.http.schemas import (
     Body,
     Count,
@@ -203,11 +203,14 @@ class OutputDetails(Struct):
 
 
 class ResponseUsage(Struct):
+    """drafts: where there were any."""
+
     input_tokens: int
     output_tokens: int
     total_tokens: int
     input_tokens_details: InputDetails
     output_tokens_details: OutputDetails
+    drafts: DraftsUsed | UnsetType = UNSET
 
     @classmethod
     def of(cls, usage: Usage, reasoning_tokens: int) -> ResponseUsage:
@@ -217,6 +220,7 @@ class ResponseUsage(Struct):
             usage.total_tokens,
             InputDetails(usage.cached_tokens),
             OutputDetails(reasoning_tokens),
+            DraftsUsed.of(usage),
         )
 
 
