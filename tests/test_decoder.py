@@ -287,6 +287,26 @@ def test_every_way_to_widen_f16(lib, name, needs):
     assert found.tobytes() == every.view(np.float16).astype(np.float32).tobytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "needs"), [("portable", ()), ("avx2", ("avx2", "f16c")), ("avx512", ("avx512f",))]
+)
+@pytest.mark.parametrize("dim", [7, 32, 57, 96])
+def test_every_way_to_widen_q8_0(lib, name, needs, dim):
+    if not set(needs) <= set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip(f"this CPU has no {name}")
+    rng, groups = np.random.default_rng(dim), -(-dim // 32)
+    codes = rng.integers(-127, 128, (16, dim)).astype(np.int8)
+    scales = rng.uniform(-5, 5, (16, groups)).astype(np.float16)
+    scales[0, 0] = np.nan
+    want = codes.astype(np.float32) * np.repeat(scales.astype(np.float32), 32, axis=1)[:, :dim]
+    for by_element in (0, 1):
+        given = [np.ascontiguousarray(each.T if by_element else each) for each in (codes, scales)]
+        found = np.zeros(16 * dim + 1, np.float32)
+        getattr(lib, f"mer_widen_codes_{name}")(*map(at, given), LONG(dim), INT(by_element), at(found))
+        np.testing.assert_array_equal(found[:-1].reshape(given[0].shape), want.T if by_element else want)
+        assert found[-1] == 0
+
+
 def test_f16_rounds_to_even_and_saturates(lib):
     values = np.random.default_rng(5).uniform(-30, 30, 4000)
     floats = (np.sign(values) * np.exp2(np.abs(values) - 20)).astype(np.float32)

@@ -102,11 +102,18 @@ MER_INLINE void add_values(float *out, const float *p, const float *values, long
         for (long j = j0; j < j1; j++) out[d] += p[j] * values[j * stride + d];
 }
 
+/* From element 16 - j on: which of sixteen places are j or above. Not comparisons, whose results GCC combines one by one. */
+static const int32_t counting[2 * MER_KV_BLOCK] = {
+    [16] = -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+};
+
 /* One query, one block: places [j0, j1) of it count, the others may hold anything. */
 MER_INLINE void attend_block(const mer_attention *a, const float *q, const float *keys, const float *values,
                              long j0, long j1, float *max, float *sum, float *out) {
-    const v16i place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const v16i counts = (place >= (int32_t)j0) & (place < (int32_t)j1);
+    v16i from, to;
+    memcpy(&from, counting + MER_KV_BLOCK - j0, sizeof from);
+    memcpy(&to, counting + MER_KV_BLOCK - j1, sizeof to);
+    const v16i counts = from & ~to;
     const v16 nothing = (v16){0} - INFINITY;
     v16 scores;
     if (a->latent)

@@ -10,6 +10,8 @@
 uint16_t mer_float_to_half(float f);
 /* n a multiple of 16. */
 void mer_widen(const uint16_t *h, long n, float *to);
+/* A part in Q8_0, codes and scales as mer_kv_store() lays them out. */
+void mer_widen_codes(const int8_t *q, const uint16_t *scales, long dim, int by_element, float *to);
 uint16_t mer_quantise_group(const float *x, long n, int8_t *q, long step);
 
 /* F16 without F16C and without branches, so that every clone vectorises it; exact, infinities included. */
@@ -35,33 +37,7 @@ MER_INLINE const float *as_floats(const char *part, int kv, long dim, int by_ele
         mer_widen((const uint16_t *)part, n, to);
         return to;
     }
-    const int8_t *q = (const int8_t *)part;
-    const uint16_t *scales = (const uint16_t *)(part + n);
-    const long groups = (dim + MER_KV_GROUP - 1) / MER_KV_GROUP;
-    for (long i = 0; i < n; i++) to[i] = (float)q[i]; /* apart, because only such a loop becomes vectors */
-    if (by_element)
-        for (long g = 0; g < groups; g++, scales += MER_KV_BLOCK) {
-            const long end = (g + 1) * MER_KV_GROUP < dim ? (g + 1) * MER_KV_GROUP : dim;
-            float scale[MER_KV_BLOCK];
-            for (int i = 0; i < MER_KV_BLOCK; i++) scale[i] = half_to_float(scales[i]);
-            V16_LOAD(scales16, scale);
-            for (long d = g * MER_KV_GROUP; d < end; d++) {
-                V16_LOAD(codes, to + d * MER_KV_BLOCK);
-                V16_STORE(to + d * MER_KV_BLOCK, codes * scales16);
-            }
-        }
-    else
-        for (long i = 0; i < MER_KV_BLOCK; i++)
-            for (long g = 0; g < groups; g++) {
-                const long end = (g + 1) * MER_KV_GROUP < dim ? (g + 1) * MER_KV_GROUP : dim;
-                const float scale = half_to_float(scales[i * groups + g]);
-                long d = g * MER_KV_GROUP;
-                for (; d + 16 <= end; d += 16) {
-                    V16_LOAD(codes, to + i * dim + d);
-                    V16_STORE(to + i * dim + d, codes * scale);
-                }
-                for (; d < end; d++) to[i * dim + d] *= scale;
-            }
+    mer_widen_codes((const int8_t *)part, (const uint16_t *)(part + n), dim, by_element, to);
     return to;
 }
 
