@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from mer.weights import convert as conversion
 from mer.weights import formats
 from mer.weights.checkpoint import open_checkpoint
 from mer.weights.plan import Plan
+
+T = TypeVar("T")
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -89,6 +92,16 @@ async def settle(engine: Engine) -> None:
     """Until all that was asked of the engine's thread before has been done."""
     await asyncio.sleep(0)
     await engine.generate([1], SamplingParams(temperature=0, max_tokens=1))
+
+
+async def begun_together(engine: Engine, asking: Awaitable[T], count: int) -> T:
+    """What `asking` returns; none of its `count` requests is computed before the last one is there."""
+    engine._worker.hold(True)
+    answers = asyncio.ensure_future(asking)
+    while len(engine._worker.jobs) < count and not answers.done():
+        await asyncio.sleep(0.001)
+    engine._worker.hold(False)
+    return await answers
 
 
 def check_idle(engine: Engine) -> None:

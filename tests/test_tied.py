@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from draft_models import WINDOW, write_head, write_predicting, write_predicting_v4
-from engine_models import GREEDY, make, opened, prompt, write_text_model
+from engine_models import GREEDY, begun_together, make, opened, prompt, write_text_model
 from gguf_models import write_gguf
 from test_speculation import ASKED, always, essence  # noqa: F401 (a fixture)
 from transformers import Qwen3MoeForCausalLM
@@ -94,8 +94,9 @@ async def test_a_paused_life(model, always):  # noqa: F811
     async with opened(path, speculate="off") as engine:
         expected = await ask(engine, prompts)
     async with opened(path, context=160, max_running=4) as engine:
-        for _ in range(2):
-            assert await ask(engine, prompts) == expected
+        assert await begun_together(engine, ask(engine, prompts), len(prompts)) == expected
+        assert engine.snapshot().preemptions
+        assert await ask(engine, prompts) == expected
     assert always[-1].drafted > 0
 
 
