@@ -98,7 +98,7 @@ async def begun_together(engine: Engine, asking: Awaitable[T], count: int) -> T:
     """What `asking` returns; none of its `count` requests is computed before the last one is there."""
     engine._worker.hold(True)
     answers = asyncio.ensure_future(asking)
-    while len(engine._worker.jobs) < count and not answers.done():
+    while len(engine._worker.jobs) < count and not answers.done():  # noqa: ASYNC110 (it happens elsewhere)
         await asyncio.sleep(0.001)
     engine._worker.hold(False)
     return await answers

@@ -150,7 +150,11 @@ def test_what_is_not_verified_is_watched():
 
     def text(tokens):
         return SimpleNamespace(
-            tokens=tokens, drafts=Acceptance(), watched=None, propose=NgramDrafter(tokens).propose
+            tokens=tokens,
+            drafts=Acceptance(),
+            watched=None,
+            propose=NgramDrafter(tokens).propose,
+            params=GREEDY,
         )
 
     repeating, other = text(2 * tokens[:12]), text(2 * tokens[:12])

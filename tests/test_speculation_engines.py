@@ -93,6 +93,25 @@ def test_draft_engines_never_cost_much(slope, lookup, engines, sequences, seed):
     assert took < 1.02 * plain + tries
 
 
+@pytest.mark.parametrize("chance", [0.0, 0.3])
+@pytest.mark.parametrize("slope", [0.1, 0.4, 0.8])
+def test_the_first_short_answer_costs_little(chance, slope):
+    """128 steps of an engine that knows nothing yet, with bad drafts of every kind that look good."""
+    lost = [
+        took / plain - 1
+        for seed in range(10)
+        for took, plain, *_ in [live(slope, chance, [(chance, 0.15)], steps=128, sequences=1, seed=seed)]
+    ]
+    assert sum(lost) / len(lost) < 0.04
+    assert max(lost) < 0.06
+
+
+def test_what_a_head_loses_silences_no_lookup():
+    took, plain, _, drafted = live(0.2, 0.9, [(0.0, 0.5)], steps=600, sequences=1, seed=0)
+    assert plain / took > 1.7
+    assert drafted[0] < 60
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_good_head_is_used(seed):
     took, plain, speculation, _ = live(0.1, -1.0, [(0.9, 0.05)], steps=1500, sequences=1, seed=seed)

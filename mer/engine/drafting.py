@@ -83,7 +83,7 @@ class Drafting:
         self.speculation = speculation
         self.experts = 0  # that drafted tokens alone wanted
         self._engines = list(engines)
-        self._acceptance = Acceptance()
+        self._everybody = Acceptance(), Acceptance()  # of greedy answers and of drawn ones
         self._failed: set[DraftEngine] = set()
         self._listening = [True] * len(self._engines)  # whether each saw the last step's states
         self._nobody: list[int | None] = [None] * len(self._engines)
@@ -229,14 +229,18 @@ class Drafting:
 
     def _note(self, request: Request, kind: int, position: int, right: bool) -> None:
         request.drafts.note(kind, position, right)
-        self._acceptance.note(kind, position, right)
+        self._like(request).note(kind, position, right)
 
     def _spend(self, source: int, seconds: float) -> None:
         self._spent += seconds
         self.speculation.spend(source, seconds)
 
     def _chances(self, request: Request, kind: int) -> tuple[float, ...]:
-        return request.drafts.chances(kind, self._acceptance)
+        return request.drafts.chances(kind, self._like(request))
+
+    def _like(self, request: Request) -> Acceptance:
+        """Of all answers like this one: what is drawn is seldom what a draft engine finds likeliest."""
+        return self._everybody[request.params.temperature > 0]
 
     def _all_behind(self, request: Request) -> list[int | None]:
         """Of each engine, by how many tokens it is behind; None: it can't draft for this one or shall not."""

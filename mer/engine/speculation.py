@@ -27,8 +27,8 @@ _PROBES: Final = 8
 # A draft that took so many times as long as usual: somebody else had the processor meanwhile.
 _ACCIDENT: Final = 2.0
 # What may be lost, by prompt lookup and by all engines: so many plain steps at once, and this part of the
-# time that they take. So an answer of 128 tokens can lose 2 %, and all of them together 1 %.
-_TRIES: Final = (1.25, 1.25)
+# time that they take. What the last draft loses comes on top of it.
+_TRIES: Final = (0.75, 0.75)
 _LOSS: Final = (0.005, 0.005)
 _GAINED: Final = 8.0  # of what was gained, as much may be lost at once
 _EARNING: Final = 8  # plain steps of which that is counted at once
