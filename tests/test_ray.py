@@ -36,6 +36,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Ray's processes
 MER = [sys.executable, "-c", "from mer.cli.main import main; main()", "cluster"]
 # A generous limit of whatever is waited for, in seconds.
 LONG = 300.0
+NOTHING = {"nodes": 1, "shards": [], "status": "", "engines": []}
 MESSAGES = [{"role": "user", "content": "Tell me of the sea. " * 40}]
 
 
@@ -80,7 +81,8 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(model) -> Iterator[Cluster]:
+def cluster_of_ray() -> Iterator[Cluster]:
+    """Nothing is up yet."""
     own, http, rpcs, *others = free_ports(7)
     names = "node-manager", "object-manager", "ray-client-server", "dashboard-agent-listen"
     command = [
@@ -93,20 +95,27 @@ def cluster(model) -> Iterator[Cluster]:
     made = Cluster(f"127.0.0.1:{own}", f"http://127.0.0.1:{http}", f"127.0.0.1:{rpcs}")
     try:
         made.until(lambda _: True, "Ray answers")
-        done = made.run(
-            "up", model, "--shards", 2, "--shard-port", 0, "--ram", "1GiB", "--replicas", 2,
-            "--cache-experts", 4, "--served-model-name", "tiny", "--port", http, "--grpc-port", rpcs,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert f"tiny is served at {made.http}/v1, gRPC on port {rpcs}" in done.stderr
-        made.until(settled, "both engines use both shards")
         yield made
-        assert made.run("down").returncode == 0
-        assert made.run("down").stderr.strip() == "nothing was up"
-        assert made.state() == {"nodes": 1, "shards": [], "status": "", "engines": []}
     finally:
         process.terminate()
         process.wait(LONG)
+
+
+@pytest.fixture(scope="module")
+def cluster(cluster_of_ray, model) -> Iterator[Cluster]:
+    made = cluster_of_ray
+    http, rpcs = (address.rpartition(":")[2] for address in (made.http, made.grpc))
+    done = made.run(
+        "up", model, "--shards", 2, "--shard-port", 0, "--ram", "1GiB", "--replicas", 2,
+        "--cache-experts", 4, "--served-model-name", "tiny", "--port", http, "--grpc-port", rpcs,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"tiny is served at {made.http}/v1, gRPC on port {rpcs}" in done.stderr
+    made.until(settled, "both engines use both shards")
+    yield made
+    assert made.run("down").returncode == 0
+    assert made.run("down").stderr.strip() == "nothing was up"
+    assert made.state() == NOTHING
 
 
 def settled(state: dict[str, Any]) -> bool:
@@ -139,6 +148,25 @@ async def expected(model: Path, tokens: int) -> str:
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     async with opened(model, context=4096) as engine:
         return (await engine.generate(engine.chat_prompt(MESSAGES), params)).text
+
+
+def test_no_ray_answers():
+    (port,) = free_ports(1)
+    done = Cluster(f"127.0.0.1:{port}", "", "").run("status")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"no Ray answers at '127.0.0.1:{port}'" in done.stderr
+
+
+def test_what_can_not_be_opened(cluster_of_ray, model):
+    """Nothing of it is left."""
+    for options, words in (
+        (("nowhere", "--shards", 1, "--ram", "1GiB"), "nowhere does not exist"),
+        ((model, "--ram", "20MiB"), "ram 20 MiB is too little"),
+    ):
+        done = cluster_of_ray.run("up", *options, "--port", free_ports(1)[0], "--no-grpc")
+        assert done.returncode == 1
+        assert words in done.stderr
+        assert cluster_of_ray.state() == NOTHING
 
 
 async def test_one_address(cluster, model):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 from typing import Any, Final
 
 import ray
 from attrs import frozen
 from ray import serve
 
-from mer.config import EngineConfig
+from mer.config import EngineConfig, parse_address
 from mer.deploy.plan import NAME, Plan
 from mer.deploy.ray_engine import EngineReplica, shard_names
 from mer.deploy.ray_front import FRONT
@@ -46,8 +47,10 @@ def connect(address: str) -> None:
     """address: of a Ray that is running; 'auto': the one that this machine belongs to. Raises ConfigError."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
+        if address != "auto" and "://" not in address:  # Ray itself tries for minutes
+            socket.create_connection(parse_address(address), _SOON).close()
         ray.init(address, namespace=NAME, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"no Ray answers at {address!r} ({error}); `ray start --head` starts one on this machine"
         ) from None
