@@ -1,42 +1,51 @@
-"""Experts on other machines: tokens a second and bytes on the wire, one node against two, on this machine.
+"""Experts on other machines: tokens a second and bytes on the wire, by the number of nodes, on this machine.
 
     python -m bench.cluster demo
     python -m bench.cluster /tmp/model --share 25% --tokens 64 --rounds 5 --json cluster.json
+    python -m bench.cluster /tmp/model --nodes 1 --nodes 2 --nodes 4 --delay 0.5 --gbit 10
 
-Each node holds a share of the experts, the engine's among them; shards are processes of their own that listen
-on the loopback address. All engines are open at the same time, and in each round every one of them writes the
-same text, one after the other; figures are medians of the rounds, after one that is not counted. On one
-machine the nodes share its cores and its drive, so the figures say what the way costs, not what a second
+Each node holds a share of the experts, the engine's among them; shards are processes of their own. With delay
+or rate each is in a network namespace behind a link like that (bench/links.py: root), in a memory control
+group of its own, with certificates and a token; else on the loopback address. One number of nodes after the
+other writes the same text in each round; figures are medians of the rounds, after one that is not counted. On
+one machine the nodes share its cores and its drive, so the figures say what the way costs, not what a second
 machine brings: give each --threads such that all of them fit. The round trip is of one expert and token.
+bench/cluster_sim.py takes the JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 import numpy as np
-from attrs import asdict, define
+from attrs import asdict, define, frozen
 from rich.console import Console
 from rich.table import Table
 
+from bench.cgroups import MemoryGroup
 from bench.help import help_of
+from bench.links import LinkError, Network
 from mer import Engine, SamplingParams
 from mer._ext.remote import Ask
 from mer.cli.common import model_argument
 from mer.engine.observer import Snapshot
 
 _WAIT_S = 120.0
+# What a shard takes beside its experts: bytes.
+_BESIDE = 512 << 20
 
 
 @define
@@ -50,31 +59,91 @@ class Nodes:
     sent_bytes: float
     received_bytes: float
     by_peers: float  # share of the experts that other nodes computed
+    from_drive: float  # share of them that was read
+    expert_s: float  # what one expert takes to compute here
+    dense_s: float  # what the rest of the model takes
+    io_wait_s: float  # with nothing to do but wait for reads
     late: float  # share of those asked of them that were read here, too
     wait_s: float  # with nothing to do but wait for peers
 
 
+@frozen
+class Place:
+    """Where shards are: in namespaces behind links, or at the loopback address."""
+
+    network: Network | None
+    folder: Path
+
+    @property
+    def asking(self) -> dict[str, Any]:
+        """Settings of an engine."""
+        if self.network is None:
+            return {}
+        files = {f"peer_{part}": self.folder / f"engine.{part}" for part in ("cert", "key", "ca")}
+        return files | {"peer_token": self.folder / "token"}
+
+    def command(self, number: int) -> list[str]:
+        if self.network is None:
+            return ["--listen", "127.0.0.1:0"]
+        address = self.network.nodes[number].address
+        names = {"cert": "--tls-cert", "key": "--tls-key", "ca": "--tls-client-ca"}
+        files = [[option, str(self.folder / f"{address}.{part}")] for part, option in names.items()]
+        listen = ["--listen", f"{address}:0", "--token-file", str(self.folder / "token")]
+        return [*listen, *(word for pair in files for word in pair)]
+
+
 @contextmanager
-def shard(model: Path, experts: int, threads: int) -> Iterator[str]:
-    """The address of a new one."""
-    script = "from mer.cli.main import main; main()"
-    command = [sys.executable, "-c", script, "shard", str(model), "--listen", "127.0.0.1:0"]
-    command += ["--experts", str(experts), "--threads", str(threads)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+def place(nodes: int, delay_s: float | None, bits_per_s: float | None) -> Iterator[Place]:
+    """For so many shards; neither delay nor rate: at the loopback address."""
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        network = None
+        if nodes and (delay_s is not None or bits_per_s is not None):
+            made = Network(nodes, delay_s=delay_s or 0.0, bits_per_s=bits_per_s or 25e9)
+            network = stack.enter_context(made)
+            write_secrets(Path(folder), ["engine", *(node.address for node in network.nodes)])
+        yield Place(network, Path(folder))
+
+
+def write_secrets(folder: Path, names: list[str]) -> None:
     try:
+        import trustme
+    except ImportError:
+        raise click.ClickException("--delay and --gbit need certificates: pip install trustme") from None
+    ca = trustme.CA()
+    (folder / "token").write_text("a token of this benchmark alone")
+    for name in names:
+        issued = ca.issue_cert(name)
+        (folder / f"{name}.cert").write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        (folder / f"{name}.key").write_bytes(issued.private_key_pem.bytes())
+        (folder / f"{name}.ca").write_bytes(ca.cert_pem.bytes())
+
+
+@contextmanager
+def shard(model: Path, experts: int, threads: int, where: Place, number: int, limit: int) -> Iterator[str]:
+    """The address of a new one. limit: bytes of its control group, where it has one."""
+    script = "from mer.cli.main import main; main()"
+    command = [sys.executable, "-c", script, "shard", str(model), *where.command(number)]
+    command += ["--experts", str(experts), "--threads", str(threads)]
+    with ExitStack() as stack:
+        if where.network is None:
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        else:
+            group = stack.enter_context(MemoryGroup(limit))
+            node = where.network.nodes[number]
+            process = node.popen(command, join=group.join, stderr=subprocess.PIPE, text=True)
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        assert process.stderr is not None
+        host = "127.0.0.1" if where.network is None else where.network.nodes[number].address
         lines = []
         for line in process.stderr:
             lines.append(line)
-            if "127.0.0.1:" in line:
+            if found := re.search(rf"{re.escape(host)}:\d+", line):
                 break
         else:
             raise click.ClickException("".join(lines))
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield "127.0.0.1:" + "".join(lines).split("127.0.0.1:")[-1].split(";")[0].strip()
-    finally:
-        process.terminate()
-        process.wait()
+        yield found[0]
 
 
 async def settle(engine: Engine) -> None:
@@ -99,6 +168,15 @@ def summary(nodes: int, experts: int, tokens: int, rounds: list[tuple[float, Sna
         steps, hits = after.steps - before.steps, after.peer_hits - before.peer_hits
         return hits / max(hits + steps.hits + steps.misses, 1)
 
+    def spent(before: Snapshot, after: Snapshot) -> tuple[float, float, int]:
+        old, new = before.steps, after.steps
+        count = new.hits + new.misses - old.hits - old.misses
+        return new.expert_s - old.expert_s, new.io_wait_s - old.io_wait_s, max(count, 1)
+
+    def dense(seconds: float, before: Snapshot, after: Snapshot) -> float:
+        computing, reading, _ = spent(before, after)
+        return (seconds - computing - reading - after.peer_wait_s + before.peer_wait_s) / tokens
+
     def late(_: float, before: Snapshot, after: Snapshot) -> float:
         count = after.peer_late - before.peer_late
         return count / max(count + after.peer_hits - before.peer_hits, 1)
@@ -111,6 +189,12 @@ def summary(nodes: int, experts: int, tokens: int, rounds: list[tuple[float, Sna
         sent_bytes=median(lambda _, a, b: (wired(b, "sent") - wired(a, "sent")) / tokens),
         received_bytes=median(lambda _, a, b: (wired(b, "received") - wired(a, "received")) / tokens),
         by_peers=median(by_peers),
+        from_drive=median(
+            lambda _, a, b: (b.steps.misses - a.steps.misses) / (spent(a, b)[2] + b.peer_hits - a.peer_hits)
+        ),
+        expert_s=median(lambda _, a, b: spent(a, b)[0] / spent(a, b)[2]),
+        dense_s=median(dense),
+        io_wait_s=median(lambda _, a, b: spent(a, b)[1] / tokens),
         late=median(late),
         wait_s=median(lambda _, a, b: (b.peer_wait_s - a.peer_wait_s) / tokens),
     )
@@ -146,50 +230,73 @@ def round_trip(engine: Engine, times: int = 200) -> float | None:
 
 
 async def measure(
-    model: Path, most: int, share: float, prompt: int, tokens: int, rounds: int, threads: int
+    model: Path,
+    nodes: tuple[int, ...],
+    share: float,
+    prompt: int,
+    tokens: int,
+    rounds: int,
+    threads: int,
+    link: tuple[float | None, float | None] = (None, None),
 ) -> dict[str, Any]:
+    """link: seconds of one way, and bits a second."""
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     ids = [1 + i % 200 for i in range(prompt)]
-    found: dict[int, list[tuple[float, Snapshot, Snapshot]]] = {}
+    common: dict[str, Any] = {"cache_experts": share, "threads": threads, "prefix_cache": False}
+    common |= {"speculate": "off", "device": "cpu"}
+    made, answers, trip, measured = [], set(), None, None
     async with AsyncExitStack() as stack:
-        common: dict[str, Any] = {"cache_experts": share, "threads": threads, "prefix_cache": False}
-        common |= {"speculate": "off", "device": "cpu"}
-        engines = [await stack.enter_async_context(Engine.open(model, **common))]
-        experts = engines[0].budget.slots
-        shards = [stack.enter_context(shard(model, experts, threads)) for _ in range(most - 1)]
-        for n in range(1, most):
-            engines.append(await stack.enter_async_context(Engine.open(model, peers=shards[:n], **common)))
-            if (
-                n < most - 1
-            ):  # the first engine of a shard decides: each has its turn, and leaves what it chose
-                await settle(engines[-1])
-        for engine in engines:
-            await settle(engine)
-        answers = set()
-        for number in range(rounds + 1):
-            for nodes, engine in enumerate(engines, 1):
-                before, start = engine.snapshot(), time.perf_counter()
-                answers.add((await engine.generate(ids, params)).token_ids)
-                taken = time.perf_counter() - start
-                if number:
-                    found.setdefault(nodes, []).append((taken, before, engine.snapshot()))
-        if len(answers) != 1:
-            raise click.ClickException("answers differ: this is a bug of mer")
-        trip = await asyncio.to_thread(round_trip, engines[-1])
-    made = [summary(nodes, experts, prompt + tokens, each) for nodes, each in found.items()]
+        async with Engine.open(model, **common) as engine:
+            slots = engine.budget.slots
+            tables = engine._runner.experts._tables if engine._runner.experts is not None else None
+            top_k = engine._runner.experts.streamer.top_k if engine._runner.experts is not None else 0
+        assert tables is not None
+        where = stack.enter_context(place(max(nodes) - 1, *link))
+        limit = slots * tables.slot_bytes + _BESIDE
+        shards = [
+            stack.enter_context(shard(model, slots, threads, where, i, limit)) for i in range(max(nodes) - 1)
+        ]
+        if where.network is not None:
+            measured = where.network.round_trip(where.network.nodes[0], 20)
+        for n in nodes:
+            asking = {"peers": tuple(shards[: n - 1]), **where.asking} if n > 1 else {}
+            found = []
+            async with Engine.open(model, **common, **asking) as engine:
+                await settle(engine)
+                for number in range(rounds + 1):
+                    before, start = engine.snapshot(), time.perf_counter()
+                    answers.add((await engine.generate(ids, params)).token_ids)
+                    taken = time.perf_counter() - start
+                    if number:
+                        found.append((taken, before, engine.snapshot()))
+                trip = await asyncio.to_thread(round_trip, engine) if n > 1 else trip
+            made.append(summary(n, slots, prompt + tokens, found))
+    if len(answers) != 1:
+        raise click.ClickException("answers differ: this is a bug of mer")
     return {
         "model": model.name,
         "share": share,
         "prompt": prompt,
         "tokens": tokens,
         "threads": threads,
+        "link": "loopback" if where.network is None else where.network.how,
+        "delay_s": link[0] or 0.0,
+        "bits_per_s": link[1] or 25e9,
+        "packet_round_trip_s": measured,
         "round_trip_s": trip,
+        "layers": len(tables.layers),
+        "top_k": top_k,
+        "hidden": int(tables.layers[0, 3]),
+        "expert_bytes": int(tables.slot_bytes),
         "nodes": [asdict(each) for each in made],
     }
 
 
 def table(result: dict[str, Any]) -> Table:
-    shown = Table(title=f"{result['model']}: {result['prompt']} + {result['tokens']} tokens")
+    link = result["link"]
+    if link != "loopback":
+        link += f", {1e3 * result['delay_s']:g} ms each way, {result['bits_per_s'] / 1e9:g} Gbit/s"
+    shown = Table(title=f"{result['model']}: {result['prompt']} + {result['tokens']} tokens; {link}")
     names = ("nodes", "experts each", "tokens/s", "drive/token", "sent/token", "received/token", "by peers")
     for name in (*names, "asked twice", "wait/token"):
         shown.add_column(name, justify="right")
@@ -206,25 +313,33 @@ def table(result: dict[str, Any]) -> Table:
 
 @click.command(help=help_of(__doc__))
 @click.argument("model", callback=model_argument)
-@click.option("--nodes", type=click.IntRange(1, 8), default=2, show_default=True)
+@click.option("--nodes", type=click.IntRange(1, 8), multiple=True, default=(1, 2), show_default=True)
 @click.option("--share", default="25%", show_default=True, help="Of the experts, on each node.")
 @click.option("--prompt", type=click.IntRange(1), default=16, show_default=True, help="Tokens.")
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Of an answer.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of each node.")
+@click.option("--delay", type=click.FloatRange(0), help="Of a link, one way, in ms.")
+@click.option("--gbit", type=click.FloatRange(0, min_open=True), help="Of a link, each way, in Gbit/s.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Also write all figures there.")
 def main(
     model: Path,
-    nodes: int,
+    nodes: tuple[int, ...],
     share: str,
     prompt: int,
     tokens: int,
     rounds: int,
     threads: int,
+    delay: float | None,
+    gbit: float | None,
     out: Path | None,
 ) -> None:
     part = float(share.removesuffix("%")) / 100
-    result = asyncio.run(measure(model, nodes, part, prompt, tokens, rounds, threads))
+    link = (None if delay is None else delay / 1e3, None if gbit is None else gbit * 1e9)
+    try:
+        result = asyncio.run(measure(model, nodes, part, prompt, tokens, rounds, threads, link))
+    except LinkError as error:
+        raise click.ClickException(f"no links can be made here: {error}") from None
     Console(width=110).print(table(result))
     if out is not None:
         out.write_text(json.dumps(result, indent=1))
