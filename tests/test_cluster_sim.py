@@ -1,0 +1,46 @@
+"""bench/cluster_sim.py: layers whose time can be told by hand."""
+
+from __future__ import annotations
+
+import pytest
+from attrs import evolve
+from click.testing import CliRunner
+
+from bench import cluster_sim
+from bench.cluster_sim import World, layer_s, shares, turn_over
+
+WORLD = World(
+    layers=1, experts=8, top_k=2, hidden=250, expert_bytes=1_000_000, dense_s=0.0, expert_s=0.001,
+    ask_s=0.002, drive_bytes_per_s=1e8, delay_s=0.005, bits_per_s=1e12, skew=0.0,
+)  # fmt: skip
+
+
+def test_layers_by_hand():
+    assert layer_s(WORLD, 3, [], 0) == pytest.approx(0.003)
+    assert layer_s(WORLD, 0, [], 2) == pytest.approx(0.021), "the second is read, then computed"
+    assert layer_s(WORLD, 0, [2], 0) == pytest.approx(0.014, rel=1e-3)
+    assert layer_s(WORLD, 0, [1, 1], 0) == pytest.approx(0.013, rel=1e-3), "peers work side by side"
+    slow = evolve(WORLD, bits_per_s=8 * (1000 + 150) / 0.1)
+    assert layer_s(slow, 0, [1, 1], 0) == pytest.approx(0.1 + 0.013 + 0.2, rel=1e-2), "one port"
+
+
+def test_where_it_turns():
+    rate = turn_over(WORLD)
+    assert rate == float("inf"), "10 ms of the link, 3 ms there: the drive needs 11"
+    near = evolve(WORLD, delay_s=0.001)
+    rate = turn_over(near)  # 11 ms less 5 ms are there for 2300 bytes
+    assert rate == pytest.approx(8 * 2300 / 0.006, rel=1e-3)
+
+
+def test_shares():
+    assert shares(WORLD, 1, 2) == pytest.approx((0, 0.75))
+    assert shares(WORLD, 2, 2) == pytest.approx((0.25, 0.5))
+    assert shares(WORLD, 8, 2) == pytest.approx((0.75, 0))
+
+
+def test_command():
+    done = CliRunner().invoke(cluster_sim.main, ["--nodes", "2"])
+    assert done.exit_code == 0, done.output
+    assert "DeepSeek-V3" in done.output
+    done = CliRunner().invoke(cluster_sim.main, [])
+    assert "Mbit/s" in done.output
