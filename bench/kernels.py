@@ -65,14 +65,14 @@ def random_weights(name: str, mebibytes: int, cols: int) -> NDArray[np.uint8]:
 
 
 def measure(run: Callable[[], object]) -> list[float]:
-    """Seconds of each repetition: at least five, and half a second of them."""
+    """Seconds of each repetition: at least five, and a quarter of a second of them."""
     run()
     times: list[float] = []
-    while len(times) < 5 or (sum(times) < 0.5 and len(times) < 100):
+    while len(times) < 5 or (sum(times) < 0.25 and len(times) < 100):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-        if sum(times) > 5:
+        if sum(times) > 1:
             break
     return times
 

@@ -12,7 +12,7 @@ import transformers
 from click.testing import CliRunner
 from gguf import GGUFReader, dequantize
 
-from bench import ceilings, first_token, inplace, io, make_model, peer, speculative, start
+from bench import ceilings, first_token, inplace, io, kernels, make_model, peer, speculative, start
 from bench.gguf_writer import write_gguf
 from bench.shapes import SHAPES, model_config, tensors
 from bench.synthetic import Weights
@@ -290,6 +290,16 @@ def test_ceilings_refuse_a_block_that_can_not_be(tmp_path):
         result = CliRunner().invoke(ceilings.main, [str(file), "--block", "65536"])
         assert result.exit_code == 1
         assert "smaller than one block" in result.output
+
+
+@pytest.mark.parametrize("name", kernels.FORMATS)
+def test_kernels_are_timed_on_normal_numbers(name):
+    """Subnormal ones would be slow, and others than a model's."""
+    weights = kernels.random_weights(name, 1, 2048)[:64]
+    values = np.abs(dequantize(weights, kernels.FORMATS[name][0]))
+    assert np.isfinite(values).all()
+    assert np.mean(values[values > 0] > 2.0**-60) > 0.999
+    assert np.mean(values > 0) > 0.5
 
 
 def test_loading_is_measured():
