@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final, Literal
@@ -192,7 +193,7 @@ def _tools(request: ChatRequest, format: OutputFormat) -> list[dict[str, Any]]:
     """The tools that the answer may call. Raises RequestError."""
     tools = request.tools or []
     names = [tool["function"]["name"] for tool in tools]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise RequestError(f"tools: two of them are called {twice!r}", "tools")
     if request.tool_choice == "none":
         return []

@@ -376,7 +376,7 @@ class Engine:
         if not isinstance(prompt, str):
             self._fits(len(prompt))
         elif self._tokenizer is not None:
-            self._refuse_beyond(self._tokenizer.at_least(prompt), self.context, exact=False)
+            self._fits(self._tokenizer.at_least(prompt), exact=False)
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Result:
         """The whole answer to a text or to token ids. Raises as `stream` does."""
@@ -432,7 +432,8 @@ class Engine:
     async def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Submitted already."""
         asked_at, mailbox = time.perf_counter(), Mailbox[Delta]()
-        request = await self._off_loop(prompt, lambda: self._make(prompt, params, mailbox, asked_at))
+        beside = len(params.stop_token_ids) + sum(map(len, params.stop))
+        request = await self._off_loop(prompt, lambda: self._make(prompt, params, mailbox, asked_at), beside)
         if params.structure is not None:
             request.constraint = await asyncio.to_thread(self._constraints.compile, params.structure)
         self._worker.submit(request)
@@ -441,7 +442,7 @@ class Engine:
     def _make(self, prompt: Prompt, params: SamplingParams, mailbox: Mailbox[Delta], at: float) -> Request:
         tokens = self._tokens(prompt)
         limit = self.context
-        self._refuse_beyond(len(tokens), limit - (params.max_tokens != 0))  # an answer needs a place
+        self._fits(len(tokens), limit - (params.max_tokens != 0))  # an answer needs a place
         if params.max_tokens is not None:
             limit = min(limit, len(tokens) + params.max_tokens)
         return Request(
@@ -466,18 +467,16 @@ class Engine:
         asked = {self._speculate, params.speculate}
         return self._drafting is not None and asked <= {"auto", how}
 
-    async def _off_loop(self, prompt: Prompt, prepare: Callable[[], _T]) -> _T:
-        """What `prepare` makes of a prompt; of a long one on another thread."""
+    async def _off_loop(self, prompt: Prompt, prepare: Callable[[], _T], beside: int = 0) -> _T:
+        """What `prepare` makes of a prompt; of a long one, or of much beside it, on another thread."""
         if self._closed:
             raise EngineClosedError("the engine is closed and takes no more requests")
-        if isinstance(prompt, Sized) and len(prompt) > _LONG:
+        if (isinstance(prompt, Sized) and len(prompt) > _LONG) or beside > _LONG:
             return await asyncio.to_thread(prepare)
         return prepare()
 
-    def _fits(self, tokens: int) -> None:
-        self._refuse_beyond(tokens, self.context)
-
-    def _refuse_beyond(self, tokens: int, most: int, *, exact: bool = True) -> None:
+    def _fits(self, tokens: int, most: int | None = None, *, exact: bool = True) -> None:
+        most = self.context if most is None else most
         if tokens > most:
             raise TooLongError(
                 f"the prompt has {'' if exact else 'at least '}{tokens} tokens; {most} is the most here (the "

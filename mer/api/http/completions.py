@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -35,6 +36,8 @@ from mer.model.tokenizer import Tokenizer
 # As in OpenAI's API, where nothing is said.
 _MAX_TOKENS: Final = 16
 _NAMES: Final = {"prompt_logprobs": "logprobs"}
+# The log-probabilities of a token take as long as so many characters of text.
+_PER_TOKEN: Final = 100
 
 
 def blueprint(service: Service) -> Blueprint:
@@ -166,6 +169,12 @@ class _Answer:
         return len(tokenizer.token_text(token))
 
 
+async def _chosen(answer: _Answer, delta: Delta) -> CompletionChoice:
+    """`answer.choice`; on a thread where there are log-probabilities of many tokens to be written."""
+    size = len(delta.prompt_logprobs or ()) + len(delta.logprobs or ())
+    return await off_loop(_PER_TOKEN * size, lambda: answer.choice(delta))
+
+
 async def _whole(
     work: _Work, model: str, batches: AsyncGenerator[list[tuple[int, Delta]], None], call: Call
 ) -> Completion:
@@ -174,9 +183,10 @@ async def _whole(
         async for batch in batches:
             for i, delta in batch:
                 deltas[i].append(delta)
-    results = [join(each, seed=0) for each in deltas]
-    choices = []
-    for i, result in enumerate(results):
+    results, choices = [], []
+    for i, each in enumerate(deltas):
+        await asyncio.sleep(0)  # others come in between
+        results.append(result := join(each, seed=0))
         whole = Delta(
             result.text,
             result.token_ids,
@@ -184,7 +194,7 @@ async def _whole(
             result.finish_reason,
             prompt_logprobs=result.prompt_logprobs,
         )
-        choices.append(_Answer(work, i).choice(whole))
+        choices.append(await _chosen(_Answer(work, i), whole))
     usage = work.usage([result.usage for result in results], call)
     return Completion(new_id("cmpl"), now(), model, choices, usage)
 
@@ -205,7 +215,7 @@ async def _chunks(
         async for batch in batches:
             parts: list[bytes] = []
             for i, delta in batch:
-                choice = answers[i].choice(delta)
+                choice = await _chosen(answers[i], delta)
                 if choice.text or choice.logprobs is not None or choice.finish_reason is not None:
                     parts.append(sse.data(Completion(id, created, model, [choice], no_usage)))
                 if delta.usage is not None:
