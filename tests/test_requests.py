@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
+from contextlib import aclosing
 from typing import Any, cast
 
 import attrs
@@ -312,15 +313,16 @@ async def test_what_is_observed(model):
         await asyncio.gather(*(engine.generate(prompt(5, seed=n), params()) for n in range(3)))
         with pytest.raises(RequestTimeoutError):
             await engine.generate(prompt(7), params(max_tokens=400, timeout=0.02))
-        async for _ in engine.stream(prompt(8), LONG):
-            break
+        async with aclosing(engine.stream(prompt(8), LONG)) as deltas:
+            await anext(deltas)
         await settle(engine)
         events = seen.events
         assert seen.threads == {"mer-step"}
-        assert len(events["queued"]) == len(set(events["queued"])) >= 6
-        assert len(events["started"]) == len(events["queued"])
+        queued, started = len(events["queued"]), len(events["started"])
+        assert queued == len(set(events["queued"])) >= 6
+        firsts = [first for first, _ in events["token"]].count(True)
+        assert queued - 1 <= firsts <= started <= queued  # one may have run out of time before it began
         assert min(seconds for (seconds,) in events["started"]) >= 0
-        assert [first for first, _ in events["token"]].count(True) == len(events["queued"])
         assert min(seconds for _, seconds in events["token"]) > 0
         reasons = [reason for reason, _ in events["ended"]]
         assert reasons[:3] == ["length"] * 3
