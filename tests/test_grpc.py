@@ -201,6 +201,7 @@ async def test_the_model_is_described(model, stub):
     assert told.experts_per_token == config["num_experts_per_tok"]
     assert list(told.eos_token_ids) == [0]
     assert told.facts["cache_slots"] == "4"
+    assert "None" not in told.facts.values()
 
 
 async def test_request_ids(stub):

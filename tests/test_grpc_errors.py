@@ -6,6 +6,7 @@ import asyncio
 import errno
 import random
 import socket
+import threading
 
 import grpc
 import pytest
@@ -26,6 +27,7 @@ from grpc_client import (
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mer import Engine
+from mer.api.grpc import convert
 from mer.api.grpc import server as grpc_server
 from mer.api.grpc.errors import Failure
 from mer.api.grpc.server import serve_grpc
@@ -98,6 +100,27 @@ WRONG = [
 async def tiny(model):
     async with served(model) as given:
         yield given
+
+
+async def test_many_short_messages_are_a_threads_work(tiny, monkeypatch):
+    """Converting and rendering them takes longer than a step: streams beside them would wait."""
+    stub, _, _ = tiny
+    threads, convert_them, render = [], convert.conversation, Engine.chat_prompt
+
+    def conversation(*given):
+        threads.append(threading.current_thread())
+        return convert_them(*given)
+
+    def chat_prompt(self, *given, **more):
+        threads.append(threading.current_thread())
+        return render(self, *given, **more)
+
+    monkeypatch.setattr(convert, "conversation", conversation)
+    monkeypatch.setattr(Engine, "chat_prompt", chat_prompt)
+    error = await refused(stub.Chat(pb.ChatRequest(messages=[Message(role="user", content="x")] * 2000)))
+    assert error.fields == ["messages"]
+    assert len(threads) >= 2
+    assert threading.main_thread() not in threads
 
 
 async def test_a_field_that_is_wrong_is_named(tiny):

@@ -166,7 +166,7 @@ ERRORS = {
     "no schema": (["run", "MODEL", "x", "--json-schema", "-"], 1, "JSON schema is no JSON"),
     "two structures": (["run", "MODEL", "x", "--json-schema", "-", "--regex", "a"], 2, "--regex"),
     "no place for a trace": (["run", "MODEL", "x", "--trace", "/dev/null/t"], 1, "trace /dev/null/t"),
-    "chat without template": (["chat", "BARE"], 1, "chat template"),
+    "chat without template": (["chat", "BARE"], 1, "`mer run MODEL PROMPT` does"),
     "chat without model": (["chat", "nowhere"], 1, "nowhere"),
 }
 

@@ -258,6 +258,10 @@ def test_monitor(model, tmp_path):
         ).stdout.splitlines()
         assert len(header) == len(line)
         assert line.endswith("100%")
+        done = run_monitor(f"http://{address}/", "--json", "-n", 1, MER_API_KEY="secret")
+        assert json.loads(done.stdout)["model"] == "tiny"
+        done = run_monitor(f"127.0.0.1:{server.port}")
+        assert "that is no gRPC API" in str(done.exception)
         done = run_monitor(address, MER_API_KEY="wrong")
         assert isinstance(done.exception, MerError)
         assert "MER_API_KEY" in str(done.exception)

@@ -42,7 +42,10 @@ def chat(model: Path, system: str | None, stats: bool, **options: Any) -> None:
     with asyncio.Runner() as runner:
         engine = runner.run(_open(model, config))
         try:
-            engine.chat_prompt([*first, {"role": "user", "content": "?"}])  # says at once if it can't be done
+            try:
+                engine.chat_prompt([*first, {"role": "user", "content": "?"}])  # at once, if it can't be done
+            except RequestError as error:
+                raise RequestError(f"{error} (`mer run MODEL PROMPT` does)", error.param) from None
             _talk(runner, engine, first, params, stats)
         finally:
             runner.run(engine.close(drain=False))

@@ -49,8 +49,8 @@ class Remote:
     @asynccontextmanager
     async def channel(self) -> AsyncIterator[grpc.aio.Channel]:
         """Raises ConfigError for files that can't be read."""
-        target = self.address.removeprefix("https://")
-        if target == self.address and self.tls_ca is None:
+        target = self.address.removeprefix("https://").removeprefix("http://").rstrip("/")
+        if not self.address.startswith("https://") and self.tls_ca is None:
             opened = grpc.aio.insecure_channel(target)
         else:
             given = (self.tls_ca, self.tls_key, self.tls_cert)
@@ -73,6 +73,8 @@ class Remote:
                 "no server answers there; start one with `mer serve`, or give the address of its gRPC API "
                 "(https:// before it where it has a certificate)"
             )
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED and "http2 header" in told:  # 404, of gRPC itself
+            return "that is no gRPC API; `mer serve` says at its start on which port it has it"
         advice = _MEANING.get(error.code())
         return f"{told}; {advice.format(self.key)}" if advice else told
 

@@ -153,18 +153,6 @@ def _structure(given: pb.Structure) -> Structure:
     raise RequestError("structure: say which kind (json_object must be true)", "structure")
 
 
-def json_size(request: pb.GenerateRequest | pb.ChatRequest | pb.TokenizeRequest) -> int:
-    """Characters of JSON in a request, which take their time to be read; biases as if they were."""
-    size = 0
-    if not isinstance(request, pb.TokenizeRequest):
-        size = len(request.params.structure.json_schema) + 8 * len(request.params.logit_bias)
-    if isinstance(request, pb.GenerateRequest):
-        return size
-    calls = sum(len(call.arguments) for message in request.messages for call in message.tool_calls)
-    tools = sum(len(tool.parameters) for tool in request.tools)
-    return size + len(request.template_variables) + calls + tools
-
-
 def conversation(request: pb.ChatRequest | pb.TokenizeRequest, params: SamplingParams) -> ChatRequest:
     """Raises RequestError."""
     made = ChatRequest(

@@ -137,7 +137,7 @@ class Inference:
     ) -> None:
         """Write the answer to a prompt. Raises RequestError and what `Engine.stream` raises."""
         call.path = convert.path_of(request)
-        size = convert.json_size(request)
+        size = request.params.ByteSize()
         params = await generation.off_loop(size, lambda: convert.sampling(request.params, remaining))
         prompt = await self._prompt(request)
         if self._settings.log_prompts:
@@ -160,7 +160,7 @@ class Inference:
     ) -> None:
         """Write the answer in a conversation. Raises RequestError and what `Engine.stream` raises."""
         call.path = convert.path_of(request)
-        size = convert.json_size(request)
+        size = request.ByteSize()  # whatever it is made of: many short messages take their time, too
         params = await generation.off_loop(size, lambda: convert.sampling(request.params, remaining))
         conversation = await generation.off_loop(size, lambda: convert.conversation(request, params))
         if self._settings.log_prompts:
@@ -182,7 +182,7 @@ class Inference:
             if request.text:
                 raise RequestError("text and messages: give one of them", "text")
             conversation = await generation.off_loop(
-                convert.json_size(request), lambda: convert.conversation(request, SamplingParams())
+                request.ByteSize(), lambda: convert.conversation(request, SamplingParams())
             )
             return pb.TokenizeResponse(token_ids=await conversations.chat_tokens(self._engine, conversation))
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
@@ -229,7 +229,7 @@ class Inference:
             hidden_size=spec.hidden,
             experts_per_layer=spec.n_experts,
             experts_per_token=spec.top_k,
-            facts={name: str(value) for name, value in engine.facts().items()},
+            facts={name: str(value) for name, value in engine.facts().items() if value is not None},
         )
 
     async def get_stats(self, request: pb.GetStatsRequest) -> pb.GetStatsResponse:
