@@ -73,7 +73,7 @@ class Remote:
                 "no server answers there; start one with `mer serve`, or give the address of its gRPC API "
                 "(https:// before it where it has a certificate)"
             )
-        if error.code() is grpc.StatusCode.UNIMPLEMENTED and "http2 header" in told:  # 404, of gRPC itself
+        if "http2 header" in told:  # 404 or 401 of plain HTTP, where gRPC always has 200
             return "that is no gRPC API; `mer serve` says at its start on which port it has it"
         advice = _MEANING.get(error.code())
         return f"{told}; {advice.format(self.key)}" if advice else told
