@@ -66,13 +66,12 @@ def run_mer(
         found = engine.measure(
             store, prompt, decode, ram=str(ram), threads=threads, warmup=warmup, group=group
         )
-    timings = found["timings"]
-    tokens = len(prompt) + decode
+    timings, decoded = found["timings"], found["decode"]
     return {
         "prefill": timings["prefill_tokens_per_s"],
         "decode": timings["decode_tokens_per_s"],
-        "read_per_token": timings["bytes_read"] / tokens,
-        "hit_rate": timings["hit_rate"],
+        "read_per_token": decoded["read_bytes"] / decode,
+        "hit_rate": decoded["hits"] / max(decoded["hits"] + decoded["misses"], 1),
         "peak": found["engine"]["peak_bytes"],
         "tokens": found["tokens"],
     }

@@ -10,6 +10,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,21 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.warmup:
             first = params if args.warmup == "all" else attrs.evolve(params, max_tokens=2)
             await engine.generate(args.prompt, first)
-        result = await engine.generate(args.prompt, params)
+        tokens: list[int] = []
+        async with aclosing(engine.stream(args.prompt, params)) as deltas:
+            async for delta in deltas:
+                if not tokens:
+                    prefill = engine.snapshot().steps
+                tokens += delta.token_ids
+        decode = engine.snapshot().steps - prefill
+        assert delta.usage is not None
+        assert delta.timings is not None
         return {
             "program": "mer",
-            "tokens": list(result.token_ids),
-            **describe(engine, result.usage, result.timings),
+            "tokens": tokens,
+            # What the steps behind the first token read; more or less one of them.
+            "decode": {"read_bytes": decode.bytes_read, "hits": decode.hits, "misses": decode.misses},
+            **describe(engine, delta.usage, delta.timings),
         }
 
 
