@@ -71,7 +71,6 @@ def test_a_shard_whose_files_are_changed_under_it_has_failed(model, tmp_path):
         assert not made.failed
         for file in own.iterdir():
             os.utime(file, ns=(1, 1))
-        made.assign([0])
         end = time.monotonic() + LONG
         while not made.failed and time.monotonic() < end:
             time.sleep(0.02)
@@ -79,3 +78,26 @@ def test_a_shard_whose_files_are_changed_under_it_has_failed(model, tmp_path):
         assert made.held() == []
     finally:
         made.close()
+
+
+def test_what_was_on_its_way_when_it_left_what_is_assigned_takes_no_room(model):
+    """An expert that is being read, as one in use here, can't be dropped at once."""
+    made = Shard(model, 1 << 40, 0, most=2, threads=1)
+    try:
+        made.assign([0, 1])
+        until_held(made, [0, 1])
+        assert made._cache.acquire_py(0)[0] == "hit"
+        made.assign([2, 3])
+        until_held(made, [2])
+        made._cache.release_py(0)
+        made.assign([3, 4])
+        until_held(made, [3, 4])
+    finally:
+        made.close()
+
+
+def until_held(made: Shard, keys: list[int]) -> None:
+    end = time.monotonic() + LONG
+    while made.held() != keys:
+        assert time.monotonic() < end, made.held()
+        time.sleep(0.02)

@@ -33,6 +33,8 @@ _log = logging.getLogger("mer")
 _MARGIN: Final = 64 << 20
 # Messages that are in memory at a time, as they came and as they are computed.
 _MESSAGES: Final = 8
+# Seconds between two looks at whether the files are as they were.
+_LOOK: Final = 1.0
 
 
 class Shard:
@@ -164,15 +166,18 @@ class Shard:
         done = 0
         while True:
             with self._told:
-                while self._generation == done and not self._closed:
-                    self._told.wait()
+                if self._generation == done and not self._closed:
+                    self._told.wait(_LOOK)
                 if self._closed:
                     return
-                done = self._generation
-                sweep = self._sweep = Sweep(self._cache, self._reader, self._tables.reads)
+                news, done = self._generation != done, self._generation
+                sweep = self._sweep = Sweep(self._cache, self._reader, self._tables.reads) if news else None
             keys = np.array(sorted(self._assigned), np.int64)
-            order = np.lexsort((self._tables.reads[keys, 0, 1], self._tables.reads[keys, 0, 0]))
-            sweep.run(keys[order])
+            if sweep is not None:
+                with self._lock:
+                    self._cache.clear()  # what was on its way when it left what is assigned
+                order = np.lexsort((self._tables.reads[keys, 0, 1], self._tables.reads[keys, 0, 0]))
+                sweep.run(keys[order])
             try:
                 self._unchanged.check()
             except MerError as error:
@@ -182,7 +187,8 @@ class Shard:
                     self._assigned = frozenset()
                     self.failed = True
                 return
-            _log.info("%d of %d assigned experts are in memory", len(self.held()), len(keys))
+            if sweep is not None:
+                _log.info("%d of %d assigned experts are in memory", len(self.held()), len(keys))
 
     def close(self) -> None:
         """Give everything back; nothing may be computed any more."""

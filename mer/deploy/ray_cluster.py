@@ -65,6 +65,7 @@ def up(plan: Plan) -> None:
         if not _status():
             what = "Ray Serve runs already, with an address of its own; `serve shutdown` ends it"
         raise ConfigError(what)
+    application = _application(plan)  # what can't be is said before anything is started
     if plan.shards:
         _start_shards(plan)
     grpc_options = {
@@ -79,7 +80,7 @@ def up(plan: Plan) -> None:
         grpc_options=grpc_options if plan.grpc_port is not None else None,
     )
     try:
-        serve.run(_application(plan), name=NAME, route_prefix="/")
+        serve.run(application, name=NAME, route_prefix="/")
     except RuntimeError:
         why = _trouble()
         down()

@@ -19,6 +19,7 @@ from mer.api.admin import watch_files
 from mer.api.breathing import breathe
 from mer.api.grpc.server import GrpcServer, serve_grpc
 from mer.api.http.app import create_app
+from mer.api.http.errors import ApiError
 from mer.api.http.server import HttpServer, Place
 from mer.api.http.service import Service
 from mer.api.model import Model
@@ -122,19 +123,22 @@ class EngineReplica:
     def _follow(self, _model: Model, engine: Engine | None) -> None:
         if engine is not None:
             engine.observe(self._times)
+            self._addresses = []  # one that was loaded anew has those of the start: told by the next look
 
     async def _look(self) -> None:
         """Tell Ray's dashboard how it is; where shards are: Ray may have started one at another address."""
         gauges = {name: Gauge(f"mer_{name}", text) for name, text in _GAUGES.items()}
         while True:
-            state = self.state()
-            for name, gauge in gauges.items():
-                gauge.set(state[name])
+            with suppress(ApiError):  # the model is being loaded anew
+                state = self.state()
+                for name, gauge in gauges.items():
+                    gauge.set(state[name])
             await asyncio.sleep(_LOOK)
             found = await addresses(self._plan)
             if found and found != self._addresses:
-                self._engine.exchange_peers(found)
-                self._addresses = found
+                with suppress(ApiError):
+                    self._engine.exchange_peers(found)
+                    self._addresses = found
 
     # ---- what Ray asks ----
 

@@ -28,15 +28,17 @@ _RESPONSES: Final = {
     name: message_factory.GetMessageClass(method.output_type) for name, method in _METHODS.items()
 }
 # Of a call's metadata, what is of its connection.
-_OWN: Final = ("grpc-", ":", "content-type", "te", "user-agent")
+_OWN: Final = ("content-type", "te", "user-agent")
+_OWN_PREFIXES: Final = ("grpc-", ":")
 
 # Engines that a request is sent to while they are lost, one after the other.
 _TRIES: Final = 3
 _JSON: Final = [(b"content-type", b"application/json")]
+_LOST_WORDS: Final = "the engines that had this request were lost; try again"
 _LOST: Final = msgspec.json.encode(
     {
         "error": {
-            "message": "the engines that had this request were lost; try again",
+            "message": _LOST_WORDS,
             "type": "server_error",
             "param": None,
             "code": "engine_lost",
@@ -159,20 +161,32 @@ class FrontBase:
     async def _rpc(
         self, method: str, request: Message, text: bytes, context: Any
     ) -> AsyncGenerator[Message, None]:
-        metadata = [pair for pair in context.invocation_metadata() if not pair[0].startswith(_OWN)]
-        answer = self._engines.rpc.remote(
-            method, request.SerializeToString(), metadata, keys=beginnings(text)
-        )
-        try:
-            async for data, status in answer:
-                if status is None:
-                    yield _RESPONSES[method].FromString(data)
-                    continue
-                context.set_code(grpc.StatusCode[status["code"]])
-                context.set_details(status["details"])
-                raise RuntimeError(status["details"])
-        finally:
-            answer.cancel()
+        metadata = [
+            pair
+            for pair in context.invocation_metadata()
+            if pair[0] not in _OWN and not pair[0].startswith(_OWN_PREFIXES)
+        ]
+        asked, keys = request.SerializeToString(), beginnings(text)
+        for _ in range(_TRIES):  # as in _pass_on
+            answer, begun = self._engines.rpc.remote(method, asked, metadata, keys=keys), False
+            try:
+                async for data, status in answer:
+                    begun = True
+                    if status is None:
+                        yield _RESPONSES[method].FromString(data)
+                        continue
+                    context.set_code(grpc.StatusCode[status["code"]])
+                    context.set_details(status["details"])
+                    raise RuntimeError(status["details"])
+                return
+            except RayActorError:
+                if begun:
+                    raise
+            finally:
+                answer.cancel()
+        context.set_code(grpc.StatusCode.UNAVAILABLE)
+        context.set_details(_LOST_WORDS)
+        raise RuntimeError(_LOST_WORDS)
 
 
 FRONT: Any = serve.ingress()(FrontBase)
