@@ -30,10 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import ceilings, engine, gpu, peer
+from bench.cgroups import MemoryGroup
 from bench.help import help_of
 from bench.model import Model
-
-GROUP = Path("/sys/fs/cgroup/memory/mer-compare")
 
 
 def drop_caches() -> None:
@@ -41,30 +40,14 @@ def drop_caches() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-class Group:
-    """A memory control group (version 1) for the programs to join."""
-
-    def __init__(self, limit: int) -> None:
-        GROUP.mkdir(exist_ok=True)
-        (GROUP / "memory.limit_in_bytes").write_text(str(limit))
-
-    def __enter__(self) -> Path:
-        (GROUP / "memory.max_usage_in_bytes").write_text("0")
-        return GROUP
-
-    def __exit__(self, *error: object) -> None:
-        (GROUP / "memory.force_empty").write_text("0")
-        GROUP.rmdir()
-
-
 def run_mer(
     store: Path, prompt: list[int], decode: int, ram: int, threads: int, fits: bool
 ) -> dict[str, Any]:
     drop_caches()
     warmup = "all" if fits else "prompt"
-    with Group(ram) as group:
+    with MemoryGroup(ram) as group:
         found = engine.measure(
-            store, prompt, decode, ram=str(ram), threads=threads, warmup=warmup, group=group
+            store, prompt, decode, ram=str(ram), threads=threads, warmup=warmup, group=group.path
         )
     timings, decoded = found["timings"], found["decode"]
     return {
@@ -81,11 +64,11 @@ def run_peer(
     python: str, gguf: Path, prompt: list[int], decode: int, ram: int, threads: int, fits: bool
 ) -> dict[str, Any]:
     drop_caches()
-    with Group(ram) as group:
+    with MemoryGroup(ram) as group:
         found = peer.measure(
-            python, gguf, prompt, decode, threads=threads, extra_bufts=fits, warmup=True, group=group
+            python, gguf, prompt, decode, threads=threads, extra_bufts=fits, warmup=True, group=group.path
         )
-        peak = int((group / "memory.max_usage_in_bytes").read_text())
+        peak = group.peak
     return {
         "prefill": found["prefill_tokens_per_s"],
         "decode": found["decode_tokens_per_s"],

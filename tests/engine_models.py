@@ -88,6 +88,16 @@ async def opened(path: Path, **settings) -> AsyncIterator[Engine]:
         check_idle(engine)
 
 
+def answers(path: Path, prompts: list[list[int]], params: SamplingParams) -> list[tuple[int, ...]]:
+    """What an engine alone, with its defaults, makes of them, one after the other."""
+
+    async def ask() -> list[tuple[int, ...]]:
+        async with opened(path) as engine:
+            return [(await engine.generate(ids, params)).token_ids for ids in prompts]
+
+    return asyncio.run(ask())
+
+
 async def settle(engine: Engine) -> None:
     """Until all that was asked of the engine's thread before has been done."""
     await asyncio.sleep(0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import shards
 import trustme
-from engine_models import opened, prompt, write_text_model
+from engine_models import answers, opened, prompt, write_text_model
 from shards import LONG, certificates, here, peers, shard, until, with_peers
 
 from mer import Engine, SamplingParams
@@ -37,11 +37,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    async def ask():
-        async with opened(model) as engine:
-            return [(await engine.generate(ids, PARAMS)).token_ids for ids in PROMPTS]
-
-    return asyncio.run(ask())
+    return answers(model, PROMPTS, PARAMS)
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import pytest
 import trustme
-from engine_models import opened, prompt, write_text_model
+from engine_models import answers, prompt, write_text_model
 from prometheus_client.parser import text_string_to_metric_families
 from shards import LONG, Process, certificates, peers, shard, streams, until, with_peers
 
@@ -36,11 +35,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    async def ask():
-        async with opened(model) as engine:
-            return [(await engine.generate(ids, PARAMS)).token_ids for ids in PROMPTS]
-
-    return asyncio.run(ask())
+    return answers(model, PROMPTS, PARAMS)
 
 
 @pytest.fixture(scope="module")
