@@ -1,6 +1,6 @@
 """What this machine allows: bytes per second that all cores read from memory, and fio from the device.
 
-    python -m bench.ceilings FILE [--block 2654208] [--depth 16] [--json]
+    python -m bench.ceilings FILE [--block 2654208] [--depth 64] [--json]
 
 FILE is read at random places with O_DIRECT, a block at a time, as experts are: give a file of the model and
 the bytes of one expert. Decode can't be faster than `decode_ceiling` says. Needs fio (apt-get install fio).
@@ -40,11 +40,11 @@ class Ceilings:
 def measure(
     file: Path,
     block: int,
-    depth: int = 16,
+    depth: int = 64,
     *,
     threads: int | None = None,
     rounds: int = 3,
-    seconds: float = 1.0,
+    seconds: float = 2.0,
 ) -> Ceilings:
     """Memory and device in turns. Raises click.ClickException when fio is missing or fails."""
     fio = shutil.which("fio")
@@ -78,7 +78,7 @@ def decode_ceiling(ceilings: Ceilings, compute_bytes: float, missed_bytes: float
 @click.option(
     "--block", type=click.IntRange(4096), default=2 << 20, show_default=True, help="Of 4096 bytes each."
 )
-@click.option("--depth", type=click.IntRange(1), default=16, show_default=True, help="Reads at once.")
+@click.option("--depth", type=click.IntRange(1), default=64, show_default=True, help="Reads at once.")
 @click.option("--threads", type=click.IntRange(1), help="All that this process may use.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -4,6 +4,7 @@
     python -m bench.make_model qwen3-30b-a3b /tmp/q.gguf --as gguf --layers 12
     python -m bench.compare /tmp/q.store /tmp/q.gguf --peer /tmp/peer/bin/python --plot q.png
 
+STORE may be GGUF once more: mer reads it in place, and a large model is on the disk only once.
 A budget is what mer needs besides the expert cache plus a share of all experts; both programs run under a
 control group of that limit (as root), the page cache dropped before each. `--peer`: the interpreter that has
 llama-cpp-python, see bench/peer.py; without it mer is measured alone. Below the whole model llama.cpp maps
@@ -88,7 +89,7 @@ def median(runs: list[dict[str, Any]], key: str) -> float:
 
 
 @click.command(help=help_of(__doc__))
-@click.argument("store", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("store", type=click.Path(exists=True, path_type=Path))
 @click.argument("gguf", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--peer", "python", help="Interpreter that has llama-cpp-python.")
 @click.option("--shares", default="10,25,50,100", show_default=True, help="Percent of the experts that fit.")
@@ -131,11 +132,13 @@ def main(
         limit = 2 * ram + (1 << 30) if fits else ram
         mine, theirs, found = [], [], []
         for _ in range(rounds):
+            # Before and after: neither memory nor device of a shared machine gives the same all the time.
             found.append(ceilings.measure(model.file, model.expert, threads=threads, rounds=1))
             mine.append(run_mer(store, ids, decode, ram, threads, fits))
             if python:
                 count = decode if fits else peer_decode
                 theirs.append(run_peer(python, gguf, ids, count, limit, threads, fits))
+            found.append(ceilings.measure(model.file, model.expert, threads=threads, rounds=1))
         memory = statistics.median(each.memory for each in found)
         disk = statistics.median(each.device for each in found)
         missed = median(mine, "read_per_token")

@@ -30,7 +30,8 @@ class Model:
         )
         self.expert = tables.slot_bytes
         self.token_bytes = dense + spec.n_moe_layers * spec.top_k * self.expert
-        self.file = store / "experts-00001.safetensors"
+        # One that experts are read from, to measure the device with.
+        self.file = store / "experts-00001.safetensors" if store.is_dir() else store
 
     def ram(self, share: float) -> int:
         """Bytes that hold this share of the experts."""
