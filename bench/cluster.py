@@ -9,14 +9,16 @@ or rate each is in a network namespace behind a link like that (bench/links.py: 
 group of its own, with certificates and a token; else on the loopback address. One number of nodes after the
 other writes the same text in each round; figures are medians of the rounds, after one that is not counted. On
 one machine the nodes share its cores and its drive, so the figures say what the way costs, not what a second
-machine brings: give each --threads such that all of them fit. The round trip is of one expert and token.
-bench/cluster_sim.py takes the JSON.
+machine brings: give each --threads such that all of them fit. What a message costs is measured with one
+expert and token, when nothing else is asked. bench/cluster_sim.py takes the JSON; it knows of no reading ahead:
+give --prefetch 0 for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -39,6 +41,7 @@ from bench.cgroups import MemoryGroup
 from bench.help import help_of
 from bench.links import LinkError, Network
 from mer import Engine, SamplingParams
+from mer._ext.cpus import usable_cpus
 from mer._ext.remote import Ask
 from mer.cli.common import model_argument
 from mer.engine.observer import Snapshot
@@ -65,6 +68,34 @@ class Nodes:
     io_wait_s: float  # with nothing to do but wait for reads
     late: float  # share of those asked of them that were read here, too
     wait_s: float  # with nothing to do but wait for peers
+    asks: float  # times that a peer was asked
+    engine_cpu_s: float  # processor time of the engine's process
+    others_cpu_s: float  # of the shards and the relay
+
+
+@frozen
+class Message:
+    """What asking a peer for one expert of one token takes: seconds, medians and means of some."""
+
+    trip_s: float  # until the answer is there
+    send_s: float  # of the thread that asks, before it goes on
+    engine_cpu_s: float  # processor time of the engine's process
+    shard_cpu_s: float
+    relay_cpu_s: float
+
+
+@frozen
+class Running:
+    """A shard."""
+
+    address: str
+    pid: int
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of a process until now, in the system's ticks."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @frozen
@@ -119,8 +150,8 @@ def write_secrets(folder: Path, names: list[str]) -> None:
 
 
 @contextmanager
-def shard(model: Path, experts: int, threads: int, where: Place, number: int, limit: int) -> Iterator[str]:
-    """The address of a new one. limit: bytes of its control group, where it has one."""
+def shard(model: Path, experts: int, threads: int, where: Place, number: int, limit: int) -> Iterator[Running]:
+    """A new one. limit: bytes of its control group, where it has one."""
     script = "from mer.cli.main import main; main()"
     command = [sys.executable, "-c", script, "shard", str(model), *where.command(number)]
     command += ["--experts", str(experts), "--threads", str(threads)]
@@ -143,7 +174,7 @@ def shard(model: Path, experts: int, threads: int, where: Place, number: int, li
         else:
             raise click.ClickException("".join(lines))
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield found[0]
+        yield Running(found[0], process.pid)
 
 
 async def settle(engine: Engine) -> None:
@@ -155,11 +186,24 @@ async def settle(engine: Engine) -> None:
         await asyncio.sleep(0.05)
 
 
-def summary(nodes: int, experts: int, tokens: int, rounds: list[tuple[float, Snapshot, Snapshot]]) -> Nodes:
-    """rounds: seconds that each took, and the engine before and after it."""
+@frozen
+class Moment:
+    """The engine, and processor time that it and others have used."""
+
+    at: float
+    snapshot: Snapshot
+    engine_cpu_s: float
+    others_cpu_s: float
+
+
+def summary(nodes: int, experts: int, tokens: int, rounds: list[tuple[Moment, Moment]]) -> Nodes:
+    """rounds: before and after each."""
 
     def median(value: Any) -> float:
-        return statistics.median(value(*each) for each in rounds)
+        return statistics.median(value(b.at - a.at, a.snapshot, b.snapshot) for a, b in rounds)
+
+    def used(name: str) -> float:
+        return statistics.median(getattr(b, name) - getattr(a, name) for a, b in rounds) / tokens
 
     def wired(now: Snapshot, name: str) -> int:
         return sum(getattr(peer, name) for peer in now.peers)
@@ -197,11 +241,14 @@ def summary(nodes: int, experts: int, tokens: int, rounds: list[tuple[float, Sna
         io_wait_s=median(lambda _, a, b: spent(a, b)[1] / tokens),
         late=median(late),
         wait_s=median(lambda _, a, b: (b.peer_wait_s - a.peer_wait_s) / tokens),
+        asks=median(lambda _, a, b: (wired(b, "asked") - wired(a, "asked")) / tokens),
+        engine_cpu_s=used("engine_cpu_s"),
+        others_cpu_s=used("others_cpu_s"),
     )
 
 
-def round_trip(engine: Engine, times: int = 200) -> float | None:
-    """Seconds of one expert for one token, by the first peer, once it holds some; the median."""
+def message(engine: Engine, shard: int, relay: int | None, times: int = 1000) -> Message | None:
+    """By the first peer, once it holds some; shard, relay: process ids."""
     experts = engine._runner.experts
     assert experts is not None
     tier, tables = experts.streamer, experts._tables
@@ -213,20 +260,26 @@ def round_trip(engine: Engine, times: int = 200) -> float | None:
     answered, peer._answered = peer._answered, lambda _: came.set()
     layer, expert = divmod(min(held), tier.n_experts)
     x = np.ones((1, int(tables.layers[layer, 3])), np.float32)
-    found = []
+    trips: list[float] = []
+    sends: list[float] = []
+    others = [pid for pid in (shard, relay) if pid is not None]
+    before = [time.process_time(), *map(cpu_s, others)]
     try:
-        while len(found) < times:
+        while len(trips) < times:
             came.clear()
             start = time.perf_counter()
             far = time.monotonic_ns() + 10**10
             if not peer.ask(Ask(0, far, layer, x, [expert], [1], np.zeros(1, np.int32))):
                 time.sleep(0.001)
                 continue
+            sends.append(time.perf_counter() - start)
             came.wait(_WAIT_S)
-            found.append(time.perf_counter() - start)
+            trips.append(time.perf_counter() - start)
     finally:
         peer._answered = answered
-    return statistics.median(found)
+    after = [time.process_time(), *map(cpu_s, others)]
+    used = [(b - a) / times for a, b in zip(before, after, strict=True)]
+    return Message(statistics.median(trips), statistics.median(sends), *used[:2], used[2] if relay else 0.0)
 
 
 async def measure(
@@ -237,6 +290,7 @@ async def measure(
     tokens: int,
     rounds: int,
     threads: int,
+    prefetch: int | None = None,
     link: tuple[float | None, float | None] = (None, None),
 ) -> dict[str, Any]:
     """link: seconds of one way, and bits a second."""
@@ -244,7 +298,8 @@ async def measure(
     ids = [1 + i % 200 for i in range(prompt)]
     common: dict[str, Any] = {"cache_experts": share, "threads": threads, "prefix_cache": False}
     common |= {"speculate": "off", "device": "cpu"}
-    made, answers, trip, measured = [], set(), None, None
+    common |= {} if prefetch is None else {"prefetch": prefetch}
+    made, answers, costs, measured = [], set(), None, None
     async with AsyncExitStack() as stack:
         async with Engine.open(model, **common) as engine:
             slots = engine.budget.slots
@@ -256,20 +311,29 @@ async def measure(
         shards = [
             stack.enter_context(shard(model, slots, threads, where, i, limit)) for i in range(max(nodes) - 1)
         ]
+        relay = None
         if where.network is not None:
             measured = where.network.round_trip(where.network.nodes[0], 20)
+            relay = where.network.relay
+        others = [*(each.pid for each in shards), *([relay] if relay is not None else [])]
+
+        def now(engine: Engine) -> Moment:
+            used = sum(map(cpu_s, others))
+            return Moment(time.perf_counter(), engine.snapshot(), time.process_time(), used)
+
         for n in nodes:
-            asking = {"peers": tuple(shards[: n - 1]), **where.asking} if n > 1 else {}
+            addresses = tuple(each.address for each in shards[: n - 1])
+            asking = {"peers": addresses, **where.asking} if n > 1 else {}
             found = []
             async with Engine.open(model, **common, **asking) as engine:
                 await settle(engine)
                 for number in range(rounds + 1):
-                    before, start = engine.snapshot(), time.perf_counter()
+                    before = now(engine)
                     answers.add((await engine.generate(ids, params)).token_ids)
-                    taken = time.perf_counter() - start
                     if number:
-                        found.append((taken, before, engine.snapshot()))
-                trip = await asyncio.to_thread(round_trip, engine) if n > 1 else trip
+                        found.append((before, now(engine)))
+                if n > 1 and costs is None:
+                    costs = await asyncio.to_thread(message, engine, shards[0].pid, relay)
             made.append(summary(n, slots, prompt + tokens, found))
     if len(answers) != 1:
         raise click.ClickException("answers differ: this is a bug of mer")
@@ -283,7 +347,9 @@ async def measure(
         "delay_s": link[0] or 0.0,
         "bits_per_s": link[1] or 25e9,
         "packet_round_trip_s": measured,
-        "round_trip_s": trip,
+        "message": None if costs is None else asdict(costs),
+        "cores": usable_cpus(),
+        "prefetch": prefetch,
         "layers": len(tables.layers),
         "top_k": top_k,
         "hidden": int(tables.layers[0, 3]),
@@ -306,8 +372,12 @@ def table(result: dict[str, Any]) -> Table:
             *(f"{each[name] / 1024:.1f} KiB" for name in ("drive_bytes", "sent_bytes", "received_bytes")),
             f"{each['by_peers']:.1%}", f"{each['late']:.1%}", f"{1e3 * each['wait_s']:.2f} ms",
         )  # fmt: skip
-    if result["round_trip_s"] is not None:
-        shown.caption = f"round trip of one expert and token: {1e6 * result['round_trip_s']:.0f} µs"
+    if (costs := result["message"]) is not None:
+        used = " + ".join(f"{1e6 * costs[name]:.0f}" for name in ("engine_cpu_s", "shard_cpu_s", "relay_cpu_s"))
+        shown.caption = (
+            f"one expert and token: {1e6 * costs['trip_s']:.0f} µs there and back; "
+            f"processor time of engine, shard and relay {used} µs"
+        )
     return shown
 
 
@@ -319,6 +389,7 @@ def table(result: dict[str, Any]) -> Table:
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Of an answer.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of each node.")
+@click.option("--prefetch", type=click.IntRange(0), help="As of mer serve.")
 @click.option("--delay", type=click.FloatRange(0), help="Of a link, one way, in ms.")
 @click.option("--gbit", type=click.FloatRange(0, min_open=True), help="Of a link, each way, in Gbit/s.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Also write all figures there.")
@@ -330,6 +401,7 @@ def main(
     tokens: int,
     rounds: int,
     threads: int,
+    prefetch: int | None,
     delay: float | None,
     gbit: float | None,
     out: Path | None,
@@ -337,7 +409,7 @@ def main(
     part = float(share.removesuffix("%")) / 100
     link = (None if delay is None else delay / 1e3, None if gbit is None else gbit * 1e9)
     try:
-        result = asyncio.run(measure(model, nodes, part, prompt, tokens, rounds, threads, link))
+        result = asyncio.run(measure(model, nodes, part, prompt, tokens, rounds, threads, prefetch, link))
     except LinkError as error:
         raise click.ClickException(f"no links can be made here: {error}") from None
     Console(width=110).print(table(result))

@@ -11,11 +11,19 @@ Assumptions:
     hottest, peers the next ones in turn, its drive has the rest; so each wanted one is here, at a peer or on
     the drive by these shares, whatever the others are. With --check the shares are those measured.
  3. Drive, engine, each shard and each way of the engine's one port do one thing at a time, in the order of
-    asking. Shards serve nobody else; the switch between is never full.
- 4. A message takes its bytes at the link's rate, then the delay. `ask_s` is what a round trip takes beside
-    the links (gRPC, TLS, waking threads); all peers' are side by side.
+    asking, and so do the threads of the engine that take answers (Python's lock). Shards serve nobody else;
+    the switch between is never full.
+ 4. A message takes its bytes at the link's rate, then the delay. The engine makes and sends one after the
+    other (`send_s`) before it computes anything, and takes each answer (`take_s`); a shard has work beside
+    computing (`serve_s`); `ask_s` is what remains of a round trip: waking threads. None of them depends on
+    how large rows are.
  5. An expert takes the same time at a peer as here. No peer is late or lost, and nobody is skipped.
  6. The rest of the model (`dense_s`) is not spread: it takes the same time with any number of nodes.
+ 7. Nodes are machines of their own, of as many cores as they use. With --check they share the cores of one,
+    and what carries packets there (`carry_s`) does as well: each thing that is done takes a core, of those
+    that wait the first one gets it. Nothing else runs, and work does not slow other work down otherwise.
+With --check the costs of a message are those measured with nothing else to do; expert_s, dense_s and the
+drive's speed are those with which one node takes as long as was measured.
 """
 
 from __future__ import annotations
@@ -23,6 +31,8 @@ from __future__ import annotations
 import heapq
 import json
 import statistics
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -50,40 +60,113 @@ class World:
     expert_bytes: int
     dense_s: float
     expert_s: float
+    send_s: float
+    take_s: float
+    serve_s: float
     ask_s: float
     drive_bytes_per_s: float
     delay_s: float
     bits_per_s: float
     skew: float = 0.8
+    carry_s: float = 0.0  # of a message one way, by a process that stands for the links
+    cores: int | None = None  # that all nodes share; None: each has its own
 
 
 # The real shape; experts in Q4_K (4.5 bits a weight). Times are assumed: a server with 200 GB/s of memory
-# bandwidth, which reads some 12 GB a token beside routed experts (17e9 weights), and a drive of 6 GB/s.
+# bandwidth, which reads some 12 GB a token beside routed experts (17e9 weights), and a drive of 6 GB/s. What a
+# message takes was measured by bench.cluster.
 DEEPSEEK_V3 = World(
     layers=58, experts=256, top_k=8, hidden=7168, expert_bytes=round(3 * 7168 * 2048 * 4.5 / 8),
-    dense_s=0.060, expert_s=24.8e6 / 200e9, ask_s=300e-6, drive_bytes_per_s=6e9,
-    delay_s=50e-6, bits_per_s=25e9,
+    dense_s=0.060, expert_s=24.8e6 / 200e9, send_s=100e-6, take_s=100e-6, serve_s=200e-6, ask_s=100e-6,
+    drive_bytes_per_s=6e9, delay_s=50e-6, bits_per_s=25e9,
 )  # fmt: skip
+
+
+class Stations:
+    """Who does one thing after the other; of those that need a core no more work at a time than there are."""
+
+    def __init__(self, cores: int | None) -> None:
+        self._free: dict[str, float] = {}
+        self._cores = None if cores is None else [0.0] * cores
+        self._events: list[tuple[float, int, str, float, bool, Callable[[float], None]]] = []
+        self._order = count()
+        self._end = 0.0
+
+    def do(
+        self, ready: float, who: str, seconds: float, then: Callable[[float], None], core: bool = True
+    ) -> None:
+        """From `ready` on; `then` is told when it is done."""
+        heapq.heappush(self._events, (ready, next(self._order), who, seconds, core, then))
+
+    def run(self) -> float:
+        """When all is done."""
+        while self._events:
+            ready, order, who, seconds, core, then = heapq.heappop(self._events)
+            start = max(ready, self._free.get(who, 0.0))
+            cores = self._cores if core else None
+            if cores:
+                start = max(start, cores[0])
+            if start > ready:  # by then somebody else may have come before
+                heapq.heappush(self._events, (start, order, who, seconds, core, then))
+                continue
+            end = start + seconds
+            self._free[who] = end
+            if cores:
+                heapq.heapreplace(cores, end)
+            self._end = max(self._end, end)
+            then(end)
+        return self._end
 
 
 def layer_s(world: World, local: int, remote: list[int], read: int) -> float:
     """Seconds of a layer's experts: `local` here, remote[i] at peer i, `read` from the drive."""
-    row = 4 * world.hidden
-    port_out = port_in = 0.0
-    answers: list[tuple[float, float]] = []  # when it leaves the peer, and how long the wire has it
-    for count in filter(None, remote):
-        port_out += 8 * (row + _BESIDE) / world.bits_per_s
-        done = port_out + world.delay_s + world.ask_s + count * world.expert_s
-        heapq.heappush(answers, (done, 8 * (count * row + _BESIDE) / world.bits_per_s))
-    here = local * world.expert_s
-    drive = 0.0
-    for _ in range(read):
-        drive += world.expert_bytes / world.drive_bytes_per_s
-        here = max(here, drive) + world.expert_s
-    while answers:
-        left, wire = heapq.heappop(answers)
-        port_in = max(port_in, left) + wire
-    return max(here, port_in + world.delay_s if port_in else 0.0)
+    stations, row = Stations(world.cores), 4 * world.hidden
+    do = stations.do
+
+    def nothing(_: float) -> None:
+        pass
+
+    def over_wire(now: float, way: str, size: int, then: Callable[[float], None]) -> None:
+        def arrived(at: float) -> None:
+            at += world.delay_s
+            if world.carry_s:
+                do(at, "relay", world.carry_s, then)
+            else:
+                then(at)
+
+        do(now, way, 8 * (size + _BESIDE) / world.bits_per_s, arrived, core=False)
+
+    def ask(now: float, peer: int, experts: int) -> None:
+        def compute(at: float) -> None:
+            do(at + world.ask_s, f"peer {peer}", world.serve_s + experts * world.expert_s, answer)
+
+        def answer(at: float) -> None:
+            over_wire(at, "in", experts * row, lambda at: do(at, "answers", world.take_s, nothing))
+
+        over_wire(now, "out", row, compute)
+
+    def sent(now: float) -> None:
+        for _ in range(read):
+            once = world.expert_bytes / world.drive_bytes_per_s
+            do(now, "drive", once, lambda at: do(at, "engine", world.expert_s, nothing), core=False)
+        here(now, local)
+
+    def here(now: float, left: int) -> None:
+        if left:
+            do(now, "engine", world.expert_s, lambda at: here(at, left - 1))
+
+    asked = [(peer, experts) for peer, experts in enumerate(remote) if experts]
+
+    def send(now: float, number: int) -> None:
+        if number:
+            ask(now, *asked[number - 1])
+        if number == len(asked):
+            sent(now)
+        else:
+            do(now, "engine", world.send_s, lambda at: send(at, number + 1))
+
+    send(0.0, 0)
+    return stations.run()
 
 
 def token_s(world: World, shares: tuple[float, float], peers: int, tokens: int = 40) -> float:
@@ -131,20 +214,35 @@ def turn_over(world: World, experts: int = 1) -> float:
 def measured(result: dict[str, Any]) -> tuple[World, list[tuple[int, float, float]]]:
     """The world of a result of bench.cluster, and (nodes, tokens/s measured, tokens/s simulated)."""
     one = next(each for each in result["nodes"] if each["nodes"] == 1)
-    reading = one["drive_bytes"] / max(one["io_wait_s"], 1e-9)
-    trip = result["round_trip_s"] or 0.0
+    costs = result["message"]
     row = 8 * 2 * 4 * result["hidden"] / result["bits_per_s"]
+    send, carry = costs["send_s"], costs["relay_cpu_s"] / 2
+    take = max(costs["engine_cpu_s"] - send, 0.0)
+    serve = max(costs["shard_cpu_s"] - one["expert_s"], 0.0)
+    known = send + take + serve + one["expert_s"] + 2 * (carry + result["delay_s"]) + row
     world = World(
         layers=result["layers"], experts=0, top_k=result["top_k"], hidden=result["hidden"],
         expert_bytes=result["expert_bytes"], dense_s=one["dense_s"], expert_s=one["expert_s"],
-        ask_s=max(trip - 2 * result["delay_s"] - row - one["expert_s"], 0.0), drive_bytes_per_s=reading,
-        delay_s=result["delay_s"], bits_per_s=result["bits_per_s"],
+        send_s=send, take_s=take, serve_s=serve, ask_s=max(costs["trip_s"] - known, 0.0),
+        drive_bytes_per_s=1e9, delay_s=result["delay_s"], bits_per_s=result["bits_per_s"],
+        carry_s=carry, cores=result["cores"],
     )  # fmt: skip
+    world = evolve(world, drive_bytes_per_s=_drive(world, one["from_drive"], 1 / one["tokens_per_s"]))
     found = []
     for each in result["nodes"]:
         seconds = token_s(world, (each["by_peers"], each["from_drive"]), each["nodes"] - 1)
         found.append((each["nodes"], each["tokens_per_s"], 1 / seconds))
     return world, found
+
+
+def _drive(world: World, read: float, seconds: float) -> float:
+    """The drive's bytes a second with which one node takes so long for a token."""
+    low, high = 1e6, 1e12
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        slow = token_s(evolve(world, drive_bytes_per_s=middle), (0.0, read), 0) > seconds
+        low, high = (middle, high) if slow else (low, middle)
+    return high
 
 
 def _check(console: Console, files: tuple[Path, ...]) -> None:

@@ -24,12 +24,16 @@ from mer import Engine, EngineConfig, SamplingParams
 
 @define
 class Record:
-    """One request. Times are of time.perf_counter; arrivals: when a piece came, one for each token."""
+    """One request. Times are of time.perf_counter; arrivals: when a piece came, one for each token.
+
+    cached: tokens of the prompt whose keys and values were there, by HTTP.
+    """
 
     asked: float
     arrivals: list[float] = Factory(list)
     tokens: int = 0
     error: str = ""
+    cached: int = 0
 
 
 class Face(Protocol):
@@ -115,7 +119,9 @@ class Http:
             now = time.perf_counter()
             for event in events:
                 if b'"choices":[]' in event:
-                    record.tokens = json.loads(event.removeprefix(b"data: "))["usage"]["completion_tokens"]
+                    usage = json.loads(event.removeprefix(b"data: "))["usage"]
+                    record.tokens = usage["completion_tokens"]
+                    record.cached = usage["prompt_tokens_details"]["cached_tokens"]
                 elif b'"choices"' in event:
                     record.arrivals.append(now)
         await reader.readline()

@@ -124,6 +124,11 @@ class Network:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
+    @property
+    def relay(self) -> int | None:
+        """The process that carries the packets; None: the kernel does."""
+        return self._relay.pid if self._relay is not None else None
+
     def shape(
         self,
         node: Node,

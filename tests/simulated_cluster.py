@@ -120,6 +120,7 @@ class Node:
         self.again: dict[int, float] = {}
         self.heat = np.zeros(layers * EXPERTS, np.float32)
         self.tokens = self.assigns = 0
+        self.placed = self.gave_way = 0  # times, and experts that were held and are to be no more
         self.found = np.full(layers * EXPERTS, -1, np.int32)
         self.how: dict[int, str] = {}
         streamed.cache.clear()
@@ -175,6 +176,11 @@ class Node:
         self.found, _ = self.members.changed()
         self.tier.hold(self.found)
 
+    def holding(self):
+        members = self.members
+        held = (members._placed.get(i) or members.sessions[i].held for i in members._room())
+        return frozenset().union(*held)
+
     def tick(self):
         now, sessions = self.world.now, self.members.sessions
         self.members.reach(
@@ -186,7 +192,14 @@ class Node:
             if index in self.links:  # it was just tried again
                 self.links.pop(index).ended = True
             self.changed()
-        for index, keys in self.members.place(self.heat, self.tokens).items():
+        before = self.holding()
+        placed = self.members.place(self.heat, self.tokens)
+        if placed:
+            self.placed += 1
+            room = sum(sessions[index].capacity for index in placed)
+            out = before - frozenset().union(*placed.values())
+            self.gave_way += max(len(out) - max(len(before) - room, 0), 0)
+        for index, keys in placed.items():
             messages = sessions[index].assign(now, keys)
             self.assigns += len(messages)
             self.send(index, messages)

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from engine_models import write_text_model
 from shards import LONG
 
-from bench import cluster
+from bench import cluster, cluster_sim
 from mer.cluster import peers
 
 
@@ -35,4 +35,6 @@ def test_one_node_against_two(tmp_path, monkeypatch):
     assert one["experts_each"] == two["experts_each"] == 6
     assert one["sent_bytes"] == one["received_bytes"] == one["by_peers"] == 0
     assert two["sent_bytes"] > 0 < two["received_bytes"]
-    assert found["round_trip_s"] > 0 < two["tokens_per_s"]
+    assert two["tokens_per_s"] > 0 < two["asks"]
+    assert found["message"]["trip_s"] > found["message"]["send_s"] > 0
+    assert [nodes for nodes, *_ in cluster_sim.measured(found)[1]] == [1, 2]

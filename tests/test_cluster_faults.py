@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from functools import partial
 
 import grpc
 import numpy as np
@@ -14,10 +16,13 @@ from engine_models import answers, opened, prompt, write_text_model
 from shards import LONG, certificates, here, peers, shard, until, with_peers
 
 from mer import Engine, SamplingParams
+from mer._ext.remote import Ask
 from mer.cluster import peers as of_all
 from mer.cluster import server as serving
 from mer.cluster import session as of_one
+from mer.cluster.peer import Peer
 from mer.cluster.server import ShardSettings
+from mer.cluster.session import Answer, Session
 from mer.cluster.shard import Shard
 from mer.cluster.wire import make_rows, rows_checksum
 from mer.config import EngineConfig
@@ -188,6 +193,7 @@ def test_what_is_no_request(model):
             (rows(counts=[], experts=[], tokens=[]), "do not fit"),
             (rows(tokens=[0, 2, 3]), "no rows of"),
             (rows(x=b"abc"), "no rows of"),
+            (rows(x=bytes(4 * made.hidden[0] * 257)), "no rows of"),
             (rows(counts=[2, 400], tokens=[0] * 402), "at most 256"),
         ):
             found, status, details = call(stub, hello, bad)
@@ -216,6 +222,28 @@ def test_what_is_no_request(model):
             assert (found, status) == ([], "FAILED_PRECONDITION")
             assert words in details
         assert call(stub, hello, rows())[1] == "OK"
+
+
+def test_what_was_asked_of_a_peer_that_is_closed(model, monkeypatch):
+    """It does not come, and that is told: a step may have asked just before the peer left its name."""
+    going, told, outputs = threading.Event(), [], serving.Service._outputs
+
+    def late(*request):
+        going.wait(LONG)
+        return outputs(*request)
+
+    monkeypatch.setattr(serving.Service, "_outputs", late)
+    with here(model) as (server, made):
+        session = Session(server.address, bytes(16), made.identity, made.total)
+        channel = partial(grpc.insecure_channel, server.address)
+        peer = Peer(session, channel, "", answered=told.append, changed=lambda: None)
+        peer.start()
+        peer.wait_tried(LONG)
+        x = np.ones((1, made.hidden[0]), np.float32)
+        assert peer.ask(Ask(1, 0, 0, x, [3], [1], np.zeros(1, np.int32)))
+        peer.close()
+        assert told == [Answer(1, [3], None)]
+        going.set()
 
 
 async def test_one_engine_decides(model, expected):

@@ -11,7 +11,7 @@ from bench.cluster_sim import World, layer_s, shares, turn_over
 
 WORLD = World(
     layers=1, experts=8, top_k=2, hidden=250, expert_bytes=1_000_000, dense_s=0.0, expert_s=0.001,
-    ask_s=0.002, drive_bytes_per_s=1e8, delay_s=0.005, bits_per_s=1e12, skew=0.0,
+    send_s=0.0, take_s=0.0, serve_s=0.0, ask_s=0.002, drive_bytes_per_s=1e8, delay_s=0.005, bits_per_s=1e12, skew=0.0,
 )  # fmt: skip
 
 
@@ -22,6 +22,38 @@ def test_layers_by_hand():
     assert layer_s(WORLD, 0, [1, 1], 0) == pytest.approx(0.013, rel=1e-3), "peers work side by side"
     slow = evolve(WORLD, bits_per_s=8 * (1000 + 150) / 0.1)
     assert layer_s(slow, 0, [1, 1], 0) == pytest.approx(0.1 + 0.013 + 0.2, rel=1e-2), "one port"
+
+
+def about(seconds):
+    """Beside what is on the wire."""
+    return pytest.approx(seconds, rel=1e-3)
+
+
+def test_what_messages_take():
+    world = evolve(WORLD, ask_s=0.0, delay_s=0.0, send_s=0.001, serve_s=0.004, take_s=0.003)
+    assert layer_s(world, 0, [1], 0) == about(0.009)
+    assert layer_s(world, 0, [1, 1], 0) == about(0.012), "sent at 1 and 2, answered at 6 and 7"
+    assert layer_s(world, 20, [1, 0, 1], 0) == about(0.022), "computed here behind what is sent"
+    carried = evolve(world, carry_s=0.002)
+    assert layer_s(carried, 0, [1, 1], 0) == about(0.016), "there at 3 and 5, back at 10 and 12"
+
+
+def test_shared_cores():
+    world = evolve(WORLD, ask_s=0.0, delay_s=0.0, send_s=0.001, serve_s=0.004, take_s=0.003)
+    one = evolve(world, cores=1)
+    assert layer_s(one, 5, [1, 1], 0) == about(0.002 + 0.005 + 0.010 + 0.006), "one after the other"
+    assert layer_s(evolve(one, carry_s=0.002), 0, [1, 1], 0) == about(0.018 + 0.008)
+    assert layer_s(one, 3, [], 1) == about(0.011), "the drive needs none"
+    two = evolve(world, cores=2)
+    assert layer_s(two, 5, [1, 1], 0) == about(0.013), "the second peer from 3 to 8, taken from 10 to 13"
+    assert layer_s(evolve(world, cores=4), 5, [1, 1], 0) == layer_s(world, 5, [1, 1], 0)
+
+
+def test_the_drive_of_one_node():
+    world = evolve(WORLD, dense_s=0.003)
+    seconds = cluster_sim.token_s(world, (0.0, 0.4), 0)
+    found = cluster_sim._drive(evolve(world, drive_bytes_per_s=1.0), 0.4, seconds)
+    assert found == pytest.approx(WORLD.drive_bytes_per_s, rel=1e-3)
 
 
 def test_where_it_turns():

@@ -244,7 +244,7 @@ async def test_a_shard_and_what_is_no_grpc(model, monkeypatch):
                     list(garbage(iter([data]), timeout=LONG))
             # As many as there is room for: each of them is ended, or no engine could come.
             ended = threading.Event()
-            silent = [garbage(iter(ended.wait, True), timeout=LONG) for _ in range(serving._MOST_ENGINES)]
+            silent = [garbage(iter(ended.wait, True), timeout=LONG) for _ in range(serving.MOST_ENGINES)]
             for stream in silent:
                 with pytest.raises(grpc.RpcError) as error:
                     await asyncio.to_thread(list, stream)

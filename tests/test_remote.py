@@ -226,6 +226,40 @@ def test_the_drive_is_measured_now_and_then(model):
     assert made.streamer.stats()["misses"] == 1
 
 
+def test_how_quick_the_drive_is(model):
+    """A mean at first; of what ended while this thread computed only the bounds are known."""
+    _, peers = with_peers(model, {0: "never"}, LONG, 4)
+    tier = peers.tier
+    for ns, unseen, expected in (
+        (2000, 0, 2.0),
+        (4000, 0, 3.0),
+        (9000, 7000, 3.0),  # between 2 and 9: as before
+        (7000, 0, 4.0),
+        (9000, 0, 5.0),
+        (3000, 2000, 5 - 2 / 6),  # at most 3
+        (9000, 1000, 14 / 3 + (8 - 14 / 3) / 7),  # at least 8
+    ):
+        tier.note_read_py(ns, unseen, 1000)
+        assert tier.read_ns == pytest.approx(expected)
+    before = tier.read_ns
+    for _ in range(5):
+        tier.note_read_py(1000, 0, 1000)
+    assert tier.read_ns < before
+    before = tier.read_ns
+    tier.note_read_py(11000, 0, 1000)
+    assert tier.read_ns == pytest.approx(before + 0.1 * (11 - before)), "the last ten or so"
+
+
+def test_each_time_it_reads_is_measured_by_itself(model):
+    """With one slot an expert is read once the one before is computed: that is not the drive's time."""
+    x, _, weights = model.inputs(0, 1)
+    made, peers = with_peers(model, {0: "at once"}, LONG, 1)
+    peers.tier.hold(np.full(model.tables.total, -1, np.int32))
+    for call, ids in enumerate(([0, 1, 2], [3, 4, 5])):
+        made.forward(0, x, np.array([ids], np.int32), weights)
+        assert peers.tier.reads == made.streamer.stats()["misses"] == 3 * (call + 1)
+
+
 def test_what_does_not_fit(model):
     _, peers = with_peers(model, {0: "at once"}, LONG, 4)
     with pytest.raises(ValueError, match="holders of 3 experts"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import time
@@ -14,8 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from shards import LONG, shard
 
 from mer.cluster.health import HealthServer
-from mer.cluster.shard import Shard
-from mer.errors import ConfigError
+from mer.cluster.shard import MOST_ENGINES, Shard
+from mer.cluster.wire import MOST_ROWS
+from mer.errors import BudgetError, ConfigError
 
 STATUS = health_pb2.HealthCheckResponse
 
@@ -94,6 +96,35 @@ def test_what_was_on_its_way_when_it_left_what_is_assigned_takes_no_room(model):
         until_held(made, [3, 4])
     finally:
         made.close()
+
+
+def test_what_could_not_be_read_is_tried_again(model, monkeypatch, caplog):
+    monkeypatch.setattr("mer.cluster.shard._AGAIN", 0.02)
+    made = Shard(model, 1 << 40, 0, most=3, threads=1)
+    try:
+        for file in range(len(made._reader.paths)):
+            made._reader.set_fault(file, 0, 1 << 40, times=5)
+        made.assign([0, 1, 2])
+        until_held(made, [0, 1, 2])
+    finally:
+        made.close()
+    assert "experts could not be read; again in 0.02 s" in caplog.text
+
+
+def test_every_engine_has_room_for_its_messages(model, monkeypatch):
+    """Five copies of the largest rows each, and what a step of them takes."""
+
+    def least() -> int:
+        with pytest.raises(BudgetError, match="is too little") as error:
+            Shard(model, 1 << 20, 0, threads=1)
+        return int(re.search(r"take (\d+) MiB", str(error.value))[1]) << 20
+
+    made = Shard(model, 1 << 40, 0, threads=1)
+    made.close()
+    before = least()
+    monkeypatch.setattr("mer.cluster.shard.MOST_ENGINES", MOST_ENGINES + 1000)
+    rows = MOST_ROWS * max(made.hidden) * 4
+    assert abs(least() - before - 1000 * 5 * rows) <= 1 << 20
 
 
 def until_held(made: Shard, keys: list[int]) -> None:

@@ -55,4 +55,4 @@ cdef class ExpertStreamer:
     cdef void give_up_waiting(self, int64_t n) noexcept nogil
     cdef void compute_ready(self, int64_t n) noexcept nogil
     cdef int stream(self, int64_t base) noexcept nogil
-    cdef void spent(self, int64_t kind, int64_t since) noexcept nogil
+    cdef int64_t spent(self, int64_t kind, int64_t since) noexcept nogil

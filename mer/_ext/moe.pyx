@@ -330,7 +330,7 @@ cdef class ExpertStreamer:
 
     cdef int stream(self, int64_t base) noexcept nogil:
         """Acquires, reads and computes every expert of this step. 0 (see `failed`), or ENOSPC."""
-        cdef int64_t n = 0, e, i, mark, submitted = 0, asked_drive = 0, before = self.bytes_read
+        cdef int64_t n = 0, e, i, mark, submitted = 0, asked_drive = 0, unseen = 0, before = self.bytes_read
         cdef int64_t under_way[N_STATES]
         cdef uint64_t seen
         cdef timespec pause
@@ -385,9 +385,10 @@ cdef class ExpertStreamer:
             if self.ahead is not NULL and not under_way[WAITING] and not under_way[BUSY] and self.failed is NULL:
                 self.prefetcher.look_ahead(base + self.n_experts, self.ahead, self.mixture.tokens)
                 self.ahead = NULL
-            if self.remote is not None and asked_drive and not under_way[LOADING] and not under_way[WAITING]:
-                self.remote.note_read(now() - asked_drive, self.bytes_read - before)
+            if self.remote is not None and asked_drive and not under_way[LOADING]:
+                self.remote.note_read(now() - asked_drive, unseen, self.bytes_read - before)
                 asked_drive, before = 0, self.bytes_read
+            unseen = 0
             if self.vram is not None:
                 self.vram.launch()
             mark = now()
@@ -398,7 +399,7 @@ cdef class ExpertStreamer:
                     if self.active[i].state == COMPUTING:
                         self.cache.release(self.active[i].key)
                         self.active[i].state = DONE
-                self.spent(SPAN_COMPUTE, mark)
+                unseen = self.spent(SPAN_COMPUTE, mark)
                 self.reader.wait(0)
             elif under_way[LOADING] or (self.prefetcher is not None and self.prefetcher.under_way
                                         and (under_way[BUSY] or under_way[WAITING])):
@@ -420,12 +421,13 @@ cdef class ExpertStreamer:
             elif self.vram is None or not under_way[ON_DEVICE] or self.end_device(n):
                 return 0
 
-    cdef void spent(self, int64_t kind, int64_t since) noexcept nogil:
+    cdef int64_t spent(self, int64_t kind, int64_t since) noexcept nogil:
         cdef int64_t end = now()
         cdef int64_t *total = &self.compute_ns if kind == SPAN_COMPUTE else &self.io_wait_ns
         total[0] += end - since
         if self.recorder is not None:
             self.recorder.add(kind, self.layer, since, end, 0)
+        return end - since
 
     def wants_guesses(self, int64_t tokens):
         """Whether `ahead` would be of use to the next call, of this many tokens."""

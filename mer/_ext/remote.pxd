@@ -27,7 +27,8 @@ cdef class RemoteTier:
     cdef int64_t n_reads               # experts that the own drive is to read, as nobody has them
     cdef int64_t unread                # turns in a row in which it read none
     cdef bint overdue                  # the deadline is over, and the own drive has been asked
-    cdef double read_ns                # a byte, of reading experts from the own drive; 0: none was read
+    cdef readonly double read_ns       # a byte, of reading experts from the own drive
+    cdef readonly int64_t reads        # how often that was measured
     # what came from the peers and has not been looked at
     cdef pthread_mutex_t lock
     cdef pthread_cond_t changed
@@ -53,8 +54,9 @@ cdef class RemoteTier:
     cdef bint is_overdue(self) noexcept nogil
     # Until there is news, or that time.
     cdef void wait(self) noexcept nogil
-    # So many bytes of experts came from the own drive in so many ns.
-    cdef void note_read(self, int64_t ns, int64_t nbytes) noexcept nogil
+    # So many bytes of experts came from the own drive in at most so many ns; the last `unseen` of them this thread
+    # computed and did not look. The average moves only as far as it must to lie between these bounds.
+    cdef void note_read(self, int64_t ns, int64_t unseen, int64_t nbytes) noexcept nogil
 
     cdef int ask(self, int64_t layer, double one_ns) except -1
     cdef object slower(self, by_peer, double one_ns)

@@ -47,7 +47,7 @@ NO_PEERS = dict.fromkeys(("peer_hits", "peer_late", "peer_skipped", "peer_wait_s
 
 # Of one token, in the average of how often an expert is wanted.
 cdef double RATE = 0.02
-# Of a new measurement in the average of the drive's speed; and what is assumed before there is any, ns a byte.
+# Least share of a new measurement in the average of the drive's speed; and what is assumed before there is any, ns a byte.
 cdef double NEW = 0.1
 cdef double FIRST_GUESS = 1.0
 # After so many turns in which peers had all, one expert is read, to know how quick the drive is.
@@ -83,7 +83,7 @@ cdef class RemoteTier:
         pthread_cond_init(&self.changed, &attributes)
         pthread_condattr_destroy(&attributes)
         self.mixture, self.peers, self.n_keys, self.n_experts = mixture, peers, n_keys, mixture.n_experts
-        self.patience_ns, self.inbox = patience_ns, []
+        self.patience_ns, self.inbox, self.read_ns = patience_ns, [], FIRST_GUESS
         self.holder = <int32_t *>calloc(n_keys, sizeof(int32_t))
         self.heat = <float *>calloc(n_keys, sizeof(float))
         self.asked = <int32_t *>calloc(self.n_experts, sizeof(int32_t))
@@ -134,7 +134,7 @@ cdef class RemoteTier:
 
     cdef void send(self, int64_t layer, int64_t slot_bytes) noexcept nogil:
         cdef int64_t i
-        cdef double one_ns = (self.read_ns if self.read_ns else FIRST_GUESS) * <double>slot_bytes
+        cdef double one_ns = self.read_ns * <double>slot_bytes
         if self.n_asked == 0:
             return
         for i in range(self.mixture.tokens * self.mixture.top_k):
@@ -258,9 +258,15 @@ cdef class RemoteTier:
         pthread_mutex_unlock(&self.lock)
         self.wait_ns += now() - start
 
-    cdef void note_read(self, int64_t ns, int64_t nbytes) noexcept nogil:
-        cdef double found = ns / <double>nbytes
-        self.read_ns = self.read_ns + NEW * (found - self.read_ns) if self.read_ns else found
+    cdef void note_read(self, int64_t ns, int64_t unseen, int64_t nbytes) noexcept nogil:
+        cdef double most = <double>ns / <double>nbytes
+        cdef double least = most - <double>unseen / <double>nbytes
+        self.reads += 1
+        self.read_ns += max(NEW, 1.0 / <double>self.reads) * (min(max(self.read_ns, least), most) - self.read_ns)
+
+    def note_read_py(self, int64_t ns, int64_t unseen, int64_t nbytes):
+        """See the pxd: what a step tells."""
+        self.note_read(ns, unseen, nbytes)
 
     # On any thread.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
+from math import inf
 from typing import Final
 
 import numpy as np
@@ -17,6 +18,9 @@ from mer.cluster.session import Session
 # and so on; later whenever so many came.
 _FIRST_TOKENS: Final = 4096
 _TOKENS: Final = 1 << 18
+# Then this share of what there is room for may be exchanged, and what was not used before, up to all of it:
+# where heat goes to and fro, no more is read than that.
+_MOVES: Final = 0.25
 
 
 @frozen
@@ -41,6 +45,7 @@ class Members:
         self._due = True  # to be placed anew
         self._next_tokens = _FIRST_TOKENS
         self._placed: dict[int, frozenset[int]] = {}
+        self._moves = inf  # experts that may give way to hotter ones
         self.sessions: dict[int, Session] = {}
 
     def resolved(self, name: str, addresses: frozenset[str]) -> None:
@@ -90,13 +95,17 @@ class Members:
         """
         if tokens >= self._next_tokens:
             self._due, self._next_tokens = True, tokens + min(tokens, _TOKENS)
+            self._moves += _MOVES * sum(self._room().values())
         if not self._due:
             return {}
         self._due = False
         room = self._room()
         held = {index: self._placed.get(index) or self.sessions[index].held for index in room}
         shape = (self._local.layers, self._local.experts)
-        self._placed = place(heat.reshape(shape), self._local.kept, room, held)
+        self._moves = min(self._moves, sum(room.values()))
+        self._placed = place(heat.reshape(shape), self._local.kept, room, held, int(self._moves))
+        left = sum(len(keys - self._placed[index]) for index, keys in held.items())
+        self._moves = max(self._moves - left, 0.0)
         return dict(self._placed)
 
     def _room(self) -> dict[int, int]:

@@ -153,11 +153,11 @@ class Peer:
             self._outbox.put(None)
             owed, first = self._session.end(why)
             delay = self._session.next_delay()
+        if owed is not None:  # also when closed: a step may have asked just before
+            self._answered(owed)
         if not self._closed.is_set():
             if first:
                 _log.warning("peer %s is lost: %s; the own drive has its experts", self._session.address, why)
-            if owed is not None:
-                self._answered(owed)
             self._changed()
         self._tried.set()
         return delay

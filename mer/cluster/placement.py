@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Final
 
@@ -17,11 +18,13 @@ def place(
     local: int,
     capacities: Mapping[int, int],
     held: Mapping[int, frozenset[int]],
+    moves: int,
 ) -> dict[int, frozenset[int]]:
     """The experts of each peer.
 
     heat: f32 [layers, experts], how often each is wanted. local: how many of the hottest this machine keeps
-    for itself. capacities: of each peer, in experts. held: what each was to hold before.
+    for itself. capacities: of each peer, in experts. held: what each was to hold before. moves: how many of
+    these may give way to hotter ones.
 
     The hottest beside the local ones are held once; with room for all of these, the local ones too, for the
     time before they are in memory here; with room for all experts the hottest several times, once a peer.
@@ -38,7 +41,7 @@ def place(
     total = sum(capacities.values())
     if not total:
         return {peer: frozenset() for peer in capacities}
-    first = ranked if total >= len(ranked) else _chosen(heat, ranked, total, held, local)
+    first = ranked if total >= len(ranked) else _chosen(heat, ranked, total, held, local, moves)
     load = {peer: np.zeros(len(heat)) for peer in capacities}
 
     def put(key: int, peer: int) -> None:
@@ -55,15 +58,21 @@ def place(
             homeless.append(key)
     for key in homeless:
         put(key, _least_loaded(key // n_experts, [peer for peer in capacities if free[peer]], load, free))
-    stays = frozenset().union(*held.values())
-    again = sorted(order, key=lambda key: -float(heat.flat[key]) * (STAY if key in stays else 1.0))
+    times = Counter(key for keys in held.values() for key in keys)
+    again = sorted(order, key=lambda key: -float(heat.flat[key]) * (STAY if times[key] > 1 else 1.0))
+    spare = {peer: free[peer] - len(held.get(peer, frozenset()) - placed[peer]) for peer in capacities}
     for key in again:  # once more, as long as there is room
         while sum(free.values()):
             others = [peer for peer in capacities if free[peer] and key not in placed[peer]]
-            if not others:
-                break
             at = [peer for peer in others if key in held.get(peer, ())]
-            put(key, at[0] if at else _least_loaded(key // n_experts, others, load, free))
+            if not at:
+                others = [peer for peer in others if moves > 0 or spare[peer] > 0]
+                if not others:
+                    break
+                at = [_least_loaded(key // n_experts, others, load, free)]
+                moves -= spare[at[0]] <= 0
+                spare[at[0]] -= 1
+            put(key, at[0])
     return {peer: frozenset(keys) for peer, keys in placed.items()}
 
 
@@ -81,8 +90,11 @@ def _chosen(
     total: int,
     held: Mapping[int, frozenset[int]],
     local: int,
+    moves: int,
 ) -> list[int]:
-    """The `total` hottest that are not local, what is held counting as hotter; the local ones last."""
+    """The `total` hottest that are not local, what is held counting as hotter; the local ones last. At most
+    `moves` of what is held are not among them.
+    """
     others = ranked[: len(ranked) - local] if local else ranked
     stays = frozenset().union(*held.values())
     position = {key: i for i, key in enumerate(others)}
@@ -91,7 +103,13 @@ def _chosen(
         stay = key in stays
         return -float(heat.flat[key]) * (STAY if stay else 1.0), not stay, position[key]
 
-    return [*sorted(others, key=rank), *ranked[len(others) :]][:total]
+    chosen: list[int] = []
+    new = max(total - len(stays), 0) + moves
+    for key in (*sorted(others, key=rank), *ranked[len(others) :]):
+        if key in stays or new > 0:
+            chosen.append(key)
+            new -= key not in stays
+    return chosen[:total]
 
 
 def _least_loaded(

@@ -16,7 +16,7 @@ from attrs import frozen
 from mer.cluster import security
 from mer.cluster.guests import Guests
 from mer.cluster.identity import Identity
-from mer.cluster.shard import Shard
+from mer.cluster.shard import MOST_ENGINES, Shard
 from mer.cluster.wire import WireError, check_hello, outputs_checksum, unpack
 from mer.config import parse_address
 from mer.errors import ConfigError
@@ -25,8 +25,6 @@ from mer.v1 import expert_pb2_grpc as rpc
 
 _log = logging.getLogger("mer")
 
-# Engines at a time; each has a thread, which sleeps while it is asked nothing.
-_MOST_ENGINES: Final = 16
 # Who says nothing for so long takes no place: seconds.
 _HELLO_S: Final = 10.0
 
@@ -61,7 +59,7 @@ class ShardServer:
     def __init__(self, shard: Shard, settings: ShardSettings) -> None:
         token = security.read_token(settings.token_file)
         self._server = grpc.server(
-            ThreadPoolExecutor(_MOST_ENGINES, "mer-engine"),
+            ThreadPoolExecutor(MOST_ENGINES, "mer-engine"),
             options=[
                 ("grpc.max_receive_message_length", shard.most_bytes),
                 ("grpc.max_send_message_length", shard.most_bytes),
@@ -70,7 +68,7 @@ class ShardServer:
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.so_reuseport", 0),
             ],
-            maximum_concurrent_rpcs=_MOST_ENGINES,
+            maximum_concurrent_rpcs=MOST_ENGINES,
         )
         rpc.add_ExpertServicer_to_server(Service(shard, token), self._server)
         cert, key, ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca

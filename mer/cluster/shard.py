@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterable
+from math import inf
 from pathlib import Path
 from typing import Final
 
@@ -31,10 +33,16 @@ _log = logging.getLogger("mer")
 
 # What grows while running: the interpreter's heap, thread stacks, gRPC's buffers.
 _MARGIN: Final = 64 << 20
-# Messages that are in memory at a time, as they came and as they are computed.
-_MESSAGES: Final = 8
+# Engines at a time; each has a thread, which sleeps while it is asked nothing.
+MOST_ENGINES: Final = 16
+# Of the largest rows of each, copies that are in memory at a time: as they came and were taken apart, as they
+# are computed, and as the answer is put together and sent.
+_COPIES: Final = 5
 # Seconds between two looks at whether the files are as they were.
 _LOOK: Final = 1.0
+# What could not be read is tried again: seconds, doubled with each time.
+_AGAIN: Final = 1.0
+_LONGEST: Final = 60.0
 
 
 class Shard:
@@ -70,7 +78,7 @@ class Shard:
         self.n_experts = tables.n_experts
         self.most_bytes = most_bytes(max(self.hidden), tables.total)
         fixed = process + scratch_bytes(tables.layers, tables.reads, 1, MOST_ROWS) + _MARGIN
-        fixed += _MESSAGES * self.most_bytes
+        fixed += MOST_ENGINES * _COPIES * MOST_ROWS * max(self.hidden) * 4
         slots = min((ram - ram // 512 - fixed) // tables.slot_bytes, most or tables.total, tables.total)
         if slots < 1:
             raise BudgetError(
@@ -162,16 +170,20 @@ class Shard:
             return out
 
     def _load(self) -> None:
-        """Reads what is assigned, in the order in which it lies on disk, whenever that has changed."""
-        done = 0
+        """Reads what is assigned, in the order in which it lies on disk, whenever that has changed, and now and
+        then what could not be read.
+        """
+        done, due, pause = 0, inf, _AGAIN
         while True:
             with self._told:
                 if self._generation == done and not self._closed:
-                    self._told.wait(_LOOK)
+                    self._told.wait(min(_LOOK, max(due - time.monotonic(), 0)))
                 if self._closed:
                     return
-                news, done = self._generation != done, self._generation
-                sweep = self._sweep = Sweep(self._cache, self._reader, self._tables.reads) if news else None
+                if self._generation != done:
+                    done, due, pause = self._generation, 0.0, _AGAIN
+                wanted = time.monotonic() >= due
+                sweep = self._sweep = Sweep(self._cache, self._reader, self._tables.reads) if wanted else None
             keys = np.array(sorted(self._assigned), np.int64)
             if sweep is not None:
                 with self._lock:
@@ -188,7 +200,12 @@ class Shard:
                     self.failed = True
                 return
             if sweep is not None:
-                _log.info("%d of %d assigned experts are in memory", len(self.held()), len(keys))
+                missing = len(keys) - len(self.held())
+                _log.info("%d of %d assigned experts are in memory", len(keys) - missing, len(keys))
+                if missing and done == self._generation:
+                    _log.warning("%d experts could not be read; again in %g s", missing, pause)
+                due = time.monotonic() + pause if missing else inf
+                pause = min(2 * pause, _LONGEST)
 
     def close(self) -> None:
         """Give everything back; nothing may be computed any more."""

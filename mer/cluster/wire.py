@@ -103,7 +103,8 @@ def unpack(
         )
     if max(rows.experts) >= n_experts:
         raise WireError(f"expert {max(rows.experts)}: a layer has {n_experts}")
-    if len(rows.x) % (4 * width) or not len(tokens) or tokens.max() * 4 * width >= len(rows.x):
+    count, rest = divmod(len(rows.x), 4 * width)
+    if rest or count > MOST_ROWS or not len(tokens) or tokens.max() >= count:
         raise WireError(f"{len(rows.x)} bytes of activations are no rows of {width} for these tokens")
     x = np.frombuffer(rows.x, "<f4").reshape(-1, width)[tokens].astype(np.float32)
     return x, np.repeat(np.array(rows.experts, np.int32), counts)[:, None]
