@@ -207,6 +207,24 @@ def test_who_would_be_later_than_the_drive_is_not_asked(model):
         assert made.streamer.stats()["peer_skipped"] == sum(len(experts) for *_, experts in probed)
 
 
+def test_what_a_slower_peer_has_is_read_ahead(model):
+    """As it will be read anyway; from the first time on that it was not asked."""
+    made, peers = with_peers(model, {0: "at once"}, 0, model.tables.total, prefetch=4)
+    peers.tier.hold(np.zeros(model.tables.total, np.int32))
+    x, _, weights = model.inputs(0, 1)
+    ids, ahead = np.array([[0, 1, 2]], np.int32), np.array([[3, 4, 5]], np.int32)
+    peers.expected = {0: LONG}
+    before = made.streamer.stats()["prefetched"]
+    made.forward(0, x, ids, weights, ahead)
+    assert peers.probed
+    assert made.streamer.stats()["prefetched"] == before + 3
+    made.streamer.settle()
+    peers.expected = {}
+    made.forward(0, x, np.array([[5, 6, 7]], np.int32), weights)
+    made.forward(0, x, np.array([[3, 4, 5]], np.int32), weights, np.array([[0, 1, 2]], np.int32))
+    assert made.streamer.stats()["prefetched"] == before + 3, "it is asked again"
+
+
 def test_a_peer_that_answers_soon_is_asked_however_quick_the_drive(model):
     made, peers = with_peers(model, {0: "at once"}, LONG, EXPERTS)
     peers.tier.hold(np.zeros(model.tables.total, np.int32))

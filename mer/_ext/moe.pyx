@@ -448,7 +448,7 @@ cdef class ExpertStreamer:
         """Ask other machines for experts that are not here, see RemoteTier; returns the tier."""
         self.remote = RemoteTier(self.mixture, self.cache.n_experts, peers, patience_ns)
         if self.prefetcher is not None:
-            self.prefetcher.remote = self.remote.holder
+            self.prefetcher.remote, self.prefetcher.slower = self.remote.holder, self.remote.left_out
         return self.remote
 
     def add_biases(self, list layers):

@@ -39,6 +39,7 @@ cdef class Prefetcher:
     cdef const ReadPlan *plans         # [n_experts of the cache, max_reads]; length 0: not used
     cdef const int32_t *elsewhere      # [n_experts of the cache] >= 0: it is in a tier above; NULL: there is none
     cdef const int32_t *remote         # the same: another machine has it
+    cdef const uint8_t *slower         # [256] whether it (its number modulo 256) was slower than the drive of late
     cdef int64_t max_reads, capacity, n_experts, top_k
     cdef readonly AheadDepth depth     # how many of each token's guesses are asked for
     cdef ReadOp *ops                   # [capacity, max_reads]

@@ -200,11 +200,12 @@ cdef class Prefetcher:
         cdef const ReadPlan *plan = &self.plans[key * self.max_reads]
         cdef ReadOp *ops
         cdef int status
+        cdef int32_t peer = -1 if self.remote is NULL else self.remote[key]    # once: others may change it
         if self.under_way == self.capacity or self.cache.state(key) != STATE_ABSENT:
             return False
         if self.elsewhere is not NULL and self.elsewhere[key] >= 0:
             return False
-        if self.remote is not NULL and self.remote[key] >= 0:
+        if peer >= 0 and not self.slower[peer % 256]:
             return False
         status = self.cache.acquire_early(key, &slot)
         if status != ACQ_MISS:

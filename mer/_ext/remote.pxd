@@ -21,6 +21,7 @@ cdef class RemoteTier:
     cdef int32_t *asked                # [n_experts] the peer that has been asked, -1: none
     cdef uint8_t *wanted               # [n_experts] whether its answer is still of use
     cdef uint8_t *came                 # [n_experts] whether its rows are there
+    cdef uint8_t[256] left_out         # whether a peer (its number modulo 256) was, as slower, when it was last wanted
     cdef int32_t *token_of             # [pairs] the token of each sorted pair
     cdef object tokens_view            # the same as an array
     cdef int64_t turn, base, n_asked, deadline

@@ -158,6 +158,8 @@ cdef class RemoteTier:
                 by_peer.setdefault(self.asked[e], []).append(e)
         x = np.asarray(self.mixture.arrays[0])
         slower = self.slower(by_peer, one_ns)
+        for peer in by_peer:
+            self.left_out[<int32_t>peer % 256] = peer in slower
         for peer in slower:
             self.n_asked -= len(by_peer[peer])
         self.deadline = now() + max(self.patience_ns, <int64_t>(one_ns * <double>self.n_asked))
