@@ -10,8 +10,8 @@ group of its own, with certificates and a token; else on the loopback address. O
 other writes the same text in each round; figures are medians of the rounds, after one that is not counted. On
 one machine the nodes share its cores and its drive, so the figures say what the way costs, not what a second
 machine brings: give each --threads such that all of them fit. What a message costs is measured with one
-expert and token, when nothing else is asked. bench/cluster_sim.py takes the JSON; it knows of no reading ahead:
-give --prefetch 0 for it.
+expert and token, when nothing else is asked. bench/cluster_sim.py takes the JSON; it knows of no reading
+ahead: give --prefetch 0 for it.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def write_secrets(folder: Path, names: list[str]) -> None:
 
 
 @contextmanager
-def shard(model: Path, experts: int, threads: int, where: Place, number: int, limit: int) -> Iterator[Running]:
+def shard(
+    model: Path, experts: int, threads: int, where: Place, number: int, limit: int
+) -> Iterator[Running]:
     """A new one. limit: bytes of its control group, where it has one."""
     script = "from mer.cli.main import main; main()"
     command = [sys.executable, "-c", script, "shard", str(model), *where.command(number)]
@@ -373,7 +375,9 @@ def table(result: dict[str, Any]) -> Table:
             f"{each['by_peers']:.1%}", f"{each['late']:.1%}", f"{1e3 * each['wait_s']:.2f} ms",
         )  # fmt: skip
     if (costs := result["message"]) is not None:
-        used = " + ".join(f"{1e6 * costs[name]:.0f}" for name in ("engine_cpu_s", "shard_cpu_s", "relay_cpu_s"))
+        used = " + ".join(
+            f"{1e6 * costs[name]:.0f}" for name in ("engine_cpu_s", "shard_cpu_s", "relay_cpu_s")
+        )
         shown.caption = (
             f"one expert and token: {1e6 * costs['trip_s']:.0f} µs there and back; "
             f"processor time of engine, shard and relay {used} µs"

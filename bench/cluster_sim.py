@@ -73,8 +73,8 @@ class World:
 
 
 # The real shape; experts in Q4_K (4.5 bits a weight). Times are assumed: a server with 200 GB/s of memory
-# bandwidth, which reads some 12 GB a token beside routed experts (17e9 weights), and a drive of 6 GB/s. What a
-# message takes was measured by bench.cluster.
+# bandwidth, which reads some 12 GB a token beside routed experts (17e9 weights), and a drive of 6 GB/s. What
+# a message takes was measured by bench.cluster.
 DEEPSEEK_V3 = World(
     layers=58, experts=256, top_k=8, hidden=7168, expert_bytes=round(3 * 7168 * 2048 * 4.5 / 8),
     dense_s=0.060, expert_s=24.8e6 / 200e9, send_s=100e-6, take_s=100e-6, serve_s=200e-6, ask_s=100e-6,

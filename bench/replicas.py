@@ -3,12 +3,12 @@
     python -m bench.replicas demo
     python -m bench.replicas /tmp/model --replicas 2 --threads 1 --cache-experts 25% --json replicas.json
 
-Each replica is a `mer serve` of its own. Prompts are token ids: `--groups` beginnings, each asked `--each` times
-with other ends, in an order drawn anew in each round; so many streams ask again when their answer is there.
-Beside one replica alone, all of them are asked in turn, and as `mer cluster` does it: by what a request begins
-with and how many each has (mer/deploy/affinity.py; what carries a request there is not Ray's here, but nothing).
-Figures are medians of the rounds, each with other prompts. Client and replicas share the machine: of two
-replicas on two cores each has less than one.
+Each replica is a `mer serve` of its own. Prompts are token ids: `--groups` beginnings, each asked `--each`
+times with other ends, in an order drawn anew in each round; so many streams ask again when their answer is
+there. Beside one replica alone all are asked in turn, and as `mer cluster` does it: by what a request
+begins with and how many each has (mer/deploy/affinity.py; nothing of Ray carries a request here). Figures are
+medians of the rounds, each with other prompts. Client and replicas share the machine: of two replicas on two
+cores each has less than one.
 """
 
 from __future__ import annotations

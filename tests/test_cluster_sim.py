@@ -11,7 +11,8 @@ from bench.cluster_sim import World, layer_s, shares, turn_over
 
 WORLD = World(
     layers=1, experts=8, top_k=2, hidden=250, expert_bytes=1_000_000, dense_s=0.0, expert_s=0.001,
-    send_s=0.0, take_s=0.0, serve_s=0.0, ask_s=0.002, drive_bytes_per_s=1e8, delay_s=0.005, bits_per_s=1e12, skew=0.0,
+    send_s=0.0, take_s=0.0, serve_s=0.0, ask_s=0.002,
+    drive_bytes_per_s=1e8, delay_s=0.005, bits_per_s=1e12, skew=0.0,
 )  # fmt: skip
 
 

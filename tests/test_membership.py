@@ -223,9 +223,7 @@ TestCluster = Cluster.TestCase
 def main(histories: int, first: int, seeds: int) -> None:
     """Raises what is wrong, with the steps that lead there."""
     logging.disable()
-    given = settings(
-        Cluster.TestCase.settings, max_examples=histories, stateful_step_count=60, database=None
-    )
+    given = settings(Cluster.TestCase.settings, max_examples=histories, stateful_step_count=60, database=None)
     for number in range(first, first + seeds):
         run_state_machine_as_test(seed(number)(Cluster), settings=given)
         print(f"seed {number}: {histories} histories", flush=True)

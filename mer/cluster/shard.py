@@ -170,8 +170,9 @@ class Shard:
             return out
 
     def _load(self) -> None:
-        """Reads what is assigned, in the order in which it lies on disk, whenever that has changed, and now and
-        then what could not be read.
+        """Reads what is assigned, in the order in which it lies on disk, whenever that has changed.
+
+        What could not be read is tried again now and then.
         """
         done, due, pause = 0, inf, _AGAIN
         while True:
