@@ -5,19 +5,22 @@
 One engine for each way of drafting in one process, of which one computes at a time; each round begins with
 another. `wrong` is auto where whatever is drafted, by prompt lookup or an engine, is wrong, and says that it
 is sure: what the worst text could cost. `CPU` is the ratio by processor time, which says something on a busy
-machine, too.
+machine, too. `late` is auto without what drafted tokens probably want being read before their step:
+
+    python -m bench.speculative --modes auto,late --cache-experts 25% --from-drive --rounds 12
 
 Prose is a greedy answer to text that the bundled model has not seen. Code, JSON and what is quoted from the
-prompt are given: a structure lets one text pass, so each model, even one that can't quote, writes what such
-an answer would be. Models that bench/make_model.py writes have no tokenizer and count upward, so that token
-ids can have them quote the prompt, meet nothing that they have seen, or be misled: each two tokens stood in
-the prompt before, and went on otherwise there.
+prompt are given: at each place one token may be drawn, so each model, even one that can't quote, writes what
+such an answer would be. Models that bench/make_model.py writes have no tokenizer and count upward, so that
+token ids can have them quote the prompt, meet nothing that they have seen, or be misled: each two tokens
+stood in the prompt before, and went on otherwise there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -27,7 +30,9 @@ from typing import Any, get_args
 from unittest import mock
 
 import click
+import numpy as np
 from attrs import evolve
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -86,6 +91,9 @@ GIVEN = {
 }
 TEXTS = HELD_OUT | {name: prompt for name, (prompt, _) in GIVEN.items()}
 
+# Ways beside those that an engine has.
+BESIDES = ("wrong", "late")
+
 
 class Wrong:
     """In place of prompt lookup: tokens that do not come, behind what looks like a long match."""
@@ -98,6 +106,25 @@ class Wrong:
     def propose(self, most: int) -> Draft | None:
         last = self._tokens[-1] + 31 * len(self._tokens)
         return Draft([(7919 * (last + 13 * i) + 1) % self.vocab for i in range(most)], 0)
+
+
+class Dictated:
+    """In place of a structure's grammar: lets one text pass, and takes next to no time for that."""
+
+    def __init__(self, tokens: list[int], vocab: int) -> None:
+        self._tokens, self._at, self._mask = tokens, 0, np.zeros(vocab, np.bool_)
+
+    def allowed(self, ends: object) -> NDArray[np.bool_]:
+        self._mask[:] = False
+        self._mask[self._tokens[self._at]] = True
+        return self._mask
+
+    def accept(self, token: int) -> bool:
+        self._at += 1
+        return self._at == len(self._tokens)
+
+    def begin(self) -> None:
+        """There is nothing to work out."""
 
 
 class WrongEngine:
@@ -129,11 +156,13 @@ def counting(length: int) -> dict[str, list[int]]:
 async def opened(
     stack: AsyncExitStack, path: Path, mode: str, drafts: dict[str, Any], settings: dict[str, Any]
 ) -> Engine:
-    how: Any = "auto" if mode == "wrong" else mode
+    how: Any = "auto" if mode in BESIDES else mode
     more = drafts if how in ("draft", "auto") else {}
     engine = await stack.enter_async_context(
         Engine.open(path, EngineConfig(**settings, **more, speculate=how))
     )
+    if mode == "late":
+        engine._runner._likely = None
     if mode == "wrong":
         Wrong.vocab = engine.spec.vocab
         drafting = engine._drafting
@@ -142,34 +171,51 @@ async def opened(
     return engine
 
 
-async def ask(engine: Engine, mode: str, prompt: str | list[int], params: SamplingParams) -> dict[str, Any]:
-    """One answer, and what it took."""
+async def ask(
+    engine: Engine, mode: str, prompt: str | list[int], params: SamplingParams, given: list[int] | None = None
+) -> dict[str, Any]:
+    """One answer, and what it took. given: the tokens that are dictated; params must ask for a structure."""
     drafter = Wrong if mode == "wrong" else engine_module.NgramDrafter
+    dictated = Dictated(given or [], engine.spec.vocab)
     began = time.process_time()
-    with mock.patch.object(engine_module, "NgramDrafter", drafter):
+    with (
+        mock.patch.object(engine_module, "NgramDrafter", drafter),
+        mock.patch.object(engine._constraints, "compile", return_value=dictated),
+    ):
         result = await engine.generate(prompt, params)
     return {"result": result, "cpu_s": time.process_time() - began}
 
 
 async def measure(
-    path: Path, modes: list[str], tokens: int, rounds: int, drafts: dict[str, Any], **settings: Any
+    path: Path,
+    modes: list[str],
+    tokens: int,
+    rounds: int,
+    drafts: dict[str, Any],
+    *,
+    from_drive: bool = False,
+    **settings: Any,
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """By prompt and mode, what each round gave. drafts: settings of those modes that use draft engines."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     async with AsyncExitStack() as stack:
         engines = {mode: await opened(stack, path, mode, drafts, settings) for mode in modes}
+        if from_drive:
+            leave_page_cache(path)
         prompts = counting(tokens) if engines["off"].tokenizer is None else TEXTS
         for name, prompt in prompts.items():
             found[name] = {mode: [] for mode in modes}
-            params = greedy
-            if prompts is TEXTS and name in GIVEN:
+            params, given = greedy, None
+            tokenizer = engines["off"].tokenizer
+            if tokenizer is not None and name in GIVEN:
                 params = evolve(greedy, structure=Structure.choice([GIVEN[name][1]]))
+                given = tokenizer.encode(GIVEN[name][1], special=False)
             for number in range(rounds + 1):
                 answers: dict[str, Result] = {}
                 first = number % len(modes)
                 for mode in modes[first:] + modes[:first]:
-                    got = await ask(engines[mode], mode, prompt, params)
+                    got = await ask(engines[mode], mode, prompt, params, given)
                     answers[mode] = got["result"]
                     if number:  # the first one fills the cache
                         found[name][mode].append(numbers(**got))
@@ -179,6 +225,14 @@ async def measure(
                             f"{name}, {mode}: the answers differ, which is a bug of mer"
                         )
     return found
+
+
+def leave_page_cache(model: Path) -> None:
+    """Have reads come from the drive; those of an engine fill no page cache."""
+    os.sync()
+    for file in (each for each in (model, *model.rglob("*")) if each.is_file()):
+        with file.open("rb") as opened_file:
+            os.posix_fadvise(opened_file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def numbers(result: Result, cpu_s: float) -> dict[str, Any]:
@@ -191,6 +245,7 @@ def numbers(result: Result, cpu_s: float) -> dict[str, Any]:
         "draft_experts": timings.draft_experts,
         "tokens_per_pass": (count - 1) / (count - 1 - timings.accepted),
         "read_per_token": timings.bytes_read / count,
+        "wait_per_token": timings.io_wait_s / count,
     }
 
 
@@ -213,6 +268,7 @@ def median(runs: list[dict[str, Any]], key: str) -> float:
 @click.option("--ram", help="As mer run --ram, for each engine.")
 @click.option("--cache-experts", help="As mer run --cache-experts.")
 @click.option("--threads", type=int)
+@click.option("--from-drive", is_flag=True, help="Have the page cache let go of the model first.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything there, too.")
 def main(
     model: Path,
@@ -221,12 +277,13 @@ def main(
     rounds: int,
     draft_model: str | None,
     draft_head: Path | None,
+    from_drive: bool,
     out: Path | None,
     **settings: Any,
 ) -> None:
     given = {name: value for name, value in settings.items() if value is not None}
     asked = modes.split(",")
-    known = [*get_args(Speculate), "wrong"]
+    known = [*get_args(Speculate), *BESIDES]
     unknown = set(asked) - set(known)
     if unknown:
         raise click.BadParameter(f"no such mode: {', '.join(sorted(unknown))}", param_hint="--modes")
@@ -234,10 +291,12 @@ def main(
     drafts = {name: value for name, value in named.items() if value is not None}
     ways = ["off", *(mode for mode in asked if mode != "off")]
     try:
-        found = asyncio.run(measure(model, ways, tokens, rounds, drafts, **given))
+        found = asyncio.run(measure(model, ways, tokens, rounds, drafts, from_drive=from_drive, **given))
     except MerError as error:
         raise click.ClickException(str(error)) from error
-    table = Table("prompt", "drafts", "tokens/s", "ratio", "CPU", "accepted", "tokens/pass", "read/token")
+    table = Table(
+        "prompt", "drafts", "tokens/s", "ratio", "CPU", "accepted", "tokens/pass", "read/token", "wait/token"
+    )
     for name, by_mode in found.items():
         plain, plain_cpu = (median(by_mode["off"], key) for key in ("tokens_per_s", "tokens_per_cpu_s"))
         for mode, runs in by_mode.items():
@@ -253,8 +312,9 @@ def main(
                 f"{accepted / drafted:.0%} of {drafted / len(runs):.0f}" if drafted else "",
                 f"{median(runs, 'tokens_per_pass'):.2f}",
                 f"{median(runs, 'read_per_token') / 2**20:.2f} MiB",
+                f"{median(runs, 'wait_per_token') * 1e3:.2f} ms",
             )
-    Console(width=130).print(table)
+    Console(width=140).print(table)
     if out:
         out.write_text(json.dumps(found, indent=1) + "\n")
 

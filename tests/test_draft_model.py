@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import attrs
 import numpy as np
 import pytest
+from drafted import ASKED, GREEDY, always, ask
 from engine_models import make, opened, prompt, runnable, write_text_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_speculation import ASKED, GREEDY, always, ask
 
 from mer import Engine, SamplingParams
 from mer.engine.blocks import extend_keys

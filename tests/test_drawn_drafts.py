@@ -9,9 +9,9 @@ import attrs
 import pytest
 import torch
 from draft_models import write_head
+from drafted import always  # noqa: F401 (a fixture)
 from engine_models import make, opened
 from test_sampling import warped
-from test_speculation import always  # noqa: F401 (a fixture)
 
 from mer import SamplingParams
 

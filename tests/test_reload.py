@@ -10,9 +10,9 @@ import threading
 
 import httpx
 import pytest
+from drafted import always
 from engine_models import write_text_model
 from http_server import PATIENCE, serving
-from test_speculation import always
 
 from mer import Engine, SamplingParams
 from mer.api import models as api_models

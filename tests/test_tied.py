@@ -10,9 +10,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from draft_models import WINDOW, write_head, write_predicting, write_predicting_v4
+from drafted import ASKED, always, essence  # noqa: F401 (a fixture)
 from engine_models import GREEDY, begun_together, make, opened, prompt, write_text_model
 from gguf_models import write_gguf
-from test_speculation import ASKED, always, essence  # noqa: F401 (a fixture)
 from transformers import Qwen3MoeForCausalLM
 
 from mer.cli.convert import convert

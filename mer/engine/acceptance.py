@@ -8,6 +8,8 @@ MOST_DRAFTED: Final = 16  # tokens of one request in one step
 
 # Kinds of drafts: prompt lookup has one for each length of what stood there before, the longest is 0.
 _LENGTHS: Final = (16, 8, 5, 3, 2)
+# Of matches of 0, 1, ... tokens; the shortest that count have two.
+_KIND_OF: Final = tuple(sum(length < least for least in _LENGTHS) for length in range(_LENGTHS[0] + 1))
 LOOKUPS: Final = len(_LENGTHS)
 DRAFT_MODEL: Final = LOOKUPS
 TIED: Final = LOOKUPS + 1
@@ -20,7 +22,7 @@ _HOPELESS: Final = 0.03  # further tokens are not thought of
 
 def lookup_kind(length: int) -> int:
     """Of a draft behind so many tokens, at least two, that stood there before."""
-    return next(kind for kind, least in enumerate(_LENGTHS) if length >= least)
+    return _KIND_OF[min(length, _LENGTHS[0])]
 
 
 class Acceptance:

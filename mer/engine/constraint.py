@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # Between the parts of a JSON text. Bounded: a model may like nothing better than one more line break.
 _WHITESPACE: Final = r" |\n[ \t]{0,24}"
+# Seconds of a mask up to which it is computed where it is wanted.
+_QUICK: Final = 1e-4
 # Tokens that the inside of a JSON string allows nearly always: which ones they are is worked out once.
 _SLICES: Final = [r'[^"\\\x00-\x1F\x7F]{1,30}']
 _NAMES: Final = {
@@ -102,24 +105,25 @@ class Constraints:
 
 
 class Constraint:
-    """Where one answer stands in its grammar. Its methods are called in turn: `allowed`, `accept`, ..."""
+    """Where one answer stands in its grammar. `allowed` and `accept` are called in turn, from one thread."""
 
     def __init__(self, matcher: llguidance.LLMatcher, pool: ThreadPoolExecutor, vocab: int) -> None:
         self._matcher = matcher
         self._pool = pool
         self._vocab = vocab
+        self._seconds = 0.0  # that the last mask took
         # Here and now: this thread has time, and an engine that is being closed takes no more work.
-        self._next: Future[tuple[Mask, bool]] = Future()
+        self._next: Future[tuple[Mask, bool]] | None = Future()
         self._next.set_result(self._compute())
 
     def allowed(self, ends: Collection[int]) -> Mask | None:
         """bool [vocab]: what may come next; None when the text is complete and nothing may.
 
-        ends: tokens that end the answer, allowed where the text is complete. Waits for a mask that is not
-        computed yet. Raises RequestError when the model has no token to go on with, or the structure turns
-        out too large.
+        ends: tokens that end the answer, allowed where the text is complete. Computes a mask that was not
+        begun, waits for one that was. Raises RequestError when the model has no token to go on with, or the
+        structure turns out too large.
         """
-        mask, complete = self._next.result()
+        mask, complete = self._compute() if self._next is None else self._next.result()
         if complete:
             mask[[token for token in ends if token < self._vocab]] = True
         if mask.any():
@@ -132,15 +136,22 @@ class Constraint:
         """Take `token`, an allowed one; True when the text is complete and nothing can be added to it."""
         if not self._matcher.consume_token(token):
             raise self._trouble()
-        if self._matcher.is_stopped() and self._matcher.is_accepting():
-            return True
-        # On another thread, beside the step that computes the logits.
-        self._next = self._pool.submit(self._compute)
-        return False
+        self._next = None
+        return bool(self._matcher.is_stopped() and self._matcher.is_accepting())
+
+    def begin(self) -> None:
+        """Have the next mask computed on another thread, beside the step that computes the logits.
+
+        Not where masks are quick: to hand one over, and to wait for it, takes longer.
+        """
+        if self._next is None and self._seconds > _QUICK:
+            self._next = self._pool.submit(self._compute)
 
     def _compute(self) -> tuple[Mask, bool]:
+        began = time.perf_counter()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         mask = np.unpackbits(bits, count=self._vocab + 1, bitorder="little").view(np.bool_)
+        self._seconds = time.perf_counter() - began
         return mask[:-1], bool(mask[-1]) and not self._matcher.is_error()
 
     def _trouble(self) -> RequestError:

@@ -30,6 +30,8 @@ _log = logging.getLogger("mer")
 
 # An engine that is behind by more tokens than a few steps bring catches up before it drafts.
 _BEHIND: Final = 4 * MOST_DRAFTED
+# What prompt lookup found was not worth verifying: so many steps until a find of that kind is weighed again.
+_PASSED: Final = 8
 # Steps that want nothing of what engines offer until they are left alone, and for how many.
 _PATIENCE: Final = 4
 _SLEEP: Final = 128
@@ -89,6 +91,7 @@ class Drafting:
         self._nobody: list[int | None] = [None] * len(self._engines)
         self._verdicts: list[Verdict] = []  # of this step
         self._spent = 0.0  # on drafts, in this step
+        self._steps = 0  # that could have verified drafts
         self._idle = 0  # steps in a row for which engines offered drafts, and nothing was wanted
         self._asleep = 0  # steps until they are asked again
 
@@ -104,10 +107,11 @@ class Drafting:
         if not self.speculation.ready(len(requests)):
             return None
         self._asleep = max(self._asleep - 1, 0)
+        self._steps += 1
         behind = [self._all_behind(request) for request in requests]
         if not self.speculation.affordable(LOOKUP):
             drafts = [None] * len(requests)
-        if not any(drafts) and all(tokens is None for late in behind for tokens in late):
+        if all(map(self._hopeless, requests, drafts, behind)):
             return None
         offers = [
             Offer(
@@ -122,6 +126,9 @@ class Drafting:
         choices = self.speculation.choose(offers, room)
         self._doze(offers, choices)
         if not any(choice.length for choice in choices):
+            for request, draft in zip(requests, drafts, strict=True):
+                if draft is not None:
+                    request.passed[draft.kind] = self._steps
             return None
         found = [
             draft.tokens[: choice.length] if draft is not None else []
@@ -132,6 +139,11 @@ class Drafting:
         for at in range(len(self._engines)):
             self._ask(at, requests, behind, choices, found, expect)
         return found
+
+    def _hopeless(self, request: Request, draft: Draft | None, behind: list[int | None]) -> bool:
+        """Whether there is nothing to weigh: no draft, or only one as it was passed over a few steps ago."""
+        passed = draft is None or self._steps - request.passed.get(draft.kind, -_PASSED) < _PASSED
+        return passed and (behind is self._nobody or behind == self._nobody)
 
     def _look_up(self, request: Request) -> Draft | None:
         """What prompt lookup finds. Whether that is right is seen in any case, as its tokens come."""

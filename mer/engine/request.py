@@ -94,6 +94,7 @@ class Request(Job):
     what became of what was drafted. drafted, accepted: tokens of drafts that were verified, and those that
     were right. draft_experts: that drafted tokens wanted, and no others of their steps. draft_source: of the
     last draft, draft_kind: as Acceptance counts. watched: what prompt lookup found and no step verified.
+    passed: of kinds of drafts, the step, as Drafting counts, in which one was not worth verifying.
     """
 
     params: SamplingParams
@@ -106,6 +107,7 @@ class Request(Job):
     engines: bool = False
     drafts: Acceptance = Factory(Acceptance)
     watched: Watched | None = None
+    passed: dict[int, int] = Factory(dict)
     drafted: int = 0
     accepted: int = 0
     draft_experts: int = 0

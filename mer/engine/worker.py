@@ -401,7 +401,11 @@ class Worker:
             self._scheduler.advance(request, 1)
         if self._drafting is not None:
             self._drafting.judge(request, len(draft), right)
-        if request in self._jobs and not self._closing and request.mailbox.hold_up():
+        if request not in self._jobs:
+            return
+        if request.constraint is not None:
+            request.constraint.begin()
+        if not self._closing and request.mailbox.hold_up():
             self._scheduler.pause(request)
 
     def _accept(self, request: Request, logits: NDArray[np.float32]) -> None:
