@@ -141,8 +141,10 @@ class EngineConfig:
         default="auto", converter=_layers, validator=_auto_or_at_least_0
     )
     #: Tokens that the KV cache holds, of all requests together, and so the most of one request if the model
-    #: takes that many. None: 4096, or what `max_running` requests of a model with a shorter context can fill;
-    #: a single such context where the rest would take memory from experts.
+    #: takes that many. None: 4096 of a request, or the model's context if that is shorter; of `max_running`
+    #: such requests as many as half of the memory holds that is left with all experts there, but at least
+    #: 4096, or one context where more would take memory from experts. With a GPU, and where several models
+    #: share the memory, not more than that.
     context: int | None = field(default=None, validator=_at_least(16))
     #: Compute threads; None: the CPUs that affinity and control groups leave.
     threads: int | None = field(default=None, validator=_at_least(1))

@@ -15,6 +15,7 @@ import pytest
 from cli_models import MER, environment, mer, mixtral_config, write_holes, write_mixtral
 from safetensors.numpy import load_file
 
+import mer as mer_package
 from mer.cli import main as frame
 from mer.cli.common import at_least, model_argument, parameters, size
 from mer.demo import model_path
@@ -82,9 +83,19 @@ def test_as_a_module():
     assert (done.returncode, done.stdout, done.stderr) == (0, mer("--version").stdout, "")
 
 
+def test_what_serve_has_and_shard_calls_otherwise():
+    done = mer("shard", model_path(), "--host", "0.0.0.0")
+    assert done.returncode == 2
+    assert "No such option" in done.stderr
+    assert "--listen" in done.stderr
+    assert "--io" not in done.stderr
+
+
 def test_version():
     done = mer("--version")
     assert (done.returncode, done.stdout) == (0, f"mer {version('mer')}\n")
+    assert version("mer") == mer_package.__version__
+    assert not hasattr(mer_package, "__author__")
 
 
 @pytest.mark.parametrize("arguments", [["doctr"], ["inspect"], ["inspect", "x", "--rom", "1"], ["--wat"]])

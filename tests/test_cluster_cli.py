@@ -21,7 +21,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @NO_RAY
-@pytest.mark.parametrize("command", [("up", "demo", "--ram", "1GiB"), ("status",), ("down",)])
+@pytest.mark.parametrize(
+    "command", [("up", "demo", "--ram", "1GiB"), ("up", "demo"), ("up", "--wat"), ("status",), ("down",)]
+)
 def test_ray_is_missing(command):
     done = run(*command)
     assert (done.returncode, done.stdout) == (1, "")

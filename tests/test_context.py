@@ -6,16 +6,18 @@ import asyncio
 
 import pytest
 from engine_models import GREEDY, opened, prompt, runnable, write_text_model
+from oracle.family_cases import LONGROPE
 from oracle.make_checkpoints import make
 
-from mer import EngineConfig, SamplingParams
+from mer import Engine, EngineConfig, SamplingParams
 from mer.engine import budget as budgets
+from mer.engine.runner import Runner
 from mer.errors import ConfigError, RequestError
 from mer.model.families import load
 from mer.streaming.experts import expert_tables
 from mer.weights.checkpoint import open_checkpoint
 
-SHORT = 64  # positions of the model
+SHORT, LONG = 64, 1 << 15  # positions of the models
 MIB = 1 << 20
 
 
@@ -24,11 +26,18 @@ def model(tmp_path_factory):
     return write_text_model(tmp_path_factory.mktemp("context") / "small", max_position_embeddings=SHORT)
 
 
-def measure(path, **settings) -> budgets.Budget:
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("context") / "longer"
+    return write_text_model(path, max_position_embeddings=LONG)
+
+
+def measure(path, *, alone=False, **settings) -> budgets.Budget:
     checkpoint = open_checkpoint(path)
     architecture = load(checkpoint)
     tables = expert_tables(architecture.experts, path)
-    return budgets.measure(checkpoint, architecture, tables, EngineConfig(**settings), process=100 * MIB)
+    config = EngineConfig(**settings)
+    return budgets.measure(checkpoint, architecture, tables, config, process=100 * MIB, alone=alone)
 
 
 @pytest.mark.parametrize(
@@ -38,10 +47,42 @@ def test_room_for_all_that_run(model, running, tokens):
     assert measure(model, ram="4GiB", max_running=running).context == tokens
 
 
-def test_a_longer_context_has_no_more(tmp_path):
-    write_text_model(tmp_path, max_position_embeddings=1 << 15)
-    assert measure(tmp_path, ram="4GiB").context == 4096
-    assert measure(tmp_path, ram="4GiB", context=1 << 14).context == 1 << 14
+def test_a_longer_context_has_no_more(longer):
+    assert measure(longer, ram="4GiB").context == 4096
+    assert measure(longer, ram="4GiB", context=1 << 14).context == 1 << 14
+
+
+@pytest.mark.parametrize(("running", "tokens"), [(1, 4096), (3, 3 * 4096), (16, 16 * 4096)])
+def test_who_is_alone_has_room_for_all_that_run(longer, running, tokens):
+    found = measure(longer, ram="4GiB", max_running=running, alone=True)
+    assert (found.context, found.longest) == (tokens, 4096)
+    assert measure(longer, ram="4GiB", max_running=running, context=5000, alone=True).longest == 5008
+
+
+def test_of_what_is_left_once_all_experts_are_there(longer, model, monkeypatch):
+    """Half of it, and nothing while one has no slot: an engine that streams has what it has anyway."""
+    for path in longer, model:
+        plain, plenty = measure(path, ram="4GiB"), measure(path, ram="4GiB", max_running=100, alone=True)
+        assert plenty.context == 100 * plain.longest
+        everything = budgets.with_page_tables(plain.total)
+        more = plenty.total - plain.total
+        before = 0
+        for ram in (plain.floor, everything - plain.slot, everything - 1, everything, everything + more,
+                    everything + 2 * more, everything + 3 * more):  # fmt: skip
+            found = measure(path, ram=ram, max_running=100, alone=True)
+            without = measure(path, ram=ram, max_running=100)
+            assert (found.slots, found.longest) == (without.slots, without.longest)
+            assert found.fits == without.fits
+            left = budgets.usable(ram) - without.total
+            assert 0 <= found.total - without.total <= max(0, left // 2)
+            if found.slots < found.experts:
+                assert found.context == without.context
+            assert found.context >= before
+            before = found.context
+        assert found.context == plenty.context
+        assert measure(path, ram=everything + more, max_running=100, alone=True).context < plenty.context
+    monkeypatch.setattr(budgets, "uses_gpu", lambda config: True)
+    assert measure(longer, ram="4GiB", alone=True).context == 4096, "a GPU's memory is not told"
 
 
 def test_what_was_asked_for(model):
@@ -78,6 +119,30 @@ def test_nor_of_requests_that_run_at_a_time(tmp_path):
     for ram in range(measure(path, ram="4GiB", context=SHORT).least, plenty.total, MIB):
         given, single = measure(path, ram=ram), measure(path, ram=ram, context=SHORT)
         assert (given.slots, given.max_running) == (single.slots, single.max_running)
+
+
+async def test_an_engine_that_is_alone(longer):
+    """A request has as much room as beside others, more of them have it at the same time."""
+    for opening, tokens in ((Engine.open, 16 * 4096), (Engine.beside, 4096)):
+        async with opening(longer, EngineConfig(ram="4GiB", device="cpu")) as engine:
+            assert (engine.context, engine.budget.context) == (4096, tokens)
+            assert engine.snapshot().kv_blocks == tokens // 16
+            with pytest.raises(RequestError, match="4097 tokens; 4096 is the most here"):
+                await engine.generate([1] * 4097, GREEDY)
+
+
+def test_longrope_goes_by_what_a_request_may_have(tmp_path):
+    """Else an answer would depend on how much memory there is."""
+    rope = LONGROPE | {"original_max_position_embeddings": 4096}
+    make(tmp_path, "phimoe", max_position_embeddings=1 << 17, rope_parameters=rope)
+    ropes = []
+    for context in None, 4096, 4112:
+        runner = Runner.open(tmp_path, EngineConfig(ram="4GiB", device="cpu", context=context), alone=True)
+        assert (runner.budget.context > 4096) == (context != 4096)
+        ropes.append(runner.spec.rope)
+        runner.close()
+    assert ropes[0] == ropes[1]
+    assert ropes[0].long == ropes[2] != ropes[0]
 
 
 async def test_streams_of_a_whole_context_run_at_the_same_time(model):

@@ -55,6 +55,9 @@ def test_the_table_says_what_will_be_used(tmp_path: Path) -> None:
     ):
         assert word in done.output
     assert file.stat().st_size == 1 << 20
+    used = done.output.split("mer will use here\n")[1].split("\nWhat would be faster")[0].splitlines()
+    assert {line[:11].strip() for line in used} == {"I/O", "device", "memory", "kernels", "GPU", ""}
+    assert all(line[:2] == "  " != line[2:4] or line[:11].isspace() for line in used), "further lines hang"
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import random
 import socket
-import threading
 
 import grpc
 import pytest
@@ -27,7 +26,6 @@ from grpc_client import (
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mer import Engine
-from mer.api.grpc import convert
 from mer.api.grpc import server as grpc_server
 from mer.api.grpc.errors import Failure
 from mer.api.grpc.server import serve_grpc
@@ -100,27 +98,6 @@ WRONG = [
 async def tiny(model):
     async with served(model) as given:
         yield given
-
-
-async def test_many_short_messages_are_a_threads_work(tiny, monkeypatch):
-    """Converting and rendering them takes longer than a step: streams beside them would wait."""
-    stub, _, _ = tiny
-    threads, convert_them, render = [], convert.conversation, Engine.chat_prompt
-
-    def conversation(*given):
-        threads.append(threading.current_thread())
-        return convert_them(*given)
-
-    def chat_prompt(self, *given, **more):
-        threads.append(threading.current_thread())
-        return render(self, *given, **more)
-
-    monkeypatch.setattr(convert, "conversation", conversation)
-    monkeypatch.setattr(Engine, "chat_prompt", chat_prompt)
-    error = await refused(stub.Chat(pb.ChatRequest(messages=[Message(role="user", content="x")] * 2000)))
-    assert error.fields == ["messages"]
-    assert len(threads) >= 2
-    assert threading.main_thread() not in threads
 
 
 async def test_a_field_that_is_wrong_is_named(tiny):
@@ -213,32 +190,6 @@ async def test_bytes_that_are_not_http2(tiny):
         await writer.drain()
         writer.close()
     assert await text_of(stub.Generate(generate("x")))
-
-
-async def test_messages_that_are_too_large(model):
-    async with served(model, {"max_body": 10_000}) as (stub, _, _):
-        error = await refused(stub.Generate(generate("x" * 20_000)))
-        assert error.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert await text_of(stub.Generate(generate("x")))
-
-
-async def test_more_bytes_than_tokens(model):
-    """Refused before they are looked at: to decode them takes milliseconds on the event loop."""
-    text = "x" * 6_000_000
-    async with served(model) as (stub, _, _):
-        for call in (
-            stub.Generate(generate(text)),
-            stub.Chat(chat(text)),
-            stub.Tokenize(pb.TokenizeRequest(text=text)),
-        ):
-            error = await refused(call)
-            assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
-            assert "bytes, more than 5,242,880; 512 tokens is the most here" in error.message
-        error = await refused(stub.Generate(generate([1] * 1_000_000)))
-        assert "1000000 tokens; 512 is the most here" in error.message
-        error = await refused(stub.Detokenize(pb.DetokenizeRequest(token_ids=[1] * 5_300_000 + [300])))
-        assert error.fields == ["token_ids[5300000]"]
-        assert await text_of(stub.Generate(generate("x")))
 
 
 @pytest.mark.parametrize(

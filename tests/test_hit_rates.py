@@ -16,10 +16,12 @@ from http_server import PATIENCE, serving
 from mer import Engine, SamplingParams
 from mer.api.admin import model_of
 from mer.cli import hit_rates
+from mer.cli import inspect as inspecting
 from mer.cli.doctor import doctor
 from mer.cli.hit_rates import HitRates
 from mer.config import EngineConfig
 from mer.demo import model_path
+from mer.engine import budget as budgets
 from mer.errors import ConfigError
 from mer.streaming import probe
 from mer.streaming.advice import advice
@@ -163,6 +165,23 @@ def test_of_the_bundled_model(tmp_path):
     small = CliRunner().invoke(doctor, ["demo", "--ram", "1MiB"])
     assert small.exit_code == 0
     assert "is too little for this model" in " ".join(small.output.split())
+
+
+@pytest.mark.usefixtures("quick")
+def test_inspect_says_the_same(monkeypatch):
+    """How much memory holds so many experts, drafts and their head counted."""
+    monkeypatch.setattr(budgets, "resident_bytes", lambda: 100 << 20)
+    monkeypatch.setattr(inspecting, "resident_bytes", lambda: 100 << 20)
+    found = []
+    for command, part, rows in (
+        (inspecting.inspect, "memory", "budgets"), (doctor, "hit_rates", "rates"),
+    ):  # fmt: skip
+        done = CliRunner().invoke(command, ["demo", "--json"])
+        assert done.exit_code == 0, done.output
+        found.append({row["slots"]: row["ram"] for row in json.loads(done.stdout)[part][rows]})
+    both = set(found[0]) & set(found[1])
+    assert both == {2, 12, 24, 48}
+    assert [found[0][slots] for slots in both] == [found[1][slots] for slots in both]
 
 
 @pytest.mark.usefixtures("quick")

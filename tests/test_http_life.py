@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 
@@ -132,6 +133,28 @@ async def test_a_client_that_goes_with_the_last_byte_of_its_request(model, turns
         serving.cancel()
         assert done, "nobody told the handler"
         await idle(engine)
+
+
+async def test_the_log_says_who_went_away(model, caplog):
+    """Before there was an answer, in the midst of one, and not where it was complete."""
+    caplog.set_level(logging.INFO, "mer.access")
+    async with opened(model, context=1 << 17) as engine, asking(engine) as http:
+        for stream in False, True:
+            async with Client(http, {**ENDLESS, "stream": stream}) as client:
+                await client.send()
+                await busy(engine)
+                if stream:
+                    await client.reader.readuntil(b"data: ")
+            await idle(engine)
+            assert (await http.post(TEXT, json={**SHORT, "stream": stream})).status_code == 200
+        assert (await http.post(TEXT, json={})).status_code == 400
+
+        def lines():
+            return [each.fields for each in caplog.records if each.name == "mer.access"]
+
+        await until(lambda: len(lines()) == 5)
+    found = sorted((str(each["status"]), each.get("cancelled", False)) for each in lines())
+    assert found == [("200", False), ("200", False), ("200", True), ("400", False), ("None", True)]
 
 
 async def test_a_farewell_in_order_ends_the_request_as_well(model):

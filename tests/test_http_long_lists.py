@@ -10,6 +10,7 @@ import pytest
 from engine_models import opened, write_text_model
 from http_server import asking
 
+from mer.api.http import long_lists
 from mer.api.http.errors import ApiError
 from mer.api.http.large_bodies import decode_body
 from mer.api.http.long_lists import PIECE, decode_large
@@ -91,6 +92,18 @@ async def test_no_piece_holds_up_others(tmp_path, monkeypatch):
         assert "4000000 tokens" in answer.json()["error"]["message"]
     assert len(sizes) >= 100
     assert max(sizes) < PIECE + 100
+
+
+@pytest.mark.parametrize("before", [0, PIECE - 8, PIECE - 4, PIECE - 1, PIECE, 3 * PIECE - 3, 3 * PIECE + 5])
+def test_what_stands_across_two_pieces(before):
+    key, spaces = b'"prompt"', b" " * (2 * PIECE)
+    body = b"x" * before + key + spaces
+    assert long_lists._next(body, key, 0) == before
+    assert long_lists._next(body, key, before) == before
+    assert long_lists._next(body, key, before + 1) == -1
+    assert long_lists._count(body, b" ", before, len(body)) == 2 * PIECE
+    assert long_lists._stripped(body, 0, len(body)) == before + len(key)
+    assert long_lists._stripped(spaces, 0, len(spaces)) == 0
 
 
 async def test_more_messages_than_tokens(tmp_path):

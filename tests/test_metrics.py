@@ -83,10 +83,10 @@ async def test_values(model):
         now, steps = engine.snapshot(), engine.stats
     found = values(text)
     ended = {
-        reason: found[f"mer_requests_ended_total {reason}"] for reason in ("stop", "length", "cancelled")
+        reason: found[f"mer_requests_ended_total {reason}"]
+        for reason in ("stop", "length", "embedded", "cancelled", "timeout", "error")
     }
-    assert ended == {"stop": 2, "length": 5, "cancelled": 1}  # an embedding stops, too
-    assert found["mer_requests_ended_total timeout"] == found["mer_requests_ended_total error"] == 1
+    assert ended == {"stop": 1, "length": 5, "embedded": 1, "cancelled": 1, "timeout": 1, "error": 1}
     assert found["mer_requests waiting"] == found["mer_requests running"] == 0
     cancelled = found["mer_completion_tokens_total"] - drawn
     assert 1 <= cancelled < 500, "of the stream that was left"

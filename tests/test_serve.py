@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import http_server
 import httpx
@@ -139,7 +140,7 @@ import time
 from mer.cli.main import main
 from mer.engine.engine import Engine
 
-def load(*_):
+def load(*_, **__):
     print("loading", flush=True)
     time.sleep(1000)
 
@@ -226,6 +227,10 @@ def test_log_for_people_with_prompts_where_asked(model, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("# ours\nann  secret\n\n")
     with serving(model, "--log-prompts", "--api-key-file", keys, MER_API_KEYS="other") as server:
+        said = r"memory +up to ([\d.]+) MiB of the [\d.,]+ [MG]iB that it may take: 12 of 12 "
+        taken = server.wait_for(said)
+        resident = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+        assert int(resident) * 4096 <= float(taken[1]) * 1.01 * (1 << 20)
         for key in ("secret", "other"):
             answer = httpx.post(f"{server.url}{TEXT}", json=SHORT, headers={"Authorization": f"Bearer {key}"})
             assert answer.status_code == 200

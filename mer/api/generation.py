@@ -26,8 +26,16 @@ _T = TypeVar("_T")
 Job = tuple[list[int], SamplingParams]
 
 
-async def text_tokens(engine: Engine, text: str, param: str = "prompt", *, special: bool = True) -> list[int]:
-    """Token ids of a text.
+async def text_tokens(engine: Engine, text: str) -> list[int]:
+    """Token ids of a prompt.
+
+    Raises RequestError for a model without a tokenizer, TooLongError for more tokens than its context holds.
+    """
+    return await off_loop(len(text), lambda: engine.text_tokens(text))
+
+
+async def told_tokens(engine: Engine, text: str, param: str = "prompt", *, special: bool = True) -> list[int]:
+    """Token ids of a text, which are only to be told.
 
     Raises RequestError for a model without a tokenizer, TooLongError for more tokens than its context holds,
     and than MOST_IDS.
@@ -41,6 +49,9 @@ async def text_tokens(engine: Engine, text: str, param: str = "prompt", *, speci
         if tokens > most:
             raise TooLongError(f"{param}: it has {tokens} tokens; {most} is the most here", tokens, param)
 
+    least = tokenizer.at_least(text)
+    if least > most:
+        raise TooLongError(f"{param}: it has at least {least} tokens; {most} is the most here", None, param)
     return await off_loop(len(text), lambda: tokenizer.encode(text, special=special, fits=fits))
 
 
@@ -49,7 +60,6 @@ async def texts_tokens(engine: Engine, given: Sequence[str | list[int]]) -> list
     made: list[list[int]] = []
     for each in given:
         if isinstance(each, str):
-            engine.check_length(each)
             each = await text_tokens(engine, each)
         made.append(each)
         await asyncio.sleep(0)  # others come in between

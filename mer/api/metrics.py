@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from prometheus_client.core import (
     CollectorRegistry,
@@ -32,7 +32,7 @@ _NEXT_TOKEN_S: Final = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5
 _REQUESTS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _OF_PROCESS: Final = ("mer_requests_refused", "mer_ram_budget_bytes", "mer_resident_bytes")
-_REASONS: Final[tuple[EndReason, ...]] = ("stop", "length", "cancelled", "timeout", "error")
+_REASONS: Final[tuple[EndReason, ...]] = get_args(EndReason)
 
 
 class Metrics(Collector):

@@ -19,6 +19,7 @@ import attrs
 
 from mer.api import files
 from mer.api.model import Loaded, LoadingError, Model, ModelState, ReloadError, UnknownModelError
+from mer.api.speakers import Speakers
 from mer.config import EngineConfig
 from mer.engine.budget import Budget
 from mer.engine.engine import Engine
@@ -73,6 +74,11 @@ class Models:
         # Of a model that is not loaded it is not known.
         return max(found) if len(found) == len(self.all) else max(_SOME, *found, 0)
 
+    def least(self, speakers: Speakers) -> int:
+        """Tokens that a conversation has at the least, whichever model it is for."""
+        engines = [each.engine for each in self.all.values()]
+        return min(0 if engine is None else speakers.least(engine) for engine in engines)
+
     @property
     def failure(self) -> str:
         """Why an engine stopped by an error inside mer; empty while none has. Only a new one helps."""
@@ -121,7 +127,8 @@ class Models:
         model = self.first
         model.state = "loading"
         mark = await asyncio.to_thread(files.mark, model.path)
-        engine = await Engine.open(model.path, model.config)
+        opening = Engine.open if len(self.all) == 1 else Engine.beside
+        engine = await opening(model.path, model.config)
         # What is there now stays; for the collector to look through it takes 20 ms of the event loop.
         gc.freeze()
         self.adopt(engine, mark)

@@ -28,15 +28,33 @@ _ray = click.option(
 )
 
 
+class _OnRay(click.Command):
+    """Without Ray no option is worth mending: it says so before what else may be wrong."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError:
+            _require_ray()
+            raise
+
+
 @click.group()
 def cluster() -> None:
     """Shards and engines on the machines of a Ray cluster, behind one address."""
 
 
-def _connected(address: str) -> Any:
-    """mer.deploy.ray_cluster, which imports Ray."""
+cluster.command_class = _OnRay
+
+
+def _require_ray() -> None:
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("a cluster needs Ray, which is not installed: pip install 'mer[ray]'")
+
+
+def _connected(address: str) -> Any:
+    """mer.deploy.ray_cluster, which imports Ray."""
+    _require_ray()
     from mer.deploy import ray_cluster
 
     ray_cluster.connect(address)

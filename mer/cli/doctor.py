@@ -9,12 +9,13 @@ from typing import Any, Final
 import click
 from attrs import asdict
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from mer._ext.cpus import usable_cpus
 from mer._ext.kernels import Kernels, Pool, isas
 from mer.cli import gpus
-from mer.cli.common import device_options, messages, model_argument, output, rate, size, size_option
+from mer.cli.common import at_least, device_options, messages, model_argument, output, rate, size, size_option
 from mer.config import EngineConfig
 from mer.errors import BudgetError, CheckpointError, UnsupportedModelError
 from mer.streaming.advice import advice
@@ -184,16 +185,16 @@ def _print(console: Console, machine: Machine, device: Device, facts: dict[str, 
 
     uses = facts["uses"]
     console.print("mer will use here", style="bold", highlight=False)
-    for line in (
-        f"I/O      {uses['backend']}: {uses['why']}",
-        f"device   {rate(uses['device_bytes_per_second'])}, from {uses['queue_depth']} reads at once",
-        f"memory   {rate(facts['memory_bytes_per_second'])} with {uses['threads']} threads",
-        f"kernels  {uses['kernels']}",
-        f"GPU      {gpus.use(uses['gpu'])}",
-    ):
-        console.print(f"  {line}", highlight=False, markup=False)
+    used = Table.grid(padding=(0, 2, 0, 0))
+    used.add_row("I/O", f"{uses['backend']}: {uses['why']}")
+    bandwidth = rate(uses["device_bytes_per_second"])
+    used.add_row("device", f"{bandwidth}, from {uses['queue_depth']} reads at once")
+    used.add_row("memory", f"{rate(facts['memory_bytes_per_second'])} with {uses['threads']} threads")
+    used.add_row("kernels", uses["kernels"])
+    used.add_row("GPU", gpus.use(uses["gpu"]))
     if facts.get("on_gpu"):
-        console.print(f"  on it    {facts['on_gpu']['told']}", highlight=False, markup=False)
+        used.add_row("on it", facts["on_gpu"]["told"])
+    console.print(Padding(used, (0, 0, 0, 2)), highlight=False)
     if facts.get("hit_rates"):
         _print_rates(console, facts["hit_rates"])
     console.print("What would be faster", style="bold", highlight=False)
@@ -208,7 +209,8 @@ def _print_rates(console: Console, found: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for each in found["rates"]:
         here = "bold green" if each["ram"] == found["ram"] else ""
-        cells = (size(each["ram"]), str(each["slots"]), f"{each['hit_rate']:.3f}", size(each["read_bytes"]))
+        read = size(each["read_bytes"])
+        cells = (at_least(each["ram"]), str(each["slots"]), f"{each['hit_rate']:.3f}", read)
         table.add_row(*cells, style=here)
     console.print(table)
 

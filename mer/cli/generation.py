@@ -33,7 +33,7 @@ _ENGINE: Final = (
     click.option(
         "--context",
         type=int,
-        help="Tokens of KV cache, of all requests together; default: as many as they can fill, at most 4096.",
+        help="Tokens of KV cache, of all requests together; default: 4096 of each request, as memory allows.",
     ),
     click.option(
         "--cache-experts", metavar="N|P%", help="Experts kept in memory; default: what --ram holds."

@@ -11,9 +11,10 @@ from typing import Final
 from attrs import evolve, frozen
 
 from mer.config import EngineConfig
-from mer.engine.budget import Budget, usable, with_page_tables
+from mer.engine.budget import Budget, usable
 from mer.engine.engine import Engine
 from mer.engine.params import SamplingParams
+from mer.engine.sharing import survey
 from mer.errors import ConfigError
 from mer.model.families import load
 from mer.streaming.distance import Distances, distances
@@ -53,20 +54,29 @@ class HitRates:
     def of(cls, budget: Budget, found: Distances, bandwidth: float) -> HitRates:
         """bandwidth: bytes a second that the device reads."""
         per_token = found.accesses / found.tokens * budget.slot
-        most = with_page_tables(budget.fixed + budget.slot * budget.experts)
+        most = budget.enough_for(budget.experts)
 
-        def rate(ram: int) -> HitRate:
-            room = (usable(ram) - budget.fixed) // budget.slot
-            slots = max(budget.least_slots, min(budget.experts, room))
+        def rate(ram: int, slots: int) -> HitRate:
             hit = float(found.hits[slots])
             return HitRate(ram, slots, hit, (1 - hit) * per_token)
 
-        here = min(budget.ram, most)
-        further = min(most, int(_MORE * here))
-        looked = {with_page_tables(budget.fixed + budget.slot * int(n * budget.experts)) for n in _SHARES}
-        rates = [rate(ram) for ram in sorted(looked | {here, further, most}) if ram >= budget.floor]
-        more = rate(further) if further > here else None
-        return cls(found.tokens, here, tuple(rates), _advice(rate(here), more, bandwidth))
+        def filled(ram: int) -> HitRate:
+            room = (usable(ram) - budget.fixed) // budget.slot
+            return rate(ram, max(budget.least_slots, min(budget.experts, room)))
+
+        now, further = filled(min(budget.ram, most)), filled(min(most, int(_MORE * budget.ram)))
+        looked = [int(share * budget.experts) for share in _SHARES] + [budget.experts]
+        others = [rate(budget.enough_for(n), n) for n in looked if n >= budget.least_slots]
+        # What is enough at any start may hold one more at this one.
+        others = [each for each in others if (each.ram < now.ram) == (each.slots < now.slots)]
+        rates = {each.ram: each for each in (*others, further, now)}
+        more = further if further.ram > now.ram else None
+        return cls(
+            found.tokens,
+            now.ram,
+            tuple(rates[ram] for ram in sorted(rates)),
+            _advice(now, more, bandwidth),
+        )
 
 
 def _advice(now: HitRate, more: HitRate | None, bandwidth: float) -> str:
@@ -97,6 +107,8 @@ def hit_rates(path: Path, config: EngineConfig, trace: Path | None, bandwidth: f
     with tempfile.TemporaryDirectory(prefix="mer-doctor-") as place:
         recorded = Path(place) / "trace.csv"
         budget = asyncio.run(_run(path, evolve(config, max_running=1, trace=None if trace else recorded)))
+        if trace is None:
+            budget = _drafting(path, config, budget)
         found = distances(trace or recorded)
         if len(found.hits) != budget.experts + 1:
             raise ConfigError(
@@ -104,6 +116,16 @@ def hit_rates(path: Path, config: EngineConfig, trace: Path | None, bandwidth: f
                 f"{budget.experts}; name the model that it was recorded of"
             )
         return HitRates.of(budget, found, bandwidth)
+
+
+def _drafting(path: Path, config: EngineConfig, budget: Budget) -> Budget:
+    """The same without a trace, with which nothing is drafted."""
+    with_drafts, without = (
+        survey(path, evolve(config, max_running=1, speculate=speculate), budget.interpreter)
+        for speculate in (config.speculate, "off")
+    )
+    drafting = with_drafts.drafting + with_drafts.buffers - without.buffers
+    return evolve(budget, drafting=drafting)
 
 
 async def _run(path: Path, config: EngineConfig) -> Budget:

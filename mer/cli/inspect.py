@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-from attrs import asdict, evolve, frozen
+from attrs import asdict, frozen
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +16,8 @@ from mer.cli import summary
 from mer.cli.common import at_least, model_argument, output, parameters, size, size_option
 from mer.cli.summary import Summary, summarise
 from mer.config import EngineConfig
-from mer.engine.budget import Budget, measure
+from mer.engine.budget import Budget, resident_bytes
+from mer.engine.sharing import survey
 from mer.errors import MerError
 from mer.model import families
 from mer.model.families import Architecture
@@ -63,16 +64,14 @@ def inspect(model: Path, ram: int | None, as_json: bool) -> None:
     refusal = hint = None
     try:
         require_streamable(checkpoint)
-        tables = expert_tables(architecture.experts, model)
-        hint = advice(tables)
+        hint = advice(expert_tables(architecture.experts, model))
         # What `mer run` holds by itself when it divides memory must be held here, too: it is measured.
         held = import_module("mer.cli.run"), Tokenizer.open(model)
         # With all experts in memory; the other parts are the same in any budget.
-        full = measure(checkpoint, architecture, tables, EngineConfig(ram=_PLENTY, max_running=1))
-        given = None
-        if ram:
-            given = measure(checkpoint, architecture, tables, EngineConfig(ram=ram, max_running=1))
+        process = resident_bytes()
         del held
+        full = survey(model, EngineConfig(ram=_PLENTY, max_running=1), process)
+        given = survey(model, EngineConfig(ram=ram, max_running=1), process) if ram else None
         rows = _rows(full, given)
     except MerError as error:
         refusal = str(error)
@@ -94,7 +93,7 @@ def _rows(full: Budget, given: Budget | None) -> list[_Row]:
         return slots / full.experts if full.experts else 1.0
 
     def with_slots(what: str, slots: int) -> _Row:
-        return _Row(what, evolve(full, least_slots=slots).least, True, slots, share(slots))
+        return _Row(what, full.enough_for(slots), True, slots, share(slots))
 
     rows = [with_slots("the least that works", full.least_slots)]
     if given is None:
@@ -121,7 +120,8 @@ def _json(
     memory = None
     if full is not None:
         names = (
-            "interpreter", "dense", "kv", "kv_dtype", "states", "buffers", "context", "slot", "experts",
+            "interpreter", "dense", "kv", "kv_dtype", "states", "buffers", "drafting", "context", "slot",
+            "experts",
         )  # fmt: skip
         memory = {name: getattr(full, name) for name in names} | {"budgets": [asdict(row) for row in rows]}
     return {
@@ -190,6 +190,7 @@ def _print_memory(console: Console, full: Budget, rows: list[_Row]) -> None:
         (f"keys and values of {full.context:,} tokens in {full.kv_dtype}", full.kv),
         *([("recurrent states of a request", full.states)] if full.states else []),
         ("buffers of a step", full.buffers),
+        *([("the head that drafts tokens", full.drafting)] if full.drafting else []),
         ("the program itself, about", full.interpreter),
     )
     console.print()

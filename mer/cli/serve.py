@@ -151,7 +151,7 @@ def _announce(settings: ServerSettings, engine: Engine, url: str, grpc_port: int
     if engine.context < budget.context:
         kv += f", {engine.context:,} in a request"
     lines = {
-        "memory": f"{size(budget.ram)}: {weights}, {kv}",
+        "memory": f"up to {size(budget.total)} of the {size(budget.ram)} that it may take: {weights}, {kv}",
         "keys": f"{len(settings.api_keys)}" if settings.api_keys else "none asked for",
         "try": _example(settings, engine, url),
     }

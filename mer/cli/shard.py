@@ -24,7 +24,20 @@ from mer.engine.budget import default_ram, resident_bytes
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command()
+class _Shard(click.Command):
+    """Knows what who comes from `mer serve` means by --host."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name in ("--host", "--port"):
+                text = f"No such option {error.option_name!r}: a shard has --listen HOST:PORT."
+                raise click.NoSuchOption(error.option_name, text, ctx=ctx) from None
+            raise
+
+
+@click.command(cls=_Shard)
 @click.argument("model", callback=model_argument)
 @click.option("--ram", callback=size_option, help="Memory of the process (8GiB); default: what is free.")
 @click.option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -37,7 +37,7 @@ from mer.streaming.experts import ExpertTables
 from mer.streaming.machine import memory
 from mer.weights.checkpoint import Checkpoint
 
-# Tokens of KV cache where no context is given, however many requests share them.
+# Tokens of a request at the most where no context is given; and of the KV cache, unless memory is left.
 DEFAULT_CONTEXT: Final = 4096
 # Of what is free, this much is left to others where no --ram is given.
 _LEFT_FREE: Final = (512 << 20, 0.1)
@@ -68,6 +68,7 @@ class Budget:
     experts: int  # of all layers
     least_slots: int
     kv_blocks: int
+    longest: int  # tokens that one request may have, if the model takes that many
     kv_dtype: KVDtype
     step_tokens: int
     max_running: int  # requests that are computed at the same time
@@ -96,12 +97,16 @@ class Budget:
 
     @property
     def least(self) -> int:
-        """A `ram` that is enough, also at the next start, and hardly more than the smallest that is.
+        """A `ram` that is enough, and hardly more than the smallest that is; see `enough_for`."""
+        return self.enough_for(self.least_slots)
+
+    def enough_for(self, slots: int) -> int:
+        """A `ram` with which the cache has so many slots, also at the next start.
 
         For one request at a time, where recurrent states take memory.
         """
         fixed = self.fixed - self.states + self.states // self.max_running
-        return with_page_tables(fixed + self.slot * self.least_slots + _DRIFT)
+        return with_page_tables(fixed + self.slot * slots + _DRIFT)
 
     @property
     def floor(self) -> int:
@@ -198,8 +203,13 @@ def measure(
     drafting: Iterable[DraftSource] = (),
     process: int | None = None,
     placement: Placement = ON_THE_CPU,
+    *,
+    alone: bool = False,
 ) -> Budget:
-    """The same division, which does not fit where `config.ram` is too small."""
+    """The same division, which does not fit where `config.ram` is too small.
+
+    alone: nobody else will want what `ram` has left, so that keys and values may have half of it.
+    """
     spec = architecture.spec
     most = blocks_for(spec.max_positions) * BLOCK * config.max_running
     if config.context is not None and config.context > most:
@@ -213,12 +223,32 @@ def measure(
         _divide, checkpoint, architecture, tables, config, tuple(drafting), ram, interpreter, placement
     )
     one = divide(config.context or min(spec.max_positions, DEFAULT_CONTEXT))
-    if config.context is not None or min(most, DEFAULT_CONTEXT) <= one.context:
+    if config.context is not None:
         return one
-    # Room for as many requests as another model has by default, but never at the price of experts.
-    several = divide(min(most, DEFAULT_CONTEXT))
-    kept = (several.slots, several.max_running) == (one.slots, one.max_running)
-    return several if several.fits and kept else one
+    found = one
+    if min(most, DEFAULT_CONTEXT) > one.context:
+        # Room for as many requests as another model has by default, but never at the price of experts.
+        several = divide(min(most, DEFAULT_CONTEXT))
+        found = several if _keeps(several, one) else one
+    if alone and found.slots == found.experts and not uses_gpu(config):
+        found = _with_the_rest(divide, found, found.max_running * one.context)
+    return evolve(found, longest=one.context)
+
+
+def _with_the_rest(divide: Callable[[int], Budget], found: Budget, wanted: int) -> Budget:
+    """With a KV cache of up to `wanted` tokens, in half of the memory that is left."""
+    if wanted <= found.context:
+        return found
+    more, room = divide(wanted), (usable(found.ram) - found.total) // 2
+    taken = (more.kv + more.buffers + more.drafting) - (found.kv + found.buffers + found.drafting)
+    tokens = min(wanted, found.context + int((wanted - found.context) * room / taken))
+    larger = divide(tokens // BLOCK * BLOCK)
+    return larger if larger.context > found.context and _keeps(larger, found) else found
+
+
+def _keeps(larger: Budget, than: Budget) -> bool:
+    """Whether it costs neither experts nor requests that run at a time."""
+    return larger.fits and (larger.slots, larger.max_running) == (than.slots, than.max_running)
 
 
 def _divide(
@@ -290,6 +320,7 @@ def _divide(
         experts=tables.total,
         least_slots=least_slots,
         kv_blocks=blocks_for(limit),
+        longest=blocks_for(limit) * BLOCK,
         kv_dtype=dtype,
         step_tokens=step,
         max_running=running,

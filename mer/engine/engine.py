@@ -6,10 +6,9 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Sized
 from contextlib import ExitStack, aclosing
 from functools import partial
-from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
@@ -32,6 +31,7 @@ from mer.engine.opening import Opening
 from mer.engine.outputs import Delta, FinishReason, Result, join
 from mer.engine.params import SamplingParams
 from mer.engine.prefix_store import PrefixStore
+from mer.engine.prompts import Prompt, Prompts
 from mer.engine.request import Embedding, Request
 from mer.engine.routed import idle_in_dense
 from mer.engine.runner import Runner
@@ -41,7 +41,7 @@ from mer.engine.stats import StepStats
 from mer.engine.storing import Storing
 from mer.engine.view import ExpertMap, Recent, View, requests
 from mer.engine.worker import Worker
-from mer.errors import ConfigError, EngineClosedError, RequestError, TooLongError
+from mer.errors import ConfigError, EngineClosedError, RequestError
 from mer.model.families import Architecture
 from mer.model.settings import eos_ids
 from mer.model.spec import ModelSpec
@@ -50,7 +50,6 @@ from mer.streaming.profile import ProfileSummary
 from mer.weights.checkpoint import Checkpoint
 from mer.weights.hub import locate
 
-Prompt = str | list[int]
 _T = TypeVar("_T")
 
 # Characters or ids of a prompt that would keep the event loop waiting for milliseconds.
@@ -89,6 +88,7 @@ class Engine:
         self._eos_ids = ends
         self._closed = False
         budget = runner.budget
+        self._prompts = Prompts(tokenizer, runner.spec, budget)
         self._scheduler = Scheduler(
             n_blocks=budget.kv_blocks,
             step_tokens=budget.step_tokens,
@@ -123,16 +123,22 @@ class Engine:
             if name not in known:
                 raise ConfigError(f"unknown setting {name!r}; known are {', '.join(sorted(known))}")
         config = attrs.evolve(config, **settings) if config else EngineConfig(**settings)
-        return Opening(partial(cls._load, path, config))
+        return Opening(partial(cls._load, path, config, alone=True))
 
     @classmethod
     def beside(
-        cls, path: str | PathLike[str], config: EngineConfig, process: int, *, storeless: bool = False
+        cls,
+        path: str | PathLike[str],
+        config: EngineConfig,
+        process: int | None = None,
+        *,
+        storeless: bool = False,
     ) -> Opening:
-        """As `open`, in a process that holds `process` bytes without any engine, and has others.
+        """As `open`, in a process that has others, or will have.
 
-        `config.ram` is this engine's share and those bytes; see mer.engine.sharing. storeless: another one
-        has the prefix store still, and this one does without until `open_store`.
+        process: bytes that it holds without any engine; None: this is the first one. `config.ram` is this
+        engine's share and those bytes; see mer.engine.sharing. storeless: another one has the prefix store
+        still, and this one does without until `open_store`.
         """
         return Opening(partial(cls._load, path, config, process, storeless))
 
@@ -143,6 +149,7 @@ class Engine:
         config: EngineConfig,
         process: int | None = None,
         storeless: bool = False,
+        alone: bool = False,
     ) -> Self:
         tokenizer: Tokenizer | None = None
         ends: frozenset[int] = frozenset()
@@ -157,7 +164,7 @@ class Engine:
             sources.extend(drafting.sources(checkpoint, architecture, tokenizer, config))
             return sources
 
-        runner = Runner.open(locate(path), config, prepare, process)
+        runner = Runner.open(locate(path), config, prepare, process, alone=alone)
         with ExitStack() as undo:
             undo.callback(runner.close)
             draft_engines = drafting.load(sources, runner, config)
@@ -226,7 +233,7 @@ class Engine:
     @property
     def context(self) -> int:
         """Most tokens of a prompt and its answer together."""
-        return min(self._runner.spec.max_positions, self._runner.budget.context)
+        return self._prompts.context
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -361,22 +368,18 @@ class Engine:
         Raises RequestError when the model has no template or the template refuses the messages, TooLongError
         for more tokens than there is room for.
         """
-        template = self._tokenizer.chat_template if self._tokenizer else None
-        if self._tokenizer is None or template is None:
-            raise RequestError("this model has no chat template; send a plain prompt", "messages")
-        text = template.render(messages, **variables)
-        self.check_length(text)
-        return self._tokenizer.encode(text, special=False, fits=self._fits)
+        return self._prompts.of_chat(messages, variables)
 
     def check_length(self, prompt: str | Sized) -> None:
         """Refuse token ids, or a text that has too many by its length alone, before it is cut into them.
 
         Raises TooLongError.
         """
-        if not isinstance(prompt, str):
-            self._fits(len(prompt))
-        elif self._tokenizer is not None:
-            self._fits(self._tokenizer.at_least(prompt), exact=False)
+        self._prompts.check_length(prompt)
+
+    def text_tokens(self, prompt: str) -> list[int]:
+        """Token ids of a prompt. Raises RequestError, TooLongError for more than there is room for."""
+        return self._prompts.of_text(prompt)
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Result:
         """The whole answer to a text or to token ids. Raises as `stream` does."""
@@ -403,7 +406,7 @@ class Engine:
 
         Raises as `stream` does.
         """
-        tokens = await self._off_loop(prompt, lambda: self._tokens(prompt))
+        tokens = await self._off_loop(prompt, lambda: self._prompts.tokens(prompt))
         job = Embedding(tokens=tokens, wants="hidden", id=next(self._ids), mailbox=Mailbox())
         self._worker.submit(job)
         mean: NDArray[np.float32] | None = None
@@ -440,9 +443,9 @@ class Engine:
         return request
 
     def _make(self, prompt: Prompt, params: SamplingParams, mailbox: Mailbox[Delta], at: float) -> Request:
-        tokens = self._tokens(prompt)
+        tokens = self._prompts.tokens(prompt)
         limit = self.context
-        self._fits(len(tokens), limit - (params.max_tokens != 0))  # an answer needs a place
+        self._prompts.check(len(tokens), limit - (params.max_tokens != 0))  # an answer needs a place
         if params.max_tokens is not None:
             limit = min(limit, len(tokens) + params.max_tokens)
         return Request(
@@ -474,32 +477,3 @@ class Engine:
         if (isinstance(prompt, Sized) and len(prompt) > _LONG) or beside > _LONG:
             return await asyncio.to_thread(prepare)
         return prepare()
-
-    def _fits(self, tokens: int, most: int | None = None, *, exact: bool = True) -> None:
-        most = self.context if most is None else most
-        if tokens > most:
-            raise TooLongError(
-                f"the prompt has {'' if exact else 'at least '}{tokens} tokens; {most} is the most here (the "
-                f"model's context is {self.spec.max_positions}, the KV cache holds {self.budget.context})",
-                tokens if exact else None,
-            )
-
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise RequestError("this model came without a tokenizer; send token ids", "prompt")
-            self.check_length(prompt)
-            tokens = self._tokenizer.encode(prompt, fits=self._fits)
-        elif isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
-            tokens = list(prompt)
-            self._fits(len(tokens))  # before each of them is looked at
-        else:
-            kind = type(prompt).__name__
-            raise RequestError(f"the prompt must be text or a list of token ids, not {kind}", "prompt")
-        if not tokens:
-            raise RequestError("the prompt is empty", "prompt")
-        vocab = self.spec.vocab
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < vocab:
-                raise RequestError(f"token id {token!r} is not a whole number in 0..{vocab - 1}", "prompt")
-        return [int(token) for token in tokens]

@@ -10,7 +10,8 @@ from mer.cluster.state import PeerState
 from mer.engine.outputs import Usage
 from mer.engine.stats import StepStats, Vram
 
-EndReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+# embedded: what was asked for was no answer.
+EndReason = Literal["stop", "length", "embedded", "cancelled", "timeout", "error"]
 
 
 @frozen

@@ -80,20 +80,22 @@ class Runner:
         config: EngineConfig,
         prepare: Callable[[Checkpoint, Architecture], Iterable[DraftSource]] = lambda *_: (),
         process: int | None = None,
+        *,
+        alone: bool = False,
     ) -> Runner:
         """Open the model at `path` and load its dense weights.
 
         `prepare` is called before memory is divided: what it loads is counted, and so is what it returns,
         which is loaded later. process: bytes of the process without any engine, where there are others; None:
-        what it holds now. Raises CheckpointError, UnsupportedModelError, BudgetError, ConfigError or
-        DeviceReadError.
+        what it holds now. alone: see budget.measure. Raises CheckpointError, UnsupportedModelError,
+        BudgetError, ConfigError or DeviceReadError.
         """
         checkpoint = open_checkpoint(path)
         require_streamable(checkpoint)
         architecture = load(checkpoint)
         tables = expert_tables(architecture.experts, path)
         sources = prepare(checkpoint, architecture)
-        sizes = budgets.measure(checkpoint, architecture, tables, config, sources, process)
+        sizes = budgets.measure(checkpoint, architecture, tables, config, sources, process, alone=alone)
         held = budgets.resident_bytes()
         gpu = placing.place(checkpoint, architecture, tables, sizes, config)
         if process is not None:  # what the GPU's driver holds, where no other engine has opened it before
@@ -102,6 +104,7 @@ class Runner:
 
         def opened(gpu: OnDevice) -> Runner:
             budget = budgets.plan(checkpoint, architecture, tables, config, sources, process, gpu.placement)
+            budget = evolve(budget, longest=sizes.longest)
             return cls.load(checkpoint, architecture, tables, budget, config, gpu=gpu)
 
         try:
@@ -131,7 +134,7 @@ class Runner:
         likely: LikelyExperts | None = None
         kernels, pool = _kernels(checkpoint, gpu.device), pool or Pool(budget.threads)
         spec = architecture.spec
-        spec = spec.reaching(min(spec.max_positions, budget.context))
+        spec = spec.reaching(min(spec.max_positions, budget.longest))
         unchanged = Unchanged(checkpoint.files)
         try:
             reader = Reader(checkpoint.files, backend=config.io_backend, queue_depth=config.queue_depth)

@@ -236,7 +236,7 @@ class Worker:
             self._end_gap += 0.1 * (now - self._last_end - self._end_gap)
         self._last_end = now
         usage = job.usage()
-        known = usage.completion_tokens or reason in ("stop", "length")
+        known = usage.completion_tokens or reason in ("stop", "length", "embedded")
         self._tell("ended", reason, usage if known else None)
 
     def _put(self, job: Job, item: Any) -> None:
@@ -377,7 +377,7 @@ class Worker:
     def _embed(self, job: Embedding, start: int, hidden: NDArray[np.float32]) -> None:
         mean = job.add(start, hidden)
         if mean is not None:
-            self._remove(job, "stop")
+            self._remove(job, "embedded")
             self._put(job, mean)
 
     def _answer(

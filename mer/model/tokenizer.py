@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import tokenizers
 from tokenizers import AddedToken
@@ -19,6 +20,8 @@ from mer.weights.gguf_checkpoint import is_gguf
 
 # Characters of a text from which on it is encoded as a batch: that does not hold the interpreter's lock.
 _LONG: Final = 2000
+# How often a conversation goes on where it is tried what the chat template makes of it.
+_TIMES: Final = 16
 
 
 class Tokenizer:
@@ -76,6 +79,31 @@ class Tokenizer:
         """Tokens that `text` has at the least, told by its length alone."""
         # Normalising makes one character of four at the most.
         return len(text) // (4 * self._vocabulary.longest)
+
+    @cached_property
+    def shown_messages(self) -> Literal["each", "turns"] | None:
+        """Which messages of users and assistants become a token or more, though they say nothing.
+
+        each: whoever spoke before. turns: where the two take turns, a token a message on average. None: this
+        can't be relied on. Found by trying the chat template.
+        """
+        if not self._shows("user", "assistant"):
+            return None
+        return "each" if self._shows("user") and self._shows("assistant", behind="user") else "turns"
+
+    def _shows(self, *roles: str, behind: str | None = None) -> bool:
+        """Whether a conversation has a token for each message more, where it goes on like this."""
+        if self.chat_template is None:
+            return False
+        begin, tokens = [behind] if behind else [], []
+        for times in (1, 1 + _TIMES):
+            empty = [{"role": role, "content": ""} for role in (*begin, *roles * times)]
+            try:
+                text = self.chat_template.render(empty)
+            except (RequestError, CheckpointError):
+                return False
+            tokens.append(len(self.encode(text, special=False)))
+        return tokens[1] - tokens[0] >= _TIMES * len(roles)
 
     def encode(
         self, text: str, *, special: bool = True, fits: Callable[[int], object] | None = None

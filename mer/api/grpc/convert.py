@@ -69,6 +69,7 @@ def parsed(kind: type[_M], data: bytes) -> _M:
     """Raises RequestError for what is no such message, or has fields that aren't known here.
 
     Protocol Buffers would pass over such fields, and the client would not learn why its wish had no effect.
+    Messages of a conversation, of which there may be more than anybody reads, `conversation` looks at.
     """
     message = kind()
     try:
@@ -87,7 +88,8 @@ def _refuse_unknown(message: Message, where: str) -> None:
             f"{where}{unknown.field_number}",
         )
     for field, value in message.ListFields():
-        if field.message_type is None or field.message_type.GetOptions().map_entry:
+        kind = field.message_type
+        if kind is None or kind is pb.Message.DESCRIPTOR or kind.GetOptions().map_entry:
             continue
         for i, each in enumerate(value) if field.is_repeated else ((None, value),):
             _refuse_unknown(each, f"{where}{field.name}{'' if i is None else f'[{i}]'}.")
@@ -174,6 +176,7 @@ def conversation(request: pb.ChatRequest | pb.TokenizeRequest, params: SamplingP
 
 
 def _message(given: pb.Message, index: int) -> dict[str, Any]:
+    _refuse_unknown(given, f"messages[{index}].")
     if not given.role:
         raise RequestError(f"messages[{index}].role is missing", f"messages[{index}].role")
     made: dict[str, Any] = {"role": given.role, "content": given.content}

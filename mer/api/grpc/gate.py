@@ -35,12 +35,16 @@ _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 @define
 class Call:
-    """One call, or one request of a session. path: what the failing parameter is called in its request."""
+    """One call, or one request of a session.
+
+    path: what the failing parameter is called in its request. size: bytes of that, at the least.
+    """
 
     request_id: str
     caller: str
     client: str
     method: str
+    size: int = 0
     path: Callable[[str], str] = str
     log: dict[str, Any] = Factory(dict)
     begun: float = Factory(time.perf_counter)

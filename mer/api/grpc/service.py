@@ -15,12 +15,14 @@ from google.protobuf.message import Message
 
 from mer.api import conversation as conversations
 from mer.api import generation
+from mer.api.conversation import ChatRequest
 from mer.api.grpc import convert
 from mer.api.grpc.gate import Call, Context, Gate
 from mer.api.grpc.session import serve_session
 from mer.api.model import LoadingError
 from mer.api.models import Models
 from mer.api.settings import ServerSettings
+from mer.api.speakers import Speakers
 from mer.engine.engine import Engine
 from mer.engine.outputs import PromptLogprobs
 from mer.engine.params import SamplingParams
@@ -123,6 +125,7 @@ class Inference:
             async with self._gate.call(context, name) as call:
                 with self._gate.admitted(call):
                     request = await self.received(kind, data)
+                    call.size = len(data)
                     async with self.using(request):
                         await method(call, request, context.time_remaining(), write)
 
@@ -137,8 +140,7 @@ class Inference:
     ) -> None:
         """Write the answer to a prompt. Raises RequestError and what `Engine.stream` raises."""
         call.path = convert.path_of(request)
-        size = request.params.ByteSize()
-        params = await generation.off_loop(size, lambda: convert.sampling(request.params, remaining))
+        params = await generation.off_loop(call.size, lambda: convert.sampling(request.params, remaining))
         prompt = await self._prompt(request)
         if self._settings.log_prompts:
             call.log["prompt"] = request.text or list(request.token_ids.ids)
@@ -160,14 +162,19 @@ class Inference:
     ) -> None:
         """Write the answer in a conversation. Raises RequestError and what `Engine.stream` raises."""
         call.path = convert.path_of(request)
-        size = request.ByteSize()  # whatever it is made of: many short messages take their time, too
-        params = await generation.off_loop(size, lambda: convert.sampling(request.params, remaining))
-        conversation = await generation.off_loop(size, lambda: convert.conversation(request, params))
+        engine = self._engine
+
+        def asked() -> ChatRequest:
+            _check_speakers(engine, request)
+            return convert.conversation(request, convert.sampling(request.params, remaining))
+
+        # Whatever its bytes are: many short messages take their time, too.
+        conversation = await generation.off_loop(call.size, asked)
         if self._settings.log_prompts:
             call.log["messages"] = conversation.messages
-        seed, tokenizer = params.seed or 0, self._engine.tokenizer
-        prepared = await conversations.prepare(self._engine, conversation)
-        async with aclosing(prepared.answers(self._engine, idle=_NEVER)) as batches:
+        seed, tokenizer = conversation.params.seed or 0, engine.tokenizer
+        prepared = await conversations.prepare(engine, conversation)
+        async with aclosing(prepared.answers(engine, idle=_NEVER)) as batches:
             async for batch in batches:
                 for event in batch:
                     if event.delta.prompt_logprobs is not None:
@@ -181,12 +188,16 @@ class Inference:
         if request.messages:
             if request.text:
                 raise RequestError("text and messages: give one of them", "text")
-            conversation = await generation.off_loop(
-                request.ByteSize(), lambda: convert.conversation(request, SamplingParams())
-            )
-            return pb.TokenizeResponse(token_ids=await conversations.chat_tokens(self._engine, conversation))
+            engine = self._engine
+
+            def asked() -> ChatRequest:
+                _check_speakers(engine, request)
+                return convert.conversation(request, SamplingParams())
+
+            conversation = await asyncio.to_thread(asked)
+            return pb.TokenizeResponse(token_ids=await conversations.chat_tokens(engine, conversation))
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-        ids = await generation.text_tokens(self._engine, request.text, "text", special=special)
+        ids = await generation.told_tokens(self._engine, request.text, "text", special=special)
         return pb.TokenizeResponse(token_ids=ids)
 
     async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
@@ -222,7 +233,7 @@ class Inference:
             server_version=version("mer"),
             has_tokenizer=tokenizer is not None,
             has_chat_template=tokenizer is not None and tokenizer.chat_template is not None,
-            max_tokens=min(spec.max_positions, engine.budget.context),
+            max_tokens=engine.context,
             vocab_size=spec.vocab,
             eos_token_ids=sorted(tokenizer.eos_ids) if tokenizer else (),
             layers=spec.n_layers,
@@ -291,3 +302,7 @@ class Inference:
             )
             for i in range(0, len(given), _PROMPT_PIECE)
         ]
+
+
+def _check_speakers(engine: Engine, request: pb.ChatRequest | pb.TokenizeRequest) -> None:
+    Speakers.of(message.role for message in request.messages).check(engine)

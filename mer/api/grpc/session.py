@@ -89,9 +89,9 @@ class _Session:
                 reading.cancel()
             if data is None:
                 return
-            await self._begin(await self._inference.received(pb.SessionRequest, data))
+            await self._begin(await self._inference.received(pb.SessionRequest, data), len(data))
 
-    async def _begin(self, message: pb.SessionRequest) -> None:
+    async def _begin(self, message: pb.SessionRequest, size: int) -> None:
         id, kind = message.id, message.WhichOneof("request")
         running = self._in_use.get(id)
         if kind == "cancel":
@@ -107,13 +107,13 @@ class _Session:
             text = f"the request {id!r} is running; this one was not begun"
             await self._refuse(id, Failure(grpc.StatusCode.ALREADY_EXISTS, text, "ID_IN_USE", "id"))
         else:
-            task = self._in_use[id] = asyncio.create_task(self._serve(message))
+            task = self._in_use[id] = asyncio.create_task(self._serve(message, size))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, message: pb.SessionRequest) -> None:
+    async def _serve(self, message: pb.SessionRequest, size: int) -> None:
         session, id = self._call, message.id
-        call = Call(f"{session.request_id}/{id}", session.caller, session.client, session.method)
+        call = Call(f"{session.request_id}/{id}", session.caller, session.client, session.method, size)
         status = grpc.StatusCode.CANCELLED
         try:
             with self._gate.admitted(call):

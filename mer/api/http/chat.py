@@ -59,7 +59,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.post("/v1/chat/completions")
     async def chat_completions() -> Response:
-        body = await body_as(ChatCompletionRequest, most=service.context)
+        body = await body_as(ChatCompletionRequest, models=service.loaded)
         (model, engine), call = await service.use(body.model), current_call()
         try:
             variables = template_variables(engine, body.chat_template_kwargs, body.reasoning_effort)

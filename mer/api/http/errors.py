@@ -19,6 +19,7 @@ from mer.errors import (
     QueueFullError,
     RequestError,
     RequestTimeoutError,
+    TooLongError,
 )
 
 INVALID: Final = "invalid_request_error"
@@ -88,8 +89,7 @@ def api_error(error: BaseException, names: Mapping[str, str] | None = None) -> A
         return error
     if isinstance(error, RequestError):
         param = (names or {}).get(error.param or "", error.param)
-        too_long = error.param == "prompt" and " is the most here" in str(error)
-        code = "context_length_exceeded" if too_long else "invalid_value"
+        code = "context_length_exceeded" if isinstance(error, TooLongError) else "invalid_value"
         return ApiError(400, str(error), param=param, code=code)
     if isinstance(error, AuthenticationError):
         return ApiError(

@@ -62,14 +62,16 @@ class Gate:
         cast(dict[str, Any], scope).setdefault("state", {})["call"] = call
         added = {"X-Request-Id": call.request_id, **self._cors(headers)}
         extra = [(name.lower().encode(), value.encode("latin1")) for name, value in added.items()]
-        status = 0
+        status, complete = 0, False
 
         async def sending(event: ASGISendEvent) -> None:
-            nonlocal status
+            nonlocal status, complete
             if event["type"] == "http.response.start":
                 status = event["status"]
                 event["headers"] = [*event["headers"], *extra]
             await send(event)
+            if event["type"] == "http.response.body":
+                complete = not event.get("more_body", False)
 
         begun, tracing = time.perf_counter(), self._service.tracing
         with (
@@ -83,6 +85,8 @@ class Gate:
                 await call.cleanup.aclose()
                 if call.refused:
                     self._service.access.refused[call.refused] += 1
+                if not complete:  # the client went away; gRPC has a status for that
+                    call.log["cancelled"] = True
                 self._write(scope, call, status, time.perf_counter() - begun)
                 if span is not None:
                     span.http(scope["path"], status, call.log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
@@ -12,6 +13,7 @@ from mer.api import large_json
 from mer.api.http.errors import ApiError
 from mer.api.http.schemas import Biases, converted, decode, malformed, refusal
 from mer.api.large_json import PIECE, TooLargeError, most_text
+from mer.api.speakers import Speakers
 from mer.engine import params
 
 _T = TypeVar("_T")
@@ -19,6 +21,9 @@ _T = TypeVar("_T")
 _LONG: Final = frozenset(
     {"messages", "input", "prompt", "system", "instructions", "guided_choice", "logit_bias", "stop_token_ids"}
 )
+# No schema has a text for "role", so this is a message.
+_ROLE: Final = re.compile(rb'"role"[ \t\r\n]*:[ \t\r\n]*"(user|assistant)"')
+_ROLE_BYTES: Final = 64
 # Biases that are converted at once.
 _BIASES: Final = 4096
 
@@ -48,14 +53,33 @@ def decode_body(
     return _by_pieces(amend(given) if amend else given, kind)
 
 
-def decode_conversation(body: bytes, kind: type[_T], amend: Callable[[Any], Any] | None, context: int) -> _T:
-    """As `decode_body`; refuses more messages than `context` before they are read: each is some tokens."""
+def decode_conversation(
+    body: bytes,
+    kind: type[_T],
+    amend: Callable[[Any], Any] | None,
+    context: int,
+    least: Callable[[Speakers], int],
+) -> _T:
+    """As `decode_body`; refuses more messages than have room before they are read.
+
+    least: tokens that a conversation has at the least.
+    """
     # In a text quotes have a backslash before them.
     key = b'"role"'
     count = sum(body[at : at + PIECE + len(key) - 1].count(key) for at in range(0, len(body), PIECE))
     if count > context:
-        raise too_long(f"the conversation has some {count} messages", "messages", context)
+        speakers = Speakers.of(_roles(body))
+        if least(speakers) > context:
+            raise too_long(f"the conversation has some {speakers.messages} messages", "messages", context)
     return decode_body(body, kind, amend, context)
+
+
+def _roles(body: bytes) -> Iterator[str]:
+    """Who speaks, message by message, as far as that can be seen without decoding it."""
+    for at in range(0, len(body), PIECE):
+        for found in _ROLE.finditer(body[at : at + PIECE + _ROLE_BYTES]):
+            if found.start() < PIECE:
+                yield found[1].decode()
 
 
 def too_long(what: str, param: str | None, context: int) -> ApiError:

@@ -32,6 +32,8 @@ def decode_large(body: bytes, kind: type[_T], name: str, most: int) -> _T:
     if found is None:
         return decode_body(body, kind, context=most)
     start, end = found
+    if _count(body, b"[", start, end) == 1:
+        _check(_count(body, b",", start, end) + 1, name, most)  # before any of it is copied
     made = decode_body(body[:start] + msgspec.json.encode(_STAND_IN) + body[end:], kind, context=most)
     if getattr(made, name) != _STAND_IN:  # it was a key of something else
         return decode_body(body, kind, context=most)
@@ -45,17 +47,43 @@ def _find(body: bytes, name: str) -> tuple[int, int] | None:
     In a text of the body quotes would have a backslash before them, so what is found is a key.
     """
     key = b'"' + name.encode() + b'"'
-    at = body.find(key)
+    at = _next(body, key, 0)
     while at >= 0:
         start = _skip(body, at + len(key), b" \t\r\n")
         if body[start : start + 1] == b":" and body[at - 1 : at] != b"\\":
             start = _skip(body, start + 1, b" \t\r\n")
             end = _skip(body, start, _ID_TEXT) if body[start : start + 1] == b"[" else start
             if end - start > PIECE:
-                end = start + len(body[start:end].rstrip(_BETWEEN))
+                end = _stripped(body, start, end)
                 return (start, end) if body[end - 1 : end] == b"]" else None
-        at = body.find(key, at + 1)
+        at = _next(body, key, at + 1)
     return None
+
+
+def _next(body: bytes, key: bytes, at: int) -> int:
+    """The first place of `key` from `at` on, or -1; Python's lock is let go of on the way."""
+    while at < len(body):
+        found = body.find(key, at, at + PIECE + len(key) - 1)
+        if found >= 0:
+            return found
+        at += PIECE
+    return -1
+
+
+def _count(body: bytes, mark: bytes, start: int, end: int) -> int:
+    """How often the byte `mark` stands there."""
+    return sum(body.count(mark, at, min(at + PIECE, end)) for at in range(start, end, PIECE))
+
+
+def _stripped(body: bytes, start: int, end: int) -> int:
+    """Before `end`, without what may stand between items."""
+    while end > start:
+        piece = body[max(start, end - PIECE) : end]
+        kept = len(piece.rstrip(_BETWEEN))
+        end -= len(piece) - kept
+        if kept:
+            break
+    return end
 
 
 def _skip(body: bytes, at: int, chars: bytes) -> int:
@@ -69,7 +97,7 @@ def _skip(body: bytes, at: int, chars: bytes) -> int:
 
 
 def _ids(text: bytes, name: str, most: int) -> list[Any]:
-    if text.count(b"[") == 1:
+    if _count(text, b"[", 0, len(text)) == 1:
         return _flat(text, name, most)
     inner = text[1:-1].split(b"]")
     if inner.pop().strip(_BETWEEN) or text.count(b"[") != len(inner) + 1:
@@ -86,14 +114,8 @@ def _ids(text: bytes, name: str, most: int) -> list[Any]:
 
 
 def _flat(text: bytes, name: str, most: int) -> list[int]:
-    count = sum(text[at : at + PIECE].count(b",") for at in range(0, len(text), PIECE)) + 1
-    if count > most:
-        raise ApiError(
-            400,
-            f"{name}: {count} tokens; {most} is the most here",
-            param=name,
-            code="context_length_exceeded",
-        )
+    count = _count(text, b",", 0, len(text)) + 1
+    _check(count, name, most)
     ids: list[int] = []
     at, end = 1, len(text) - 1
     while at < end:
@@ -109,6 +131,12 @@ def _flat(text: bytes, name: str, most: int) -> list[int]:
     if at == end and count > 1:  # the last piece ended before a comma that nothing follows
         raise _broken()
     return ids
+
+
+def _check(count: int, name: str, most: int) -> None:
+    if count > most:
+        text = f"{name}: {count} tokens; {most} is the most here"
+        raise ApiError(400, text, param=name, code="context_length_exceeded")
 
 
 def _broken() -> ApiError:

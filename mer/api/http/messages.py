@@ -80,7 +80,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.post(_PATH)
     async def messages() -> Response:
-        body = await body_as(MessagesRequest, most=service.context)
+        body = await body_as(MessagesRequest, models=service.loaded)
         (model, engine), call = await service.use(body.model), current_call()
         try:
             request = await translated(lambda: to_request(body, sampling(body)))
@@ -100,7 +100,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.post(f"{_PATH}/count_tokens")
     async def count_tokens() -> Response:
-        body = await body_as(CountTokensRequest, most=service.context)
+        body = await body_as(CountTokensRequest, models=service.loaded)
         _, engine = await service.use(body.model)
         try:
             return json_response(TokenCount(await _count(engine, body)))

@@ -63,7 +63,7 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.post("/v1/responses")
     async def responses() -> Response:
-        body = await body_as(ResponsesRequest, with_types, most=service.context)
+        body = await body_as(ResponsesRequest, with_types, models=service.loaded)
         (model, engine), call = await service.use(body.model), current_call()
         try:
             effort = body.reasoning.effort if body.reasoning else None

@@ -90,11 +90,16 @@ class Service:
         return "ready" if self.models.ram else "loading"
 
     @property
-    def context(self) -> int:
-        """Most tokens of a prompt and its answer together, of the model that takes most."""
+    def loaded(self) -> Models:
+        """The models. Raises ApiError (503) while the first is being loaded."""
         if not self.models.ram:
             raise unavailable("the model is being loaded", 2, "loading")
-        return self.models.context
+        return self.models
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its answer together, of the model that takes most."""
+        return self.loaded.context
 
     def begin(self) -> None:
         """A request is being served."""
@@ -128,12 +133,12 @@ async def body_as(
     amend: Callable[[Any], Any] | None = None,
     *,
     ids: tuple[str, int] | None = None,
-    most: int | None = None,
+    models: Models | None = None,
 ) -> _T:
     """The body of the request that is being handled; a large one is read on a thread, a piece at a time.
 
     amend: what is done to the JSON before it is read as a `kind`. ids: the name of a list of token ids that
-    may be long, and the most that make sense. most: such tokens of a conversation. Raises ApiError.
+    may be long, and the most that make sense. models: for one of them it is a conversation. Raises ApiError.
     """
     given = request.mimetype
     if given != "application/json":
@@ -143,17 +148,23 @@ async def body_as(
             f"{given or 'none'}",
             code="unsupported_media_type",
         )
-    data = await _read(most)
-    if len(data) <= PIECE:
-        return decode_body(data, kind, amend)
-    if ids is not None:
-        return await asyncio.to_thread(lambda: decode_large(data, kind, *ids))
-    assert most is not None
-    return await asyncio.to_thread(lambda: decode_conversation(data, kind, amend, most))
+    parts = await _read(None if models is None else models.context)
+    if sum(map(len, parts)) <= PIECE:
+        return decode_body(b"".join(parts), kind, amend)
+
+    def large() -> _T:
+        data = b"".join(parts)  # takes milliseconds, without Python's lock
+        parts.clear()
+        if ids is not None:
+            return decode_large(data, kind, *ids)
+        assert models is not None
+        return decode_conversation(data, kind, amend, models.context, models.least)
+
+    return await asyncio.to_thread(large)
 
 
-async def _read(context: int | None) -> bytes:
-    """The body of the request that is being handled.
+async def _read(context: int | None) -> list[bytes]:
+    """The body of the request that is being handled, in parts.
 
     context: the most tokens that make sense. Raises ApiError for a body that can't be so few: nothing of it
     is kept, but it is read to its end, so that the client sees the answer.
@@ -175,7 +186,7 @@ async def _read(context: int | None) -> bytes:
         raise ApiError(408, "the body did not arrive in time", type="timeout_error", code="timeout") from None
     if context is not None and most is not None and size > most:
         raise too_long(f"the conversation has {size:,} bytes", "messages", context)
-    return b"".join(parts)
+    return parts
 
 
 async def translated(work: Callable[[], _T]) -> _T:

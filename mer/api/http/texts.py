@@ -7,7 +7,7 @@ from msgspec import UNSET, UnsetType
 from quart import Blueprint, Response
 
 from mer.api.conversation import template_messages, template_tokens
-from mer.api.generation import off_loop, text_tokens
+from mer.api.generation import off_loop, told_tokens
 from mer.api.http.answers import DetokenizedText, Tokens
 from mer.api.http.errors import api_error, invalid
 from mer.api.http.schemas import DetokenizeRequest, TokenizeRequest
@@ -21,12 +21,12 @@ def blueprint(service: Service) -> Blueprint:
 
     @made.post("/tokenize")
     async def tokenize() -> Response:
-        body = await body_as(TokenizeRequest, most=service.context)
+        body = await body_as(TokenizeRequest, models=service.loaded)
         _, engine = await service.use(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("give a prompt or messages, and not both", "prompt")
         if body.messages is None:
-            tokens = await text_tokens(engine, body.prompt or "", special=body.add_special_tokens)
+            tokens = await told_tokens(engine, body.prompt or "", special=body.add_special_tokens)
         else:
             messages = await translated(lambda: template_messages(msgspec.to_builtins(body.messages)))
             tools = await translated(lambda: msgspec.to_builtins(body.tools) if body.tools else None)
