@@ -1,8 +1,11 @@
 """The reader beside fio: random O_DIRECT reads of one file, same block sizes and queue depths, in turns.
 
-    python -m bench.io [DIRECTORY] [--seconds 1] [--rounds 3] [--backend uring] [--json]
+    python -m bench.io [PATH] [--block 2654208] [--seconds 0.5] [--rounds 3] [--backend uring] [--json]
 
-Each figure is the median of the rounds; ratio = reader / fio. Needs fio (apt-get install fio).
+PATH is a file, which is read as it is, or a directory, in which a temporary one is written, read and removed.
+A block is an expert of Qwen3-30B-A3B in Q4_0 unless others are named. Each figure is the median of the
+rounds; ratio = reader / fio. fio is the one that the shell finds (apt-get install fio, which `make bench`
+does); without it the reader is measured alone.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -25,10 +29,13 @@ from rich.table import Table
 
 from bench.help import help_of
 from mer.errors import MerError
+from mer.streaming.probe import DepthRate, enough
 from mer.streaming.reader import Reader
 
-BLOCKS = (128 << 10, 1 << 20, 4 << 20, 8 << 20)
-DEPTHS = (1, 4, 16, 32, 64)
+BLOCKS = (2654208,)
+DEPTHS = (1, 2, 4, 8, 16, 32, 64)
+# Beyond the seconds that it is to read, which it needs to start and to end.
+FIO_PATIENCE_S = 30
 # How fio does what the back end does.
 FIO_ENGINE = {
     "uring": ["--ioengine=io_uring", "--registerfiles=1", "--direct=1"],
@@ -40,14 +47,19 @@ FIO_ENGINE = {
 def run_fio(fio: str, path: Path, backend: str, block: int, depth: int, seconds: float) -> float:
     """Bytes per second that fio reads."""
     # psync has no queue: as many jobs instead, as the reader has threads
-    queue = [f"--iodepth={depth}"] if backend == "uring" else [f"--numjobs={depth}", "--thread"]
+    queue = [f"--iodepth={depth}"] if backend == "uring" else [f"--numjobs={depth}"]
     command = [
         *(fio, "--name=read", f"--filename={path}", "--rw=randread", "--readonly", f"--bs={block}"),
         # fio takes whole numbers only
         *("--time_based", f"--runtime={round(seconds * 1000)}ms", "--norandommap", "--randrepeat=0"),
-        *("--group_reporting", "--output-format=json", *FIO_ENGINE[backend], *queue),
+        *("--thread", "--group_reporting", "--output-format=json", *FIO_ENGINE[backend], *queue),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + FIO_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        raise click.ClickException(
+            f"fio did not end within {FIO_PATIENCE_S} s: {' '.join(command)}"
+        ) from None
     if done.returncode:
         raise click.ClickException(f"fio failed: {done.stderr.strip() or done.stdout.strip()}")
     # fio may print a note before the object
@@ -62,9 +74,12 @@ def run_reader(path: Path, backend: str, block: int, depth: int, seconds: float)
 
 
 @contextmanager
-def file_of(size: int, directory: Path) -> Iterator[Path]:
-    """A file of random bytes on the device, removed afterwards."""
-    descriptor, name = tempfile.mkstemp(prefix="mer-bench-", dir=directory)
+def file_of(size: int, path: Path) -> Iterator[Path]:
+    """A file: the one that is named, or one of random bytes in a directory, removed afterwards."""
+    if not path.is_dir():
+        yield path
+        return
+    descriptor, name = tempfile.mkstemp(prefix="mer-bench-", dir=path)
     try:
         with open(descriptor, "wb", buffering=0) as file:
             chunk = random.randbytes(4 << 20)
@@ -77,36 +92,45 @@ def file_of(size: int, directory: Path) -> Iterator[Path]:
 
 
 def compare(
-    fio: str, path: Path, backend: str, block: int, depth: int, seconds: float, rounds: int
-) -> dict[str, float]:
-    """One row: medians of alternating rounds, in bytes per second, and their ratio."""
+    fio: str | None, path: Path, backend: str, block: int, depth: int, seconds: float, rounds: int
+) -> dict[str, Any]:
+    """One row: medians of alternating rounds, in bytes per second, and their ratio; spread: max / min."""
     ours, theirs = [], []
     for _ in range(rounds):
-        theirs.append(run_fio(fio, path, backend, block, depth, seconds))
+        if fio is not None:
+            theirs.append(run_fio(fio, path, backend, block, depth, seconds))
         ours.append(run_reader(path, backend, block, depth, seconds))
-    reader, reference = statistics.median(ours), statistics.median(theirs)
-    spread = max(max(x) / min(x) for x in (ours, theirs))
+    reader, reference = statistics.median(ours), statistics.median(theirs) if theirs else None
     return {
         "block": block,
         "depth": depth,
         "reader": reader,
         "fio": reference,
-        "ratio": reader / reference,
-        "spread": spread,
+        "ratio": None if reference is None else reader / reference,
+        "spread": max(max(x) / min(x) for x in (ours, theirs) if x),
     }
 
 
 @click.command(help=help_of(__doc__))
-@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path), default=".")
+@click.argument("path", type=click.Path(exists=True, path_type=Path), default=".")
 @click.option("--backend", type=click.Choice(list(FIO_ENGINE)), default="uring", show_default=True)
-@click.option("--seconds", default=1.0, show_default=True, help="Of each run.")
-@click.option("--rounds", default=3, show_default=True)
-@click.option("--size", default=1 << 30, show_default=True, help="Bytes of the file.")
-@click.option("--block", "blocks", multiple=True, type=int, default=BLOCKS, help="Bytes; may be repeated.")
-@click.option("--depth", "depths", multiple=True, type=int, default=DEPTHS, help="May be repeated.")
+@click.option("--seconds", type=click.FloatRange(0.01), default=0.5, show_default=True, help="Of each run.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--size", type=click.IntRange(1), default=1 << 30, show_default=True, help="Bytes of the file.")
+@click.option(
+    "--block",
+    "blocks",
+    multiple=True,
+    type=click.IntRange(4096),
+    default=BLOCKS,
+    help="Bytes; may be repeated.",
+)
+@click.option(
+    "--depth", "depths", multiple=True, type=click.IntRange(1, 256), default=DEPTHS, help="May be repeated."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    directory: Path,
+    path: Path,
     backend: str,
     seconds: float,
     rounds: int,
@@ -116,35 +140,52 @@ def main(
     as_json: bool,
 ) -> None:
     fio = shutil.which("fio")
-    if fio is None:
-        raise click.ClickException("fio was not found: apt-get install fio")
     rows = []
     try:
-        with Console(stderr=True).status("writing the file") as status, file_of(size, directory) as path:
+        with Console(stderr=True).status("writing the file") as status, file_of(size, path) as file:
             for block in blocks:
                 for depth in depths:
                     status.update(f"{block >> 10} KiB, {depth} at once")
-                    rows.append(compare(fio, path, backend, block, depth, seconds, rounds))
+                    rows.append(compare(fio, file, backend, block, depth, seconds, rounds))
     except (MerError, OSError) as e:
         raise click.ClickException(str(e)) from None
-    median = statistics.median(row["ratio"] for row in rows)
+    found: dict[str, Any] = {"backend": backend, "fio": None, "seconds": seconds, "rounds": rounds}
+    if fio is not None:
+        found["fio"] = subprocess.run([fio, "--version"], capture_output=True, text=True).stdout.strip()
+        found["median_ratio"] = statistics.median(row["ratio"] for row in rows)
+        found["least_ratio"] = min(row["ratio"] for row in rows)
+    found["uses"] = {block: _used([row for row in rows if row["block"] == block]) for block in blocks}
     if as_json:
-        version = subprocess.run([fio, "--version"], capture_output=True, text=True).stdout.strip()
-        found = {"backend": backend, "fio": version, "seconds": seconds, "rounds": rounds}
-        json.dump(found | {"median_ratio": median, "rows": rows}, sys.stdout, indent=2)
+        json.dump(found | {"rows": rows}, sys.stdout, indent=2)
         print()
-        return
-    table = Table(title=f"random reads, {backend}: GB/s, median of {rounds}", title_justify="left")
+    else:
+        _print(Console(highlight=False), found, rows)
+
+
+def _used(rows: list[dict[str, Any]]) -> int:
+    """The queue depth that an engine takes where these are the rates."""
+    rates = [DepthRate(row["depth"], row["reader"]) for row in rows]
+    return enough(rates, rows[0]["block"], rows[0]["block"])
+
+
+def _print(console: Console, found: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    title = f"random reads, {found['backend']}: GB/s, median of {found['rounds']}"
+    table = Table(title=title, title_justify="left")
     for name in ("block KiB", "at once", "reader", "fio", "ratio", "max/min"):
         table.add_column(name, justify="right")
     for row in rows:
+        theirs = ("-", "-") if row["fio"] is None else (f"{row['fio'] / 1e9:.2f}", f"{row['ratio']:.2f}")
         table.add_row(
-            *(f"{row['block'] / 1024:.0f}", str(row["depth"])),
-            *(f"{row['reader'] / 1e9:.2f}", f"{row['fio'] / 1e9:.2f}"),
-            *(f"{row['ratio']:.2f}", f"{row['spread']:.1f}"),
+            *(f"{row['block'] / 1024:.0f}", str(row["depth"]), f"{row['reader'] / 1e9:.2f}"),
+            *(*theirs, f"{row['spread']:.1f}"),
         )
-    Console().print(table)
-    Console().print(f"median ratio {median:.2f}", highlight=False)
+    console.print(table)
+    if found["fio"] is None:
+        console.print("fio was not found, so the reader stands alone: apt-get install fio")
+    else:
+        console.print(f"ratio: median {found['median_ratio']:.2f}, least {found['least_ratio']:.2f}")
+    for block, depth in found["uses"].items():
+        console.print(f"of blocks of {block >> 10} KiB an engine would have {depth} read at once here")
 
 
 if __name__ == "__main__":

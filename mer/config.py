@@ -168,7 +168,8 @@ class EngineConfig:
     cache_policy: str = "next-use"
     #: 'auto', 'uring', 'preadv' or 'buffered'.
     io_backend: str = "auto"
-    queue_depth: int = field(default=64, validator=_at_least(1))
+    #: Reads that the device sees at once. None: measured on the files of a model that streams its experts.
+    queue_depth: int | None = field(default=None, validator=_at_least(1))
     #: Experts that may be on their way before their layer asks for them; 0: none.
     prefetch: int = field(default=8, validator=_at_least(0))
     #: How next tokens are drafted, to be verified several at a time where that has been quicker. 'ngram':

@@ -111,13 +111,14 @@ static void many_threads(mer_io *io) {
     pthread_t ids[2 * THREADS];
     job jobs[2 * THREADS];
     mer_io_listen(io, 1);
-    CHECK(mer_io_set_fault(io, 0, 100000, 300000, EIO, 0, 20) == 0);
-    CHECK(mer_io_set_fault(io, 0, 0, file_bytes, 0, BLOCK + 17, 50) == 0);
-    CHECK(mer_io_set_fault(io, 0, 0, file_bytes, EAGAIN, 0, 50) == 0);
+    CHECK(mer_io_set_fault(io, 0, 100000, 300000, EIO, 0, 0, 20) == 0);
+    CHECK(mer_io_set_fault(io, 0, 0, file_bytes, 0, BLOCK + 17, 0, 50) == 0);
+    CHECK(mer_io_set_fault(io, 0, 0, file_bytes, EAGAIN, 0, 100000, 50) == 0);
     for (int i = 0; i < 2 * THREADS; i++) {
         jobs[i] = (job){io, (unsigned)i + 1};
         CHECK(pthread_create(&ids[i], NULL, i % 2 ? ranges : batches, &jobs[i]) == 0);
     }
+    for (int i = 0; i < 200; i++) mer_io_set_depth(io, 1 + i % 64);
     for (int i = 0; i < 2 * THREADS; i++) pthread_join(ids[i], NULL);
     mer_io_listen(io, 0);
     mer_io_clear_faults(io);
@@ -125,7 +126,8 @@ static void many_threads(mer_io *io) {
 
 /* With one request at a time, everything that is queued as demand comes before any prefetch. */
 static void demand_first(int uring, int direct) {
-    mer_io *io = open_io(uring, direct, 1, 1);
+    mer_io *io = open_io(uring, direct, 8, 8);
+    mer_io_set_depth(io, 1);
     char *memory = aligned_alloc(BLOCK, 20 * BLOCK);
     mer_read_op ops[20] = {0};
     for (int i = 0; i < 20; i++) {

@@ -33,6 +33,7 @@ cdef class Reader:
     cdef readonly str why             # in words, why this back end
     cdef readonly long alignment      # 4096 with O_DIRECT, else 1
     cdef readonly long queue_depth    # reads the device sees at once
+    cdef long _most                   # what that may become
     cdef readonly bint files_registered
     cdef readonly str buffers_note    # '' or why memory could not be registered
     cdef readonly bint closed

@@ -10,7 +10,7 @@ import os
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport uint32_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
@@ -54,6 +54,8 @@ cdef extern from "mer_io.h" nogil:
     int mer_io_add_buffer(mer_io *io, void *address, size_t length)
     void mer_io_drop_buffers(mer_io *io)
     void mer_io_submit(mer_io *io, ReadOp *ops, long n)
+    void mer_io_set_depth(mer_io *io, int depth)
+    int mer_io_cached(const mer_io *io, int file, int64_t offset, int64_t length)
     long mer_io_wait(mer_io *io, long min_done)
     void mer_io_poll(mer_io *io)
     uint64_t mer_io_completed(const mer_io *io)
@@ -61,16 +63,17 @@ cdef extern from "mer_io.h" nogil:
     int mer_io_read_ranges(mer_io *io, const mer_range *ranges, long n, int priority, long *failed)
     int mer_io_eventfd(const mer_io *io)
     void mer_io_listen(mer_io *io, int on)
-    int mer_io_set_fault(mer_io *io, int file, int64_t lo, int64_t hi, int error, int64_t limit, long times)
+    int mer_io_set_fault(mer_io *io, int file, int64_t lo, int64_t hi, int error, int64_t limit, int64_t late_ns, long times)
     void mer_io_clear_faults(mer_io *io)
     void mer_io_get_stats(mer_io *io, mer_io_stats *out)
     void mer_io_get_latency(mer_io *io, mer_io_latency *out)
-    int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds,
-                       int64_t *bytes, double *elapsed)
+    int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds, char *memory,
+                       size_t room, int64_t *bytes, double *elapsed)
     int mer_dio_alignment(const char *path, uint32_t *memory, uint32_t *offset)
 
 
 BACKENDS = ("auto", "uring", "preadv", "buffered")
+MEASURED_MEMORY = 64 << 20    # that measure() reads into, beyond every cache
 
 
 def dio_alignment(path):
@@ -130,7 +133,8 @@ cdef class Reader:
 
     backend: 'auto' takes io_uring with O_DIRECT; where io_uring is not allowed `preadv` threads with O_DIRECT;
     where the file system refuses O_DIRECT ordinary buffered reads. `why` says which reason applied.
-    queue_depth: reads the device sees at once, 1..4096; the others wait inside, demand before prefetch.
+    queue_depth: reads the device sees at once, 1..4096 (set_queue_depth() changes it); the others wait inside, demand
+    before prefetch.
     threads: of the back ends that are not io_uring, 1..256. With O_DIRECT, too, what the page cache holds already
     (Linux 6.5 says so) is copied from there; nothing is added to it.
 
@@ -148,7 +152,7 @@ cdef class Reader:
         if not 1 <= threads <= 256:
             raise ConfigError(f"{threads} I/O threads is out of range: 1 to 256")
         self.paths = [os.fspath(p) for p in paths]
-        self.queue_depth = queue_depth
+        self.queue_depth = self._most = queue_depth
         self.buffers_note = ""
         self._awaited = {}
         if backend == "buffered":
@@ -226,6 +230,24 @@ cdef class Reader:
             mer_io_close(self._io)
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._settle)
+
+    def set_queue_depth(self, int depth):
+        """From now on the device sees at most `depth` reads at once: 1 to what the reader was opened with.
+
+        Raises ConfigError for another number.
+        """
+        self._check_open()
+        if not 1 <= depth <= self._most:
+            raise ConfigError(f"queue depth {depth} is out of range: 1 to {self._most}")
+        self.queue_depth = depth
+        with nogil:
+            mer_io_set_depth(self._io, depth)
+
+    def cached(self, int file, int64_t offset, int64_t length):
+        """Whether the page cache holds all of an extent; False where the kernel (before 6.5) does not say."""
+        self._check_open()
+        self._check_range(file, offset, length)
+        return mer_io_cached(self._io, file, offset, length) != 0
 
     cdef void submit(self, ReadOp *ops, long n) noexcept nogil:
         mer_io_submit(self._io, ops, n)
@@ -403,14 +425,16 @@ cdef class Reader:
             "check the device and the kernel log (dmesg)"
         )
 
-    def set_fault(self, int file, int64_t lo, int64_t hi, *, int error=5, limit=None, long times=1):
+    def set_fault(self, int file, int64_t lo, int64_t hi, *, int error=5, limit=None, long times=1, double late=0):
         """Fault injection: the next `times` requests of `file` that touch bytes [lo, hi) fail with errno `error`.
 
-        With `limit`, they seem to deliver at most that many bytes instead (0: like the end of the file).
+        With `limit`, they seem to deliver at most that many bytes instead (0: like the end of the file). An error
+        comes `late` seconds after it was asked for; EINTR is tried again, which makes a slow read of it.
         """
         self._check_open()
         cdef int64_t most = 0 if limit is None else limit
-        if mer_io_set_fault(self._io, file, lo, hi, error if limit is None else 0, most, times) < 0:
+        if mer_io_set_fault(self._io, file, lo, hi, error if limit is None else 0, most,
+                            <int64_t>(late * 1e9), times) < 0:
             raise ValueError("too many faults are set")
 
     def clear_faults(self):
@@ -441,16 +465,28 @@ cdef class Reader:
         bounds = tuple(mer_io_latency_bounds[i] / 1e9 for i in range(MER_IO_LATENCIES - 1))
         return bounds, tuple(found.counts[i] for i in range(MER_IO_LATENCIES)), found.total_ns / 1e9
 
-    def measure(self, int file, int64_t block, long depth, double seconds):
-        """(bytes, seconds) of random aligned reads of `block` bytes (a multiple of 4096), `depth` at once."""
+    def measure(self, int file, int64_t block, long depth, double seconds, into=None):
+        """(bytes, seconds) of random aligned reads of `block` bytes (a multiple of 4096), `depth` at once.
+
+        into: a writable buffer of at least a block that starts on a page, which all reads share; None: memory of its
+        own, of up to 64 MiB.
+        """
         self._check_open()
         cdef int64_t size = os.stat(self.paths[file]).st_size, done = 0
         cdef double elapsed = 0
         cdef int rc
+        cdef _Memory own
         if block < MER_IO_ALIGN or block % MER_IO_ALIGN or size < block:
             raise ConfigError(f"block {block}: must be a multiple of {MER_IO_ALIGN} and fit in the file ({size} bytes)")
+        if into is None:
+            into = own = _Memory(max(block, min(block * depth, MEASURED_MEMORY)))
+            memset(own.address, 0, own.size)           # its pages are there before the clock runs
+        cdef uint8_t[::1] memory = into
+        cdef size_t room = memory.shape[0]
+        if room < <size_t>block or <uintptr_t>&memory[0] % MER_IO_ALIGN:
+            raise ValueError(f"{room} bytes to read into: must be a block of {block} at least, and start on a page")
         with nogil:
-            rc = mer_io_measure(self._io, file, size, block, depth, seconds, &done, &elapsed)
+            rc = mer_io_measure(self._io, file, size, block, depth, seconds, <char *>&memory[0], room, &done, &elapsed)
         if rc < 0:
             raise self.error(file, 0, size, rc)
         return done, elapsed

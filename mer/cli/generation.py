@@ -99,6 +99,9 @@ _ENGINE: Final = (
         help="How experts are read.",
     ),
     click.option(
+        "--queue-depth", type=int, help="Reads that the drive is given at once; default: it is measured."
+    ),
+    click.option(
         "--peer",
         "peers",
         multiple=True,
@@ -242,7 +245,8 @@ def print_summary(console: Console, engine: Engine, usage: Usage, timings: Timin
             f"({size(steps.bytes_read / tokens)} per token), "
             f"cache of {budget.slots} of {budget.experts} experts" + _read_ahead(steps, facts),
             "memory": memory,
-            "uses": f"{facts['io_backend']} reads, {facts['isa']} kernels, {facts['threads']} threads",
+            "uses": f"{facts['io_backend']} reads, at most {facts['queue_depth']} at once, "
+            f"{facts['isa']} kernels, {facts['threads']} threads",
         }
     else:
         lines = {

@@ -36,6 +36,7 @@ from mer.model.kv import KVCache
 from mer.model.placement import ON_THE_CPU, Placement
 from mer.model.spec import ModelSpec
 from mer.model.state import StateCache
+from mer.streaming.depth import open_reader, settle_depth
 from mer.streaming.experts import ExpertTables, expert_tables
 from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
@@ -68,6 +69,7 @@ class Runner:
     device: Device | None = None
     placement: Placement = ON_THE_CPU
     _likely: LikelyExperts | None = field(default=None, alias="likely")
+    _depth_why: str = field(default="", alias="depth_why")
     _step_s: float = field(default=0.0, init=False)
     _left: str | None = field(default=None, init=False)  # why its dense part left the GPU
     _told: bool = field(default=False, init=False)  # that the GPU was lost
@@ -137,7 +139,7 @@ class Runner:
         spec = spec.reaching(min(spec.max_positions, budget.longest))
         unchanged = Unchanged(checkpoint.files)
         try:
-            reader = Reader(checkpoint.files, backend=config.io_backend, queue_depth=config.queue_depth)
+            reader = open_reader(checkpoint.files, config)
         except BaseException:
             unchanged.close()
             raise
@@ -173,6 +175,7 @@ class Runner:
             if config.profile is not None:
                 profile = Profile(config.profile, model=checkpoint.path.name, n_experts=spec.n_experts)
                 forward.profile(profile)
+            depth_why = settle_depth(reader, tables, budget.slots, config.queue_depth)
             if experts is not None:
                 forward.look_ahead = experts.look_ahead
                 if profile is not None:
@@ -186,7 +189,7 @@ class Runner:
             raise
         made = cls(
             checkpoint, spec, budget, reader, experts, kernels.isa, pool, architecture, forward,
-            unchanged, profile, gpu.device, gpu.placement, likely,
+            unchanged, profile, gpu.device, gpu.placement, likely, depth_why,
         )  # fmt: skip
         if (vram := made.vram) is not None:
             _log.info("on the GPU, %s", vram.told(budget.experts))
@@ -280,6 +283,8 @@ class Runner:
         return {
             "io_backend": reader.backend,
             "io_backend_why": reader.why,
+            "queue_depth": reader.queue_depth,
+            "queue_depth_why": self._depth_why,
             "isa": self.isa,
             "device": self.device.name if self.device else "cpu",
             "threads": budget.threads,

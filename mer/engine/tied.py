@@ -71,7 +71,9 @@ class TiedSource:
         """Raises CheckpointError where the head is another model's, DeviceReadError."""
         shape, kernels = runner.budget.draft_shape, Kernels()
         config, streamer = self.config, None
-        reader = Reader(self.head.checkpoint.files, backend=config.io_backend, queue_depth=config.queue_depth)
+        reader = Reader(
+            self.head.checkpoint.files, backend=config.io_backend, queue_depth=runner.reader.queue_depth
+        )
         try:
             if self.tables is not None:
                 t = self.tables

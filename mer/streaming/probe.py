@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from attrs import frozen
+from numpy.typing import NDArray
 
 from mer._ext.uring import Reader, dio_alignment
 from mer.errors import ConfigError
@@ -18,8 +22,10 @@ from mer.streaming.machine import file_system, rotational
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 FILE_BYTES = 1 << 30
 LEAST_FILE_BYTES = 64 << 20
-# The depth to use is the least that comes this near to the best.
+# The depth to use is the least that comes this near to the best, and at least what the device does in the
+# time in which the computing thread may not look what was read: it has a batch of experts to multiply.
 NEAR_BEST = 0.95
+UNSEEN_S = 0.01
 
 
 @frozen
@@ -49,8 +55,46 @@ class Device:
 
     @property
     def depth(self) -> int:
-        """The least queue depth that gives nearly the best rate."""
-        return next(r.depth for r in self.rates if r.bytes_per_second >= NEAR_BEST * self.best)
+        """The queue depth to use, see enough()."""
+        return enough(self.rates, self.block, self.block)
+
+
+def enough(rates: Sequence[DepthRate], block: int, size: int) -> int:
+    """The queue depth, one of DEPTHS, for reads of `size` bytes where `rates` are of reads of `block` bytes.
+
+    The least that gives nearly the best rate and is some UNSEEN_S seconds of the device's work, so that few
+    prefetches are ahead of a demand read; never a single read, which would leave it idle after each.
+    """
+    best = max(rate.bytes_per_second for rate in rates)
+    least = next(rate.depth for rate in rates if rate.bytes_per_second >= NEAR_BEST * best)
+    wanted = max(2, least * block / size, best * UNSEEN_S / size)
+    return next((depth for depth in DEPTHS if depth >= wanted), DEPTHS[-1])
+
+
+def measure_rates(
+    reader: Reader,
+    file: int,
+    block: int,
+    depths: Sequence[int],
+    seconds: float,
+    *,
+    into: NDArray[np.uint8] | None = None,
+    until: float = math.inf,
+    report: Callable[[str], None] = lambda _: None,
+) -> tuple[DepthRate, ...]:
+    """Random reads of the reader's file number `file`, by depth: the better of two rounds of `seconds` each.
+
+    reader: opened for the largest depth. into: see Reader.measure. until: of time.monotonic(); nothing begins
+    after it, but for the first.
+    """
+    best: dict[int, float] = {}
+    for depth in [*depths, *depths]:  # twice, so that a passing disturbance spoils none
+        if best and time.monotonic() >= until:
+            break
+        report(f"reading blocks of {block >> 10} KiB, {depth} at once")
+        done, elapsed = reader.measure(file, block, depth, seconds, into)
+        best[depth] = max(best.get(depth, 0.0), done / elapsed)
+    return tuple(DepthRate(*item) for item in best.items())
 
 
 def uring_refusal() -> str | None:
@@ -79,11 +123,12 @@ def probe(
     if block < 4096 or block % 4096:
         raise ConfigError(f"block size {block}: must be a multiple of 4096")
     try:
-        with _file_to_read(path, block, report) as name, Reader([name]) as reader:
-            best = dict.fromkeys(depths, 0.0)
-            for depth in [*depths, *depths]:  # twice, so that a passing disturbance spoils none
-                report(f"reading blocks of {block >> 10} KiB, {depth} at once")
-                best[depth] = max(best[depth], _rate(name, reader.backend, block, depth, seconds / 2))
+        most = max(depths)
+        with (
+            _file_to_read(path, block, report) as name,
+            Reader([name], queue_depth=most, threads=most) as reader,
+        ):
+            rates = measure_rates(reader, 0, block, depths, seconds / 2, report=report)
             return Device(
                 path=str(path),
                 file_system=file_system(path),
@@ -92,19 +137,13 @@ def probe(
                 backend=reader.backend,
                 why=reader.why,
                 block=block,
-                rates=tuple(DepthRate(*item) for item in best.items()),
+                rates=rates,
                 rotational=rotational(path),
             )
     except OSError as e:
         raise ConfigError(
             f"{path}: {os.strerror(e.errno or 0)}; name a readable file or a writable directory"
         ) from e
-
-
-def _rate(name: str, backend: str, block: int, depth: int, seconds: float) -> float:
-    with Reader([name], backend=backend, queue_depth=depth, threads=depth) as reader:
-        done, elapsed = reader.measure(0, block, depth, seconds)
-        return done / elapsed
 
 
 @contextmanager

@@ -35,6 +35,7 @@ typedef struct mer_read_op {
     int64_t limit;    /* bytes it may deliver, by an injected fault */
     int fd;           /* index of the descriptor that it goes through */
     int injected;     /* result of an injected fault, 0 for none */
+    int64_t late[2];  /* how long that takes to come, seconds and nanoseconds */
     int retries;      /* consecutive ones without progress */
     int64_t started;  /* nanoseconds of CLOCK_MONOTONIC, when the device was first asked */
     struct mer_read_op *next;
@@ -76,6 +77,10 @@ int mer_io_add_buffer(mer_io *io, void *address, size_t length);
 void mer_io_drop_buffers(mer_io *io);
 
 void mer_io_submit(mer_io *io, mer_read_op *ops, long n);
+/* From now on at most `depth` reads are under way at once: 1 to what the reader was opened with. */
+void mer_io_set_depth(mer_io *io, int depth);
+/* Whether the page cache holds all of a part of a file, as far as can be known. */
+int mer_io_cached(const mer_io *io, int file, int64_t offset, int64_t length);
 /* Blocks until min_done reads completed since it last returned, or none is left; 0 polls. Returns how
  * many did. For the one thread that drives a reader; several threads use mer_io_wait_past(). */
 long mer_io_wait(mer_io *io, long min_done);
@@ -94,8 +99,9 @@ int mer_io_eventfd(const mer_io *io);
 void mer_io_listen(mer_io *io, int on);
 
 /* The next `times` requests of `file` that touch [lo, hi) end with -error (error > 0), or seem to
- * deliver at most `limit` bytes (error == 0; with O_DIRECT less than a block is the end of the file). -ENOSPC: too many faults set. */
-int mer_io_set_fault(mer_io *io, int file, int64_t lo, int64_t hi, int error, int64_t limit, long times);
+ * deliver at most `limit` bytes (error == 0; with O_DIRECT less than a block is the end of the file). An error comes
+ * `late_ns` nanoseconds after it was asked for; EINTR is tried again, which makes a slow read of it. -ENOSPC: too many faults set. */
+int mer_io_set_fault(mer_io *io, int file, int64_t lo, int64_t hi, int error, int64_t limit, int64_t late_ns, long times);
 void mer_io_clear_faults(mer_io *io);
 
 void mer_io_get_stats(mer_io *io, mer_io_stats *out);
@@ -109,9 +115,10 @@ typedef struct mer_io_latency {
 extern const int64_t mer_io_latency_bounds[MER_IO_LATENCIES]; /* the last is INT64_MAX */
 void mer_io_get_latency(mer_io *io, mer_io_latency *out);
 
-/* Random aligned reads of `block` bytes at `depth` for `seconds`; 0 or -errno. */
-int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds,
-                   int64_t *bytes, double *elapsed);
+/* Random aligned reads of `block` bytes at `depth` for `seconds`, into `memory`, of `room` bytes, at least a block, again
+ * and again; 0 or -errno. */
+int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds, char *memory,
+                   size_t room, int64_t *bytes, double *elapsed);
 /* What O_DIRECT asks of addresses and offsets in the file at `path` (0: it refuses), as statx says.
  * 0, or -errno; -EOPNOTSUPP where the kernel (before 6.1) or the file system does not say. */
 int mer_dio_alignment(const char *path, uint32_t *memory, uint32_t *offset);

@@ -29,7 +29,7 @@ int mer_io_open(mer_io **out, const int *fds, int n, int uring, int direct, int 
     if (rc == 0) {
         memcpy(io->fds, fds, sizeof(int) * (size_t)io->n_fds);
         io->n_files = n;
-        io->depth = depth;
+        io->depth = io->most = depth;
         io->direct = direct;
         io->uring = uring;
         pthread_mutex_init(&io->lock, NULL);
@@ -73,6 +73,8 @@ int mer_io_prepare(mer_io *io, mer_read_op *op) {
         f->times--;
         if (f->error) {
             op->injected = -f->error;
+            op->late[0] = f->late_ns / 1000000000;
+            op->late[1] = f->late_ns % 1000000000;
             return 1;
         }
         if (op->limit > f->limit) op->limit = f->limit;
@@ -180,6 +182,22 @@ void mer_io_submit(mer_io *io, mer_read_op *ops, long n) {
     pthread_mutex_unlock(&io->lock);
 }
 
+void mer_io_set_depth(mer_io *io, int depth) {
+    pthread_mutex_lock(&io->lock);
+    io->depth = depth < io->most ? depth : io->most;
+    if (io->closing)
+        ;
+    else if (io->uring)
+        mer_ring_pump(io);
+    else
+        pthread_cond_broadcast(&io->work);
+    pthread_mutex_unlock(&io->lock);
+}
+
+int mer_io_cached(const mer_io *io, int file, int64_t offset, int64_t length) {
+    return mer_io_in_page_cache(io->fds[io->direct ? io->n_files + file : file], offset, length);
+}
+
 /* Sleeps until something changed. At most one thread sleeps in the kernel for the ring; the others sleep here
  * and one of them takes its place when it leaves. */
 static void block(mer_io *io) {
@@ -231,13 +249,13 @@ void mer_io_listen(mer_io *io, int on) {
     pthread_mutex_unlock(&io->lock);
 }
 
-int mer_io_set_fault(mer_io *io, int file, int64_t lo, int64_t hi, int error, int64_t limit, long times) {
+int mer_io_set_fault(mer_io *io, int file, int64_t lo, int64_t hi, int error, int64_t limit, int64_t late_ns, long times) {
     pthread_mutex_lock(&io->lock);
     int slot = 0;
     while (slot < io->n_faults && io->faults[slot].times > 0) slot++;
     int rc = slot < MER_IO_MAX_FAULTS ? 0 : -ENOSPC;
     if (rc == 0) {
-        io->faults[slot] = (mer_fault){file, error, lo, hi, limit, times};
+        io->faults[slot] = (mer_fault){file, error, lo, hi, limit, late_ns, times};
         if (slot == io->n_faults) io->n_faults++;
     }
     pthread_mutex_unlock(&io->lock);

@@ -17,7 +17,7 @@
 
 typedef struct {
     int file, error;
-    int64_t lo, hi, limit;
+    int64_t lo, hi, limit, late_ns;
     long times;
 } mer_fault;
 
@@ -38,7 +38,8 @@ struct mer_io {
     mer_queue pending[MER_IO_PRIORITIES];
     uint64_t submitted, completed;
     uint64_t observed; /* completions that mer_io_wait() has told of */
-    int depth, in_flight, waiters;
+    int depth, in_flight, waiters; /* depth: at most so many are in flight */
+    int most; /* what depth may become: the ring's entries */
     int direct, closing, closed;
     int *fds;           /* [n_files], and with O_DIRECT as many again without it */
     int n_files, n_fds;

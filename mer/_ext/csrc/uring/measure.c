@@ -1,7 +1,6 @@
 /* The bandwidth of the device, measured through the reader itself. */
 #include <errno.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 #include <time.h>
 
 #include "internal.h"
@@ -18,25 +17,19 @@ static uint64_t xorshift(uint64_t *state) {
     return *state ^= *state << 17;
 }
 
-int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds,
-                   int64_t *bytes, double *elapsed) {
-    int64_t blocks = file_bytes / block;
-    if (blocks < 1 || depth < 1) return -EINVAL;
-    size_t room = (size_t)(block * depth);
-    char *memory = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds, char *memory,
+                   size_t room, int64_t *bytes, double *elapsed) {
+    int64_t blocks = file_bytes / block, places = (int64_t)room / block;
+    if (blocks < 1 || depth < 1 || places < 1) return -EINVAL;
     mer_read_op *ops = calloc((size_t)depth, sizeof *ops);
-    if (memory == MAP_FAILED || !ops) {
-        if (memory != MAP_FAILED) munmap(memory, room);
-        free(ops);
-        return -ENOMEM;
-    }
+    if (!ops) return -ENOMEM;
     uint64_t random = (uint64_t)(now() * 1e9) | 1;
     for (long i = 0; i < depth; i++) {
         ops[i].file = file;
         ops[i].length = block;
         ops[i].uncached = 1;
         ops[i].offset = (int64_t)(xorshift(&random) % (uint64_t)blocks) * block;
-        ops[i].dest = memory + i * block;
+        ops[i].dest = memory + i % places * block;
     }
     int rc = 0;
     double start = now(), end = start + seconds;
@@ -63,7 +56,6 @@ int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long
         if (left && !progress) mer_io_wait_past(io, seen);
     }
     *elapsed = now() - start;
-    munmap(memory, room);
     free(ops);
     return rc;
 }

@@ -103,7 +103,11 @@ static void prepare(mer_io *io, mer_read_op *op) {
     /* Never NULL: there are as many entries as reads in flight. */
     struct io_uring_sqe *sqe = io_uring_get_sqe(&io->ring);
     if (mer_io_prepare(io, op)) {
-        io_uring_prep_nop(sqe); /* an injected fault comes back the way a real one does */
+        /* an injected fault comes back the way a real one does */
+        if (op->late[0] || op->late[1])
+            io_uring_prep_timeout(sqe, (struct __kernel_timespec *)op->late, 0, 0);
+        else
+            io_uring_prep_nop(sqe);
     } else {
         op->injected = 1;
         int fd = io->files_registered ? op->fd : io->fds[op->fd];

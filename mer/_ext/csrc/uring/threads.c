@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/uio.h>
+#include <time.h>
 
 #include "internal.h"
 
@@ -10,6 +11,10 @@ static void serve(mer_io *io, mer_read_op *op) {
     int64_t res;
     do {
         if (mer_io_prepare(io, op)) {
+            struct timespec late = {op->late[0], op->late[1]};
+            pthread_mutex_unlock(&io->lock);
+            nanosleep(&late, NULL);
+            pthread_mutex_lock(&io->lock);
             res = op->injected;
             continue;
         }
@@ -27,11 +32,14 @@ static void *worker(void *arg) {
     mer_io *io = arg;
     pthread_mutex_lock(&io->lock);
     while (!io->stop) {
-        mer_read_op *op = mer_io_take(io);
-        if (op)
+        mer_read_op *op = io->in_flight < io->depth ? mer_io_take(io) : NULL;
+        if (op) {
+            io->in_flight++;
             serve(io, op);
-        else
+            io->in_flight--;
+        } else {
             pthread_cond_wait(&io->work, &io->lock);
+        }
     }
     pthread_mutex_unlock(&io->lock);
     return NULL;
