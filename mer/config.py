@@ -203,14 +203,8 @@ class EngineConfig:
             raise ConfigError(
                 "vram is a GPU's memory, which device cpu leaves alone; leave one of the two out"
             )
-        if self.gpu_layers != "auto" and self.gpu_layers > 0:
-            if self.device == "cpu":
-                raise ConfigError("gpu_layers are for a GPU, which device cpu leaves alone; leave one out")
-            if self.prefix_store is not None:
-                raise ConfigError(
-                    "prefix_store keeps keys and values of the memory, and with gpu_layers they are in that "
-                    "of the GPU; leave one of the two out"
-                )
+        if self.gpu_layers != "auto" and self.gpu_layers > 0 and self.device == "cpu":
+            raise ConfigError("gpu_layers are for a GPU, which device cpu leaves alone; leave one out")
         if self.prefix_store is not None and not self.prefix_cache:
             raise ConfigError(
                 "prefix_store keeps what the prefix cache has no room for; leave prefix_cache on"

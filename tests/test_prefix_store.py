@@ -8,15 +8,14 @@ import os
 import shutil
 
 import pytest
-from engine_models import check_idle, opened, prompt, settle
+from engine_models import check_idle, opened
 from oracle.make_checkpoints import make
+from prefix_stores import LONG, PARAMS, ask, quiet, take_turns
 
 from bench import prefix
-from mer import Engine, SamplingParams
+from mer import Engine
 from mer.errors import ConfigError
 
-PARAMS = SamplingParams(temperature=0, max_tokens=6, logprobs=20, ignore_eos=True)
-LONG = [prompt(n) for n in (100, 90, 80)]
 FAMILIES = ("qwen3_moe", "deepseek_v3", "mixtral")
 
 
@@ -31,23 +30,6 @@ def models(tmp_path_factory):
 @pytest.fixture
 def model(models):
     return models["qwen3_moe"]
-
-
-async def ask(path, prompts=LONG, **settings):
-    """(answers, cached tokens of each, the engine) one after the other."""
-    async with opened(path, **{"context": 512} | settings) as engine:
-        results = [await engine.generate(ids, PARAMS) for ids in prompts]
-        await quiet(engine)
-    answers = [(result.token_ids, result.logprobs) for result in results]
-    return answers, [result.usage.cached_tokens for result in results], engine
-
-
-async def quiet(engine):
-    """Until the store has written and read what it was asked to."""
-    store = engine._store
-    while store is not None and (store._pending or engine._scheduler._loading):  # noqa: ASYNC110
-        await asyncio.sleep(0.005)
-    await settle(engine)
 
 
 @pytest.mark.parametrize("io_backend", ["uring", "preadv", "buffered"])
@@ -68,24 +50,7 @@ async def test_what_falls_out_of_memory_comes_back(model, tmp_path):
     """Memory for one prompt at a time."""
     expected, _, _ = await ask(model, prefix_cache=False)
     async with opened(model, context=112, prefix_store=tmp_path) as engine:
-        for round in range(3):
-            for ids, (tokens, logprobs) in zip(LONG, expected, strict=True):
-                result = await engine.generate(ids, PARAMS)
-                await quiet(engine)
-                assert (result.token_ids, result.logprobs) == (tokens, logprobs)
-                assert (result.usage.cached_tokens > 48) == (round > 0)
-        # All at once, some of them cancelled while blocks are on their way.
-        for _ in range(5):
-            tasks = [asyncio.create_task(engine.generate(ids, PARAMS)) for ids in LONG * 2]
-            await asyncio.sleep(0.01)
-            tasks[1].cancel()
-            tasks[3].cancel()
-            done = await asyncio.gather(*tasks, return_exceptions=True)
-            for n, result in enumerate(done):
-                if not isinstance(result, asyncio.CancelledError):
-                    assert (result.token_ids, result.logprobs) == expected[n % 3]
-            await quiet(engine)
-            check_idle(engine)
+        await take_turns(engine, expected)
 
 
 async def test_damage_is_a_miss(model, tmp_path):

@@ -293,6 +293,7 @@ def test_what_always_holds(data):
     loads: list[Load] = []
     lives: dict[Sequence, int] = {}
     paused: set[Sequence] = set()
+    lost: set[Load] = set()
     for _ in range(data.draw(st.integers(1, 8))):
         prompt = data.draw(st.integers(1, most - 1))
         end = data.draw(st.integers(prompt + 1, most))
@@ -312,7 +313,9 @@ def test_what_always_holds(data):
         steps += 1
         assert steps < 5000, "nothing gets done"
         event = (
-            "" if calm or steps > 200 else data.draw(st.sampled_from(["", "", "pause", "resume", "cancel"]))
+            ""
+            if calm or steps > 200
+            else data.draw(st.sampled_from(["", "", "pause", "resume", "cancel", "lost"]))
         )
         if event:
             who = data.draw(st.sampled_from(list(lives)))
@@ -327,6 +330,10 @@ def test_what_always_holds(data):
                 paused.discard(who)
                 assert not who.blocks
                 del lives[who]
+            elif event == "lost":  # after these were read
+                lost |= set(loads)
+                scheduler.restart()
+                content.blocks.clear()
         if steps > 200:
             for who in paused:
                 scheduler.resume(who)
@@ -334,7 +341,8 @@ def test_what_always_holds(data):
         while loads and (steps > 200 or data.draw(st.booleans())):
             load = loads.pop(0)
             count = data.draw(st.integers(0, len(load.keys)))
-            content.load(load, count)
+            if load not in lost:
+                content.load(load, count)
             scheduler.loaded(load, count)
         chunks = scheduler.schedule()
         loads += scheduler.take_loads()

@@ -5,6 +5,7 @@ cdef extern from "mer_device.h" nogil:
     enum:
         MER_STREAM_COMPUTE
         MER_STREAM_COPY
+        MER_STREAM_BLOCKS
         MER_DEVICE_OUT_OF_MEMORY
         MER_DEVICE_NOT_READY
 

@@ -1,4 +1,4 @@
-"""A CUDA device by the driver's API: its memory, two streams (computing, copying), a module of kernels, launches.
+"""A CUDA device by the driver's API: its memory, its streams (computing, copying), a module of kernels, launches.
 
 The driver's library is opened at run time, so nothing of CUDA is needed to build or to run without a device. Other
 Cython modules `cimport` the class (see device.pxd) and call it without the GIL. The methods whose names end in `_py` are

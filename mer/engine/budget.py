@@ -282,7 +282,7 @@ def _divide(
         buffers += device_scratch.host_bytes(spec, step, rows, blocks_for(limit))
     kv = blocks_for(limit) * block
     if config.prefix_store is not None:
-        buffers += buffer_bytes(block)
+        buffers += buffer_bytes(KVCache.bytes_per_block(spec, dtype))
     shape = DraftShape(blocks_for(limit) * BLOCK, step, config.max_running, threads)
     draft = sum(source.nbytes(shape) for source in drafting)
     least_slots = min(spec.top_k, tables.total)

@@ -136,7 +136,7 @@ def choose(
     """The layers that have room in `vram` bytes, or those that were asked for, and what they take."""
     spec = architecture.spec
     wanted, why = config.gpu_layers, refusal(spec)
-    if wanted == 0 or (wanted == "auto" and (why is not None or config.prefix_store is not None)):
+    if wanted == 0 or (wanted == "auto" and why is not None):
         return ON_THE_CPU, 0
     if why is not None:
         raise ConfigError(

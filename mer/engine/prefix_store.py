@@ -25,7 +25,7 @@ from attrs import define
 from numpy.typing import NDArray
 
 from mer.errors import ConfigError, MerError
-from mer.model.kv import KVCache
+from mer.model.block_copies import BlockCopies
 from mer.streaming.reader import DIRECT_ALIGNMENT, Reader, aligned_empty
 
 _log = logging.getLogger("mer")
@@ -52,16 +52,12 @@ def buffer_bytes(block_bytes: int) -> int:
     return (_WRITES + _READS) * (slot_bytes(block_bytes) + 2 * DIRECT_ALIGNMENT)
 
 
-def slots_within(size: int, kv: KVCache) -> int:
-    """How many blocks of `kv` so many bytes of disk hold. Raises ConfigError where that is none."""
-    one = slot_bytes(_block_bytes(kv))
+def slots_within(size: int, block_bytes: int) -> int:
+    """How many blocks of this size so many bytes of disk hold. Raises ConfigError where that is none."""
+    one = slot_bytes(block_bytes)
     if size < one:
         raise ConfigError(f"prefix_store_size {size}: a block of 16 tokens takes {one} bytes; ask for more")
     return size // one
-
-
-def _block_bytes(kv: KVCache) -> int:
-    return sum(layer[0].nbytes for layer in kv.layers)
 
 
 @define
@@ -77,7 +73,7 @@ class PrefixStore:
     """
 
     def __init__(
-        self, directory: Path, size: int, kv: KVCache, fingerprint: bytes, *, backend: str = "auto"
+        self, directory: Path, size: int, copies: BlockCopies, fingerprint: bytes, *, backend: str = "auto"
     ) -> None:
         """Go on with what is in `directory` if it is of this fingerprint (16 bytes), else begin anew.
 
@@ -85,9 +81,9 @@ class PrefixStore:
         use, or a size below one block's.
         """
         self.fingerprint = fingerprint
-        self._layers = kv.layers
-        self._slot_bytes = slot_bytes(_block_bytes(kv))
-        self._n_slots = slots_within(size, kv)
+        self._copies = copies
+        self._slot_bytes = slot_bytes(copies.block_bytes)
+        self._n_slots = slots_within(size, copies.block_bytes)
         self._path = directory / "prefix.index"
         self._header = _HEADER.pack(_MAGIC, fingerprint, self._slot_bytes)
         self._slots: OrderedDict[bytes, _Slot] = OrderedDict()
@@ -107,7 +103,8 @@ class PrefixStore:
         self._reader = Reader([directory / "prefix.blocks"], backend=backend, queue_depth=_READS)
         self._blank = [aligned_empty(self._slot_bytes) for _ in range(_WRITES)]
         self._staging = [aligned_empty(self._slot_bytes) for _ in range(_READS)]
-        self._writes: deque[tuple[bytes, NDArray[np.uint8]]] = deque()
+        copies.pin([*self._blank, *self._staging])
+        self._writes: deque[tuple[bytes, NDArray[np.uint8], Callable[[], bool]]] = deque()
         self._reads: deque[tuple[list[bytes], list[int], Callable[[int], None]]] = deque()
         self._pending: set[bytes] = set()
         self._closing = self._broken = self._late = False
@@ -133,14 +130,13 @@ class PrefixStore:
                 return
             self._pending.add(key)
             buffer = self._blank.pop()
-        at = 0
-        for layer in self._layers:
-            row = layer[block].view(np.uint8)
-            buffer[at : at + row.nbytes] = row
-            at += row.nbytes
-        buffer[at:] = 0
+        buffer[self._copies.block_bytes :] = 0
+        there = self._copies.take(block, buffer)
         with self._changed:
-            self._writes.append((key, buffer))
+            if there is None:
+                self._give_back(key, buffer)
+            else:
+                self._writes.append((key, buffer, there))
             self._changed.notify_all()
 
     def fetch(self, keys: Iterable[bytes], blocks: Iterable[int], done: Callable[[int], None]) -> None:
@@ -158,6 +154,7 @@ class PrefixStore:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
+        self._copies.unpin()
         self._reader.close()
         self._journal.close()
         try:
@@ -211,18 +208,22 @@ class PrefixStore:
                 keys, blocks, done = read
                 done(0 if self._closing else self._fill(keys, blocks))
             elif write is not None:
-                key, buffer = write
+                key, buffer, there = write
                 try:
-                    self._write(key, buffer)
+                    if there():
+                        self._write(key, buffer)
                 except OSError as error:
                     self._broken = True
                     _log.warning("%s: nothing more is stored: %s", self._path.parent, error.strerror)
                 with self._changed:
-                    self._pending.discard(key)
-                    self._blank.append(buffer)
+                    self._give_back(key, buffer)
                     self._changed.notify_all()
             else:
                 return
+
+    def _give_back(self, key: bytes, buffer: NDArray[np.uint8]) -> None:
+        self._pending.discard(key)
+        self._blank.append(buffer)
 
     def _write(self, key: bytes, buffer: NDArray[np.uint8]) -> None:
         if self._broken:
@@ -265,19 +266,13 @@ class PrefixStore:
                 if zlib.crc32(self._staging[i].data, zlib.crc32(some[i])) != slot.checksum:
                     self._forget(some[i : i + 1])
                     return start + i
-                self._unpack(self._staging[i], blocks[start + i])
+                if not self._copies.put(blocks[start + i], self._staging[i]):
+                    return start + i
                 with self._changed:
                     self._slots.move_to_end(some[i])
             if len(there) < len(some):
                 return start + len(there)
         return len(keys)
-
-    def _unpack(self, buffer: NDArray[np.uint8], block: int) -> None:
-        at = 0
-        for layer in self._layers:
-            row = layer[block].view(np.uint8)
-            row[:] = buffer[at : at + row.nbytes]
-            at += row.nbytes
 
     def _forget(self, keys: list[bytes]) -> None:
         with self._changed:

@@ -29,6 +29,7 @@ from mer.engine.scheduler import Chunk
 from mer.engine.stats import StepStats, Vram
 from mer.errors import BudgetError, ConfigError, GpuError
 from mer.model.batch import Batch
+from mer.model.block_copies import BlockCopies
 from mer.model.dense import DenseWeights, load_dense
 from mer.model.families import Architecture, load
 from mer.model.forward import Forward
@@ -421,6 +422,11 @@ class Runner:
     def kv(self) -> KVCache:
         """Keys and values."""
         return self._forward.kv
+
+    @property
+    def copies(self) -> BlockCopies:
+        """Of their blocks, out and in."""
+        return self._forward.copies
 
     @property
     def dense(self) -> DenseWeights:

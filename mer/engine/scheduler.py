@@ -159,6 +159,7 @@ class Scheduler:
         self.store = store
         self._loads: list[Load] = []
         self._loading: set[bytes] = set()
+        self._wanted: set[Load] = set()  # loads that are to be published
         self._arrivals = 0
         self._deadlines: dict[Sequence, float] = {}
 
@@ -282,13 +283,15 @@ class Scheduler:
 
     def loaded(self, load: Load, count: int) -> None:
         """The first `count` blocks are there, the others could not be read."""
-        for at in range(count):
+        for at in range(count if load in self._wanted else 0):
             self.pool.publish(load.blocks, at, load.keys[at])
+        self._wanted.discard(load)
         self._loading.difference_update(load.keys)
         self.pool.release(load.blocks)
 
     def restart(self) -> None:
-        """Keys and values are lost: whoever has begun is computed again. Not where there is a store."""
+        """Keys and values are lost, also what is being read: whoever has begun is computed again."""
+        self._wanted.clear()
         for sequence in list(self.running):
             self._set_back(sequence)
         for sequence in (*self.waiting, *self.paused):
@@ -387,8 +390,10 @@ class Scheduler:
         blocks = self.pool.spare(len(keys))
         if not blocks:
             return False
-        self._loads.append(Load(keys[: len(blocks)], blocks))
-        self._loading.update(keys[: len(blocks)])
+        load = Load(keys[: len(blocks)], blocks)
+        self._loads.append(load)
+        self._wanted.add(load)
+        self._loading.update(load.keys)
         return True
 
     def _share(self, sequence: Sequence) -> None:

@@ -12,6 +12,7 @@ from mer.config import EngineConfig
 from mer.engine.prefix_store import PrefixStore, slots_within
 from mer.engine.runner import Runner
 from mer.errors import ConfigError
+from mer.gpu.compile import sources
 from mer.weights.fingerprint import compiled_code, fingerprint
 
 
@@ -39,13 +40,13 @@ class Storing:
                 f"prefix_store: layers of {runner.spec.family} keep a state, without which keys and values "
                 "on disk are of no use, and states are kept in memory alone; leave prefix_store out"
             )
-        slots_within(config.prefix_store_size, runner.kv)
+        slots_within(config.prefix_store_size, runner.copies.block_bytes)
         # The model (LongRoPE goes by the context), the code, the kernels, how they are kept.
         code = f"{version('mer')} {runner.isa} {runner.kv.dtype}".encode() + compiled_code()
-        code += repr(runner.spec.rope).encode()
+        code += repr(runner.spec.rope).encode() + b"".join(sources().values())
         mark = blake2b(fingerprint(runner.checkpoint) + code, digest_size=16).digest()
         return cls(config.prefix_store, config.prefix_store_size, mark, runner, config.io_backend)
 
     def open(self) -> PrefixStore:
         """Raises ConfigError for a directory that can't be used, or is in use."""
-        return PrefixStore(self.directory, self.size, self._runner.kv, self.mark, backend=self._backend)
+        return PrefixStore(self.directory, self.size, self._runner.copies, self.mark, backend=self._backend)

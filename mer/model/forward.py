@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from mer._ext.decoder import Decoder
 from mer._ext.device import Device
+from mer._ext.gpu_blocks import GpuBlocks
 from mer._ext.gpu_decoder import GpuDecoder
 from mer._ext.kernels import Kernels, Pool
 from mer._ext.recurrent import Recurrent
 from mer.model import device_scratch, scratch
 from mer.model.batch import Batch
+from mer.model.block_copies import BlockCopies
 from mer.model.dense import DenseWeights
 from mer.model.kv import KVCache
 from mer.model.placement import ON_THE_CPU, Placement
@@ -84,9 +86,12 @@ class Forward:
         self._decoder = self._place(device, placement)
         for index, blocks in enumerate(kv.layers):
             self._decoder.add_layer(dense.layer(index), blocks)
+        blocks_there: GpuBlocks | None = None
         if isinstance(self._decoder, GpuDecoder):
             kv_bytes = self._decoder.kv_bytes
             self.device_bytes = self._decoder.taken_bytes - kv_bytes, kv_bytes
+            blocks_there = GpuBlocks(self._decoder)
+        self.copies = BlockCopies(kv, blocks_there)
         self._recurrent: Recurrent | None = None
         if spec.recurrent is not None:
             self._recurrent = Recurrent(self._decoder, spec, self._buffers)
@@ -130,7 +135,7 @@ class Forward:
         Their weights are read and take memory. Raises DeviceReadError; nothing has changed then.
         """
         self._dense = self._dense.whole()
-        self._kv.bring_here()
+        self.copies.leave_device()
         self.device_bytes = 0, 0
         self._decoder = self._place(None, ON_THE_CPU)  # the one before lets go of the buffers
         for weights, blocks in zip(self._dense.layers, self._kv.layers, strict=True):

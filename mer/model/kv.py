@@ -95,6 +95,11 @@ class KVCache:
             if layer.shape[1] != count:
                 self.layers[index] = np.zeros((self.n_blocks, count), layer.dtype)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, wherever they are."""
+        return sum(self._whole) * _DTYPES[self.number].itemsize
+
     @staticmethod
     def bytes_per_block(spec: ModelSpec, dtype: KVDtype = "f32", elsewhere: int = 0) -> int:
         """Bytes of one block of 16 positions over all layers but the first `elsewhere`."""

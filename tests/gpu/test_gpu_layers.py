@@ -132,16 +132,13 @@ def test_what_latent_attention_takes(tmp_path):
         assert sum(-(-array.nbytes // 256) * 256 for array in arrays.values()) <= nbytes
 
 
-def test_who_stays_on_the_cpu(tmp_path, model):
+def test_who_stays_on_the_cpu(tmp_path):
     make(tmp_path / "dsa", "deepseek_v32")
     assert chosen(tmp_path / "dsa", 1 << 30) == (ON_THE_CPU, 0)
     with pytest.raises(
         ConfigError, match="gpu_layers 2: of this model only experts can be on a GPU, its attention"
     ):
         chosen(tmp_path / "dsa", 1 << 30, gpu_layers=2)
-    assert chosen(model, 1 << 30, prefix_store=tmp_path) == (ON_THE_CPU, 0)
-    with pytest.raises(ConfigError, match="prefix_store"):
-        EngineConfig(prefix_store=tmp_path, gpu_layers=1)
 
 
 async def test_a_device_that_fails(model, simulator):

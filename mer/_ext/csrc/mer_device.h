@@ -20,7 +20,8 @@ typedef struct {
 
 enum mer_device_stream {
     MER_STREAM_COMPUTE,
-    MER_STREAM_COPY, /* copies that nothing waits for */
+    MER_STREAM_COPY,   /* copies of experts */
+    MER_STREAM_BLOCKS, /* copies of keys and values */
     MER_STREAMS,
 };
 
