@@ -1,6 +1,6 @@
 """The dense part of a decoder on a GPU, against the CPU's bytes, and what a token of it costs.
 
-    python -m bench.gpu_decoder [--shape qwen3-30b-a3b] [--layers 8] [--contexts 128,4096] [--tokens 512]
+    python -m bench.gpu_decoder [--shape qwen3-30b-a3b] [--layers 8] [--contexts 128,4096] [--json FILE]
 
 Random weights of a model's shape (Q4_K, the router F32), its experts giving nearly nothing. First two layers
 are computed by the CPU and by the device, a prompt and some tokens, and compared byte for byte; a difference
@@ -11,7 +11,9 @@ its share of the head, and `GB/s of weights` counts a layer's matrices once in t
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("--contexts", default="128,1024,4096,16384")
     parser.add_argument("--tokens", type=int, default=512, help="of a prompt's chunk")
     parser.add_argument("--cpu", action="store_true", help="time the CPU, too")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     device = open_device(EngineConfig(device="cuda"))
     assert device is not None
@@ -190,6 +193,7 @@ def main() -> None:
     contexts = [int(each) for each in args.contexts.split(",")]
     spec = spec_of(args.shape, args.layers)
     table = Table("on", "context", "tokens", "ms a step", "us a layer", "GB/s of weights")
+    steps: list[dict[str, Any]] = []
     for placement in (Placement(args.layers, True), *([ON_THE_CPU] if args.cpu else [])):
         model = Model(spec, device, placement, max(contexts) + args.tokens + 64, args.tokens)
         for context in contexts:
@@ -200,11 +204,21 @@ def main() -> None:
                     model.step(context + (i if tokens == 1 else 0), tokens)
                 took = (time.perf_counter() - begun) / times
                 per_layer = took / args.layers
+                on, rate = "gpu" if placement.layers else "cpu", model.bytes[0] / per_layer / 1e9
                 table.add_row(
-                    "gpu" if placement.layers else "cpu", str(context), str(tokens), f"{took * 1e3:.2f}",
-                    f"{per_layer * 1e6:.0f}", f"{model.bytes[0] / per_layer / 1e9:.0f}",
-                )  # fmt: skip
+                    on,
+                    str(context),
+                    str(tokens),
+                    f"{took * 1e3:.2f}",
+                    f"{per_layer * 1e6:.0f}",
+                    f"{rate:.0f}",
+                )
+                row = {"on": on, "context": context, "tokens": tokens, "gb_per_s": rate}
+                steps.append(row | {"us_a_layer": per_layer * 1e6})
     console.print(table)
+    if args.json:
+        report = {"device": device.name, "shape": args.shape, "layers": args.layers, "steps": steps}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,9 @@ async def times(model: Path, config: EngineConfig, lengths: list[int], repeat: i
 async def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(dir=args.store) as store:
         config = EngineConfig(
-            ram=args.ram, threads=args.threads, context=args.context, prefix_store=Path(store)
-        )
+            ram=args.ram, threads=args.threads, context=args.context, prefix_store=Path(store),
+            device=args.device,
+        )  # fmt: skip
         computed = await times(args.model, config, args.lengths, args.repeat)
         size = (Path(store) / "prefix.blocks").stat().st_size
         blocks = sum(n // BLOCK for n in args.lengths) * args.repeat
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--ram")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--context", type=int)
+    parser.add_argument("--device", default="auto", help="as mer run --device")
     parser.add_argument("--store", type=Path, help="directory for the store; default: for temporary files")
     parser.add_argument("--json", type=Path, help="a file for the same as JSON")
     args = parser.parse_args()

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from test_bench_tools import SMALL, nothing
 
-from bench import compare, gpu, gpu_peer
+from bench import compare, gpu, gpu_check, gpu_peer
 from bench.make_model import write_store
 from bench.shapes import model_config
 from bench.synthetic import Weights
@@ -130,3 +130,30 @@ def test_compare_has_rows_with_a_gpu(store, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(gpu, "card", lambda device: ("no GPU", {}))
     refused = CliRunner().invoke(compare.main, arguments)
     assert "there is no GPU that can be used" in refused.output
+
+
+def test_a_check_goes_on_when_a_part_fails(tmp_path: Path) -> None:
+    def part(name: str, code: str, seconds: float = 60, **more: object) -> gpu_check.Part:
+        path = tmp_path / f"{name}_part.py"
+        path.write_text(code)
+        return gpu_check.Part(name, "", [path.stem], seconds, env={"PYTHONPATH": str(tmp_path)}, **more)
+
+    (report := tmp_path / "report.json").write_text('{"n": 1}')
+    wanted = [
+        part("good", "print('first'); print('last')"),
+        part("bad", "raise SystemExit('why')"),
+        part("child", "", needs="bad"),
+        part("slow", "import subprocess; subprocess.run(['sleep', '600'])", 0.5),
+        part("told", "", report=report, told=lambda found: f"n is {found['n']}"),
+        part("half", "", report=tmp_path / "none.json"),
+    ]
+    seen: list[int] = []
+    outcomes = gpu_check.run_all(wanted, 600, tmp_path, lambda some: seen.append(len(some)))
+    states = ["done", "failed (1)", "not tried, for want of bad", "took longer than 0.5 s", "done", "done"]
+    assert [each.state for each in outcomes] == states
+    assert [each.told for each in outcomes][:2] == ["last", "why"]
+    assert outcomes[4].told == "n is 1"
+    assert "none.json" in outcomes[5].told
+    assert seen == [1, 2, 3, 4, 5, 6]
+    (late,) = gpu_check.run_all(wanted[:1], 0, tmp_path, lambda some: None)
+    assert late.state == "no time was left"
