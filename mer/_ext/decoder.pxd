@@ -246,6 +246,8 @@ cdef class Decoder:
     cdef void choose(self, const Layer *layer, const float *x, int32_t *ids, float *weights) noexcept nogil
     cdef void decide(self, const Layer *layer, float *logits, int32_t *ids, float *weights) noexcept nogil
     cdef void cap_logits(self, long n) noexcept nogil
+    cdef bint project(self, long index) except -1
+    cdef int absorb(self, long index) except -1
     cdef void enter(self, long index) noexcept nogil
     cdef void leave(self) noexcept nogil
     cdef void attend_grouped(self) noexcept nogil

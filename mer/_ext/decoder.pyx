@@ -376,6 +376,14 @@ cdef class Decoder:
                 self.attend_grouped()
             self.leave()
 
+    cdef bint project(self, long index) except -1:
+        """Whether the layer is elsewhere: then the products are there that its state takes in (see recurrent.pyx)."""
+        return False
+
+    cdef int absorb(self, long index) except -1:
+        """x += o(attended), of a layer that `project` found elsewhere."""
+        return 0
+
     cdef void enter(self, long index) noexcept nogil:
         """h = norm(x), for what mixes tokens in this layer."""
         self.layer = &self.layers[index]

@@ -27,6 +27,15 @@ cdef extern from "mer_gpu_decoder.h" nogil:
         float scale
         int32_t n_heads, n_kv, dim, value_dim, window, table_stride, kv, first, end, tiles, heads, latent
 
+cdef enum:
+    N_INPUTS = 4                 # of what a recurrent layer's state takes in: mixed, z, decay and beta
+
+# One of those: the host's and the device's array, [tokens, width]
+cdef struct Input:
+    float *here
+    uint64_t there
+    long width
+
 # Products with one input: matrices of one format and shape.
 cdef struct Launch:
     void *few                    # kernels, for few tokens and for many
@@ -46,6 +55,7 @@ cdef struct GpuLayer:
     Launches qkv, o, gate_up, down, shared_gate
     Launches router, ahead       # the same products, of the layer before for the guess
     Launches q_latent, latent, wide, unfold  # of latent attention; its qkv are the queries
+    Launches inputs[N_INPUTS]    # of a recurrent layer, which has no qkv
     long joint, gate_at          # floats of a token's queries, keys and values; where the gates of the output are
     bint no_v, gated
     uint64_t attention_norm, mlp_norm, q_norm, k_norm, router_norm, attention_out_norm, mlp_out_norm
@@ -80,6 +90,7 @@ cdef class GpuDecoder(Decoder):
     cdef long n_products, n_counted, head_product
     cdef uint8_t *step
     cdef uint8_t *rows_staged
+    cdef Input inputs[N_INPUTS]
     cdef long score_floats, gpu_blocks, most_tables, most_tokens
     cdef uint64_t gpu_final_norm, gpu_last_norm
     cdef Launches gpu_head

@@ -43,7 +43,7 @@ cdef enum:
 FLOATS = (0, 1, 30)
 # The parts of a layer that are matrices; each may have a bias.
 MATRICES = ("q", "k", "v", "q_gate", "o", "q_latent", "latent", "k_up", "v_up", "gate", "up", "down", "router",
-            "shared_gate")
+            "shared_gate", "mix", "z", "a", "b")
 VECTORS = ("q_norm", "k_norm", "q_latent_norm", "latent_norm", "attention_out_norm", "mlp_out_norm", "routed_out_norm",
            "shared_norm", "shared_out_norm", "layer_scale", "sinks")
 PRODUCT = np.dtype([("weights", "u8"), ("bias", "u8"), ("y", "u8"), ("index", "u8"), ("first", "i4"), ("count", "i4")])
@@ -73,6 +73,7 @@ def layer_arrays(spec, weights):
 
 include "gpu_launches.pxi"
 include "gpu_latent.pxi"
+include "gpu_recurrent.pxi"
 
 
 @cython.no_gc_clear
@@ -131,6 +132,7 @@ cdef class GpuDecoder(Decoder):
         self.products = <mer_gpu_product *><uintptr_t>self.products_memory.ctypes.data
         device.check(device.new_event(&self.routed_event), "making an event")
         self.place_head_rows()
+        place_inputs(self, buffers)
         self.place_head(head)
         self.ahead_of = -1
 
@@ -270,8 +272,10 @@ cdef class GpuDecoder(Decoder):
         def part(name, y):
             return weights[name], at[name], at.get(name + "_bias", 0), y
 
-        if a.latent:
-            self.load_latent(index, weights, at)
+        if "mix" in weights:
+            load_recurrent(self, g, weights, at)
+        elif a.latent:
+            load_latent(self, g, a, weights, at)
         else:
             self.load_grouped(index, weights, at)
         g.o = self.add_products([part("o", to.y)], self.hidden)
@@ -291,9 +295,10 @@ cdef class GpuDecoder(Decoder):
         g.routed_out_norm, g.shared_norm = at.get("routed_out_norm", 0), at.get("shared_norm", 0)
         g.shared_out_norm, g.layer_scale = at.get("shared_out_norm", 0), at.get("layer_scale", 0)
         g.sinks = at.get("sinks", 0)
-        g.block_bytes = self.part_bytes(a.latent_dim) if a.latent else 2 * a.n_kv * self.part_bytes(a.head_dim)
-        g.blocks = self.take(g.block_bytes * self.gpu_blocks)
-        self.kv_bytes += g.block_bytes * self.gpu_blocks
+        if "mix" not in weights:
+            g.block_bytes = self.part_bytes(a.latent_dim) if a.latent else 2 * a.n_kv * self.part_bytes(a.head_dim)
+            g.blocks = self.take(g.block_bytes * self.gpu_blocks)
+            self.kv_bytes += g.block_bytes * self.gpu_blocks
         if self.n_layers == self.gpu_layers:
             self.products_memory[:len(self.table)] = self.table
             self.n_products = len(self.table)
@@ -310,24 +315,6 @@ cdef class GpuDecoder(Decoder):
         g.qkv = self.add_products(
             [(weights[name], at[name], at.get(name + "_bias", 0), self.at.qkv + 4 * start)
              for name, start in starts if name in weights], g.joint)
-
-    def load_latent(self, long index, weights, at):
-        cdef GpuLayer *g = &self.gpu[index]
-        cdef Geometry *a = &self.layers[index].geometry
-        cdef Places *to = &self.at
-        cdef long q = a.nope_dim + a.rope_dim
-
-        def part(name, y):
-            return weights[name], at[name], at.get(name + "_bias", 0), y
-
-        g.q_latent_norm, g.latent_norm = at.get("q_latent_norm", 0), at["latent_norm"]
-        if "q_latent" in weights:
-            g.q_latent = self.add_products([part("q_latent", to.q_latent)], a.query_rank)
-        g.qkv = self.add_products([part("q", to.q)], a.n_heads * q)
-        g.latent = self.add_products([part("latent", to.qkv)], a.latent_dim)
-        g.wide = self.add_heads(weights["k_up"], at["k_up"], a.n_heads, to.q_wide, q, a.n_heads * a.latent_dim)
-        g.unfold = self.add_heads(weights["v_up"], at["v_up"], a.n_heads, to.attended, a.kv_rank,
-                                  a.n_heads * a.value_dim)
 
     cdef int check(self, str what) except -1:
         cdef int error = self.error
@@ -367,11 +354,23 @@ cdef class GpuDecoder(Decoder):
                 multiply(self, &g.qkv, self.at.h, self.at.h_acts)
                 heads(self, g, layer)
                 attention_of(self, g, layer)
-            if g.o.prepared:
-                quantise(self, self.at.attended, self.n_tokens, g.o.each[0].cols, g.o.each[0].cols, self.at.acts)
-            multiply(self, &g.o, self.at.attended, self.at.acts)
-            owe(self, self.at.y, g.attention_out_norm, 0)
+            multiply_attended(self, g)
         self.check(f"attention of layer {index}")
+
+    cdef bint project(self, long index) except -1:
+        if index >= self.gpu_layers:
+            self.leave_device()
+            return False
+        with nogil:
+            project_inputs(self, &self.gpu[index])
+        self.check(f"what the state of layer {index} takes in")
+        return True
+
+    cdef int absorb(self, long index) except -1:
+        with nogil:
+            absorb_attended(self, &self.gpu[index])
+        self.check(f"what the state of layer {index} gave")
+        return 0
 
     def feed(self, long index):
         if index >= self.gpu_layers:

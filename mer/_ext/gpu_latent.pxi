@@ -1,6 +1,22 @@
 """Part of gpu_decoder.pyx: multi-head latent attention on the device, in the steps of latent.pxi."""
 
 
+cdef load_latent(GpuDecoder d, GpuLayer *g, const Geometry *a, weights, at):
+    cdef Places *to = &d.at
+    cdef long q = a.nope_dim + a.rope_dim
+
+    def part(name, y):
+        return weights[name], at[name], at.get(name + "_bias", 0), y
+
+    g.q_latent_norm, g.latent_norm = at.get("q_latent_norm", 0), at["latent_norm"]
+    if "q_latent" in weights:
+        g.q_latent = d.add_products([part("q_latent", to.q_latent)], a.query_rank)
+    g.qkv = d.add_products([part("q", to.q)], a.n_heads * q)
+    g.latent = d.add_products([part("latent", to.qkv)], a.latent_dim)
+    g.wide = d.add_heads(weights["k_up"], at["k_up"], a.n_heads, to.q_wide, q, a.n_heads * a.latent_dim)
+    g.unfold = d.add_heads(weights["v_up"], at["v_up"], a.n_heads, to.attended, a.kv_rank, a.n_heads * a.value_dim)
+
+
 cdef void latents(GpuDecoder d, const GpuLayer *g, const Layer *layer) noexcept nogil:
     """Between projections and attention."""
     cdef void *arguments[1]

@@ -159,16 +159,24 @@ cdef void attention_of(GpuDecoder d, const GpuLayer *g, const Layer *layer) noex
         first = end
 
 
+cdef void multiply_attended(GpuDecoder d, const GpuLayer *g) noexcept nogil:
+    """x += o(attended)"""
+    if g.o.prepared:
+        quantise(d, d.at.attended, d.n_tokens, g.o.each[0].cols, g.o.each[0].cols, d.at.acts)
+    multiply(d, &g.o, d.at.attended, d.at.acts)
+    owe(d, d.at.y, g.attention_out_norm, 0)
+
+
 cdef void feed_forward_of(GpuDecoder d, const GpuLayer *g, uint64_t h, uint64_t acts) noexcept nogil:
     """down(activation(gate(h)) * up(h)), to where `down` puts it."""
     cdef void *arguments[9]
-    cdef int rows = <int>d.n_tokens, inter = <int>g.gate_up.each[0].rows, kind = 1 if d.gelu else 0
-    cdef float nothing = 0.0
+    cdef int rows = <int>d.n_tokens, inter = <int>g.gate_up.each[0].rows
+    cdef int kind = 1 if d.gelu else 2 if d.clamped else 0
     cdef long blocks = (<long>rows * inter + THREADS - 1) // THREADS
     multiply(d, &g.gate_up, h, acts)
     arguments[0], arguments[1], arguments[2], arguments[3] = &d.at.gate, &d.at.up, &d.at.gate, &rows
-    arguments[4], arguments[5], arguments[6], arguments[7] = &inter, &kind, &nothing, &nothing
-    arguments[8] = &nothing
+    arguments[4], arguments[5], arguments[6], arguments[7] = &inter, &kind, &d.alpha, &d.limit
+    arguments[8] = &d.added
     call(d, d.activate_kernel, blocks if blocks < 4096 else 4096, 1, 1, 0, arguments)
     if g.down.prepared:
         quantise(d, d.at.gate, rows, inter, inter, d.at.acts)

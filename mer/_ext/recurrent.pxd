@@ -82,5 +82,8 @@ cdef class Recurrent:
     cdef void restore(self, const int[::1] rows) noexcept nogil
     # mixed -> states, and what comes out of them
     cdef void pass_states(self, long n) noexcept nogil
-    cdef void mix_delta(self, Decoder d) noexcept nogil
-    cdef void mix_conv(self, Decoder d) noexcept nogil
+    # h -> mixed, z, decay and beta
+    cdef void project(self, Decoder d) noexcept nogil
+    # n tokens of those -> attended
+    cdef void mix_delta(self, long n) noexcept nogil
+    cdef void mix_conv(self, long n) noexcept nogil

@@ -133,6 +133,7 @@ cdef class Recurrent:
         self.kept.append(states)
         layer.index, layer.states = index, <float *><uintptr_t>states.ctypes.data
         layer.mix, layer.z = d.matrix(weights, "mix"), d.matrix(weights, "z")
+        layer.mix.bias = d.vector(weights, "mix_bias")  # added here, also where the matrix is elsewhere
         layer.a, layer.b = d.matrix(weights, "a"), d.matrix(weights, "b")
         layer.conv, layer.conv_bias = d.floats(weights["conv"].T), d.vector(weights, "conv_bias")
         layer.rate, layer.dt_bias = d.vector(weights, "decay_rate"), d.vector(weights, "dt_bias")
@@ -162,13 +163,19 @@ cdef class Recurrent:
         """x += what the layer makes of norm(x) and its states. number: among the layers of this kind."""
         cdef Decoder d = self.decoder
         self.layer, self.number = &self.layers[number], number
+        cdef bint elsewhere = d.project(self.layer.index)
         with nogil:
-            d.enter(self.layer.index)
+            if not elsewhere:
+                d.enter(self.layer.index)
+                self.project(d)
             if self.short_conv:
-                self.mix_conv(d)
+                self.mix_conv(d.n_tokens)
             else:
-                self.mix_delta(d)
-            d.leave()
+                self.mix_delta(d.n_tokens)
+            if not elsewhere:
+                d.leave()
+        if elsewhere:
+            d.absorb(self.layer.index)
 
     def replay(self, const int[::1] rows, const int[::1] offsets, const int[:, ::1] moves):
         """Make states anew behind some tokens of the last step, for `keep_inputs` had few enough.
@@ -218,20 +225,21 @@ cdef class Recurrent:
         self.run(prepare_task, n)
         self.run(delta_task, self.n_sequences * self.delta_tasks)
 
-    cdef void mix_delta(self, Decoder d) noexcept nogil:
+    cdef void project(self, Decoder d) noexcept nogil:
         cdef RecurrentLayer *layer = self.layer
-        cdef long n = d.n_tokens
-        d.linear(&layer.mix, d.h, n, self.mixed)
-        d.linear(&layer.z, d.h, n, self.z)
-        d.linear(&layer.a, d.h, n, self.decay)
-        d.linear(&layer.b, d.h, n, self.beta)
+        d.linear(&layer.mix, d.h, d.n_tokens, self.mixed)
+        if self.short_conv:
+            return
+        d.linear(&layer.z, d.h, d.n_tokens, self.z)
+        d.linear(&layer.a, d.h, d.n_tokens, self.decay)
+        d.linear(&layer.b, d.h, d.n_tokens, self.beta)
+
+    cdef void mix_delta(self, long n) noexcept nogil:
         self.record(n)
         self.pass_states(n)
         self.run(delta_norm_task, n)
 
-    cdef void mix_conv(self, Decoder d) noexcept nogil:
-        cdef long n = d.n_tokens
-        d.linear(&self.layer.mix, d.h, n, self.mixed)
+    cdef void mix_conv(self, long n) noexcept nogil:
         self.run(gate_in_task, n)
         self.record(n)
         self.pass_states(n)

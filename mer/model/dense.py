@@ -138,7 +138,7 @@ def device_bytes(checkpoint: Checkpoint, architecture: Architecture) -> tuple[li
         nbytes = 4 * math.prod(info.shape) if _is_vector(part) else info.nbytes
         if name == "kv_up":
             nbytes = 256 + _kv_up_bytes(architecture.spec.attentions[int(layer)], info)
-        nbytes += 256
+        nbytes += 512 if name in _INTERLEAVED else 256
         if layer and not name.startswith("expert_"):
             layers[int(layer)] += nbytes
         elif name in ("head", "head_bias") or (name == "embedding" and architecture.spec.tied_embeddings):

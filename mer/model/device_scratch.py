@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
-from mer.model.spec import AttentionSpec, LatentAttentionSpec, ModelSpec
+from mer.model.scratch import inputs
+from mer.model.spec import AttentionSpec, DeltaSpec, LatentAttentionSpec, ModelSpec, ShortConvSpec
 
 _ALIGN: Final = 256
 # Scores of attention are formed for as many queries at a time as have room here, one at the least.
@@ -52,6 +54,16 @@ def _latent(a: LatentAttentionSpec, tokens: int) -> dict[str, int]:
     }
 
 
+def _recurrent(r: DeltaSpec | ShortConvSpec, tokens: int) -> dict[str, int]:
+    """What a state takes in, in the place of queries, keys and values; and what it gives."""
+    floats = sum(math.prod(shape) for shape in inputs(r, tokens).values())
+    return {
+        "qkv": 4 * floats,
+        "attended": 4 * tokens * r.out_width,
+        "acts": tokens * _prepared(r.out_width),
+    }
+
+
 def shapes(spec: ModelSpec, tokens: int, rows: int, n_blocks: int) -> dict[str, int]:
     """Bytes of every buffer by name; the names are those of mer._ext.gpu_decoder.
 
@@ -64,6 +76,8 @@ def shapes(spec: ModelSpec, tokens: int, rows: int, n_blocks: int) -> dict[str, 
         _grouped(a, tokens) if isinstance(a, AttentionSpec) else _latent(a, tokens)
         for a in dict.fromkeys(attentions)
     ]
+    if spec.recurrent is not None:
+        needs.append(_recurrent(spec.recurrent, tokens))
     heads = max(a.n_heads for a in attentions)
     pairs = sum(len(rope.inv_freq) for rope in dict.fromkeys(spec.ropes))
     # Of one query at the least, of a whole step at the most.

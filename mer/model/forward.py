@@ -92,13 +92,8 @@ class Forward:
             self.device_bytes = self._decoder.taken_bytes - kv_bytes, kv_bytes
             blocks_there = GpuBlocks(self._decoder)
         self.copies = BlockCopies(kv, blocks_there)
-        self._recurrent: Recurrent | None = None
-        if spec.recurrent is not None:
-            self._recurrent = Recurrent(self._decoder, spec, self._buffers)
-            for index, layer in enumerate(spec.layers):
-                if layer.state_index is not None:
-                    images = states.layers[layer.state_index]
-                    self._recurrent.add_layer(index, dense.layers[index], images)
+        self._inputs: NDArray[np.float32] | None = None  # see keep_inputs
+        self._recurrent = self._states_of_layers()
         # Of each layer, whether it and the next one have experts: what can be predicted.
         self._pairs = [
             layer.moe_index is not None and following.moe_index is not None
@@ -129,6 +124,19 @@ class Forward:
         decoder.place(device, placement.layers, blocks, places, head, self._buffers)
         return decoder
 
+    def _states_of_layers(self) -> Recurrent | None:
+        """What takes the states on, beside the decoder."""
+        if self.spec.recurrent is None:
+            return None
+        recurrent = Recurrent(self._decoder, self.spec, self._buffers)
+        for index, layer in enumerate(self.spec.layers):
+            if layer.state_index is not None:
+                images = self._states.layers[layer.state_index]
+                recurrent.add_layer(index, self._dense.layers[index], images)
+        if self._inputs is not None:
+            recurrent.keep_inputs(self._inputs)
+        return recurrent
+
     def leave_device(self) -> None:
         """Have all layers computed here from now on; keys and values are lost.
 
@@ -140,8 +148,9 @@ class Forward:
         self._decoder = self._place(None, ON_THE_CPU)  # the one before lets go of the buffers
         for weights, blocks in zip(self._dense.layers, self._kv.layers, strict=True):
             self._decoder.add_layer(weights, blocks)
+        self._recurrent = self._states_of_layers()
         if self._profile is not None:
-            self._decoder = self._profile.timed(self._decoder)
+            self.profile(self._profile)
 
     def profile(self, profile: Profile) -> None:
         """Have the decoder's part of every further step recorded."""
@@ -208,7 +217,8 @@ class Forward:
     def keep_inputs(self, tokens: int) -> None:
         """Have `replay` be possible behind steps of up to so many tokens; before the first step."""
         if self._recurrent is not None:
-            self._recurrent.keep_inputs(np.zeros(replay_shape(self.spec, tokens), np.float32))
+            self._inputs = np.zeros(replay_shape(self.spec, tokens), np.float32)
+            self._recurrent.keep_inputs(self._inputs)
 
     def replay(
         self, rows: NDArray[np.int32], query_offsets: NDArray[np.int32], states: NDArray[np.int32]

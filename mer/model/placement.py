@@ -22,12 +22,8 @@ ON_THE_CPU: Final = Placement()
 
 def refusal(spec: ModelSpec) -> str | None:
     """Why nothing of this model's dense part can be on a GPU; None: it can."""
-    if spec.recurrent is not None:
-        return "some of its layers have a recurrent state"
     if spec.streams is not None:
         return "its hidden states are of several streams"
-    if spec.clamp is not None and (spec.dense_inter or spec.shared_inter):
-        return "its feed-forward blocks are clamped"
     for attention in spec.attentions:
         if isinstance(attention, CompressedAttentionSpec):
             return "its attention is over compressed positions"

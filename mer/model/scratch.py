@@ -64,7 +64,7 @@ def _shapes(spec: ModelSpec, tokens: int, rows: int, n_threads: int) -> Shapes:
             shapes[name] = (tuple(map(max, shape, before)), dtype)
         widest = max(widest, cols)
     if spec.recurrent is not None:
-        shapes |= _recurrent(spec.recurrent, tokens)
+        shapes |= {name: (shape, f32) for name, shape in inputs(spec.recurrent, tokens).items()}
         out = spec.recurrent.out_width
         shapes["attended"] = ((tokens, max(out, shapes["attended"][0][1])), f32)
         widest = max(widest, out)
@@ -158,16 +158,15 @@ def _indexer(x: IndexerSpec, tokens: int, max_positions: int, n_threads: int) ->
     }
 
 
-def _recurrent(r: DeltaSpec | ShortConvSpec, tokens: int) -> Shapes:
-    """What one recurrent layer needs, besides `attended`."""
-    f32 = np.float32
+def inputs(r: DeltaSpec | ShortConvSpec, tokens: int) -> dict[str, tuple[int, int]]:
+    """Shapes of what one recurrent layer's state takes in, all f32; it gives `attended`."""
     if isinstance(r, ShortConvSpec):
-        return {"mixed": ((tokens, 3 * r.channels), f32)}
+        return {"mixed": (tokens, 3 * r.channels)}
     return {
-        "mixed": ((tokens, r.channels), f32),
-        "z": ((tokens, r.out_width), f32),
-        "decay": ((tokens, r.value_heads), f32),
-        "beta": ((tokens, r.value_heads), f32),
+        "mixed": (tokens, r.channels),
+        "z": (tokens, r.out_width),
+        "decay": (tokens, r.value_heads),
+        "beta": (tokens, r.value_heads),
     }
 
 
