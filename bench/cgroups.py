@@ -56,3 +56,38 @@ class MemoryGroup:
 
     def run(self, command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, preexec_fn=self.join, **options)  # type: ignore[call-overload,no-any-return]
+
+
+class SlowReads:
+    """A group of version 1 or 2 that reads slowly from the device of a path, as a throttled volume does.
+
+    For the calling process, from `with` to its end. Raises OSError where none can be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        device = path.stat().st_dev
+        self._device = f"{os.major(device)}:{os.minor(device)}"
+        known = Path("/sys/dev/block", self._device).resolve()
+        if (known / "partition").exists():
+            self._device = (known.parent / "dev").read_text().strip()
+        self._old = (ROOT / "blkio").exists()
+        mine = Path("/proc/self/cgroup").read_text().splitlines()
+        place = next(line for line in mine if line.split(":")[1] == ("blkio" if self._old else ""))
+        self._before = (ROOT / "blkio" if self._old else ROOT) / place.split(":", 2)[2].lstrip("/")
+        self.path = (ROOT / "blkio" if self._old else ROOT) / f"mer-{uuid.uuid4().hex[:8]}"
+
+    def __enter__(self) -> SlowReads:
+        self.path.mkdir()
+        (self.path / "cgroup.procs").write_text(str(os.getpid()))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        (self._before / "cgroup.procs").write_text(str(os.getpid()))
+        self.path.rmdir()
+
+    def limit(self, rate: int | None) -> None:
+        """From now on so many bytes/s; None: as many as there are."""
+        if self._old:
+            (self.path / "blkio.throttle.read_bps_device").write_text(f"{self._device} {rate or 0}")
+        else:
+            (self.path / "io.max").write_text(f"{self._device} rbps={rate or 'max'}")

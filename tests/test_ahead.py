@@ -9,12 +9,13 @@ from moe_model import EXPERTS, KERNELS, TOP_K, Model, Streamed
 from oracle.make_checkpoints import make
 from safetensors.torch import load_file, save_file
 
-from mer._ext.ahead import AheadDepth
+from mer._ext.ahead import AheadDepth, AheadSwitch
 from mer.weights import formats
 
 LAYERS = 4
 # of mer/_ext/ahead.pyx
 WINDOW, TRIAL, LONGEST = 32, 64, 8192
+ROUND, LONGEST_ROUND = 64, 4096
 
 
 def feed(depth: AheadDepth, rank: int, outcomes: dict[str, int]) -> None:
@@ -105,6 +106,85 @@ def test_it_does_not_hang_on_ranks_that_are_never_read():
     assert depth.depth == 8
 
 
+# --- whether at all
+
+MS = 1_000_000
+
+
+def waits(device: str, on: bool, reads: int, vain: int) -> int:
+    """ns that a layer waits for reads of 10 ms beside 12 ms of work. vain: reads for nothing, if it reads ahead."""
+    read, work = 10 * MS, 12 * MS
+    asked = (reads + vain * on) * read
+    return {
+        "idles without": max(asked - work, 0) if on else asked,
+        # as a throttled volume does: what was not used can be used later
+        "gives back idle time": max(asked - work, 0),
+        "is fast": 0,
+    }[device]
+
+
+def simulate(device: str, steps: int, switch: AheadSwitch | None, always: bool = True) -> tuple[int, list[bool]]:
+    """ns that steps of 8 layers wait in all, and whether each read ahead. A wait is off by up to a half."""
+    rng = np.random.default_rng(7)
+    total, ons = 0, []
+    for _ in range(steps):
+        if switch is not None:
+            switch.begin_step_py()
+        ons.append(always if switch is None else switch.on)
+        for _ in range(8):
+            reads, vain, noise = int(rng.binomial(8, 0.4)), int(rng.binomial(8, 0.05)), rng.uniform(0.5, 1.5)
+            took = int(waits(device, ons[-1], reads, vain) * noise)
+            total += took
+            if switch is not None:
+                switch.note_py(reads, took)
+    return total, ons
+
+
+@pytest.mark.parametrize(
+    "device, pays", [("idles without", True), ("gives back idle time", False), ("is fast", False)]
+)
+def test_what_waits_less_goes_on(device, pays):
+    ways = {always: simulate(device, 1000, None, always)[0] for always in (True, False)}
+    assert device == "is fast" or ways[pays] < 0.95 * ways[not pays]
+    total, ons = simulate(device, 1000, AheadSwitch())
+    assert total <= ways[pays] + 0.05 * (ways[not pays] - ways[pays])
+    assert ons[0]  # most devices can do it, and have nothing to do at the start
+    assert sum(on == pays for on in ons[500:]) > 450
+
+
+def test_it_is_noticed_when_it_begins_to_pay_and_when_it_ends():
+    switch = AheadSwitch()
+    for device, pays in [("gives back idle time", False), ("idles without", True)] * 2:
+        _, ons = simulate(device, 1000, switch)
+        assert sum(on == pays for on in ons[500:]) > 450
+
+
+def test_rounds_grow_while_they_say_the_same():
+    """The numbers of reads with and without reading ahead, until `on` changes."""
+    switch, found, reads = AheadSwitch(), [], 0
+    while len(found) < 11:
+        was = switch.on
+        switch.begin_step_py()
+        if switch.on != was:
+            found.append(reads)
+            reads = 0
+        switch.note_py(1, 9 if switch.on else 10)
+        reads += 1
+    assert found == [ROUND, ROUND, 4 * ROUND, ROUND, 16 * ROUND, ROUND, LONGEST_ROUND, ROUND, LONGEST_ROUND, ROUND,
+                     LONGEST_ROUND]  # fmt: skip
+
+
+def test_turns_without_reads_say_nothing():
+    switch = AheadSwitch()
+    for _ in range(1000):
+        switch.note_py(0, 0)
+        switch.begin_step_py()
+        assert switch.on
+
+
+# --- with a streamer
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Model:
     layers = [(formats.Q8_0, formats.Q8_0, 96, 160)] * LAYERS
@@ -126,6 +206,7 @@ def walk(model: Model, streamed: Streamed, steps: int, right: bool, start: int =
 
 def test_a_predictor_that_knows_reads_100_percent(model):
     streamed = Streamed(model, slots=2 * TOP_K, prefetch=TOP_K)
+    streamed.streamer.prefetcher.switch = None
     with streamed.reader:
         walk(model, streamed, 30, right=True)
         stats = streamed.streamer.stats()
@@ -137,6 +218,7 @@ def test_a_predictor_that_knows_reads_100_percent(model):
 
 def test_a_predictor_that_is_always_wrong_is_asked_no_more_and_later_again(model):
     streamed = Streamed(model, slots=2 * TOP_K, prefetch=TOP_K)
+    streamed.streamer.prefetcher.switch = None
     with streamed.reader:
         walk(model, streamed, 60, right=False)
         stats = streamed.streamer.stats()
@@ -150,6 +232,45 @@ def test_a_predictor_that_is_always_wrong_is_asked_no_more_and_later_again(model
         after = streamed.streamer.stats()
     assert after["prefetch_depth"] > 0
     assert after["prefetch_used"] > 0
+
+
+def begin_trial(switch: AheadSwitch) -> None:
+    switch.note_py(ROUND, 0)
+    switch.begin_step_py()
+    assert not switch.on
+
+
+def test_nothing_is_read_ahead_meanwhile_but_for_chunks(model):
+    streamed = Streamed(model, slots=LAYERS * TOP_K, prefetch=TOP_K)
+    streamer = streamed.streamer
+    with streamed.reader:
+        assert streamer.wants_guesses(1)
+        assert streamer.prefetcher.early_layers
+        begin_trial(streamer.prefetcher.switch)
+        assert not streamer.wants_guesses(1)
+        assert streamer.wants_guesses(EXPERTS)
+        stats = streamer.stats()
+        assert stats["prefetch_depth"] == stats["early_layers"] == streamer.prefetcher.early_layers == 0
+        streamer.prefetcher.read_likely(np.zeros((1, 1, TOP_K), np.int32))
+        assert streamer.stats()["prefetched"] == 0
+        streamer.prefetcher.switch = None
+        assert streamer.wants_guesses(1)
+
+
+def test_turns_are_counted_by_what_had_to_be_read(model):
+    """Whoever had it read: the first trial begins with the first step behind so many."""
+    streamed = Streamed(model, slots=2 * TOP_K, prefetch=TOP_K)
+    streamer = streamed.streamer
+    with streamed.reader:
+        for step in range(ROUND):
+            stats = streamer.stats()
+            due = stats["misses"] + stats["prefetch_used"] >= ROUND
+            walk(model, streamed, 1, right=True, start=step)
+            assert streamer.prefetcher.switch.on is not due
+            if due:
+                break
+        assert due
+        assert stats["prefetch_used"] > 0
 
 
 @pytest.mark.parametrize("still", [True, False])

@@ -12,7 +12,7 @@ import transformers
 from click.testing import CliRunner
 from gguf import GGUFReader, dequantize
 
-from bench import ceilings, first_token, inplace, io, kernels, make_model, peer, speculative, start
+from bench import ahead, ceilings, first_token, inplace, io, kernels, make_model, peer, speculative, start
 from bench.gguf_writer import write_gguf
 from bench.shapes import SHAPES, model_config, tensors
 from bench.synthetic import Weights
@@ -325,3 +325,15 @@ def test_drafting_is_measured(tmp_path):
     assert all(run["tokens_per_s"] > 0 for modes in found.values() for runs in modes.values() for run in runs)
     assert not any(run["drafted"] for modes in found.values() for run in modes["off"])
     assert not any(run["accepted"] for modes in found.values() for run in modes["wrong"])
+
+
+def test_reading_ahead_is_measured(tmp_path):
+    out = tmp_path / "runs.json"
+    options = ["--rates", "0", "--slots", "25%,100%", "--ahead", "2", "--tokens", "3", "--json", str(out)]
+    done = CliRunner().invoke(ahead.main, ["demo", *options])
+    assert done.exit_code == 0, done.output
+    runs = json.loads(out.read_text())
+    assert [(run["slots"], run["ahead"]) for run in runs] == [("25%", 0), ("25%", 2), ("100%", 0), ("100%", 2)]
+    assert [run["ahead_bytes"] > 0 for run in runs] == [False, True, False, False]
+    assert all(run["used_bytes"] <= run["ahead_bytes"] < run["read_bytes"] for run in runs)
+    assert CliRunner().invoke(ahead.main, ["demo", "--rates", "fast"]).exit_code == 2

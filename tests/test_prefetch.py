@@ -198,6 +198,7 @@ def test_likely_experts_are_there_when_they_are_wanted(model: Model) -> None:
 def test_likely_experts_that_never_are_wanted_are_given_up(model: Model) -> None:
     """Of the layers whose reads are wrong, and of those behind them; not of those before."""
     streamed = Streamed(model, cache=cache_of(model, LAYERS * TOP_K, "lru"), prefetch=LAYERS * TOP_K)
+    streamed.streamer.prefetcher.switch = None
     with streamed.reader:
         for seed in range(60):
             likely = likely_of(model, 1, seed)

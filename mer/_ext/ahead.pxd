@@ -1,4 +1,4 @@
-# How many of a router's guesses are worth reading ahead: from what became of those that were read.
+# How much to read ahead: which of a router's guesses, from what became of those that were read; and whether at all.
 from libc.stdint cimport int64_t
 
 # What became of a read, at its layer's turn; indices of ahead.OUTCOMES
@@ -17,3 +17,14 @@ cdef class AheadDepth:
 
     cdef void note(self, int64_t rank, int outcome) noexcept nogil
     cdef void tick(self) noexcept nogil
+
+
+cdef class AheadSwitch:
+    cdef readonly bint on
+    cdef bint trial            # `on` is the other way than what goes on
+    cdef int64_t length        # experts read in what goes on until the next trial
+    cdef double reads[2]       # by `on`: experts that had to be read since the last trial,
+    cdef double waited[2]      # and ns waited for reads
+
+    cdef void note(self, int64_t reads, int64_t waited) noexcept nogil
+    cdef void begin_step(self) noexcept nogil

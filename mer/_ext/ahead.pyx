@@ -1,7 +1,8 @@
-"""How many of a router's guesses are worth reading ahead.
+"""How many of a router's guesses are worth reading ahead, and whether any are.
 
 The unit is the rank of a guess: the router's first choice is right more often than its last, and is read first, so of
-the ranks a first part is worth it. Each rank is judged by what became of its reads. Pure arithmetic: no clock, no I/O.
+the ranks a first part is worth it. Each rank is judged by what became of its reads. What that can't tell is what the
+device's idle time is worth, so whether to read ahead at all is tried. Pure arithmetic: no clock, no I/O.
 """
 
 from libc.stdlib cimport calloc, free
@@ -12,6 +13,8 @@ cdef enum:
     WINDOW = 32            # outcomes of a rank until it is judged
     TRIAL = 64             # turns until the next rank is tried, when all is well
     LONGEST_PAUSE = 8192   # turns; 170 tokens of a model of 48 layers
+    ROUND = 64             # experts read until one way can be compared with the other
+    LONGEST = 4096         # experts read until the other way is tried again
 
 # In reads of an expert that somebody would have waited for. Late: its read began a little earlier than it would have;
 # where all are late the device has no time to spare, and only what is nearly always right may go on. Spare: the bytes,
@@ -72,3 +75,42 @@ cdef class AheadDepth:
     def tick_py(self):
         """A layer has had its turn."""
         self.tick()
+
+
+cdef class AheadSwitch:
+    """`on`: whether to read ahead. What is not done now is tried for a round, and goes on if that waits less.
+
+    The measure is the time waited for reads, per expert that was not in memory before, whoever had it read: so it hangs
+    little on what a text happens to want. A read ahead makes that less where the device would have idled. A device
+    that is paid by the byte (a throttled volume gives back later what was not used) loses what was read in vain.
+    Trials become rarer as long as they say the same.
+    """
+
+    def __cinit__(self):
+        self.on = True
+        self.length = ROUND
+
+    cdef void note(self, int64_t reads, int64_t waited) noexcept nogil:
+        self.reads[self.on] += reads
+        self.waited[self.on] += waited
+
+    cdef void begin_step(self) noexcept nogil:
+        cdef bint pays
+        if self.reads[self.on] < (ROUND if self.trial else self.length):
+            return
+        if not self.trial:
+            self.trial, self.on = True, not self.on
+            return
+        # Where it makes no difference, less is read.
+        pays = self.waited[True] * self.reads[False] < self.waited[False] * self.reads[True]
+        self.length = 4 * ROUND if pays == self.on else min(4 * self.length, <int64_t>LONGEST)
+        self.on, self.trial = pays, False
+        self.reads[0] = self.reads[1] = self.waited[0] = self.waited[1] = 0
+
+    def note_py(self, int64_t reads, int64_t waited):
+        """A layer has had its turn: so many experts had to be read for it, for which it waited so many ns."""
+        self.note(reads, waited)
+
+    def begin_step_py(self):
+        """The first layer's turn is next: what has begun with a step ends with one, as layers differ."""
+        self.begin_step()

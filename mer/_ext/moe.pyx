@@ -342,7 +342,8 @@ cdef class ExpertStreamer:
                 self.active[n] = Expert(base + e, -1, 0, 0, 0, WAITING)
                 n += 1
         if self.prefetcher is not None:
-            self.prefetcher.judge(base, self.mixture.ids, self.mixture.tokens, self.mixture.first)
+            self.prefetcher.judge(base, self.mixture.ids, self.mixture.tokens, self.mixture.first, self.misses,
+                                  self.io_wait_ns)
         if self.vram is not None:
             self.begin_device(base, n)
         for i in range(n):                           # what is resident is pinned before a miss may evict it

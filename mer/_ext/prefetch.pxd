@@ -2,7 +2,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.string cimport memset
 
-from mer._ext.ahead cimport AheadDepth
+from mer._ext.ahead cimport AheadDepth, AheadSwitch
 from mer._ext.cache cimport ExpertCache
 from mer._ext.recorder cimport Recorder
 from mer._ext.uring cimport Reader, ReadOp
@@ -41,7 +41,8 @@ cdef class Prefetcher:
     cdef const int32_t *remote         # the same: another machine has it
     cdef const uint8_t *slower         # [256] whether it (its number modulo 256) was slower than the drive of late
     cdef int64_t max_reads, capacity, n_experts, top_k
-    cdef readonly AheadDepth depth     # how many of each token's guesses are asked for
+    cdef public AheadSwitch switch     # whether anything is read ahead of a layer that is not a chunk's; None: it is
+    cdef readonly AheadDepth depth     # how many of each token's guesses are asked for then
     cdef ReadOp *ops                   # [capacity, max_reads]
     cdef int64_t *keys                 # [capacity] the expert that is being read, -1: this place is free
     cdef int64_t *asked                # [capacity] when its reads were submitted, ns, if that is recorded
@@ -56,6 +57,9 @@ cdef class Prefetcher:
     cdef int64_t *early_place          # [capacity]
     cdef int64_t n_early
     cdef bint stepped                  # a layer has had its turn since
+    # At the last turn of a layer: the totals until then, and whether that was a chunk's
+    cdef int64_t misses, waited, was_useful
+    cdef bint was_chunk
     cdef int32_t *guesses              # [most pairs] what the next layer was expected to choose
     cdef int64_t guessed_base, n_guesses
     cdef readonly int64_t under_way    # experts whose reads have not been collected
@@ -70,8 +74,10 @@ cdef class Prefetcher:
     # Whether guesses for the next layer of a step of this many tokens will be of use.
     cdef bint wants_guesses(self, int64_t tokens) noexcept nogil
     # The turn of a layer whose experts begin at `base`, before they are acquired: its tokens chose ids[tokens, top_k],
-    # expert e is wanted by first[e + 1] - first[e] of them. What was guessed for it is compared with that.
-    cdef void judge(self, int64_t base, const int32_t *ids, int64_t tokens, const int64_t *first) noexcept nogil
+    # expert e is wanted by first[e + 1] - first[e] of them. What was guessed for it is compared with that. misses,
+    # waited: experts that had to be read without a guess, and ns waited for reads, since the start.
+    cdef void judge(self, int64_t base, const int32_t *ids, int64_t tokens, const int64_t *first, int64_t misses,
+                    int64_t waited) noexcept nogil
     # Reads ahead of what ahead[tokens, top_k] guesses of the layer at `base`: every token's likeliest first.
     cdef void look_ahead(self, int64_t base, const int32_t *ahead, int64_t tokens) noexcept nogil
     # Before a step whose tokens will probably choose likely[layers, tokens, top_k] in the first layers; -1: not known.
@@ -81,5 +87,8 @@ cdef class Prefetcher:
     cdef bint ask(self, int64_t key, int64_t rank) noexcept nogil
     cdef bint reads(self, int64_t i) noexcept nogil
     cdef bint is_chunk(self, int64_t tokens) noexcept nogil
+    cdef bint is_on(self) noexcept nogil
+    cdef void judge_turn(self, int64_t base, int64_t tokens, int64_t misses, int64_t waited) noexcept nogil
+    cdef int64_t early_layers_now(self) noexcept nogil
     # The expert is wanted now: counts it if it was read ahead.
     cdef void note_use(self, int64_t key) noexcept nogil

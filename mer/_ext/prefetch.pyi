@@ -1,7 +1,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from mer._ext.ahead import AheadDepth
+from mer._ext.ahead import AheadDepth, AheadSwitch
 from mer._ext.cache import ExpertCache
 from mer._ext.uring import Reader
 
@@ -17,6 +17,7 @@ class Prefetcher:
     useful_bytes: int
     guessed: int
     right: int
+    switch: AheadSwitch | None
     depth: AheadDepth
     early: AheadDepth
     early_issued: int

@@ -8,7 +8,7 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from mer._ext.ahead cimport AHEAD_IN_THE_WAY, AHEAD_IN_TIME, AHEAD_LATE, AHEAD_SPARE, AheadDepth
+from mer._ext.ahead cimport AHEAD_IN_THE_WAY, AHEAD_IN_TIME, AHEAD_LATE, AHEAD_SPARE, AheadDepth, AheadSwitch
 from mer._ext.cache cimport ACQ_HIT, ACQ_MISS, STATE_ABSENT, STATE_RESIDENT
 from mer._ext.recorder cimport SPAN_READ_AHEAD, now
 from mer._ext.uring cimport MER_IO_PREFETCH, mer_read_done
@@ -35,6 +35,7 @@ cdef class Prefetcher:
         self.cache, self.reader = cache, reader
         self.max_reads, self.capacity, self.n_experts, self.top_k = max_reads, capacity, n_experts, top_k
         self.depth, self.early = AheadDepth(top_k), AheadDepth(early_layers)
+        self.switch = AheadSwitch()
         self.guessed_base = -1
         self.ops = <ReadOp *>calloc(capacity * max_reads, sizeof(ReadOp))
         self.keys = <int64_t *>calloc(capacity, sizeof(int64_t))
@@ -104,9 +105,13 @@ cdef class Prefetcher:
         return tokens * self.top_k >= self.n_experts
 
     cdef bint wants_guesses(self, int64_t tokens) noexcept nogil:
-        return self.depth.depth > 0 or self.is_chunk(tokens)
+        return (self.depth.depth > 0 and self.is_on()) or self.is_chunk(tokens)
 
-    cdef void judge(self, int64_t base, const int32_t *ids, int64_t tokens, const int64_t *first) noexcept nogil:
+    cdef bint is_on(self) noexcept nogil:
+        return self.switch is None or self.switch.on
+
+    cdef void judge(self, int64_t base, const int32_t *ids, int64_t tokens, const int64_t *first, int64_t misses,
+                    int64_t waited) noexcept nogil:
         cdef int64_t i, k, e, pairs = tokens * self.top_k
         cdef bint demand = False
         if self.guessed_base == base and self.n_guesses == pairs:
@@ -116,6 +121,7 @@ cdef class Prefetcher:
             self.guessed += pairs
         self.guessed_base = -1
         self.stepped = True
+        self.judge_turn(base, tokens, misses, waited)
         if self.n_asked or self.n_early:
             self.reader.wait(0)
             for e in range(self.n_experts):
@@ -128,10 +134,21 @@ cdef class Prefetcher:
                                                              first[e + 1] > first[e], demand))
         self.n_asked = 0
         self.judge_early(base, first, demand)
-        if not self.is_chunk(tokens):
+        if self.is_on() and not self.is_chunk(tokens):
             self.depth.tick()
             if base == 0:
                 self.early.tick()
+
+    cdef void judge_turn(self, int64_t base, int64_t tokens, int64_t misses, int64_t waited) noexcept nogil:
+        """The turn before, as far as something could be read ahead for it or not."""
+        if self.switch is None:
+            return
+        if not self.was_chunk and (self.depth.depth or self.early.depth):
+            self.switch.note(misses - self.misses + (self.useful - self.was_useful if self.switch.on else 0),
+                             waited - self.waited)
+        if base == 0:
+            self.switch.begin_step()
+        self.misses, self.was_useful, self.waited, self.was_chunk = misses, self.useful, waited, self.is_chunk(tokens)
 
     cdef void judge_early(self, int64_t base, const int64_t *first, bint demand) noexcept nogil:
         cdef int64_t i, e, left = 0
@@ -157,7 +174,7 @@ cdef class Prefetcher:
         self.collect()
         if self.stepped:
             self.n_early, self.stepped = 0, False
-        for layer in range(min(layers, self.early.depth)):
+        for layer in range(min(layers, self.early_layers_now())):
             for i in range(layer * tokens * self.top_k, (layer + 1) * tokens * self.top_k):
                 if self.n_early == self.capacity or self.under_way == self.capacity:
                     return
@@ -239,7 +256,10 @@ cdef class Prefetcher:
     @property
     def early_layers(self):
         """Of how many layers it is worth knowing before a step what they will want, from the first."""
-        return self.early.depth
+        return self.early_layers_now()
+
+    cdef int64_t early_layers_now(self) noexcept nogil:
+        return self.early.depth if self.is_on() else 0
 
     def read_likely(self, const int32_t[:, :, ::1] likely):
         """Read ahead what the next step will probably want, i32 [layers, T, top_k]; -1: not known.
@@ -260,8 +280,8 @@ cdef class Prefetcher:
             "prefetch_used_bytes": self.useful_bytes,
             "guesses": self.guessed,
             "guesses_right": self.right,
-            "prefetch_depth": self.depth.depth,
+            "prefetch_depth": self.depth.depth if self.is_on() else 0,
             "prefetched_early": self.early_issued,
-            "early_layers": self.early.depth,
+            "early_layers": self.early_layers_now(),
             "prefetching": self.under_way,
         }
