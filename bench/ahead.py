@@ -2,8 +2,8 @@
 
     python -m bench.ahead MODEL --rates 120,250,500,0 --slots 12.5%,25%,50%
 
-The same greedy answer to one token, without reading ahead and with it, in turns, each with an engine opened anew. The
-device is throttled by a control group once a model is loaded (as root).
+The same greedy answer to one token without reading ahead and with it, in turns, each with its own engine.
+The device is throttled by a control group once a model is loaded (as root).
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def bytes_per_s(_ctx: click.Context, _param: click.Parameter, value: str) -> lis
         raise click.BadParameter("MB/s, separated by commas") from None
 
 
-async def measure(model: Path, tokens: int, group: SlowReads | None, rate: int, **settings: Any) -> dict[str, Any]:
+async def measure(
+    model: Path, tokens: int, group: SlowReads | None, rate: int, **settings: Any
+) -> dict[str, Any]:
     """One answer. rate: bytes/s, 0: as many as there are."""
     config = EngineConfig(**settings, prefix_cache=False, speculate="off", max_running=1)
     params = SamplingParams(max_tokens=tokens + 1, temperature=0, ignore_eos=True)
@@ -68,9 +70,9 @@ async def measure(model: Path, tokens: int, group: SlowReads | None, rate: int, 
 
 
 def show(runs: list[dict[str, Any]], ahead: int) -> Table:
-    """A row for each rate and share, `without` and `with` beside each other. Medians, and tokens/s from-to."""
-    table = Table("MB/s", "slots", "tokens/s", "", "gain", "hits", "read MiB", "waited s", "used", "in vain MiB",
-                  "guesses right", "depth", box=None)  # fmt: skip
+    """A row for each rate and share, without and with beside each other: medians; of tokens/s the range."""
+    names = "MB/s,slots,tokens/s,with,gain,hits,read MiB,waited s,used,in vain MiB,guesses right,depth"
+    table = Table(*names.split(","), box=None)
     for rate, slots in dict.fromkeys((run["rate"], run["slots"]) for run in runs):
         here = [run for run in runs if (run["rate"], run["slots"]) == (rate, slots)]
         without, other = ([run for run in here if run["ahead"] == n] for n in (0, ahead))
@@ -100,7 +102,11 @@ def show(runs: list[dict[str, Any]], ahead: int) -> Table:
 @click.command(help=help_of(__doc__))
 @click.argument("model", callback=model_argument)
 @click.option(
-    "--rates", default="120,250,500,0", show_default=True, callback=bytes_per_s, help="MB/s; 0: not throttled."
+    "--rates",
+    default="120,250,500,0",
+    show_default=True,
+    callback=bytes_per_s,
+    help="MB/s; 0: not throttled.",
 )
 @click.option("--slots", default="12.5%,25%,50%", show_default=True, help="As mer run --cache-experts.")
 @click.option("--ahead", type=click.IntRange(1), default=8, show_default=True, help="As mer run --prefetch.")

@@ -15,7 +15,7 @@ from mer.weights import formats
 LAYERS = 4
 # of mer/_ext/ahead.pyx
 WINDOW, TRIAL, LONGEST = 32, 64, 8192
-ROUND, LONGEST_ROUND = 64, 4096
+ROUND, LONGEST_ROUND = 48, 4096
 
 
 def feed(depth: AheadDepth, rank: int, outcomes: dict[str, int]) -> None:
@@ -112,7 +112,7 @@ MS = 1_000_000
 
 
 def waits(device: str, on: bool, reads: int, vain: int) -> int:
-    """ns that a layer waits for reads of 10 ms beside 12 ms of work. vain: reads for nothing, if it reads ahead."""
+    """ns that a layer waits for reads of 10 ms beside 12 ms of work. vain: of guesses that are wrong."""
     read, work = 10 * MS, 12 * MS
     asked = (reads + vain * on) * read
     return {
@@ -123,7 +123,9 @@ def waits(device: str, on: bool, reads: int, vain: int) -> int:
     }[device]
 
 
-def simulate(device: str, steps: int, switch: AheadSwitch | None, always: bool = True) -> tuple[int, list[bool]]:
+def simulate(
+    device: str, steps: int, switch: AheadSwitch | None, always: bool = True
+) -> tuple[int, list[bool]]:
     """ns that steps of 8 layers wait in all, and whether each read ahead. A wait is off by up to a half."""
     rng = np.random.default_rng(7)
     total, ons = 0, []
@@ -141,7 +143,7 @@ def simulate(device: str, steps: int, switch: AheadSwitch | None, always: bool =
 
 
 @pytest.mark.parametrize(
-    "device, pays", [("idles without", True), ("gives back idle time", False), ("is fast", False)]
+    ("device", "pays"), [("idles without", True), ("gives back idle time", False), ("is fast", False)]
 )
 def test_what_waits_less_goes_on(device, pays):
     ways = {always: simulate(device, 1000, None, always)[0] for always in (True, False)}
@@ -159,19 +161,37 @@ def test_it_is_noticed_when_it_begins_to_pay_and_when_it_ends():
         assert sum(on == pays for on in ons[500:]) > 450
 
 
-def test_rounds_grow_while_they_say_the_same():
-    """The numbers of reads with and without reading ahead, until `on` changes."""
-    switch, found, reads = AheadSwitch(), [], 0
-    while len(found) < 11:
+def turns_of(switch: AheadSwitch, waits_with: int, count: int) -> list[int]:
+    """Reads until `on` changes, so many times; without reading ahead each waits 100."""
+    found, reads = [], 0
+    while len(found) < count:
         was = switch.on
         switch.begin_step_py()
         if switch.on != was:
             found.append(reads)
             reads = 0
-        switch.note_py(1, 9 if switch.on else 10)
+        switch.note_py(1, waits_with if switch.on else 100)
         reads += 1
-    assert found == [ROUND, ROUND, 4 * ROUND, ROUND, 16 * ROUND, ROUND, LONGEST_ROUND, ROUND, LONGEST_ROUND, ROUND,
-                     LONGEST_ROUND]  # fmt: skip
+    return found
+
+
+def test_trials_become_rare_while_they_say_the_same():
+    expected = [ROUND]
+    for between in (4 * ROUND, 16 * ROUND, 64 * ROUND, LONGEST_ROUND, LONGEST_ROUND):
+        expected += [2 * ROUND, ROUND + between + ROUND]
+    assert turns_of(AheadSwitch(), 80, 11) == expected
+
+
+@pytest.mark.parametrize(
+    ("waits_with", "pays"), [(0, True), (80, True), (95, False), (100, False), (150, False)]
+)
+def test_it_has_to_save_what_more_it_reads(waits_with, pays):
+    switch = AheadSwitch()
+    turns_of(switch, waits_with, 2)
+    for _ in range(2 * ROUND):
+        switch.note_py(1, waits_with if switch.on else 100)
+        switch.begin_step_py()
+    assert switch.on is pays
 
 
 def test_turns_without_reads_say_nothing():

@@ -333,7 +333,12 @@ def test_reading_ahead_is_measured(tmp_path):
     done = CliRunner().invoke(ahead.main, ["demo", *options])
     assert done.exit_code == 0, done.output
     runs = json.loads(out.read_text())
-    assert [(run["slots"], run["ahead"]) for run in runs] == [("25%", 0), ("25%", 2), ("100%", 0), ("100%", 2)]
+    assert [(run["slots"], run["ahead"]) for run in runs] == [
+        ("25%", 0),
+        ("25%", 2),
+        ("100%", 0),
+        ("100%", 2),
+    ]
     assert [run["ahead_bytes"] > 0 for run in runs] == [False, True, False, False]
     assert all(run["used_bytes"] <= run["ahead_bytes"] < run["read_bytes"] for run in runs)
     assert CliRunner().invoke(ahead.main, ["demo", "--rates", "fast"]).exit_code == 2

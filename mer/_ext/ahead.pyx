@@ -13,13 +13,16 @@ cdef enum:
     WINDOW = 32            # outcomes of a rank until it is judged
     TRIAL = 64             # turns until the next rank is tried, when all is well
     LONGEST_PAUSE = 8192   # turns; 170 tokens of a model of 48 layers
-    ROUND = 64             # experts read until one way can be compared with the other
-    LONGEST = 4096         # experts read until the other way is tried again
+    ROUND = 48             # experts read in a quarter of a trial
+    LONGEST = 4096         # experts read until the next trial
 
 # In reads of an expert that somebody would have waited for. Late: its read began a little earlier than it would have;
 # where all are late the device has no time to spare, and only what is nearly always right may go on. Spare: the bytes,
 # and what had to make room for them. In the way: a read of the layer's own waited for it.
 cdef double *WORTH = [1.0, 0.1, -0.1, -1.0]
+
+# Reading ahead reads some 10 % more, and has to save that much of the waiting.
+cdef double ENOUGH = 0.9
 
 
 cdef class AheadDepth:
@@ -78,34 +81,48 @@ cdef class AheadDepth:
 
 
 cdef class AheadSwitch:
-    """`on`: whether to read ahead. What is not done now is tried for a round, and goes on if that waits less.
+    """`on`: whether to read ahead at all. What waits less goes on, and now and then the other way is tried.
 
-    The measure is the time waited for reads, per expert that was not in memory before, whoever had it read: so it hangs
-    little on what a text happens to want. A read ahead makes that less where the device would have idled. A device
-    that is paid by the byte (a throttled volume gives back later what was not used) loses what was read in vain.
-    Trials become rarer as long as they say the same.
+    The measure is the time waited for reads per expert that was not in memory before, whoever had it read, so it hangs
+    little on what a text happens to want. Reading ahead makes that less where the device would have idled. It does not
+    where the device is paid by the byte: a throttled volume gives back later what was not used.
+
+    A trial is a round, two the other way, and one as before, so that what drifts meanwhile, as misses do while the
+    cache fills, weighs the same on both sides. Evidence counts half at every further trial, and trials become rarer as
+    long as they say the same.
     """
 
     def __cinit__(self):
         self.on = True
-        self.length = ROUND
+        self.stage, self.due, self.length = 1, ROUND, ROUND
 
     cdef void note(self, int64_t reads, int64_t waited) noexcept nogil:
-        self.reads[self.on] += reads
-        self.waited[self.on] += waited
+        self.seen += reads
+        if self.stage:
+            self.reads[self.on] += reads
+            self.waited[self.on] += waited
 
     cdef void begin_step(self) noexcept nogil:
-        cdef bint pays
-        if self.reads[self.on] < (ROUND if self.trial else self.length):
+        if self.seen < self.due:
             return
-        if not self.trial:
-            self.trial, self.on = True, not self.on
-            return
-        # Where it makes no difference, less is read.
-        pays = self.waited[True] * self.reads[False] < self.waited[False] * self.reads[True]
-        self.length = 4 * ROUND if pays == self.on else min(4 * self.length, <int64_t>LONGEST)
-        self.on, self.trial = pays, False
-        self.reads[0] = self.reads[1] = self.waited[0] = self.waited[1] = 0
+        self.seen = 0
+        self.stage = (self.stage + 1) % 4
+        if self.stage:
+            if self.stage > 1:
+                self.on = not self.on
+            self.due = 2 * ROUND if self.stage == 2 else ROUND
+        else:
+            self.decide()
+            self.due = self.length
+
+    cdef void decide(self) noexcept nogil:
+        cdef bint pays = self.waited[True] * self.reads[False] < ENOUGH * self.waited[False] * self.reads[True]
+        cdef int i
+        self.length = min(4 * self.length, <int64_t>LONGEST) if pays == self.on else 4 * ROUND
+        self.on = pays
+        for i in range(2):
+            self.reads[i] /= 2
+            self.waited[i] /= 2
 
     def note_py(self, int64_t reads, int64_t waited):
         """A layer has had its turn: so many experts had to be read for it, for which it waited so many ns."""
