@@ -22,6 +22,10 @@ static void task(void *arg, long i, int thread) {
             ;
 }
 
+static void range(void *arg, long first, long end, int thread) {
+    for (long i = first; i < end; i++) task(arg, i, thread);
+}
+
 static int stress(mer_pool *pool, unsigned seed, int rounds) {
     enum { MOST = 100 };
     int seen[MOST], by_thread[32 * 8];
@@ -31,7 +35,10 @@ static int stress(mer_pool *pool, unsigned seed, int rounds) {
         for (int i = 0; i < MOST; i++) seen[i] = 0;
         for (int i = 0; i < 32 * 8; i++) by_thread[i] = 0;
         struct job j = {seen, by_thread, round + 1};
-        mer_pool_run(pool, task, &j, n);
+        if (round % 2)
+            mer_pool_run(pool, task, &j, n);
+        else
+            mer_pool_run_ranges(pool, range, &j, n);
         int total = 0;
         for (int i = 0; i < mer_pool_size(pool); i++) total += by_thread[i * 32];
         for (int i = 0; i < MOST; i++)

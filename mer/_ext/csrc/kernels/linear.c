@@ -5,6 +5,8 @@
 #define CHUNK_BYTES (64 * 1024)
 /* Kernels take rows in groups; a chunk of whole groups wastes no lanes. */
 #define ROW_GROUP 16
+/* Kernels go through the rows once for so many tokens; for more of them a chunk should still be in the cache. */
+#define TOKENS_AT_ONCE 32
 
 struct job {
     const mer_isa *isa;
@@ -28,12 +30,14 @@ static void prepare_task(void *arg, long t, int thread) {
     mer_prepare(j->isa, j->fmt, j->x + t * j->cols, j->acts + (size_t)t * j->act_bytes, j->cols);
 }
 
-static void rows_task(void *arg, long task, int thread) {
+static void rows_of_tasks(void *arg, long first, long end, int thread) {
     (void)thread;
     const struct job *j = arg;
-    const long r0 = task * j->chunk;
-    const long r1 = r0 + j->chunk < j->rows ? r0 + j->chunk : j->rows;
-    j->isa->matmul[j->fmt](j->w, j->cols, r0, r1, j->rows_of_acts, j->n_tok, j->y, j->rows);
+    const long r0 = first * j->chunk;
+    const long r1 = end * j->chunk < j->rows ? end * j->chunk : j->rows;
+    const long step = j->n_tok > TOKENS_AT_ONCE ? j->chunk : r1 - r0;
+    for (long r = r0; r < r1; r += step)
+        j->isa->matmul[j->fmt](j->w, j->cols, r, r + step < r1 ? r + step : r1, j->rows_of_acts, j->n_tok, j->y, j->rows);
 }
 
 void mer_linear(const mer_isa *isa, mer_pool *pool, int fmt, const void *w, long rows, long cols,
@@ -51,5 +55,5 @@ void mer_linear(const mer_isa *isa, mer_pool *pool, int fmt, const void *w, long
     const size_t row_bytes = mer_row_bytes(fmt, cols);
     const long groups = CHUNK_BYTES / ((long)row_bytes * ROW_GROUP);
     j.chunk = (groups > 0 ? groups : 1) * ROW_GROUP;
-    mer_pool_run(pool, rows_task, &j, (rows + j.chunk - 1) / j.chunk);
+    mer_pool_run_ranges(pool, rows_of_tasks, &j, (rows + j.chunk - 1) / j.chunk);
 }

@@ -21,7 +21,7 @@
 #include <unistd.h>
 
 #define LINE 64
-#define CLAIMS 4 /* a claim is that fraction of a thread's even share of what is left */
+#define CLAIMS 2 /* a claim is that fraction of a thread's even share of what is left */
 
 struct worker {
     pthread_t thread;
@@ -37,7 +37,7 @@ struct mer_pool {
     atomic_int sleepers;
     atomic_int caller_sleeps;
     atomic_int stop;
-    mer_task_fn fn;
+    mer_range_fn fn;
     void *arg;
     long n_tasks;
     int n_threads;
@@ -68,7 +68,8 @@ static int64_t now_ns(void) {
 }
 
 /* Claims and runs tasks until none is left: neighbours at once, since the tasks of a product stream through
- * neighbouring memory, and what is fetched ahead should be the same core's; fewer as the end comes near. */
+ * neighbouring memory, and what is fetched ahead should be the same core's; fewer as the end comes near. Each claim begins
+ * with what is in no cache and leaves behind what the next one's thread fetches again. */
 static void work(mer_pool *p, int thread) {
     long left = atomic_load_explicit(&p->left, memory_order_acquire);
     while (left > 0) {
@@ -76,7 +77,7 @@ static void work(mer_pool *p, int thread) {
         if (!atomic_compare_exchange_weak_explicit(&p->left, &left, left - n, memory_order_acq_rel,
                                                    memory_order_acquire))
             continue;
-        for (long i = 0; i < n; i++) p->fn(p->arg, p->n_tasks - left + i, thread);
+        p->fn(p->arg, p->n_tasks - left, p->n_tasks - left + n, thread);
         if (atomic_fetch_sub_explicit(&p->unfinished, n, memory_order_acq_rel) == n) {
             atomic_fetch_add(&p->done, 1);
             if (atomic_load(&p->caller_sleeps)) futex_wake(&p->done, 1);
@@ -154,11 +155,11 @@ mer_pool *mer_pool_new(int n_threads, int spin_us) {
     return p;
 }
 
-void mer_pool_run(mer_pool *p, mer_task_fn fn, void *arg, long n_tasks) {
+void mer_pool_run_ranges(mer_pool *p, mer_range_fn fn, void *arg, long n_tasks) {
     if (n_tasks <= 0) return;
     pthread_mutex_lock(&p->turn);
     if (p->n_threads == 1 || n_tasks == 1) {
-        for (long i = 0; i < n_tasks; i++) fn(arg, i, 0);
+        fn(arg, 0, n_tasks, 0);
         pthread_mutex_unlock(&p->turn);
         return;
     }
@@ -185,6 +186,21 @@ void mer_pool_run(mer_pool *p, mer_task_fn fn, void *arg, long n_tasks) {
         atomic_store(&p->caller_sleeps, 0);
     }
     pthread_mutex_unlock(&p->turn);
+}
+
+struct single {
+    mer_task_fn fn;
+    void *arg;
+};
+
+static void each_task(void *arg, long first, long end, int thread) {
+    const struct single *s = arg;
+    for (long i = first; i < end; i++) s->fn(s->arg, i, thread);
+}
+
+void mer_pool_run(mer_pool *p, mer_task_fn fn, void *arg, long n_tasks) {
+    struct single s = {fn, arg};
+    mer_pool_run_ranges(p, each_task, &s, n_tasks);
 }
 
 int mer_pool_pin(mer_pool *p, int thread, const int *cpus, int n_cpus) {
