@@ -127,8 +127,9 @@ async def test_an_engine_that_is_alone(longer):
         async with opening(longer, EngineConfig(ram="4GiB", device="cpu")) as engine:
             assert (engine.context, engine.budget.context) == (4096, tokens)
             assert engine.snapshot().kv_blocks == tokens // 16
-            with pytest.raises(RequestError, match="4097 tokens; 4096 is the most here"):
+            with pytest.raises(RequestError, match="4097 tokens; 4096 is the most here") as error:
                 await engine.generate([1] * 4097, GREEDY)
+            assert ("`context`" in str(error.value)) == (tokens > 4096)
 
 
 def test_longrope_goes_by_what_a_request_may_have(tmp_path):

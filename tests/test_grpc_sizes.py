@@ -87,7 +87,7 @@ async def test_more_messages_than_tokens(tiny, monkeypatch):
     for call in stub.Chat(pb.ChatRequest(messages=many)), stub.Tokenize(pb.TokenizeRequest(messages=many)):
         error = await refused(call)
         assert (error.code, error.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["messages"])
-        assert "20000 messages, at least 20000 tokens; 512 is the most here" in error.message
+        assert "the conversation has 20000 messages; 512 tokens is the most here" in error.message
     session = stub.Session()
     await session.write(pb.SessionRequest(id="a", chat=pb.ChatRequest(messages=many)))
     await session.write(pb.SessionRequest(id="b", generate=generate("x", Params(max_tokens=1))))

@@ -1,4 +1,4 @@
-"""Tokens that a conversation has at the least, told by who speaks, against transformers."""
+"""Conversations that have no room, told by who speaks, against transformers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mer.api.http.large_bodies import decode_conversation
 from mer.api.http.schemas import ChatCompletionRequest
 from mer.api.large_json import PIECE
 from mer.api.roles import folded
-from mer.api.speakers import Speakers
-from mer.errors import RequestError, TooLongError
+from mer.api.speakers import too_many
+from mer.errors import RequestError
 from mer.model.tokenizer import Tokenizer
 
 # Templates for which the number of messages may say nothing.
@@ -46,15 +46,17 @@ def with_template(path, name):
     return Tokenizer.open(path), PreTrainedTokenizerFast.from_pretrained(path)
 
 
-def speaking(tokenizer, context=1 << 30):
-    return SimpleNamespace(tokenizer=tokenizer, context=context)
+def room_for(tokenizer, roles):
+    """The most tokens for which such a conversation is too long for certain."""
+    engines = [SimpleNamespace(tokenizer=tokenizer, context=n) for n in range(100)]
+    return max((each.context for each in engines if too_many(each, roles)), default=-1)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_never_more_than_there_are(directory, name):
+def test_never_what_has_room(directory, name):
     tokenizer, oracle = with_template(directory, name)
     draw = random.Random(name)
-    most = -1.0
+    most = 0.0
     for _ in range(40):
         roles = [draw.choice(["user", "assistant"]) for _ in range(draw.randint(1, 30))]
         if draw.random() < 0.4:
@@ -69,51 +71,45 @@ def test_never_more_than_there_are(directory, name):
             except RequestError:
                 continue
         tokens = oracle.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        least = Speakers.of(roles).least(speaking(tokenizer))
-        assert least <= len(tokens)
-        most = max(most, least / len(roles))
-    assert most >= 0 if name in OPEN else most > 0.4, "nothing was found out"
+        refused_up_to = room_for(tokenizer, roles)
+        assert refused_up_to < len(tokens)
+        most = max(most, refused_up_to / len(roles))
+    assert name in OPEN or most > 0.4, "nothing was found out"
+
+
+MANY, SAME = ["user", "assistant"] * 40, ["user"] * 80
+SOME = ["system", *MANY[:40], "tool", "tool", *MANY[40:]]
 
 
 @pytest.mark.parametrize(
-    ("roles", "messages", "turns"),
+    ("name", "roles", "most"),
     [
-        ([], 0, 0),
-        (["system", "user"], 1, 1),
-        (["user", "user", "assistant", "tool", "assistant", "user"], 5, 3),
-        (["user", "system", "user"], 2, 1),
+        ("own", MANY, 79),
+        ("own", SAME, 79),
+        ("own", SOME, 79),
+        ("mixtral", MANY, 78),
+        ("mixtral", SAME, -1),
+        ("harmony", MANY, 78),
+        ("harmony", SAME, -1),
+        ("the last one alone", MANY, -1),
     ],
 )
-def test_who_is_counted(roles, messages, turns):
-    assert Speakers.of(roles) == Speakers(messages, turns)
+def test_who_is_counted(directory, name, roles, most):
+    tokenizer, _ = with_template(directory, name)
+    assert room_for(tokenizer, roles) == most
 
 
-def test_more_than_have_room(directory):
-    many = Speakers.of(["user", "assistant"] * 50)
-    same = Speakers.of(["user"] * 100)
-    for name, speakers, least in (
-        ("own", many, 100),
-        ("own", same, 100),
-        ("mixtral", many, 99),
-        ("mixtral", same, 0),
-        ("harmony", many, 99),
-    ):
-        tokenizer, _ = with_template(directory, name)
-        assert speakers.least(speaking(tokenizer)) == least
-        speakers.check(speaking(tokenizer, least))
-        words = f"100 messages, at least {least} tokens; {least - 1} is the most here"
-        with pytest.raises(TooLongError, match=words):
-            speakers.check(speaking(tokenizer, least - 1))
-    assert many.least(speaking(None)) == 0, "there is no tokenizer"
+def test_without_a_template_nothing_is_known():
+    assert room_for(None, MANY) == -1
 
 
 def test_in_a_body_of_json():
     """Counted are messages, wherever pieces of the body end, and nothing else that is called so."""
     seen = []
 
-    def least(speakers):
-        seen.append(speakers)
-        return 0
+    def too_many(roles):
+        seen.append(list(roles()))
+        return False
 
     def body(text):
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i in range(1000)]
@@ -124,7 +120,7 @@ def test_in_a_body_of_json():
     for size in (80, 81, 97):
         text = body("x" * size)
         assert len(text) > PIECE
-        decode_conversation(text, ChatCompletionRequest, None, 512, least)
-    assert seen == [Speakers(1001, 1001)] * 3
-    decode_conversation(body("x" * 80), ChatCompletionRequest, None, 2000, least)
+        decode_conversation(text, ChatCompletionRequest, None, 512, too_many)
+    assert seen == [[*["user", "assistant"] * 500, "user"]] * 3
+    decode_conversation(body("x" * 80), ChatCompletionRequest, None, 2000, too_many)
     assert len(seen) == 3, "so few need not be looked at"

@@ -10,7 +10,7 @@ import ctypes
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ import attrs
 
 from mer.api import files
 from mer.api.model import Loaded, LoadingError, Model, ModelState, ReloadError, UnknownModelError
-from mer.api.speakers import Speakers
+from mer.api.speakers import too_many
 from mer.config import EngineConfig
 from mer.engine.budget import Budget
 from mer.engine.engine import Engine
@@ -74,10 +74,10 @@ class Models:
         # Of a model that is not loaded it is not known.
         return max(found) if len(found) == len(self.all) else max(_SOME, *found, 0)
 
-    def least(self, speakers: Speakers) -> int:
-        """Tokens that a conversation has at the least, whichever model it is for."""
+    def too_many(self, roles: Callable[[], Iterable[str]]) -> bool:
+        """Whether a conversation of messages with these roles has no room, whichever model it is for."""
         engines = [each.engine for each in self.all.values()]
-        return min(0 if engine is None else speakers.least(engine) for engine in engines)
+        return all(engine is not None and too_many(engine, roles()) for engine in engines)
 
     @property
     def failure(self) -> str:

@@ -21,12 +21,9 @@ class Prompts:
         self._tokenizer = tokenizer
         self._spec = spec
         self.context = min(spec.max_positions, budget.longest)
-        self._whence = (
-            f"the model's context is {spec.max_positions}, the KV cache holds {budget.context}"
-            if budget.context <= self.context
-            else f"the model's context is {spec.max_positions}, and a request has {budget.longest} tokens "
-            "unless `context` is set"
-        )
+        self._whence = f"the model's context is {spec.max_positions}, the KV cache holds {budget.context}"
+        if self.context < min(spec.max_positions, budget.context):
+            self._whence += ", of which a request has more where `context` is set"
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """Raises RequestError for what is none, TooLongError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from importlib.metadata import version
@@ -22,12 +22,12 @@ from mer.api.grpc.session import serve_session
 from mer.api.model import LoadingError
 from mer.api.models import Models
 from mer.api.settings import ServerSettings
-from mer.api.speakers import Speakers
+from mer.api.speakers import too_many
 from mer.engine.engine import Engine
 from mer.engine.outputs import PromptLogprobs
 from mer.engine.params import SamplingParams
 from mer.engine.view import View
-from mer.errors import EngineClosedError, QueueFullError, RequestError
+from mer.errors import EngineClosedError, QueueFullError, RequestError, TooLongError
 from mer.v1 import inference_pb2 as pb
 
 _Q = TypeVar("_Q", bound=Message)
@@ -165,7 +165,7 @@ class Inference:
         engine = self._engine
 
         def asked() -> ChatRequest:
-            _check_speakers(engine, request)
+            _check_messages(engine, request.messages)
             return convert.conversation(request, convert.sampling(request.params, remaining))
 
         # Whatever its bytes are: many short messages take their time, too.
@@ -191,7 +191,7 @@ class Inference:
             engine = self._engine
 
             def asked() -> ChatRequest:
-                _check_speakers(engine, request)
+                _check_messages(engine, request.messages)
                 return convert.conversation(request, SamplingParams())
 
             conversation = await asyncio.to_thread(asked)
@@ -304,5 +304,7 @@ class Inference:
         ]
 
 
-def _check_speakers(engine: Engine, request: pb.ChatRequest | pb.TokenizeRequest) -> None:
-    Speakers.of(message.role for message in request.messages).check(engine)
+def _check_messages(engine: Engine, messages: Sequence[pb.Message]) -> None:
+    if len(messages) > engine.context and too_many(engine, (message.role for message in messages)):
+        text = f"the conversation has {len(messages)} messages; {engine.context} tokens is the most here"
+        raise TooLongError(text, None)

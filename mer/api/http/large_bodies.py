@@ -13,7 +13,6 @@ from mer.api import large_json
 from mer.api.http.errors import ApiError
 from mer.api.http.schemas import Biases, converted, decode, malformed, refusal
 from mer.api.large_json import PIECE, TooLargeError, most_text
-from mer.api.speakers import Speakers
 from mer.engine import params
 
 _T = TypeVar("_T")
@@ -58,19 +57,17 @@ def decode_conversation(
     kind: type[_T],
     amend: Callable[[Any], Any] | None,
     context: int,
-    least: Callable[[Speakers], int],
+    too_many: Callable[[Callable[[], Iterator[str]]], bool],
 ) -> _T:
     """As `decode_body`; refuses more messages than have room before they are read.
 
-    least: tokens that a conversation has at the least.
+    too_many: whether messages of these roles have none.
     """
     # In a text quotes have a backslash before them.
     key = b'"role"'
     count = sum(body[at : at + PIECE + len(key) - 1].count(key) for at in range(0, len(body), PIECE))
-    if count > context:
-        speakers = Speakers.of(_roles(body))
-        if least(speakers) > context:
-            raise too_long(f"the conversation has some {speakers.messages} messages", "messages", context)
+    if count > context and too_many(lambda: _roles(body)):
+        raise too_long(f"the conversation has some {count} messages", "messages", context)
     return decode_body(body, kind, amend, context)
 
 

@@ -158,7 +158,7 @@ async def body_as(
         if ids is not None:
             return decode_large(data, kind, *ids)
         assert models is not None
-        return decode_conversation(data, kind, amend, models.context, models.least)
+        return decode_conversation(data, kind, amend, models.context, models.too_many)
 
     return await asyncio.to_thread(large)
 
