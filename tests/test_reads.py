@@ -63,15 +63,18 @@ def layer(tmp_path_factory):
 @pytest.mark.parametrize("backend", ["uring", "preadv", "buffered"])
 def test_waiting_for_a_read_takes_no_processor(layer, backend):
     inputs = layer.inputs(0, 3)
-    with open_reader(layer, backend) as reader:
-        streamed = Streamed(layer, reader=reader)
-        for file in range(2):  # the first read of each comes late
-            reader.set_fault(file, 0, 1 << 40, error=errno.EINTR, late=LATE)
-        began, spent = time.monotonic(), time.process_time()
-        out = streamed.forward(0, *inputs)
-        spent, took = time.process_time() - spent, time.monotonic() - began
-        assert reader.stats()["retries"] >= 1
-    assert out.tobytes() == layer.exact(KERNELS, 0, *inputs).tobytes()
-    assert took >= LATE
-    # Of the whole process: its threads and what the kernel does for it. A loop would take all of the time.
-    assert spent < LATE / 2
+    expected = layer.exact(KERNELS, 0, *inputs).tobytes()
+    spent = []
+    while len(spent) < 3 and min(spent, default=LATE) > LATE / 10:  # what an earlier test left may take some
+        with open_reader(layer, backend) as reader:
+            streamed = Streamed(layer, reader=reader)
+            for file in range(2):  # the first read of each comes late
+                reader.set_fault(file, 0, 1 << 40, error=errno.EINTR, late=LATE)
+            began, used = time.monotonic(), time.process_time()
+            out = streamed.forward(0, *inputs)
+            spent.append(time.process_time() - used)
+            assert time.monotonic() - began >= LATE
+            assert reader.stats()["retries"] >= 1
+        assert out.tobytes() == expected
+    # Of the whole process, its threads included: a millisecond or two. A loop would take all that it can get.
+    assert min(spent) < LATE / 10
