@@ -38,10 +38,11 @@ from rich.table import Table
 
 from bench.help import help_of
 from mer import Engine, EngineConfig, SamplingParams
+from mer._ext.acceptance import Acceptance
 from mer.config import Speculate
 from mer.demo import model_path
 from mer.engine import engine as engine_module
-from mer.engine.draft import Draft, DraftEngine
+from mer.engine.draft import DraftEngine
 from mer.engine.outputs import Result
 from mer.engine.structure import Structure
 from mer.errors import MerError
@@ -103,9 +104,15 @@ class Wrong:
     def __init__(self, tokens: list[int]) -> None:
         self._tokens = tokens
 
-    def propose(self, most: int) -> Draft | None:
+    def look(self, own: Acceptance, everybody: Acceptance) -> int:
+        return 0
+
+    def draft(self, most: int) -> list[int]:
         last = self._tokens[-1] + 31 * len(self._tokens)
-        return Draft([(7919 * (last + 13 * i) + 1) % self.vocab for i in range(most)], 0)
+        return [(7919 * (last + 13 * i) + 1) % self.vocab for i in range(most)]
+
+    def verified(self) -> None:
+        """It learns nothing from that."""
 
 
 class Dictated:

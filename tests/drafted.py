@@ -8,10 +8,9 @@ import attrs
 import pytest
 
 from mer import SamplingParams
+from mer._ext.acceptance import MOST_DRAFTED, Acceptance
 from mer.engine import drafting
 from mer.engine import engine as engines
-from mer.engine.acceptance import MOST_DRAFTED
-from mer.engine.draft import Draft
 from mer.engine.speculation import Choice, Speculation
 from mer.engine.structure import Structure
 
@@ -37,10 +36,16 @@ class Told:
     def __init__(self, tokens: list[int], answer: tuple[int, ...], wrong: int) -> None:
         self._tokens, self._start, self._answer, self._wrong = tokens, len(tokens), answer, wrong
 
-    def propose(self, most: int) -> Draft | None:
+    def look(self, own: Acceptance, everybody: Acceptance) -> int:
+        return 0 if self.draft(1) else -1
+
+    def draft(self, most: int) -> list[int]:
         at = len(self._tokens) - self._start
         rest = self._answer[at : at + most]
-        return Draft([t + (i % self._wrong == 0) for i, t in enumerate(rest, at + 1)], 0) if rest else None
+        return [t + (i % self._wrong == 0) for i, t in enumerate(rest, at + 1)]
+
+    def verified(self) -> None:
+        """It does not look at what comes."""
 
 
 @pytest.fixture

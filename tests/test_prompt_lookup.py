@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mer._ext.lookup import TextIndex
-from mer.engine.draft import NgramDrafter
+from mer._ext.acceptance import Acceptance
+from mer._ext.lookup import NgramDrafter, TextIndex
 
 
 @pytest.mark.parametrize(
@@ -26,22 +26,27 @@ from mer.engine.draft import NgramDrafter
         ("aaaaaaa", 3, ("aaa", 2)),
         ("abcdefgh1abcdefgh", 1, ("1", 1)),
         (2 * ("x" + string.ascii_lowercase), 2, ("xa", 0)),
-        ("abcab", 0, None),
+        ("abcab", 0, ("", 4)),
         ("a", 3, None),
     ],
 )
 def test_what_stood_there_before_is_drafted(text, most, expected):
-    found = NgramDrafter([ord(letter) for letter in text]).propose(most)
-    assert (found and ("".join(map(chr, found.tokens)), found.kind)) == expected
+    drafter = NgramDrafter([ord(letter) for letter in text])
+    kind = drafter.look(Acceptance(), Acceptance())
+    found = "".join(map(chr, drafter.draft(most)))
+    assert (found, kind) == (expected or ("", -1))
 
 
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 60))
 def test_it_does_not_matter_when_it_looks(tokens, first):
     grown = tokens[:first]
     early = NgramDrafter(grown)
-    early.propose(4)
+    nobody = Acceptance()
+    early.look(nobody, nobody)
     grown += tokens[first:]
-    assert early.propose(4) == NgramDrafter(list(tokens)).propose(4)
+    late = NgramDrafter(list(tokens))
+    assert early.look(nobody, nobody) == late.look(nobody, nobody)
+    assert early.draft(4) == late.draft(4)
 
 
 @given(st.lists(st.integers(0, 2), max_size=80), st.integers(0, 40))

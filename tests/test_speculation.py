@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_scheduler import sequence, step
 
-from mer.engine.acceptance import MOST_DRAFTED, TIED, Acceptance
-from mer.engine.draft import Draft, NgramDrafter
+from mer._ext.acceptance import MOST_DRAFTED, TIED, Acceptance
+from mer._ext.lookup import NgramDrafter
 from mer.engine.drafting import Drafting
 from mer.engine.scheduler import Scheduler
 from mer.engine.speculation import LOOKUP, Choice, Costs, Offer, Speculation, Verdict
@@ -71,8 +71,8 @@ def test_what_is_not_verified_is_watched():
         return SimpleNamespace(
             tokens=tokens,
             drafts=Acceptance(),
-            watched=None,
-            propose=NgramDrafter(tokens).propose,
+            room=MOST_DRAFTED,
+            drafter=NgramDrafter(tokens),
             params=GREEDY,
         )
 
@@ -101,9 +101,9 @@ def test_what_did_not_pay_is_not_weighed_again_at_once():
             weighed.append(len(text.tokens))
             return [Choice(0, None)]
 
-    text = SimpleNamespace(tokens=[], drafts=Acceptance(), watched=None, params=GREEDY, engines=False)
-    text.passed, kinds = {}, iter([4] * 12 + [3] * 4 + [4] * 8)
-    text.propose = lambda most: Draft([7], next(kinds))
+    kinds = iter([4] * 12 + [3] * 4 + [4] * 8)
+    text = SimpleNamespace(tokens=[], drafts=Acceptance(), passed={}, room=9, params=GREEDY, engines=False)
+    text.drafter = SimpleNamespace(look=lambda own, everybody: next(kinds))
     looking = Drafting([], Never())
     for _ in range(24):
         assert looking.prepare([text], 8) is None

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_speculation import note
 
-from mer.engine.acceptance import DRAFT_MODEL, MOST_DRAFTED, TIED, Acceptance
+from mer._ext.acceptance import DRAFT_MODEL, MOST_DRAFTED, TIED, Acceptance
 from mer.engine.drafting import Drafting
 from mer.engine.speculation import LOOKUP, Offer, Speculation, Verdict
 

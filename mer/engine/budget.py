@@ -11,12 +11,12 @@ from typing import Final
 
 from attrs import evolve, frozen
 
+from mer._ext.acceptance import MOST_DRAFTED
 from mer._ext.cpus import usable_cpus
 from mer._ext.moe import scratch_bytes
 from mer._ext.remote import table_bytes
 from mer._ext.vram import host_bytes
 from mer.config import EngineConfig
-from mer.engine.acceptance import MOST_DRAFTED
 from mer.engine.blocks import blocks_for
 from mer.engine.constraint import constraint_bytes
 from mer.engine.draft import DraftShape, DraftSource

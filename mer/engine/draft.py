@@ -6,50 +6,34 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from attrs import define, frozen
+from attrs import frozen
 from numpy.typing import NDArray
 
-from mer._ext.lookup import TextIndex
-from mer.engine.acceptance import lookup_kind
+from mer._ext.acceptance import Acceptance
 from mer.engine.scheduler import Chunk, Sequence
 
 if TYPE_CHECKING:
     from mer.engine.runner import Runner
 
 
-@frozen
-class Draft:
-    """tokens: what may come next, at least one. kind: how it was made, as mer.engine.acceptance counts."""
-
-    tokens: list[int]
-    kind: int
-
-
-@define
-class Watched:
-    """A draft that no step verifies: what comes says how right it would have been.
-
-    start: of the text's tokens the first one it guesses. right: so many were right so far.
-    """
-
-    tokens: list[int]
-    kind: int
-    start: int
-    right: int = 0
-
-
 class Drafter(Protocol):
-    """Guesses how a text goes on; belongs to one request. NgramDrafter is one."""
+    """Guesses how a text goes on; belongs to one request. See mer._ext.lookup.NgramDrafter, which is one."""
 
-    def propose(self, most: int) -> Draft | None:
-        """At most so many tokens behind the text as it is now; None: no idea."""
+    def look(self, own: Acceptance, everybody: Acceptance) -> int:
+        """The kind of what it would draft behind the text as it is now; -1: nothing."""
+
+    def draft(self, most: int) -> list[int]:
+        """At most so many tokens of that."""
+
+    def verified(self) -> None:
+        """A step verifies them."""
 
 
 class DraftEngine(Protocol):
     """Guesses how texts go on, with weights of its own; for all requests of a step at once.
 
     Used by the thread that computes, between steps. An error that it raises ends drafting with it, and
-    nothing else. kind: of its drafts, as mer.engine.acceptance counts; name: for people.
+    nothing else. kind: of its drafts, as mer._ext.acceptance counts; name: for people.
     """
 
     kind: int
@@ -99,28 +83,3 @@ class DraftSource(Protocol):
 
     def load(self, runner: Runner) -> DraftEngine:
         """Beside the main model, whose memory has been divided with `nbytes` in mind."""
-
-
-class NgramDrafter:
-    """What followed when the text was last as it is now, for as many tokens as can be (prompt lookup).
-
-    It looks at `tokens`, the prompt and the answer, which others append to.
-    """
-
-    def __init__(self, tokens: list[int]) -> None:
-        self._tokens = tokens
-        self._index = TextIndex(tokens)
-        self._index.find()  # the prompt is looked at here, by whoever asks
-
-    def propose(self, most: int) -> Draft | None:
-        start, length = self._index.find()
-        if not length or most <= 0:
-            return None
-        return Draft(self._copy(start, most), lookup_kind(length))
-
-    def _copy(self, start: int, count: int) -> list[int]:
-        """From there on; a text that repeats itself goes on with what is copied."""
-        tokens, period = self._tokens, len(self._tokens) - start
-        if count <= period:
-            return tokens[start : start + count]
-        return [tokens[start + i % period] for i in range(count)]

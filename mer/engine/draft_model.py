@@ -10,9 +10,9 @@ import numpy as np
 from attrs import define, evolve, frozen
 from numpy.typing import NDArray
 
+from mer._ext.acceptance import DRAFT_MODEL, MOST_DRAFTED
 from mer.config import EngineConfig
 from mer.engine import budget as budgets
-from mer.engine.acceptance import DRAFT_MODEL, MOST_DRAFTED
 from mer.engine.blocks import BlockPool
 from mer.engine.budget import Budget
 from mer.engine.draft import DraftShape

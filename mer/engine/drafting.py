@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final, TypeVar
 
+from mer._ext.acceptance import MOST_DRAFTED, Acceptance
 from mer.config import EngineConfig
-from mer.engine.acceptance import MOST_DRAFTED, Acceptance
 from mer.engine.budget import drafts
-from mer.engine.draft import Draft, DraftEngine, DraftSource, Watched
+from mer.engine.draft import DraftEngine, DraftSource
 from mer.engine.draft_model import ModelSource
 from mer.engine.request import Request
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Sequence
 from mer.engine.speculation import LOOKUP, Choice, Offer, Speculation, Verdict
+from mer.engine.stats import StepStats
 from mer.engine.tied import find_head
 from mer.errors import ConfigError, GpuError, MerError
 from mer.model.families import Architecture
@@ -103,62 +104,53 @@ class Drafting:
         expect: see Runner.expect; called with the tokens behind which an engine is to draft, while the
         drive has nothing to do.
         """
-        drafts = [self._look_up(request) for request in requests]
+        kinds = [self._look_up(request) for request in requests]
         if not self.speculation.ready(len(requests)):
             return None
         self._asleep = max(self._asleep - 1, 0)
         self._steps += 1
         behind = [self._all_behind(request) for request in requests]
         if not self.speculation.affordable(LOOKUP):
-            drafts = [None] * len(requests)
-        if all(map(self._hopeless, requests, drafts, behind)):
+            kinds = [-1] * len(requests)
+        if all(map(self._hopeless, requests, kinds, behind)):
             return None
         offers = [
             Offer(
-                () if draft is None else self._chances(request, draft.kind),
+                () if kind < 0 else self._chances(request, kind),
                 tuple(
                     () if tokens is None else self._chances(request, engine.kind)
                     for engine, tokens in zip(self._engines, late, strict=True)
                 ),
             )
-            for request, draft, late in zip(requests, drafts, behind, strict=True)
+            for request, kind, late in zip(requests, kinds, behind, strict=True)
         ]
         choices = self.speculation.choose(offers, room)
         self._doze(offers, choices)
         if not any(choice.length for choice in choices):
-            for request, draft in zip(requests, drafts, strict=True):
-                if draft is not None:
-                    request.passed[draft.kind] = self._steps
+            for request, kind in zip(requests, kinds, strict=True):
+                if kind >= 0:
+                    request.passed[kind] = self._steps
             return None
-        found = [
-            draft.tokens[: choice.length] if draft is not None else []
-            for draft, choice in zip(drafts, choices, strict=True)
-        ]
-        for request, draft in zip(requests, drafts, strict=True):
-            request.draft_kind, request.draft_source = 0 if draft is None else draft.kind, LOOKUP
+        found: list[list[int]] = [[] for _ in requests]
+        for at, (request, kind, choice) in enumerate(zip(requests, kinds, choices, strict=True)):
+            if kind >= 0 and choice.length and request.drafter is not None:
+                found[at] = request.drafter.draft(min(choice.length, request.room))
+            request.draft_kind, request.draft_source = kind, LOOKUP
         for at in range(len(self._engines)):
             self._ask(at, requests, behind, choices, found, expect)
         return found
 
-    def _hopeless(self, request: Request, draft: Draft | None, behind: list[int | None]) -> bool:
-        """Whether there is nothing to weigh: no draft, or only one as it was passed over a few steps ago."""
-        passed = draft is None or self._steps - request.passed.get(draft.kind, -_PASSED) < _PASSED
+    def _hopeless(self, request: Request, kind: int, behind: list[int | None]) -> bool:
+        """Whether there is nothing to weigh: no draft, or of a kind that was passed over a few steps ago."""
+        passed = kind < 0 or self._steps - request.passed.get(kind, -_PASSED) < _PASSED
         return passed and (behind is self._nobody or behind == self._nobody)
 
-    def _look_up(self, request: Request) -> Draft | None:
-        """What prompt lookup finds. Whether that is right is seen in any case, as its tokens come."""
-        watched, tokens = request.watched, request.tokens
-        while watched is not None and watched.start + watched.right < len(tokens):
-            position = watched.right
-            right = tokens[watched.start + position] == watched.tokens[position]
-            self._note(request, watched.kind, position, right)
-            watched.right += 1
-            if not right or watched.right == len(watched.tokens):
-                request.watched = watched = None
-        draft = request.propose(MOST_DRAFTED)
-        if watched is None and draft is not None:
-            request.watched = Watched(draft.tokens, draft.kind, len(tokens))
-        return draft
+    def _look_up(self, request: Request) -> int:
+        """The kind of what prompt lookup finds; -1: nothing that is of use."""
+        if request.drafter is None:
+            return -1
+        kind = request.drafter.look(request.drafts, self._like(request))
+        return kind if kind >= 0 and request.room else -1
 
     def _doze(self, offers: list[Offer], choices: list[Choice]) -> None:
         """To ask engines takes time, too: where what they offer does not pay they are left alone a while."""
@@ -212,7 +204,8 @@ class Drafting:
     def judge(self, request: Request, drafted: int, right: int) -> None:
         """Of its last draft so many tokens were verified, and the first `right` of them were right."""
         if drafted:
-            request.watched = None
+            if request.draft_source == LOOKUP and request.drafter is not None:
+                request.drafter.verified()
             self._verdicts.append(Verdict(request.draft_source, drafted, right))
             for position in range(min(right + 1, drafted)):
                 self._note(request, request.draft_kind, position, position < right)
@@ -223,9 +216,16 @@ class Drafting:
         for source in wrong:
             self._spend(source, seconds / len(wrong))
 
-    def end_step(self, sequences: int, seconds: float, *, alone: bool) -> None:
+    def end_step(self, sequences: int, seconds: float, stats: StepStats, *, alone: bool) -> None:
         """It is over: see Speculation.observe. seconds: all of it, with what is counted as spent already."""
-        self.speculation.observe(sequences, seconds - self._spent, self._verdicts, alone=alone)
+        self.speculation.observe(
+            sequences,
+            seconds - self._spent,
+            self._verdicts,
+            alone=alone,
+            wait=stats.io_wait_s,
+            experts=stats.hits + stats.misses + stats.vram_hits,
+        )
         self._verdicts, self._spent = [], 0.0
 
     def forget(self, request: Sequence) -> None:

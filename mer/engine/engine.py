@@ -17,12 +17,13 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
+from mer._ext.lookup import NgramDrafter
 from mer._ext.remote import NO_PEERS
 from mer.config import EngineConfig, parse_size
 from mer.engine import drafting
 from mer.engine.budget import Budget, resident_bytes
 from mer.engine.constraint import Constraints
-from mer.engine.draft import DraftSource, NgramDrafter
+from mer.engine.draft import DraftSource
 from mer.engine.drafting import Drafting
 from mer.engine.journey import told
 from mer.engine.mailbox import Mailbox

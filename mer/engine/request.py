@@ -9,9 +9,9 @@ import numpy as np
 from attrs import Factory, define, evolve, field
 from numpy.typing import NDArray
 
-from mer.engine.acceptance import Acceptance
+from mer._ext.acceptance import Acceptance
 from mer.engine.constraint import Constraint
-from mer.engine.draft import Draft, Drafter, Watched
+from mer.engine.draft import Drafter
 from mer.engine.mailbox import Mailbox
 from mer.engine.outputs import Delta, FinishReason, Timings, TokenLogprob, Usage
 from mer.engine.params import SamplingParams
@@ -93,8 +93,8 @@ class Request(Job):
     drafter: prompt lookup, None: not for this one. engines: whether draft engines may draft for it. drafts:
     what became of what was drafted. drafted, accepted: tokens of drafts that were verified, and those that
     were right. draft_experts: that drafted tokens wanted, and no others of their steps. draft_source: of the
-    last draft, draft_kind: as Acceptance counts. watched: what prompt lookup found and no step verified.
-    passed: of kinds of drafts, the step, as Drafting counts, in which one was not worth verifying.
+    last draft, draft_kind: as Acceptance counts. passed: of kinds of drafts, in which of Drafting's steps one
+    was not worth verifying.
     """
 
     params: SamplingParams
@@ -106,7 +106,6 @@ class Request(Job):
     drafter: Drafter | None = None
     engines: bool = False
     drafts: Acceptance = Factory(Acceptance)
-    watched: Watched | None = None
     passed: dict[int, int] = Factory(dict)
     drafted: int = 0
     accepted: int = 0
@@ -146,11 +145,6 @@ class Request(Job):
         if self.pending != 1 or self.wants != "last":
             return 0
         return max(self.limit - len(self.tokens) - 1, 0)
-
-    def propose(self, most: int) -> Draft | None:
-        """What prompt lookup finds; None: no idea, or it is not time for it."""
-        most = min(most, self.room)
-        return self.drafter.propose(most) if self.drafter is not None and most else None
 
     def see_prompt(self, start: int, logits: NDArray[np.float32]) -> None:
         """Take f32 [T, vocab], what the model expected after each token from position `start` on."""

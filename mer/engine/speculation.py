@@ -32,6 +32,9 @@ _TRIES: Final = (0.75, 0.75)
 _LOSS: Final = (0.005, 0.005)
 _GAINED: Final = 8.0  # of what was gained, as much may be lost at once
 _EARNING: Final = 8  # plain steps of which that is counted at once
+# Of what is known of waits, the part that one more step replaces; and a wait that is none, seconds.
+_PRESENT: Final = 0.2
+_NO_WAIT: Final = 1e-6
 
 LOOKUP: Final = 0  # of what drafts come from; engines follow
 
@@ -101,6 +104,50 @@ class Costs:
         if first == last:
             return _SLOPE * self._seconds[first] / first
         return max((self._seconds[last] - self._seconds[first]) / (last - first), 0.0)
+
+
+class StepCosts:
+    """Seconds of a step by its tokens: what is computed, and what is waited for.
+
+    The wait is that of the latest steps for an expert that they wanted, whatever their width, times the
+    experts that a step of that width wants. So a cache that fills, or shrinks, changes all widths at once,
+    also those that were not measured since. What reads take while something is computed is no wait.
+    """
+
+    def __init__(self) -> None:
+        self._compute = Costs()
+        self._experts = Costs()  # not seconds but experts of all layers
+        self._waited = 0.0  # seconds of a step, and
+        self._wanted = 0.0  # its experts: of the latest ones
+
+    def observe(self, tokens: int, seconds: float, wait: float, experts: int) -> None:
+        """A step of so many took `seconds`, of them `wait` for reads, and wanted so many experts."""
+        self._compute.observe(tokens, max(seconds - wait, 0.0))
+        if wait or self._waited > _NO_WAIT:
+            self._experts.observe(tokens, experts)
+            self._waited += _PRESENT * (wait - self._waited)
+            self._wanted += _PRESENT * (experts - self._wanted)
+
+    def __contains__(self, tokens: int) -> bool:
+        return tokens in self._compute
+
+    def __call__(self, tokens: int) -> float:
+        """Of a step of so many; 0 where nothing was measured."""
+        if self._waited <= _NO_WAIT:
+            return self._compute(tokens)
+        return self._compute(tokens) + self._rate * self._experts(tokens)
+
+    def curve(self, most: int) -> list[float]:
+        """Of steps of 0, 1, ..., at least `most` tokens; 0 where nothing was measured."""
+        compute = self._compute.curve(most)
+        if self._waited <= _NO_WAIT:
+            return compute
+        rate = self._rate
+        return [a + rate * b for a, b in zip(compute, self._experts.curve(most), strict=False)]
+
+    @property
+    def _rate(self) -> float:
+        return self._waited / max(self._wanted, 1.0)
 
 
 @define
@@ -173,7 +220,7 @@ class Speculation:
         """engines: how many draft engines there are beside prompt lookup."""
         self.drafted = 0
         self.accepted = 0
-        self._costs = Costs()
+        self._costs = StepCosts()
         # Of each engine, the seconds of one more drafted token by the number of sequences.
         self._prices = [Costs() for _ in range(engines)]
         self._proposed = [False] * engines
@@ -294,11 +341,18 @@ class Speculation:
         self._ledgers[source].gain(-seconds, self._plain)
 
     def observe(
-        self, sequences: int, seconds: float, verdicts: Sequence[Verdict] = (), *, alone: bool = True
+        self,
+        sequences: int,
+        seconds: float,
+        verdicts: Sequence[Verdict] = (),
+        *,
+        alone: bool = True,
+        wait: float = 0.0,
+        experts: int = 0,
     ) -> None:
         """A step computed the next token of so many and verified drafts, and took `seconds`.
 
-        alone: it computed no prompts, beside which nothing is verified.
+        alone: it computed no prompts, beside which nothing is verified. wait, experts: see StepCosts.
         """
         if not alone:
             self._earn(seconds)
@@ -312,7 +366,7 @@ class Speculation:
         if self._silent:
             self._silent = [steps + 1 for steps in self._silent]
         if not drafted:
-            self._costs.observe(sequences, seconds)
+            self._costs.observe(sequences, seconds, wait, experts)
             self._since_plain = 0
             if not self._plain:
                 for ledger in self._ledgers:
@@ -326,7 +380,7 @@ class Speculation:
         plain = self._costs(sequences) if sequences in self._costs else seconds
         # To verify takes no longer than to compute each by itself; what is above that is some accident.
         seconds = min(seconds, plain * (sequences + drafted) / sequences)
-        self._costs.observe(sequences + drafted, seconds)
+        self._costs.observe(sequences + drafted, seconds, min(wait, seconds), experts)
         self.drafted += drafted
         self.accepted += right
         self._since_plain += 1

@@ -10,12 +10,12 @@ import numpy as np
 from attrs import define, frozen
 from numpy.typing import NDArray
 
+from mer._ext.acceptance import MOST_DRAFTED, TIED
 from mer._ext.cache import ExpertCache
 from mer._ext.kernels import Kernels
 from mer._ext.moe import ExpertStreamer, scratch_bytes
 from mer._ext.uring import Reader
 from mer.config import EngineConfig
-from mer.engine.acceptance import MOST_DRAFTED, TIED
 from mer.engine.draft import DraftShape
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Chunk, Sequence

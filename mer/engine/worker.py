@@ -350,7 +350,7 @@ class Worker:
         if self._drafting is not None:
             self._set_back(chunks, [start for start, *_ in starts], self._drafting)
             now = time.perf_counter()
-            self._drafting.end_step(decoding, now - self._began, alone=not prompt)
+            self._drafting.end_step(decoding, now - self._began, stats, alone=not prompt)
             self._began = now
         if self._runner.profile is not None:
             self._runner.profile.span("sampling and text", drawing)
