@@ -71,6 +71,7 @@ def always(monkeypatch):
             ]
 
     monkeypatch.setattr(drafting, "Speculation", Always)
+    monkeypatch.setattr(drafting.Drafting, "rests", lambda self: False)
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +110,43 @@ def test_what_did_not_pay_is_not_weighed_again_at_once():
         assert looking.prepare([text], 8) is None
         text.tokens.append(0)
     assert weighed == [0, 8, 12, 16]
+
+
+def test_looks_become_rarer_where_they_find_nothing_and_not_where_they_do():
+    found = {1: [Choice(2, None)]}
+
+    class Told(Speculation):
+        def ready(self, sequences):
+            return True
+
+        def choose(self, offers, room):
+            return found.get(len(text.tokens), [Choice(0, None)])
+
+    text = SimpleNamespace(tokens=[], drafts=Acceptance(), passed={}, room=9, params=GREEDY, engines=False)
+    text.drafter = SimpleNamespace(look=lambda own, everybody: 0, draft=lambda most: [7] * most)
+    looking, looks = Drafting([], Told()), []
+    for at in range(400):
+        if not looking.rests():
+            looks.append(at)
+            looking.prepare([text], 8)
+    assert looks[:12] == [*range(8), 9, 11, 13, 15]
+    assert [later - earlier for earlier, later in pairwise(looks)][-5:] == [8] * 5
+    text.tokens.append(0)
+    while looking.rests():
+        pass
+    text.passed.clear()
+    assert looking.prepare([text], 8) == [[7, 7]]
+    assert not looking.rests()
+
+
+def test_steps_without_a_look_earn_what_drafts_may_lose():
+    speculation = Speculation()
+    speculation.observe(1, 1.0)
+    while speculation.affordable(LOOKUP):
+        speculation.spend(LOOKUP, 0.1)
+    for _ in range(400):
+        speculation.rested(1.0)
+    assert speculation.affordable(LOOKUP)
 
 
 # --- simulated texts

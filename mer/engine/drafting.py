@@ -33,6 +33,10 @@ _log = logging.getLogger("mer")
 _BEHIND: Final = 4 * MOST_DRAFTED
 # What prompt lookup found was not worth verifying: so many steps until a find of that kind is weighed again.
 _PASSED: Final = 8
+# Behind so many looks in a row that found nothing worth verifying a step goes by without a look; after as many
+# more it is two, and so on, up to a bound.
+_LOOKS: Final = 8
+_MOST_RESTS: Final = 7
 # Steps that want nothing of what engines offer until they are left alone, and for how many.
 _PATIENCE: Final = 4
 _SLEEP: Final = 128
@@ -93,8 +97,23 @@ class Drafting:
         self._verdicts: list[Verdict] = []  # of this step
         self._spent = 0.0  # on drafts, in this step
         self._steps = 0  # that could have verified drafts
+        self._vain = 0  # looks in a row that found nothing
+        self._rest = 0  # steps until the next look
+        self._resting = False  # whether this step is one of them
         self._idle = 0  # steps in a row for which engines offered drafts, and nothing was wanted
         self._asleep = 0  # steps until they are asked again
+
+    def rests(self) -> bool:
+        """Whether the step that begins is left out: `prepare` is not to be called.
+
+        To look takes time, and where nothing was worth it for long, it is no loss to find something some
+        steps later.
+        """
+        self._resting = self._rest > 0
+        if self._resting:
+            self._rest -= 1
+            self._asleep = max(self._asleep - 1, 0)
+        return self._resting
 
     def prepare(
         self, requests: list[Request], room: int, expect: Callable[[list[int]], None] = lambda _: None
@@ -113,6 +132,7 @@ class Drafting:
         if not self.speculation.affordable(LOOKUP):
             kinds = [-1] * len(requests)
         if all(map(self._hopeless, requests, kinds, behind)):
+            self._looked_in_vain()
             return None
         offers = [
             Offer(
@@ -130,7 +150,9 @@ class Drafting:
             for request, kind in zip(requests, kinds, strict=True):
                 if kind >= 0:
                     request.passed[kind] = self._steps
+            self._looked_in_vain()
             return None
+        self._vain = 0
         found: list[list[int]] = [[] for _ in requests]
         for at, (request, kind, choice) in enumerate(zip(requests, kinds, choices, strict=True)):
             if kind >= 0 and choice.length and request.drafter is not None:
@@ -139,6 +161,10 @@ class Drafting:
         for at in range(len(self._engines)):
             self._ask(at, requests, behind, choices, found, expect)
         return found
+
+    def _looked_in_vain(self) -> None:
+        self._vain += 1
+        self._rest = min(self._vain // _LOOKS, _MOST_RESTS)
 
     def _hopeless(self, request: Request, kind: int, behind: list[int | None]) -> bool:
         """Whether there is nothing to weigh: no draft, or of a kind that was passed over a few steps ago."""
@@ -186,7 +212,7 @@ class Drafting:
 
     def observe(self, chunks: list[Chunk], runner: Runner) -> None:
         """A step of it has computed these; see DraftEngine.observe."""
-        if any(chunk.draft for chunk in chunks):
+        if not self._resting and any(chunk.draft for chunk in chunks):
             extra, in_all = runner.draft_experts(chunks)
             self.experts += in_all
             for chunk, count in zip(chunks, extra, strict=True):
@@ -218,6 +244,10 @@ class Drafting:
 
     def end_step(self, sequences: int, seconds: float, stats: StepStats, *, alone: bool) -> None:
         """It is over: see Speculation.observe. seconds: all of it, with what is counted as spent already."""
+        if self._resting:
+            self.speculation.rested(seconds - self._spent)
+            self._spent = 0.0
+            return
         self.speculation.observe(
             sequences,
             seconds - self._spent,

@@ -249,9 +249,12 @@ class Scheduler:
 
     def draft_room(self, chunks: list[Chunk]) -> int:
         """How many drafted tokens this step could verify."""
-        if any(chunk.sequence.pending > 1 for chunk in chunks):
-            return 0
-        return min(self.step_tokens - len(chunks), self.rows - sum(chunk.rows for chunk in chunks))
+        rows = self.rows
+        for chunk in chunks:
+            if chunk.sequence.pending > 1:
+                return 0
+            rows -= chunk.rows
+        return min(self.step_tokens - len(chunks), rows)
 
     def with_drafts(self, chunks: list[Chunk], drafts: Iterable[list[int]]) -> list[Chunk]:
         """The same step, in which as much of each one's draft is verified as there is room for."""

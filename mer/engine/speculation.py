@@ -234,6 +234,7 @@ class Speculation:
         self._plain = 0.0  # seconds of the last plain step; 0: there was none
         self._since_plain = 0
         self._unearned = 0.0  # seconds of plain steps that no ledger has seen
+        self._rests = 0  # steps that `observe` was not told of, since it was called
 
     def affordable(self, source: int) -> bool:
         """Whether there is time to lose by what comes from there."""
@@ -364,7 +365,8 @@ class Speculation:
         for prices in self._prices:
             prices.age()
         if self._silent:
-            self._silent = [steps + 1 for steps in self._silent]
+            self._silent = [steps + 1 + self._rests for steps in self._silent]
+            self._rests = 0
         if not drafted:
             self._costs.observe(sequences, seconds, wait, experts)
             self._since_plain = 0
@@ -372,10 +374,7 @@ class Speculation:
                 for ledger in self._ledgers:
                     ledger.gain(ledger.tries * seconds, seconds)
             self._plain = self._costs(sequences)
-            self._unearned += seconds
-            if self._unearned > _EARNING * self._plain:
-                self._earn(self._unearned)
-                self._unearned = 0.0
+            self._earn(seconds)
             return
         plain = self._costs(sequences) if sequences in self._costs else seconds
         # To verify takes no longer than to compute each by itself; what is above that is some accident.
@@ -388,9 +387,17 @@ class Speculation:
             gained = verdict.right * plain / sequences - (seconds - plain) * verdict.drafted / drafted
             self._ledgers[verdict.source].gain(gained, plain)
 
+    def rested(self, seconds: float) -> None:
+        """A step without drafts took so long, of which `observe` is not told."""
+        self._rests += 1
+        self._earn(seconds)
+
     def _earn(self, seconds: float) -> None:
-        for ledger in self._ledgers:
-            ledger.earn(seconds, self._plain)
+        self._unearned += seconds
+        if self._unearned > _EARNING * self._plain:
+            for ledger in self._ledgers:
+                ledger.earn(self._unearned, self._plain)
+            self._unearned = 0.0
 
 
 def _worth(chain: tuple[float, ...]) -> float:

@@ -262,7 +262,7 @@ class Worker:
             self._put(job, error)
 
     def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
-        if self._drafting is None:
+        if self._drafting is None or self._drafting.rests():
             return chunks
         requests = [chunk.sequence for chunk in chunks if isinstance(chunk.sequence, Request)]
         room = self._scheduler.draft_room(chunks)
