@@ -33,8 +33,8 @@ _log = logging.getLogger("mer")
 _BEHIND: Final = 4 * MOST_DRAFTED
 # What prompt lookup found was not worth verifying: so many steps until a find of that kind is weighed again.
 _PASSED: Final = 8
-# Behind so many looks in a row that found nothing worth verifying a step goes by without a look; after as many
-# more it is two, and so on, up to a bound.
+# After so many looks in a row that found nothing worth verifying a step goes by without a look behind each,
+# after as many more two steps, and so on, up to a bound.
 _LOOKS: Final = 8
 _MOST_RESTS: Final = 7
 # Steps that want nothing of what engines offer until they are left alone, and for how many.
