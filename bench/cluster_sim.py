@@ -247,15 +247,18 @@ def _drive(world: World, read: float, seconds: float) -> float:
 
 
 def _check(console: Console, files: tuple[Path, ...]) -> None:
-    table = Table("link", "nodes", "measured", "simulated", "error", title="tokens/s")
+    table = Table("link", "nodes", "measured", "simulated", "error", "here", "drive", "peers")
+    table.title = "tokens/s, and ms of a token that were spent beside experts and waiting for drive and peers"
     errors = []
     for file in files:
         result = json.loads(file.read_text())
-        for nodes, real, simulated in measured(result)[1]:
+        for (nodes, real, simulated), each in zip(measured(result)[1], result["nodes"], strict=True):
             if nodes > 1:  # one node is what the figures of the world are taken from
                 errors.append(abs(simulated / real - 1))
             link = f"{1e3 * result['delay_s']:g} ms, {result['bits_per_s'] / 1e9:g} Gbit/s"
-            table.add_row(link, f"{nodes}", f"{real:.1f}", f"{simulated:.1f}", f"{simulated / real - 1:+.0%}")
+            spent = (f"{1e3 * each[name]:.1f}" for name in ("dense_s", "io_wait_s", "wait_s"))
+            error = f"{simulated / real - 1:+.0%}"
+            table.add_row(link, f"{nodes}", f"{real:.1f}", f"{simulated:.1f}", error, *spent)
     console.print(table)
     console.print(f"median error {statistics.median(errors):.0%}")
 
