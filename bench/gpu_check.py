@@ -2,7 +2,7 @@
 
     python -m bench.gpu_check --json gpu.json              all parts, at most 9 minutes
     python -m bench.gpu_check --parts tests,mla --minutes 3
-    MER_CUDA_DRIVER=... python -m bench.gpu_check --small  of this program itself, without a GPU
+    MER_CUDA_DRIVER=... MER_FAKE_VRAM=0x60000000 python -m bench.gpu_check --small   a trial, simulated
 
 Nothing is downloaded: models are made in --work (9 GB; what is in it already is used), which by default is a
 directory for temporary files and goes at the end. Every part is a process with a limit of its own; where one
@@ -80,15 +80,15 @@ def parts(work: Path, small: bool) -> list[Part]:
     kernels = ["--tokens", "1,64" if small else "1,16,512", "--json", str(report("kernels"))]
     if small:
         kernels += ["--formats", "q8_0", "--rows", "16", "--cols", "256", "--products", "8", "--mib", "1"]
-    dense = ["--layers", "2", "--contexts", "16", "--tokens", "32"] if small else ["--contexts", "128,4096"]
+    dense = ["--layers", "1", "--contexts", "16", "--tokens", "8"] if small else ["--contexts", "128,4096"]
     runs = ["--vram", "none,100MiB" if small else "none,8", "--experts", "25,100", "--seconds", "45"]
     runs += ["--prompt", "32", "--decode", "8", "--warm", "16", "--threads", "1"] if small else []
     store = ["--lengths", "16,32" if small else "64,512,2048", "--repeat", "1" if small else "3"]
+    store += ["--context", "64"] if small else []
     found = [
         Part(
             "tests", "the tests that need no made-up fault",
-            ["pytest", "-q", "-p", "no:cacheprovider", tests], 150,
-            env={} if small else {"MER_TEST_GPU": "1"},
+            ["pytest", "-p", "no:cacheprovider", tests], 150, env={} if small else {"MER_TEST_GPU": "1"},
         ),
         Part(
             "kernels", "kernels of every format, beside the CPU's bytes and a copy",
@@ -101,6 +101,7 @@ def parts(work: Path, small: bool) -> list[Part]:
         found.append(Part(name, f"dense layers of {shape}", command, 70, report=report(name), told=_layers))
     models = (("qwen", "qwen3-30b-a3b", "12", "q4_0"), ("oss", "gpt-oss-20b", "8", "mxfp4"))
     for name, shape, layers, form in models:
+        layers = "1" if small else layers
         command = ["bench.make_model", shape, str(work / name), "--layers", layers, "--experts", form]
         found.append(Part(name, f"{layers} layers of {shape}, written", command, 80))
         run = f"{name}-vram"
@@ -151,7 +152,7 @@ def run(part: Part, seconds: float, log: Path) -> Outcome:
     with open(log, "wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", *part.command], stdout=out, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, env={**os.environ, **part.env}, start_new_session=True,
+            stdin=subprocess.DEVNULL, env=os.environ | dict(part.env), start_new_session=True,
         )  # fmt: skip
         try:
             status = process.wait(seconds)
