@@ -54,7 +54,7 @@ def sleeper(seconds: float) -> None:
 
 async def load(engine: Engine, streams: int) -> None:
     """Until it is cancelled: streams that are read at once, and long prompts one after the other."""
-    most = min(engine.budget.context // 4, engine.spec.max_positions - 64)
+    most = min(engine.budget.context // 4, engine.context - 64)
 
     def ids(n: int) -> list[int]:
         return [int(token) for token in random.integers(1, engine.spec.vocab, n)]
