@@ -278,19 +278,24 @@ def test_nothing_is_read_ahead_meanwhile_but_for_chunks(model):
 
 
 def test_turns_are_counted_by_what_had_to_be_read(model):
-    """Whoever had it read: the first trial begins with the first step behind so many."""
+    """Whoever had it read. The trial goes on with the first step behind so many; waiting counts, too."""
     streamed = Streamed(model, slots=2 * TOP_K, prefetch=TOP_K)
     streamer = streamed.streamer
+    switch = streamer.prefetcher.switch
     with streamed.reader:
         for step in range(ROUND):
             stats = streamer.stats()
-            due = stats["misses"] + stats["prefetch_used"] >= ROUND
-            walk(model, streamed, 1, right=True, start=step)
-            assert streamer.prefetcher.switch.on is not due
-            if due:
+            reads = stats["misses"] + stats["prefetch_used"]
+            streamed.forward(0, *model.inputs(0, 1, step))
+            assert switch.on is (reads < ROUND)
+            assert switch.reads == [0, reads]
+            assert switch.waited == pytest.approx([0, 1e9 * stats["io_wait_s"]])
+            if not switch.on:
                 break
-        assert due
+            walk(model, streamed, 1, right=True, start=step)
+        assert not switch.on
         assert stats["prefetch_used"] > 0
+        assert stats["io_wait_s"] > 0
 
 
 @pytest.mark.parametrize("still", [True, False])

@@ -24,8 +24,8 @@ cdef class AheadSwitch:
     cdef int stage             # 0: no trial, 1..3: its first round, the other way, its last round
     cdef int64_t seen, due     # experts read in this stage, and until the next
     cdef int64_t length        # of stage 0
-    cdef double reads[2]       # by `on`: experts that had to be read in trials
-    cdef double waited[2]      # and ns waited for reads
+    cdef readonly double reads[2]   # by `on`: experts that had to be read in trials
+    cdef readonly double waited[2]  # and ns waited for reads
 
     cdef void note(self, int64_t reads, int64_t waited) noexcept nogil
     cdef void begin_step(self) noexcept nogil

@@ -9,5 +9,7 @@ class AheadDepth:
 
 class AheadSwitch:
     on: bool
+    reads: list[float]
+    waited: list[float]
     def note_py(self, reads: int, waited: int) -> None: ...
     def begin_step_py(self) -> None: ...
