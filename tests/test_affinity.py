@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from mer.deploy.affinity import PIECE, Affinity, beginnings, text_of
+from mer.deploy.affinity import PIECE, Affinity, beginnings, prompt_of, text_of
 from mer.deploy.waiting import WINDOW, QueueTimes, wanted_engines
+from mer.v1 import inference_pb2 as pb
 
 
 def chat(*contents: str, **more: object) -> bytes:
@@ -34,6 +35,20 @@ def test_the_same_beginning_has_the_same_keys():
     assert common(json.dumps({"prompt": long}).encode(), json.dumps({"prompt": long + "z"}).encode()) == 4
     ids = list(range(2000))
     assert common(json.dumps({"prompt": ids}).encode(), json.dumps({"prompt": [*ids, 7]}).encode()) > 4
+
+
+def test_requests_of_grpc():
+    """The same prompt begins alike, asked by itself or in a session; of another model it does not."""
+    text = pb.GenerateRequest(text="x" * 1000)
+    assert prompt_of(text) == b"x" * 1000
+    assert prompt_of(pb.SessionRequest(id="a", generate=text)) == prompt_of(text)
+    assert prompt_of(pb.GenerateRequest(text="x", model="m")) != prompt_of(pb.GenerateRequest(text="x"))
+    chat = pb.ChatRequest(messages=[pb.Message(role="user", content="y" * 1000)])
+    longer = pb.ChatRequest(messages=[*chat.messages, pb.Message(role="user", content="z")])
+    assert prompt_of(longer).startswith(prompt_of(chat))
+    assert len(prompt_of(chat)) > 1000
+    assert prompt_of(pb.SessionRequest(id="b", chat=chat)) == prompt_of(chat)
+    assert prompt_of(pb.TokenizeRequest(text="x")) == b""
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"3", chat("short"), b'{"prompt": ""}'])

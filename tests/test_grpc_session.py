@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
 from engine_models import write_text_model
 from grpc_client import FOREVER, asked, chat, connected, generate, refused, served, slowed, text_of, until
 
+from mer.api.grpc.errors import Failure
+from mer.deploy.session import RefusedError, RoutedSession
 from mer.v1 import inference_pb2 as pb
+from mer.v1 import inference_pb2_grpc as rpc
 
 PROMPTS = ["The old man", "the sea", "Hello", "é漢字"]
 CANCEL = pb.Cancel()
+# For which the front finds no engine, or fails itself.
+LOST, WRONG = "lost", "wrong"
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +33,57 @@ def begin(id: str, request: pb.GenerateRequest | pb.ChatRequest) -> pb.SessionRe
     if isinstance(request, pb.ChatRequest):
         return pb.SessionRequest(id=id, chat=request)
     return pb.SessionRequest(id=id, generate=request)
+
+
+class Front(rpc.InferenceServicer):
+    """As that of a cluster: each request of a session is asked for itself."""
+
+    def __init__(self, stub: rpc.InferenceAsyncStub) -> None:
+        self._stub = stub
+
+    async def Session(self, requests, context):  # noqa: N802
+        session = RoutedSession(self._ask)
+        async with aclosing(session.responses((each, 0) async for each in requests)) as responses:
+            async for response in responses:
+                yield response
+
+    async def Generate(self, request, context):  # noqa: N802
+        async for response in self._stub.Generate(request):
+            yield response
+
+    async def Chat(self, request, context):  # noqa: N802
+        async for response in self._stub.Chat(request):
+            yield response
+
+    async def _ask(self, request):
+        if request.generate.text == LOST:
+            raise RefusedError(Failure(grpc.StatusCode.UNAVAILABLE, "the engine was lost", "ENGINE_LOST"))
+        if request.generate.text == WRONG:
+            raise ValueError("a secret")
+        call = self._stub.Session(iter([request]))
+        try:
+            async for response in call:
+                yield response
+        finally:
+            call.cancel()
+
+
+@asynccontextmanager
+async def routed(model: Path, **engine) -> AsyncIterator[tuple]:
+    """As `served`; the stub is of a Front before the server."""
+    async with served(model, **engine) as (stub, opened, server):
+        front = grpc.aio.server()
+        rpc.add_InferenceServicer_to_server(Front(stub), front)
+        port = front.add_insecure_port("127.0.0.1:0")
+        await front.start()
+        try:
+            async with connected(port) as before:
+                yield before, opened, server
+        finally:
+            await front.stop(0)
+
+
+EITHER = pytest.mark.parametrize("serving", [served, routed])
 
 
 class Reader:
@@ -57,9 +116,10 @@ class Reader:
         await self._task
 
 
-async def test_requests_run_side_by_side(model):
+@EITHER
+async def test_requests_run_side_by_side(model, serving):
     """Text by text what each would get by itself; their pieces are mixed."""
-    async with served(model) as (stub, _, _):
+    async with serving(model) as (stub, _, _):
         requests = {f"g{i}": generate(text) for i, text in enumerate(PROMPTS)}
         requests |= {f"c{i}": chat(text) for i, text in enumerate(PROMPTS)}
         alone = {}
@@ -79,12 +139,13 @@ async def test_requests_run_side_by_side(model):
         assert await call.code() == grpc.StatusCode.OK
 
 
+@EITHER
 @pytest.mark.parametrize("seed", range(4))
-async def test_any_order_of_messages(model, seed):
+async def test_any_order_of_messages(model, serving, seed):
     """Begun, cancelled and used again at random: nothing is lost, mixed up or held."""
     rng = random.Random(seed)
     params = pb.SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-    async with served(model) as (stub, _, _):
+    async with serving(model) as (stub, _, _):
         whole = {text: await text_of(stub.Generate(generate(text, params))) for text in PROMPTS}
         with slowed(0.001):
             call = stub.Session()
@@ -119,8 +180,9 @@ async def test_any_order_of_messages(model, seed):
         assert cancelled
 
 
-async def test_cancel_ends_a_request_and_no_other(model):
-    async with served(model) as (stub, engine, _):
+@EITHER
+async def test_cancel_ends_a_request_and_no_other(model, serving):
+    async with serving(model) as (stub, engine, _):
         with slowed(0.005):
             call = stub.Session()
             reader = Reader(call)
@@ -142,6 +204,7 @@ async def test_cancel_ends_a_request_and_no_other(model):
         assert set(reader.ends) == {"long", "short"}
 
 
+@EITHER
 @pytest.mark.parametrize(
     ("message", "field", "code"),
     [
@@ -154,8 +217,8 @@ async def test_cancel_ends_a_request_and_no_other(model):
         (begin("good", generate("x")), "id", "ALREADY_EXISTS"),
     ],
 )
-async def test_what_is_refused_harms_no_other(model, message, field, code):
-    async with served(model) as (stub, _, _):
+async def test_what_is_refused_harms_no_other(model, serving, message, field, code):
+    async with serving(model) as (stub, _, _):
         expected = await text_of(stub.Generate(generate("the sea")))
         with slowed(0.005):
             call = stub.Session()
@@ -187,8 +250,9 @@ async def test_what_is_no_message_ends_the_session(model):
         await until(lambda: not asked(engine), "its requests are gone")
 
 
-async def test_who_leaves_ends_all_of_them(model):
-    async with served(model) as (stub, engine, _):
+@EITHER
+async def test_who_leaves_ends_all_of_them(model, serving):
+    async with serving(model) as (stub, engine, _):
         with slowed(0.005):
             call = stub.Session()
             for i in range(5):
@@ -235,3 +299,20 @@ async def test_a_server_that_stops_ends_sessions_when_they_are_idle(model):
         assert error is not None
         assert error.code() == grpc.StatusCode.UNAVAILABLE
         await stopping
+
+
+async def test_a_request_without_an_engine_harms_no_other(model):
+    async with routed(model) as (stub, _, _):
+        call = stub.Session()
+        reader = Reader(call)
+        for id, text in {"a": LOST, "b": "the sea", "c": WRONG}.items():
+            await call.write(begin(id, generate(text)))
+        await call.done_writing()
+        await reader.end()
+    errors = {id: ends[0][1] for id, ends in reader.ends.items()}
+    assert errors.pop("b").usage.completion_tokens == 12
+    assert {id: (error.code, error.reason) for id, error in errors.items()} == {
+        "a": (grpc.StatusCode.UNAVAILABLE.value[0], "ENGINE_LOST"),
+        "c": (grpc.StatusCode.INTERNAL.value[0], "INTERNAL_ERROR"),
+    }
+    assert "secret" not in errors["c"].message

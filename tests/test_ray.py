@@ -1,7 +1,6 @@
 """`mer cluster` on a Ray of this machine: two shards, two engines, and what happens when they are killed.
 
-Ray takes minutes to start on a small machine, so it is not among what the tests install: this is run where it
-is there (pip install 'mer[ray]'). What of it needs no Ray is in test_cluster_cli.py and test_affinity.py.
+What of it needs no Ray is in test_cluster_cli.py, test_affinity.py and test_grpc_session.py.
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,56 +20,35 @@ import grpc
 import httpx
 import openai
 import pytest
-from attrs import frozen
 from engine_models import opened, write_text_model
+from own_ray import LONG, Cluster, own_ray, quiet_port, run
 
 from mer import SamplingParams
 from mer.v1 import inference_pb2 as pb
 from mer.v1 import inference_pb2_grpc as rpc
 
-ray = pytest.importorskip("ray")
+ray = pytest.importorskip("ray", reason="has no wheel for this Python or this machine")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Ray's processes are looked at in /proc")
 
-MER = [sys.executable, "-c", "from mer.cli.main import main; main()", "cluster"]
-# A generous limit of whatever is waited for, in seconds.
-LONG = 300.0
 NOTHING = {"nodes": 1, "shards": [], "status": "", "engines": []}
 MESSAGES = [{"role": "user", "content": "Tell me of the sea. " * 40}]
+TEXT = "Once upon a time"
+GREEDY = pb.SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+FOREVER = pb.SamplingParams(temperature=0, ignore_eos=True)
 
 
-@frozen
-class Cluster:
-    """Where it is: of Ray, of the HTTP API, of the gRPC API."""
+@pytest.fixture(autouse=True)
+def limit() -> Iterator[None]:
+    """A test that stalls says where, instead of holding up all others."""
 
-    ray: str
-    http: str
-    grpc: str
+    def over(_signal: int, _frame: object) -> None:
+        raise TimeoutError(f"not over after {2 * LONG:.0f} s")
 
-    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [*MER, *map(str, arguments), "--ray", self.ray]
-        return subprocess.run(command, capture_output=True, text=True, timeout=LONG)
-
-    def state(self) -> dict[str, Any]:
-        """{} while Ray has no answer."""
-        done = self.run("status", "--json")
-        return json.loads(done.stdout) if done.returncode == 0 else {}
-
-    def until(self, condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-        end = time.monotonic() + LONG
-        while True:
-            state = self.state()
-            if state and condition(state):
-                return state
-            assert time.monotonic() < end, f"{what}: {state}"
-            time.sleep(1)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(int(2 * LONG))
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")
@@ -81,41 +57,26 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster_of_ray() -> Iterator[Cluster]:
+def empty() -> Iterator[Cluster]:
     """Nothing is up yet."""
-    own, http, rpcs, *others = free_ports(7)
-    names = "node-manager", "object-manager", "ray-client-server", "dashboard-agent-listen"
-    command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={own}",
-        "--num-cpus=8", f"--memory={8 << 30}", f"--object-store-memory={128 << 20}",
-        "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats",
-        *(f"--{name}-port={port}" for name, port in zip(names, others, strict=True)),
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    made = Cluster(f"127.0.0.1:{own}", f"http://127.0.0.1:{http}", f"127.0.0.1:{rpcs}")
-    try:
-        made.until(lambda _: True, "Ray answers")
+    with own_ray() as made:
         yield made
-    finally:
-        process.terminate()
-        process.wait(LONG)
 
 
 @pytest.fixture(scope="module")
-def cluster(cluster_of_ray, model) -> Iterator[Cluster]:
-    made = cluster_of_ray
-    http, rpcs = (address.rpartition(":")[2] for address in (made.http, made.grpc))
-    done = made.run(
+def cluster(empty, model) -> Iterator[Cluster]:
+    http, rpcs = (address.rpartition(":")[2] for address in (empty.http, empty.grpc))
+    done = empty.run(
         "up", model, "--shards", 2, "--shard-port", 0, "--ram", "1GiB", "--replicas", 2,
         "--cache-experts", 4, "--served-model-name", "tiny", "--port", http, "--grpc-port", rpcs,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"tiny is served at {made.http}/v1, gRPC on port {rpcs}" in done.stderr
-    made.until(settled, "both engines use both shards")
-    yield made
-    assert made.run("down").returncode == 0
-    assert made.run("down").stderr.strip() == "nothing was up"
-    assert made.state() == NOTHING
+    assert f"tiny is served at {empty.http}/v1, gRPC on port {rpcs}" in done.stderr
+    empty.until(settled, "both engines use both shards")
+    yield empty
+    done = empty.run("down")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert json.loads(empty.run("status", "--json").stdout) == NOTHING
 
 
 def settled(state: dict[str, Any]) -> bool:
@@ -126,6 +87,14 @@ def settled(state: dict[str, Any]) -> bool:
         and all(each.get("held") for each in shards)
         and all(each["peers"] == 2 for each in engines)
     )
+
+
+def idle(state: dict[str, Any]) -> bool:
+    return not any(each["running"] or each["waiting"] for each in state["engines"])
+
+
+async def until(cluster: Cluster, condition, what: str) -> dict[str, Any]:
+    return await asyncio.to_thread(cluster.until, condition, what)
 
 
 def client(cluster: Cluster) -> openai.AsyncOpenAI:
@@ -150,23 +119,57 @@ async def expected(model: Path, tokens: int) -> str:
         return (await engine.generate(engine.chat_prompt(MESSAGES), params)).text
 
 
+async def expected_text(model: Path) -> str:
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    async with opened(model, context=4096) as engine:
+        return (await engine.generate(TEXT, params)).text
+
+
+@pytest.fixture
+async def stub(cluster) -> AsyncIterator[rpc.InferenceAsyncStub]:
+    async with grpc.aio.insecure_channel(cluster.grpc) as channel:
+        yield rpc.InferenceStub(channel)
+
+
 def test_no_ray_answers():
-    (port,) = free_ports(1)
-    done = Cluster(f"127.0.0.1:{port}", "", "").run("status")
+    port = quiet_port()
+    done = run("status", "--ray", f"127.0.0.1:{port}")
     assert (done.returncode, done.stdout) == (1, "")
     assert f"no Ray answers at '127.0.0.1:{port}'" in done.stderr
 
 
-def test_what_can_not_be_opened(cluster_of_ray, model):
+def test_what_can_not_be_opened(empty, model):
     """Nothing of it is left."""
-    for options, words in (
-        (("nowhere", "--shards", 1, "--ram", "1GiB"), "nowhere does not exist"),
-        ((model, "--ram", "20MiB"), "ram 20 MiB is too little"),
-    ):
-        done = cluster_of_ray.run("up", *options, "--port", free_ports(1)[0], "--no-grpc")
-        assert done.returncode == 1
-        assert words in done.stderr
-        assert cluster_of_ray.state() == NOTHING
+    done = empty.run(
+        "up",
+        model,
+        "--shards",
+        1,
+        "--shard-ram",
+        "1GiB",
+        "--ram",
+        "20MiB",
+        "--port",
+        quiet_port(),
+        "--no-grpc",
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "engines could not be started:" in done.stderr
+    assert "ram 20 MiB is too little" in done.stderr
+    assert empty.state() == NOTHING
+
+
+def test_a_port_that_is_taken(empty, model):
+    """Nothing is started."""
+    port = quiet_port()
+    with socket.create_server(("127.0.0.1", port)):
+        done = empty.run(
+            "up", model, "--shards", 1, "--ram", "1GiB", "--port", quiet_port(), "--grpc-port", port
+        )
+    assert done.returncode == 1
+    assert f"port {port} of the node" in done.stderr
+    assert "(Address already in use); --grpc-port names another one" in done.stderr
+    assert empty.state() == NOTHING
 
 
 async def test_one_address(cluster, model):
@@ -192,31 +195,68 @@ async def test_one_address(cluster, model):
     # The same beginning went to the same engine, which knew it already.
     assert sorted(each["prefix_hit_tokens"] > 100 for each in state["engines"]) == [False, True]
     assert await asyncio.gather(*(ask(cluster) for _ in range(8))) == [want] * 8
-    assert (
-        "the cluster is up already"
-        in (await asyncio.to_thread(cluster.run, "up", model, "--ram", "1GiB")).stderr
-    )
+    again = await asyncio.to_thread(cluster.run, "up", model, "--ram", "1GiB")
+    assert "the cluster is up already" in again.stderr
 
 
-async def test_grpc(cluster, model):
-    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    async with opened(model, context=4096) as engine:
-        want = (await engine.generate("Once upon a time", params)).text
-    async with grpc.aio.insecure_channel(cluster.grpc) as channel:
-        stub = rpc.InferenceStub(channel)
-        asked = pb.SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-        call = stub.Generate(pb.GenerateRequest(text="Once upon a time", params=asked))
-        assert "".join([each.text async for each in call]) == want
-        assert (await stub.GetModel(pb.GetModelRequest())).name == "tiny"
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.Embed(pb.EmbedRequest(text="x", model="other"))
-        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            [each async for each in stub.Session(iter([pb.SessionRequest()]))]
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+async def test_grpc(cluster, model, stub):
+    want = await expected_text(model)
+    call = stub.Generate(pb.GenerateRequest(text=TEXT, params=GREEDY), timeout=LONG)
+    assert "".join([each.text async for each in call]) == want
+    assert (await stub.GetModel(pb.GetModelRequest(), timeout=LONG)).name == "tiny"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Embed(pb.EmbedRequest(text="x", model="other"), timeout=LONG)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_client_who_leaves_ends_its_request(cluster):
+async def test_a_session(cluster, model, stub):
+    """Its requests are answered side by side, one is refused, one is cancelled; its id is free again."""
+    want = await expected_text(model)
+    session = stub.Session(timeout=LONG)
+
+    async def begin(id: str, params: pb.SamplingParams) -> None:
+        request = pb.GenerateRequest(text=TEXT, params=params)
+        await session.write(pb.SessionRequest(id=id, generate=request))
+
+    for id, params in {"a": GREEDY, "b": GREEDY, "bad": pb.SamplingParams(top_p=2), "long": FOREVER}.items():
+        await begin(id, params)
+    texts: dict[str, str] = {}
+    errors: dict[str, pb.Error] = {}
+    left = ended = False
+    async for response in session:
+        id = response.id
+        texts[id] = texts.get(id, "") + response.generate.text
+        if response.HasField("error"):
+            errors[id] = response.error
+        if id != "long" or ended:
+            continue
+        if response.HasField("error"):
+            ended, texts[id] = True, ""
+            await begin(id, GREEDY)
+            await session.done_writing()
+        elif response.generate.HasField("final"):  # it was over before it could be cancelled
+            left = False
+            await begin(id, FOREVER)
+        elif not left:
+            left = True
+            await session.write(pb.SessionRequest(id=id, cancel=pb.Cancel()))
+    assert (texts["a"], texts["b"], texts["long"]) == (want, want, want)
+    assert {id: (error.reason, error.field) for id, error in errors.items()} == {
+        "bad": ("INVALID_REQUEST", "params.top_p"),
+        "long": ("CANCELLED", ""),
+    }
+    await until(cluster, idle, "the cancelled request is gone from its engine")
+
+
+async def cancelled(cluster: Cluster) -> float:
+    """Requests that both engines were told to cancel, once nothing runs."""
+    state = await until(cluster, idle, "nothing runs")
+    told = [(await fetch(f"{each['url']}/metrics")).text for each in state["engines"]]
+    pattern = re.compile(r'^mer_requests_ended_total\S*reason="cancelled"\S* (\S+)$', re.MULTILINE)
+    return sum(float(count) for text in told for count in pattern.findall(text))
+
+
+async def leave_completions(cluster: Cluster) -> None:
     stream = await client(cluster).completions.create(
         model="tiny", prompt="Once", max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
     )
@@ -224,20 +264,30 @@ async def test_a_client_who_leaves_ends_its_request(cluster):
         break
     await stream.close()
 
-    def idle(state: dict[str, Any]) -> bool:
-        return not any(each["running"] or each["waiting"] for each in state["engines"])
 
-    state = await asyncio.to_thread(cluster.until, idle, "nothing runs")
-    told = [(await fetch(f"{each['url']}/metrics")).text for each in state["engines"]]
-    assert any(
-        re.search(r'^mer_requests_ended_total.*reason="cancelled".* 1\.0$', text, re.MULTILINE)
-        for text in told
-    )
+async def leave_session(cluster: Cluster) -> None:
+    async with grpc.aio.insecure_channel(cluster.grpc) as channel:
+        session = rpc.InferenceStub(channel).Session(timeout=LONG)
+        request = pb.GenerateRequest(text=TEXT, params=FOREVER)
+        await session.write(pb.SessionRequest(id="a", generate=request))
+        async for _ in session:
+            break
+        session.cancel()
+
+
+@pytest.mark.parametrize("leave", [leave_completions, leave_session])
+async def test_a_client_who_leaves_ends_its_request(cluster, leave):
+    for _ in range(20):  # a request may be over before it is noticed that nobody wants it
+        before = await cancelled(cluster)
+        await leave(cluster)
+        if await cancelled(cluster) > before:
+            return
+    raise AssertionError("never cancelled")
 
 
 async def test_a_shard_is_killed(cluster, model):
     want = await expected(model, 150)
-    before = await asyncio.to_thread(cluster.until, settled, "both are there")
+    before = await until(cluster, settled, "both are there")
     asking = asyncio.create_task(ask(cluster, 150))
     os.kill(before["shards"][0]["pid"], signal.SIGKILL)
     assert await asking == want
@@ -245,7 +295,7 @@ async def test_a_shard_is_killed(cluster, model):
     def again(state: dict[str, Any]) -> bool:
         return settled(state) and state["shards"][0]["pid"] != before["shards"][0]["pid"]
 
-    after = await asyncio.to_thread(cluster.until, again, "it is there again")
+    after = await until(cluster, again, "it is there again")
     assert after["shards"][1]["pid"] == before["shards"][1]["pid"]
     assert await ask(cluster, 150) == want
 
@@ -253,7 +303,7 @@ async def test_a_shard_is_killed(cluster, model):
 async def test_an_engine_is_killed(cluster, model):
     """What it was asked is answered by the other one, unless it had begun to answer."""
     want = await expected(model, 150)
-    before = await asyncio.to_thread(cluster.until, settled, "both are there")
+    before = await until(cluster, settled, "both are there")
     pids = {each["pid"] for each in before["engines"]}
     asking = [asyncio.create_task(ask(cluster, 150)) for _ in range(8)]
     await asyncio.sleep(0.05)
@@ -264,5 +314,5 @@ async def test_an_engine_is_killed(cluster, model):
     def again(state: dict[str, Any]) -> bool:
         return settled(state) and victim not in {each["pid"] for each in state["engines"]}
 
-    await asyncio.to_thread(cluster.until, again, "there are two again")
+    await until(cluster, again, "there are two again")
     assert await ask(cluster, 150) == want

@@ -12,6 +12,9 @@ from hashlib import blake2b
 from typing import Any, Final
 
 import msgspec
+from google.protobuf.message import Message
+
+from mer.v1 import inference_pb2 as pb
 
 # Bytes of text by which beginnings are compared, and the most such pieces that are looked at.
 PIECE: Final = 256
@@ -46,6 +49,18 @@ def text_of(body: bytes) -> bytes:
         return b""
     names = "model", "tools", "system", "instructions", "messages", "prompt", "input"
     return msgspec.json.encode([given[name] for name in names if given.get(name)])
+
+
+def prompt_of(request: Message) -> bytes:
+    """The same of a request of the gRPC API, or of a session; nothing where there is no prompt."""
+    if isinstance(request, pb.SessionRequest):
+        request = request.generate if request.HasField("generate") else request.chat
+    if isinstance(request, pb.GenerateRequest):
+        return request.model.encode() + (request.text.encode() or request.token_ids.SerializeToString())
+    if isinstance(request, pb.ChatRequest):
+        parts = *request.tools, *request.messages
+        return request.model.encode() + b"".join([part.SerializeToString() for part in parts])
+    return b""
 
 
 class Affinity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from typing import Any, Final
 
@@ -66,25 +67,15 @@ def up(plan: Plan) -> None:
             what = "Ray Serve runs already, with an address of its own; `serve shutdown` ends it"
         raise ConfigError(what)
     application = _application(plan)  # what can't be is said before anything is started
-    if plan.shards:
-        _start_shards(plan)
-    grpc_options = {
-        "port": plan.grpc_port,
-        "grpc_servicer_functions": ["mer.v1.inference_pb2_grpc.add_InferenceServicer_to_server"],
-    }
-    tls = {"ssl_certfile": plan.tls_cert, "ssl_keyfile": plan.tls_key} if plan.tls_cert else {}
-    http = {"host": plan.host, "port": plan.port, **{name: str(file) for name, file in tls.items()}}
-    serve.start(
-        proxy_location="EveryNode",
-        http_options=http,
-        grpc_options=grpc_options if plan.grpc_port is not None else None,
-    )
+    _check_ports(plan, nodes)
     try:
-        serve.run(application, name=NAME, route_prefix="/")
-    except RuntimeError:
-        why = _trouble()
+        if plan.shards:
+            _start_shards(plan)
+        _serve(plan, application)
+    except BaseException:  # also when somebody does not want to wait any longer
         down()
-        raise RayError(f"engines could not be started: {why}") from None
+        serve.shutdown()
+        raise
 
 
 def state() -> State:
@@ -128,6 +119,59 @@ def down() -> bool:
     return True
 
 
+def _check_ports(plan: Plan, nodes: list[dict[str, Any]]) -> None:
+    """Raises ConfigError where Serve could not listen: it would try for ever, and not say why."""
+    look = ray.remote(num_cpus=0)(taken)
+    on = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    for option, host, port in (
+        ("--port", plan.host, plan.port),
+        ("--grpc-port", "0.0.0.0", plan.grpc_port),
+    ):
+        if port is None:
+            continue
+        asked = [
+            look.options(scheduling_strategy=on(node["NodeID"], soft=False)).remote(host, port)
+            for node in nodes
+        ]
+        for node, why in zip(nodes, ray.get(asked), strict=True):
+            if why:
+                raise ConfigError(
+                    f"port {port} of the node {node['NodeManagerAddress']} can not be listened at ({why}); "
+                    f"{option} names another one"
+                )
+
+
+def taken(host: str, port: int) -> str:
+    """Why nothing can listen there, on the machine that runs this; '' if it can."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            return ""
+    except OSError as error:
+        return os.strerror(error.errno) if error.errno else str(error)
+
+
+def _serve(plan: Plan, application: Any) -> None:
+    """Until requests can come."""
+    grpc_options = {
+        "port": plan.grpc_port,
+        "grpc_servicer_functions": ["mer.v1.inference_pb2_grpc.add_InferenceServicer_to_server"],
+    }
+    tls = {"ssl_certfile": plan.tls_cert, "ssl_keyfile": plan.tls_key} if plan.tls_cert else {}
+    http = {"host": plan.host, "port": plan.port, **{name: str(file) for name, file in tls.items()}}
+    try:
+        serve.start(
+            proxy_location="EveryNode",
+            http_options=http,
+            grpc_options=grpc_options if plan.grpc_port is not None else None,
+        )
+    except (TimeoutError, RuntimeError, ray.exceptions.RayError) as error:
+        raise RayError(f"Ray Serve could not be started: {_reason(error)}") from None
+    try:
+        serve.run(application, name=NAME, route_prefix="/")
+    except RuntimeError:
+        raise RayError(f"engines could not be started: {_trouble()}") from None
+
+
 def _start_shards(plan: Plan) -> None:
     """Spread over the nodes; Ray starts each anew when its process or node ends."""
     each = {"CPU": plan.shard_cpus, "memory": plan.shard_ram}
@@ -135,7 +179,6 @@ def _start_shards(plan: Plan) -> None:
         [each] * plan.shards, strategy="SPREAD", name=_GROUP, lifetime="detached"
     )
     if not group.wait(_PLACING):
-        ray.util.remove_placement_group(group)
         raise RayError(
             f"Ray has no room for {plan.shards} shards of {plan.shard_cpus} CPUs and {plan.shard_ram >> 20} "
             "MiB each; give fewer, or smaller ones, or add nodes (ray status shows what there is)"
@@ -158,7 +201,6 @@ def _start_shards(plan: Plan) -> None:
     try:
         ray.get([actor.address.remote() for actor in actors])
     except ray.exceptions.RayError as error:
-        down()
         raise RayError(f"a shard could not be started: {_reason(error)}") from None
 
 

@@ -12,6 +12,8 @@ from typing import Any, Final
 import grpc
 import ray
 from attrs import evolve
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
 from ray import serve
 from ray.util.metrics import Gauge
 
@@ -215,16 +217,39 @@ class EngineReplica:
         keys: Sequence[bytes] = (),
     ) -> AsyncGenerator[tuple[bytes, Mapping[str, str] | None], None]:
         """What the gRPC API answers: messages as they are, and in the last pair the status of an error."""
-        ask: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(_SERVICE + method)
-        call = ask(request, metadata=tuple(metadata))
+        path, passed = _SERVICE + method, tuple(metadata)
+        call: Any
+        if method == "Session":  # of one request
+            talk: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(path)
+            call = talk(iter([request]), metadata=passed)
+        else:
+            ask: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(path)
+            call = ask(request, metadata=passed)
         try:
             async for response in call:
                 yield response, None
         except grpc.aio.AioRpcError as error:
             # Ray drops what else an error brings (google.rpc's details).
-            yield b"", {"code": error.code().name, "details": error.details() or ""}
+            yield (
+                b"",
+                {
+                    "code": error.code().name,
+                    "details": error.details() or "",
+                    "reason": _reason(dict(error.trailing_metadata() or ())),
+                },
+            )
         finally:
             call.cancel()
+
+
+def _reason(metadata: Mapping[str, str | bytes]) -> str:
+    """That of google.rpc.ErrorInfo; '' if there is none."""
+    packed = metadata.get("grpc-status-details-bin", b"")
+    info = ErrorInfo()
+    for detail in Status.FromString(packed).details if isinstance(packed, bytes) else ():
+        if detail.Unpack(info):
+            return info.reason
+    return ""
 
 
 async def _some(plan: Plan) -> list[str]:

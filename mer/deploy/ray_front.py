@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from contextvars import Context
 from typing import Any, Final
 
 import grpc
@@ -13,7 +15,9 @@ from google.protobuf.message import Message
 from ray import serve
 from ray.exceptions import RayActorError
 
-from mer.deploy.affinity import beginnings, text_of
+from mer.api.grpc.errors import Failure
+from mer.deploy.affinity import beginnings, prompt_of, text_of
+from mer.deploy.session import RefusedError, RoutedSession
 from mer.v1 import inference_pb2 as pb
 
 # Of a body, in bytes: an engine refuses what is too long for it; this is where reading ends.
@@ -34,6 +38,8 @@ _OWN_PREFIXES: Final = ("grpc-", ":")
 # Engines that a request is sent to while they are lost, one after the other.
 _TRIES: Final = 3
 _JSON: Final = [(b"content-type", b"application/json")]
+_UNAVAILABLE: Final = grpc.StatusCode.UNAVAILABLE
+_LOST_REASON: Final = "ENGINE_LOST"
 _LOST_WORDS: Final = "the engines that had this request were lost; try again"
 _LOST: Final = msgspec.json.encode(
     {
@@ -109,28 +115,26 @@ class FrontBase:
     # ---- gRPC: a method for each of the service ----
 
     async def Session(self, requests: Any, grpc_context: Any) -> AsyncGenerator[Message, None]:  # noqa: N802
-        """Its requests are many, for one engine; Ray routes each call to any."""
-        grpc_context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        grpc_context.set_details("a cluster on Ray has no sessions; use Generate and Chat")
-        raise NotImplementedError
-        yield
+        """See the proto; each of its requests goes to the engine that fits it."""
+        metadata = _passed_on(grpc_context)
+        session = RoutedSession(lambda message: self._ask("Session", message, metadata))
+        async with aclosing(session.responses((each, 0) async for each in requests)) as responses:
+            async for response in responses:
+                yield response
 
     async def Generate(self, request: Any, grpc_context: Any) -> AsyncGenerator[Message, None]:  # noqa: N802
         """See the proto."""
-        text = request.model.encode() + (request.text.encode() or request.token_ids.SerializeToString())
-        async for response in self._rpc("Generate", request, text, grpc_context):
+        async for response in self._rpc("Generate", request, grpc_context):
             yield response
 
     async def Chat(self, request: Any, grpc_context: Any) -> AsyncGenerator[Message, None]:  # noqa: N802
         """See the proto."""
-        parts = [request.model.encode(), *(each.SerializeToString() for each in request.tools)]
-        text = b"".join([*parts, *(each.SerializeToString() for each in request.messages)])
-        async for response in self._rpc("Chat", request, text, grpc_context):
+        async for response in self._rpc("Chat", request, grpc_context):
             yield response
 
     async def Watch(self, request: Any, grpc_context: Any) -> AsyncGenerator[Message, None]:  # noqa: N802
         """See the proto; of one of the engines."""
-        async for response in self._rpc("Watch", request, b"", grpc_context):
+        async for response in self._rpc("Watch", request, grpc_context):
             yield response
 
     async def Tokenize(self, request: Any, grpc_context: Any) -> Message | None:  # noqa: N802
@@ -154,39 +158,45 @@ class FrontBase:
         return await self._one("GetStats", request, grpc_context)
 
     async def _one(self, method: str, request: Message, context: Any) -> Message | None:
-        async for response in self._rpc(method, request, b"", context):
+        async for response in self._rpc(method, request, context):
             return response
         return None
 
-    async def _rpc(
-        self, method: str, request: Message, text: bytes, context: Any
-    ) -> AsyncGenerator[Message, None]:
-        metadata = [
-            pair
-            for pair in context.invocation_metadata()
-            if pair[0] not in _OWN and not pair[0].startswith(_OWN_PREFIXES)
-        ]
-        asked, keys = request.SerializeToString(), beginnings(text)
-        for _ in range(_TRIES):  # as in _pass_on
-            answer, begun = self._engines.rpc.remote(method, asked, metadata, keys=keys), False
+    async def _rpc(self, method: str, request: Message, context: Any) -> AsyncGenerator[Message, None]:
+        try:
+            async with aclosing(self._ask(method, request, _passed_on(context))) as responses:
+                async for response in responses:
+                    yield response
+        except RefusedError as error:
+            context.set_code(error.failure.code)
+            context.set_details(error.failure.message)
+            raise RuntimeError(error.failure.message) from None
+
+    async def _ask(
+        self, method: str, request: Message, metadata: list[tuple[str, Any]]
+    ) -> AsyncGenerator[Any, None]:
+        """As in _pass_on. Raises RefusedError."""
+        asked, keys = request.SerializeToString(), beginnings(prompt_of(request))
+        for _ in range(_TRIES):
+            # Ray's router knows a request by the call that it is made in. Those of a session have one in
+            # common, and it would find one of them alone: so each is made outside.
+            answer = Context().run(self._engines.rpc.remote, method, asked, metadata, keys=keys)
+            begun = False
             try:
                 async for data, status in answer:
                     begun = True
-                    if status is None:
-                        yield _RESPONSES[method].FromString(data)
-                        continue
-                    context.set_code(grpc.StatusCode[status["code"]])
-                    context.set_details(status["details"])
-                    raise RuntimeError(status["details"])
+                    if status is not None:
+                        code = grpc.StatusCode[status["code"]]
+                        raise RefusedError(Failure(code, status["details"], status["reason"]))
+                    yield _RESPONSES[method].FromString(data)
                 return
             except RayActorError:
                 if begun:
-                    raise
+                    words = "the engine that was answering was lost"
+                    raise RefusedError(Failure(_UNAVAILABLE, words, _LOST_REASON)) from None
             finally:
                 answer.cancel()
-        context.set_code(grpc.StatusCode.UNAVAILABLE)
-        context.set_details(_LOST_WORDS)
-        raise RuntimeError(_LOST_WORDS)
+        raise RefusedError(Failure(_UNAVAILABLE, _LOST_WORDS, _LOST_REASON))
 
 
 FRONT: Any = serve.ingress()(FrontBase)
@@ -218,3 +228,12 @@ async def _left(receive: _Receive) -> None:
     """Until the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _passed_on(context: Any) -> list[tuple[str, Any]]:
+    """Of a call's metadata what is for an engine."""
+    return [
+        pair
+        for pair in context.invocation_metadata()
+        if pair[0] not in _OWN and not pair[0].startswith(_OWN_PREFIXES)
+    ]

@@ -20,6 +20,8 @@ class AffinityRouter(RequestRouter):
         self, candidate_replicas: list[Any], pending_request: Any = None
     ) -> list[list[Any]]:
         """Ranks of one engine each, best first; Ray takes the first that is free."""
+        if pending_request is not None:  # where none is free: otherwise Ray asks again at once, without end
+            pending_request.routing_context.should_backoff = True
         there = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         cache = self.replica_queue_len_cache
         loads = {name: cache.get(replica.replica_id) or 0 for name, replica in there.items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
 
 import grpc
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 _MOST_ID_BYTES: Final = 128
 # Pieces of all requests that wait for the client to read; then the requests wait.
 _UNREAD: Final = 16
+# A message, and of how many bytes it was at the least.
+_Sized = tuple[pb.SessionRequest, int]
 
 
 async def serve_session(
@@ -28,34 +32,61 @@ async def serve_session(
 
     Raises RequestError for what is no SessionRequest, EngineClosedError when the server drains.
     """
-    session = _Session(inference, gate, call, context)
-    running = asyncio.create_task(session.run(requests))
-    try:
-        # One writer: a write can't be cancelled midway without harm to the next one.
-        while isinstance(item := await session.out.get(), pb.SessionResponse):
-            await context.write(item.SerializeToString())
-        if item is not None:
-            raise item
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+
+    async def received() -> AsyncIterator[_Sized]:
+        async for data in requests:
+            yield await inference.received(pb.SessionRequest, data), len(data)
+
+    session = _EngineSession(inference, gate, call, context)
+    # One writer: a write can't be cancelled midway without harm to the next one.
+    async with aclosing(session.responses(received())) as responses:
+        async for response in responses:
+            await context.write(response.SerializeToString())
 
 
-class _Session:
-    """out: responses, and behind the last one None or the error that ends the session."""
+class Session(ABC):
+    """Begins and cancels what is read; who derives from it answers one request. Used once."""
 
-    def __init__(self, inference: Inference, gate: Gate, call: Call, context: Context) -> None:
-        self.out: asyncio.Queue[pb.SessionResponse | Exception | None] = asyncio.Queue(_UNREAD)
-        self._inference = inference
-        self._gate = gate
-        self._call = call
-        self._context = context
+    def __init__(self, draining: asyncio.Event, refused: Callable[[Failure], None]) -> None:
+        """draining: once it is set, what runs may end, and nothing else is begun.
+
+        refused: told of what is not begun for another reason.
+        """
+        self._draining = draining
+        self._refused = refused
+        # Responses, and behind the last one None or the error that ends the session.
+        self._out: asyncio.Queue[pb.SessionResponse | Exception | None] = asyncio.Queue(_UNREAD)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ending = False  # nobody wants responses any more
         self._in_use: dict[str, asyncio.Task[None]] = {}  # by id; no longer when its last response is out
+        self._ending = False  # nobody wants responses any more
 
-    async def run(self, requests: AsyncIterator[bytes]) -> None:
-        """Serve what is read; cancelling this cancels all requests."""
+    async def responses(self, requests: AsyncIterator[_Sized]) -> AsyncGenerator[pb.SessionResponse, None]:
+        """Closing it cancels all requests. Raises what `requests` raises, EngineClosedError when draining."""
+        running = asyncio.create_task(self._run(requests))
+        try:
+            while isinstance(item := await self._out.get(), pb.SessionResponse):
+                yield item
+            if item is not None:
+                raise item
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    @abstractmethod
+    async def answer(self, message: pb.SessionRequest, size: int) -> None:
+        """`write` the responses to what is to be generated or chatted, or the error.
+
+        Cancelled where the client has cancelled the request: it is told here.
+        """
+
+    async def write(self, response: pb.SessionResponse) -> None:
+        """Waits for the client, if that reads slowly. With the last one of a request its id is free."""
+        piece = getattr(response, response.WhichOneof("response") or "error")
+        if isinstance(piece, pb.Error) or piece.HasField("final"):
+            self._in_use.pop(response.id, None)
+        await self._out.put(response)
+
+    async def _run(self, requests: AsyncIterator[_Sized]) -> None:
         error: Exception | None = None
         drained = asyncio.create_task(self._drained())
         try:
@@ -69,14 +100,14 @@ class _Session:
             for task in [drained, *self._tasks]:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.out.put(error)
+        await self._out.put(error)
 
     async def _drained(self) -> None:
-        await self._gate.draining.wait()
+        await self._draining.wait()
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _read(self, requests: AsyncIterator[bytes], drained: asyncio.Task[None]) -> None:
+    async def _read(self, requests: AsyncIterator[_Sized], drained: asyncio.Task[None]) -> None:
         incoming = aiter(requests)
         while True:
             reading = asyncio.ensure_future(anext(incoming, None))
@@ -84,12 +115,12 @@ class _Session:
                 await asyncio.wait({reading, drained}, return_when=asyncio.FIRST_COMPLETED)
                 if drained.done():
                     raise EngineClosedError("the server is shutting down")
-                data = reading.result()
+                message = reading.result()
             finally:
                 reading.cancel()
-            if data is None:
+            if message is None:
                 return
-            await self._begin(await self._inference.received(pb.SessionRequest, data), len(data))
+            await self._begin(*message)
 
     async def _begin(self, message: pb.SessionRequest, size: int) -> None:
         id, kind = message.id, message.WhichOneof("request")
@@ -112,37 +143,54 @@ class _Session:
             task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, message: pb.SessionRequest, size: int) -> None:
+        try:
+            await self.answer(message, size)
+        except asyncio.CancelledError:
+            if self._ending:
+                raise
+            failure = Failure.of(RequestCancelledError("the request was cancelled"))
+            await self.write(pb.SessionResponse(id=message.id, error=failure.proto()))
+
+    async def _refuse(self, id: str, failure: Failure) -> None:
+        self._refused(failure)
+        await self._out.put(pb.SessionResponse(id=id, error=failure.proto()))
+
+
+class _EngineSession(Session):
+    """Its requests go to the engines of this process."""
+
+    def __init__(self, inference: Inference, gate: Gate, call: Call, context: Context) -> None:
+        super().__init__(gate.draining, gate.count)
+        self._inference = inference
+        self._gate = gate
+        self._call = call
+        self._context = context
+
+    async def answer(self, message: pb.SessionRequest, size: int) -> None:
+        """With the deadline of the session."""
         session, id = self._call, message.id
         call = Call(f"{session.request_id}/{id}", session.caller, session.client, session.method, size)
         status = grpc.StatusCode.CANCELLED
         try:
             with self._gate.admitted(call):
-                await self._answer(call, message)
+                await self._generate(call, message)
             status = grpc.StatusCode.OK
-        except asyncio.CancelledError:
-            if self._ending:
-                raise
-            await self._over(id, call.failed(RequestCancelledError("the request was cancelled")))
         except Exception as error:
             failure = call.failed(error)
             status = failure.code
             self._gate.count(failure)
-            await self._over(id, failure)
+            await self.write(pb.SessionResponse(id=id, error=failure.proto()))
         finally:
             call.write(status)
 
-    async def _answer(self, call: Call, message: pb.SessionRequest) -> None:
+    async def _generate(self, call: Call, message: pb.SessionRequest) -> None:
         id, remaining = message.id, self._context.time_remaining()
 
         async def generated(piece: pb.GenerateResponse) -> None:
-            if piece.HasField("final"):
-                self._in_use.pop(id, None)
-            await self.out.put(pb.SessionResponse(id=id, generate=piece))
+            await self.write(pb.SessionResponse(id=id, generate=piece))
 
         async def chatted(piece: pb.ChatResponse) -> None:
-            if piece.HasField("final"):
-                self._in_use.pop(id, None)
-            await self.out.put(pb.SessionResponse(id=id, chat=piece))
+            await self.write(pb.SessionResponse(id=id, chat=piece))
 
         if message.HasField("generate"):
             async with self._inference.using(message.generate):
@@ -150,14 +198,3 @@ class _Session:
         else:
             async with self._inference.using(message.chat):
                 await self._inference.chat(call, message.chat, remaining, chatted)
-
-    async def _over(self, id: str, failure: Failure) -> None:
-        self._in_use.pop(id, None)
-        await self._tell(id, failure)
-
-    async def _refuse(self, id: str, failure: Failure) -> None:
-        self._gate.count(failure)
-        await self._tell(id, failure)
-
-    async def _tell(self, id: str, failure: Failure) -> None:
-        await self.out.put(pb.SessionResponse(id=id, error=failure.proto()))
