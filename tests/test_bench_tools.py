@@ -266,6 +266,20 @@ def test_fio_runs_for_parts_of_a_second(tmp_path, monkeypatch):
     assert json.loads(found[found.index("{") :])["jobs"][0]["read"]["runtime"] > 250
 
 
+def test_without_fio_the_reader_stands_alone(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(io.shutil, "which", lambda _: None)
+    quick = ["--backend", "buffered", "--block", "65536", "--depth", "2", "--rounds", "1", "--seconds", "0.01"]
+    result = CliRunner().invoke(io.main, [str(file), *quick])
+    assert result.exit_code == 0, result.output
+    assert "fio was not found" in result.output
+    result = CliRunner().invoke(io.main, [str(file), *quick, "--json"])
+    (row,) = json.loads(result.output)["rows"]
+    assert row["reader"] > 0
+    assert row["fio"] is row["ratio"] is None
+
+
 @pytest.mark.skipif(not shutil.which("fio"), reason="needs fio")
 def test_ceilings_measure_a_file(tmp_path):
     file = tmp_path / "weights"
