@@ -270,7 +270,7 @@ def test_without_fio_the_reader_stands_alone(tmp_path, monkeypatch):
     file = tmp_path / "weights"
     file.write_bytes(bytes(1 << 20))
     monkeypatch.setattr(io.shutil, "which", lambda _: None)
-    quick = ["--backend", "buffered", "--block", "65536", "--depth", "2", "--rounds", "1", "--seconds", "0.01"]
+    quick = ["--backend", "buffered", "--block", "65536", "--depth", "1", "--rounds", "1", "--seconds", ".1"]
     result = CliRunner().invoke(io.main, [str(file), *quick])
     assert result.exit_code == 0, result.output
     assert "fio was not found" in result.output
