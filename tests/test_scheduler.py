@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mer.engine.blocks import blocks_for
+from mer.engine.blocks import blocks_for, extend_keys
 from mer.engine.scheduler import AGEING, Load, Scheduler, Sequence
 from mer.model.kv import BLOCK
 
@@ -273,6 +273,23 @@ class Content:
         for position in range(s.computed):
             found = self.blocks[s.blocks[position // BLOCK]][position % BLOCK]
             assert found == tuple(s.tokens[: position + 1]), "keys and values of something else"
+
+
+def test_what_is_being_read_is_lost_with_the_rest():
+    scheduler = Scheduler(n_blocks=4, step_tokens=64, max_running=2, store=(content := Content()))
+    a = sequence(2 * BLOCK + 1)
+    extend_keys(a.keys, a.tokens)
+    content.disk = {key: [] for key in a.keys}
+    scheduler.add(a)
+    assert scheduler.schedule() == []
+    (load,) = scheduler.take_loads()
+    scheduler.restart()
+    scheduler.loaded(load, 2)
+    assert scheduler.pool.match(a.keys) == 0
+    assert scheduler.schedule() == []
+    (load,) = scheduler.take_loads()
+    scheduler.loaded(load, 2)
+    assert step(scheduler) == [(a, 1)]
 
 
 @settings(max_examples=200, deadline=None)

@@ -25,11 +25,12 @@ from mer.errors import BudgetError, ConfigError
 from mer.model.dense import device_bytes, load_dense
 from mer.model.families import load
 from mer.model.placement import ON_THE_CPU, Placement
+from mer.model.spec import ClampSpec
 from mer.streaming import probe as disk
 from mer.streaming.experts import expert_tables
 from mer.weights.checkpoint import open_checkpoint
 
-PROMPTS = [prompt(40, vocab=300), prompt(9, 1, 300)]
+PROMPTS = [prompt(40, vocab=300), prompt(9, 1, 211)]
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,28 @@ def test_who_stays_on_the_cpu(tmp_path):
         ConfigError, match="gpu_layers 2: of this model only experts can be on a GPU, its attention"
     ):
         chosen(tmp_path / "dsa", 1 << 30, gpu_layers=2)
+
+
+async def test_clamped_blocks(tmp_path, simulator, monkeypatch):
+    """Plain and shared ones, of a model that no family has."""
+    make(tmp_path / "model", "deepseek_v3", num_hidden_layers=2)
+    logits = Logits(monkeypatch)
+
+    async def rows(**settings):
+        async with opened(tmp_path / "model", context=64, step_tokens=16, **settings) as engine:
+            await engine.generate(PROMPTS[1], evolve(GREEDY, max_tokens=2))
+            placed = engine._runner.placement.layers
+        return placed, logits.take(PROMPTS[1])
+
+    def clamped(checkpoint):
+        found = load(checkpoint)
+        return evolve(found, spec=evolve(found.spec, clamp=ClampSpec(1.3, 0.4, 0.2)))
+
+    _, plain = await rows(device="cpu")
+    monkeypatch.setattr("mer.engine.runner.load", clamped)
+    _, expected = await rows(device="cpu")
+    assert expected != plain
+    assert await rows(device="cuda", vram="60MiB") == (2, expected)
 
 
 async def test_a_device_that_fails(model, simulator):
