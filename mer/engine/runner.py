@@ -333,29 +333,11 @@ class Runner:
         started = time.monotonic_ns()
         if self.experts is not None:
             self.experts.begin_step()
-        tokens: list[int] = []
-        positions: list[NDArray[np.int32]] = []
-        offsets: list[int] = [0]
-        rows: list[int] = []
-        states: list[tuple[int, int, int, int]] = []
-        tables = np.zeros((len(chunks), max(len(c.sequence.blocks) for c in chunks)), np.int32)
-        for row, chunk in zip(tables, chunks, strict=True):
-            sequence = chunk.sequence
-            start, end = sequence.computed, sequence.computed + chunk.width
-            tokens += chunk.tokens
-            positions.append(np.arange(start, end, dtype=np.int32))
-            offsets.append(len(tokens))
-            row[: len(sequence.blocks)] = sequence.blocks
-            rows += range(len(tokens) - chunk.rows, len(tokens))
-            if self.budget.state_images:
-                states.append(sequence.images.move(start))
-        batch = Batch(
-            tokens=np.array(tokens, np.int32),
-            positions=np.concatenate(positions),
-            query_offsets=np.array(offsets, np.int32),
-            block_tables=tables,
-            logit_rows=np.array(rows, np.int32),
-            states=np.array(states, np.int32) if states else None,
+        batch = Batch.of(
+            [(each.tokens, each.sequence.computed, each.rows, each.sequence.blocks) for each in chunks],
+            [each.sequence.images.move(each.sequence.computed) for each in chunks]
+            if self.budget.state_images
+            else None,
         )
         try:
             learns = self._likely is not None and self._early_reader is not None
@@ -376,7 +358,7 @@ class Runner:
                 _log.warning("%s is given up: %s", self.device.name, self.device.lost)
             self._step_s += (time.monotonic_ns() - started) / 1e9
             if self.profile is not None:
-                self.profile.step(started, len(tokens), len(chunks))
+                self.profile.step(started, len(batch.tokens), len(chunks))
 
     def expect(self, tokens: list[int]) -> None:
         """The next step will compute these, the surest first: read ahead what they probably want."""

@@ -6,7 +6,7 @@ import numpy as np
 from attrs import define
 from numpy.typing import NDArray
 
-from mer.model.kv import BLOCK
+from mer._ext.batch import check, gather
 
 
 @define(eq=False)
@@ -32,36 +32,21 @@ class Batch:
     # -1) the image that gets the state behind some of them, and behind how many; see mer.model.state
     states: NDArray[np.int32] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        parts: list[tuple[list[int], int, int, list[int]]],
+        states: list[tuple[int, int, int, int]] | None = None,
+    ) -> Batch:
+        """See mer._ext.batch.gather; states: rows of `states`."""
+        return cls(*gather(parts), None if states is None else np.array(states, np.int32))
+
     def check(self, *, vocab: int, max_tokens: int, max_rows: int, n_blocks: int, n_images: int = 0) -> None:
         """Raise ValueError when an index in here would lead out of bounds."""
-        tokens, positions, offsets = self.tokens, self.positions, self.query_offsets
-        tables, rows = self.block_tables, self.logit_rows
-        for name in ("tokens", "positions", "query_offsets", "block_tables", "logit_rows"):
-            array = getattr(self, name)
-            if array.dtype != np.int32 or not array.flags.c_contiguous:
-                raise ValueError(f"batch: {name} must be C-contiguous int32")
-        total, sequences = len(tokens), len(offsets) - 1
-        if not 0 < total <= max_tokens:
-            raise ValueError(f"batch: {total} tokens, this forward pass takes 1 to {max_tokens}")
-        if len(rows) > max_rows:
-            raise ValueError(f"batch: logits of {len(rows)} tokens, this forward pass takes up to {max_rows}")
-        if tokens.min() < 0 or tokens.max() >= vocab:
-            raise ValueError(f"batch: a token is outside 0..{vocab - 1}")
-        if len(positions) != total or positions.min() < 0:
-            raise ValueError("batch: positions do not fit the tokens")
-        if len(rows) and not (rows.min() >= 0 and rows.max() < total):
-            raise ValueError("batch: a logit row is not a token of this step")
-        if offsets[0] != 0 or offsets[-1] != total or (np.diff(offsets) < 1).any():
-            raise ValueError("batch: query offsets do not fit the tokens")
-        if tables.ndim != 2 or len(tables) != sequences:
-            raise ValueError("batch: one row of block_tables per sequence")
-        for s in range(sequences):
-            here = positions[offsets[s] : offsets[s + 1]]
-            if (np.diff(here) != 1).any():
-                raise ValueError(f"batch: positions of sequence {s} are not consecutive")
-            used = int(here[-1]) // BLOCK + 1
-            if used > tables.shape[1] or tables[s, :used].min() < 0 or tables[s, :used].max() >= n_blocks:
-                raise ValueError(f"batch: sequence {s} needs {used} blocks within 0..{n_blocks - 1}")
+        check(
+            self.tokens, self.positions, self.query_offsets, self.block_tables, self.logit_rows,
+            vocab=vocab, max_tokens=max_tokens, max_rows=max_rows, n_blocks=n_blocks,
+        )  # fmt: skip
         if n_images:
             self._check_states(n_images)
 
