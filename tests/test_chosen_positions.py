@@ -95,7 +95,7 @@ def test_attention_over_chosen_positions(lib, kv, dim, length):
         lib.mer_latent_store(block, kv, LONG(i % 16), at(given[i]), LONG(dim))
     positions = np.full(queries, length - 1, np.int32)
     out = np.full((queries, heads, value_dim), np.nan, np.float32)
-    scratch = np.full(16 * dim + 2 * heads * queries + 16, np.nan, np.float32)
+    scratch = np.full(16 * dim + 19 * heads * queries + 16, np.nan, np.float32)
     a = Attention(
         q.ctypes.data, out.ctypes.data, blocks.ctypes.data, positions.ctypes.data, None, scratch.ctypes.data,
         blocks.strides[0], 0, heads, 1, dim, value_dim, 0, 0.3, kv, 1,

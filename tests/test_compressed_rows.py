@@ -139,7 +139,8 @@ def test_scores_and_attention(lib, dim, rate, window, kv):
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-4)
 
     positions = np.array([length - 1], np.int32)
-    out, scratch = np.full((1, heads, dim), np.nan, np.float32), np.full(16 * dim + 64, np.nan, np.float32)
+    out = np.full((1, heads, dim), np.nan, np.float32)
+    scratch = np.full(16 * dim + 19 * 16, np.nan, np.float32)
     a = Attention(
         q.ctypes.data, out.ctypes.data, blocks.ctypes.data, positions.ctypes.data, sinks.ctypes.data,
         scratch.ctypes.data, r.block_bytes, 0, heads, 1, dim, dim, window, 0.3, kv, 1,

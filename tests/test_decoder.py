@@ -228,7 +228,7 @@ def test_exponential(lib, seed):
     scores[seed % 16] = 0.0
     block = np.concatenate([scores, np.eye(16, dtype=np.float32).ravel()])
     q, out, position = np.ones(1, np.float32), np.zeros(16, np.float32), np.full(1, 15, np.int32)
-    scratch, table = np.zeros(400, np.float32), np.zeros(1, np.int32)
+    scratch, table = np.zeros(600, np.float32), np.zeros(1, np.int32)
     a = Attention(
         q.ctypes.data, out.ctypes.data, block.ctypes.data, position.ctypes.data, None, scratch.ctypes.data,
         block.nbytes, 0, 1, 1, 1, 16, 0, 1.0, 0, 0,
@@ -263,7 +263,7 @@ def test_every_f16_value_is_kept(lib):
     assert block[: len(every)].tobytes() == every.astype(np.float16).tobytes()
 
     out, q = np.zeros_like(every), np.zeros_like(every)
-    scratch, zero = np.zeros(16 * len(every) + 64, np.float32), np.zeros(1, np.int32)
+    scratch, zero = np.zeros(16 * len(every) + 19 * 16, np.float32), np.zeros(1, np.int32)
     a = Attention(
         q.ctypes.data, out.ctypes.data, block.ctypes.data, zero.ctypes.data, None, scratch.ctypes.data,
         block.nbytes, 0, 1, 1, len(every), len(every), 0, 1.0, 1, 1,

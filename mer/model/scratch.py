@@ -107,9 +107,14 @@ def _attention(a: Attention, tokens: int, max_positions: int, n_threads: int) ->
     shapes |= {
         "q": ((tokens, q_width), f32),
         "attended": ((tokens, out_width), f32),
-        "attention_scratch": ((n_threads, _round(block + 2 * SPAN * a.n_heads, 16)), f32),
+        "attention_scratch": ((n_threads, _round(block + _softmax(SPAN * a.n_heads), 16)), f32),
     }
     return shapes, max(widest, out_width)
+
+
+def _softmax(queries: int) -> int:
+    """Floats that attention of so many queries needs beside a block, as mer_attend_scratch counts them."""
+    return 17 * max(queries, 16) + 2 * queries
 
 
 def _compressed(
@@ -126,7 +131,7 @@ def _compressed(
         "attended": ((tokens, a.o_groups * a.o_rank), f32),
         "acts": ((n_threads, part, _prepared_bytes(width // a.o_groups)), np.uint8),
         "act_pointers": ((n_threads, part), np.uint64),
-        "attention_scratch": ((n_threads, _round(16 * a.head_dim + 2 * a.n_heads, 16)), f32),
+        "attention_scratch": ((n_threads, _round(16 * a.head_dim + _softmax(a.n_heads), 16)), f32),
         # A compressed row, its cosines and sines, and what mer_compress needs.
         "entry_scratch": ((n_threads, _round(3 * dim + a.rope_dim + 2 * places * dim, 16)), f32),
         "entry_scores": ((n_threads, _round(max_positions // (a.rate or max_positions), 16)), f32),

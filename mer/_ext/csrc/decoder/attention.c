@@ -1,15 +1,37 @@
 /* Attention over paged keys and values: softmax block by block of 16 positions, in ascending order.
  *
  * A span of queries shares each block it reads (converted from F16 once), but a query's own sums are
- * formed from the same blocks in the same order whatever span it is in. */
+ * formed from the same blocks in the same order whatever span it is in. One query's part of one block is a
+ * long chain of operations, each waiting for the one before: so all queries, and of few queries several
+ * blocks, are scored, then all weighted, then all values added. */
 #include <math.h>
 
 #include "../mer_decoder.h"
 #include "kv.h"
 
+/* Queries times blocks that are under way at once, at the least: as many chains as a processor can overlap. */
+enum { LEAST_UNITS = 16 };
+
+static size_t units(size_t queries) { return queries > LEAST_UNITS ? queries : LEAST_UNITS; }
+
 size_t mer_attend_scratch(const mer_attention *a, long tokens, long heads) {
     const size_t block = MER_KV_BLOCK * (size_t)(a->key_dim + (a->latent ? 0 : a->value_dim));
-    return (block + 2 * (size_t)tokens * heads + 15) / 16 * 16;
+    const size_t queries = (size_t)tokens * heads;
+    return (block + (MER_KV_BLOCK + 1) * units(queries) + 2 * queries + 15) / 16 * 16;
+}
+
+/* Softmax under way. Of each unit, which is one query and one block, 16 scores, later weights, and what the query's sums
+ * before are to be multiplied by; of each query the highest score so far, and the sum of weights. */
+typedef struct {
+    float *weights, *shrink, *max, *sum;
+} softmax;
+
+MER_INLINE softmax softmax_in(float *memory, long queries) {
+    softmax s = {.weights = memory};
+    s.shrink = s.weights + MER_KV_BLOCK * units((size_t)queries);
+    s.max = s.shrink + units((size_t)queries);
+    s.sum = s.max + queries;
+    return s;
 }
 
 /* q times 16 keys that are stored by element: four chains, so that additions overlap. */
@@ -90,6 +112,19 @@ MER_INLINE void add_values(float *out, const float *p, const float *values, long
         V16_STORE(out + d + 32, c);
         V16_STORE(out + d + 48, e);
     }
+    for (; d + 32 <= dim; d += 32) {
+        V16_LOAD(a, out + d);
+        V16_LOAD(b, out + d + 16);
+        for (long j = j0; j < j1; j++) {
+            const float *v = values + j * stride + d;
+            V16_LOAD(v0, v);
+            V16_LOAD(v1, v + 16);
+            a += p[j] * v0;
+            b += p[j] * v1;
+        }
+        V16_STORE(out + d, a);
+        V16_STORE(out + d + 16, b);
+    }
     for (; d + 16 <= dim; d += 16) {
         V16_LOAD(sum, out + d);
         for (long j = j0; j < j1; j++) {
@@ -107,12 +142,24 @@ static const int32_t counting[2 * MER_KV_BLOCK] = {
     [16] = -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
 };
 
-/* One query, one block: places [j0, j1) of it count, the others may hold anything. */
-MER_INLINE void attend_block(const mer_attention *a, const float *q, const float *keys, const float *values,
-                             long j0, long j1, float *max, float *sum, float *out) {
+/* The places [from, to) of a block that count for a query; the others may hold anything. */
+typedef struct {
+    long from, to;
+} places;
+
+/* Those of block b that token t may see. */
+MER_INLINE places seen_places(const mer_attention *a, long t, long b) {
+    const long position = a->positions[t] - b * MER_KV_BLOCK;
+    const long first = a->window ? position - a->window + 1 : 0;
+    const places seen = {first > 0 ? first : 0, position < MER_KV_BLOCK ? position + 1 : MER_KV_BLOCK};
+    return seen.from < seen.to ? seen : (places){0, 0};
+}
+
+/* 16 scores of one query, -inf where nothing counts. */
+MER_INLINE void score(const mer_attention *a, const float *q, const float *keys, places seen, float *out) {
     v16i from, to;
-    memcpy(&from, counting + MER_KV_BLOCK - j0, sizeof from);
-    memcpy(&to, counting + MER_KV_BLOCK - j1, sizeof to);
+    memcpy(&from, counting + MER_KV_BLOCK - seen.from, sizeof from);
+    memcpy(&to, counting + MER_KV_BLOCK - seen.to, sizeof to);
     const v16i counts = from & ~to;
     const v16 nothing = (v16){0} - INFINITY;
     v16 scores;
@@ -120,29 +167,55 @@ MER_INLINE void attend_block(const mer_attention *a, const float *q, const float
         score_by_position(q, keys, a->key_dim, &scores);
     else
         score_by_element(q, keys, a->key_dim, &scores);
-    scores = (v16)(((v16i)(scores * a->scale) & counts) | ((v16i)nothing & ~counts));
-    const float top = v16_max(&scores);
-    if (top > *max) {
-        const float shrink = exp1(*max - top);
-        for (long d = 0; d < a->value_dim; d++) out[d] *= shrink;
-        *sum *= shrink;
-        *max = top;
-    }
-    scores -= *max;
-    v16_exp(&scores);
-    scores = (v16)((v16i)scores & counts);
-    *sum += v16_sum(&scores);
-    float p[16];
-    memcpy(p, &scores, sizeof p);
-    add_values(out, p, values, a->latent ? a->key_dim : a->value_dim, a->value_dim, j0, j1);
+    V16_STORE(out, (v16)(((v16i)(scores * a->scale) & counts) | ((v16i)nothing & ~counts)));
 }
 
-/* max and sum [tokens, heads] and the outputs, before the first key. */
-MER_INLINE void begin(const mer_attention *a, long t0, long t1, long h0, long h1, float *max, float *sum) {
+/* Unit u's weights, onto query i's sum; what that has so far shrinks where a score is above all before. */
+MER_INLINE void weigh(const softmax *s, long u, long i, places seen) {
+    v16i from, to;
+    memcpy(&from, counting + MER_KV_BLOCK - seen.from, sizeof from);
+    memcpy(&to, counting + MER_KV_BLOCK - seen.to, sizeof to);
+    V16_LOAD(scores, s->weights + u * MER_KV_BLOCK);
+    const float top = v16_max(&scores);
+    float shrink = 1.0f;
+    if (top > s->max[i]) {
+        shrink = exp1(s->max[i] - top);
+        s->sum[i] *= shrink;
+        s->max[i] = top;
+    }
+    s->shrink[u] = shrink;
+    scores -= s->max[i];
+    v16_exp(&scores);
+    scores = (v16)((v16i)scores & from & ~to);
+    s->sum[i] += v16_sum(&scores);
+    V16_STORE(s->weights + u * MER_KV_BLOCK, scores);
+}
+
+/* What unit u gives to its query's output. */
+MER_INLINE void take(const mer_attention *a, const softmax *s, long u, const float *values, places seen, float *out) {
+    if (s->shrink[u] != 1.0f)
+        for (long d = 0; d < a->value_dim; d++) out[d] *= s->shrink[u];
+    add_values(out, s->weights + u * MER_KV_BLOCK, values, a->latent ? a->key_dim : a->value_dim, a->value_dim,
+               seen.from, seen.to);
+}
+
+/* Some heads of token t, and the first n of 16 keys that stand in a row and are the values, too. */
+MER_INLINE void attend_rows(const mer_attention *a, const softmax *s, const float *keys, long n, long t, long h0,
+                            long h1) {
+    const places seen = {0, n};
+    const float *q = a->q + (t * a->n_heads + h0) * a->key_dim;
+    float *out = a->out + (t * a->n_heads + h0) * a->value_dim;
+    for (long i = 0; i < h1 - h0; i++) score(a, q + i * a->key_dim, keys, seen, s->weights + i * MER_KV_BLOCK);
+    for (long i = 0; i < h1 - h0; i++) weigh(s, i, i, seen);
+    for (long i = 0; i < h1 - h0; i++) take(a, s, i, keys, seen, out + i * a->value_dim);
+}
+
+/* Queries [tokens, heads] and their outputs, before the first key. */
+MER_INLINE void begin(const mer_attention *a, long t0, long t1, long h0, long h1, const softmax *s) {
     const long heads = h1 - h0;
     for (long i = 0; i < (t1 - t0) * heads; i++) {
-        max[i] = a->sinks ? a->sinks[h0 + i % heads] : -INFINITY;
-        sum[i] = a->sinks ? 1.0f : 0.0f;
+        s->max[i] = a->sinks ? a->sinks[h0 + i % heads] : -INFINITY;
+        s->sum[i] = a->sinks ? 1.0f : 0.0f;
     }
     for (long t = t0; t < t1; t++)
         memset(a->out + (t * a->n_heads + h0) * a->value_dim, 0, sizeof(float) * heads * a->value_dim);
@@ -167,41 +240,45 @@ MER_CLONES
 void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, long h0, long h1, int thread) {
     const size_t key_floats = MER_KV_BLOCK * (size_t)a->key_dim;
     const size_t value_floats = MER_KV_BLOCK * (size_t)a->value_dim;
-    const long kv_head = h0 / (a->n_heads / a->n_kv), heads = h1 - h0;
+    const long kv_head = h0 / (a->n_heads / a->n_kv), heads = h1 - h0, queries = (t1 - t0) * heads;
     const size_t part = mer_kv_part_bytes(a->kv, a->key_dim);
     float *key_buffer = a->scratch + (size_t)thread * a->scratch_floats;
     float *value_buffer = key_buffer + key_floats;
-    float *max = a->latent ? value_buffer : value_buffer + value_floats;
-    float *sum = max + (t1 - t0) * heads;
-
-    begin(a, t0, t1, h0, h1, max, sum);
+    const softmax s = softmax_in(a->latent ? value_buffer : value_buffer + value_floats, queries);
+    begin(a, t0, t1, h0, h1, &s);
 
     const long oldest = a->window && a->positions[t0] >= a->window ? a->positions[t0] - a->window + 1 : 0;
     const long last = a->positions[t1 - 1] / MER_KV_BLOCK;
-    for (long b = oldest / MER_KV_BLOCK; b <= last; b++) {
-        if (b < last) {
-            const char *next = a->blocks + (size_t)table[b + 1] * a->block_bytes + kv_head * part;
-            fetch(next, part);
-            if (!a->latent) fetch(next + a->n_kv * part, part);
-        }
-        const char *block = a->blocks + (size_t)table[b] * a->block_bytes + kv_head * part;
-        const float *keys = as_floats(block, a->kv, a->key_dim, !a->latent, key_buffer);
-        const float *values = keys;
-        if (!a->latent) values = as_floats(block + a->n_kv * part, a->kv, a->value_dim, 0, value_buffer);
-        for (long t = t0; t < t1; t++) {
-            const long first = a->window && a->positions[t] >= a->window ? a->positions[t] - a->window + 1 : 0;
-            const long j0 = first > b * MER_KV_BLOCK ? first - b * MER_KV_BLOCK : 0;
-            const long seen = a->positions[t] + 1 - b * MER_KV_BLOCK;
-            const long j1 = seen < MER_KV_BLOCK ? seen : MER_KV_BLOCK;
-            if (j0 >= j1) continue;
-            for (long h = h0; h < h1; h++) {
-                const long i = (t - t0) * heads + h - h0, row = t * a->n_heads + h;
-                attend_block(a, a->q + row * a->key_dim, keys, values, j0, j1, max + i, sum + i,
-                             a->out + row * a->value_dim);
+    /* Latents are keys and values at once, and there is room for those of one block. */
+    const long together = a->latent || queries >= LEAST_UNITS ? 1 : LEAST_UNITS / queries;
+    for (long b0 = oldest / MER_KV_BLOCK, b1; b0 <= last; b0 = b1) {
+        b1 = b0 + together <= last ? b0 + together : last + 1;
+        const float *keys = NULL, *values;
+        for (long b = b0, u = 0; b < b1; b++) {
+            if (b < last) {
+                const char *next = a->blocks + (size_t)table[b + 1] * a->block_bytes + kv_head * part;
+                fetch(next, part);
+                if (!a->latent) fetch(next + a->n_kv * part, part);
             }
+            const char *block = a->blocks + (size_t)table[b] * a->block_bytes + kv_head * part;
+            keys = as_floats(block, a->kv, a->key_dim, !a->latent, key_buffer);
+            for (long t = t0; t < t1; t++)
+                for (long h = h0; h < h1; h++, u++)
+                    score(a, a->q + (t * a->n_heads + h) * a->key_dim, keys, seen_places(a, t, b),
+                          s.weights + u * MER_KV_BLOCK);
+        }
+        for (long b = b0, u = 0; b < b1; b++)
+            for (long t = t0, i = 0; t < t1; t++)
+                for (long h = h0; h < h1; h++, i++, u++) weigh(&s, u, i, seen_places(a, t, b));
+        for (long b = b0, u = 0; b < b1; b++) {
+            const char *block = a->blocks + (size_t)table[b] * a->block_bytes + (kv_head + a->n_kv) * part;
+            values = a->latent ? keys : as_floats(block, a->kv, a->value_dim, 0, value_buffer);
+            for (long t = t0; t < t1; t++)
+                for (long h = h0; h < h1; h++, u++)
+                    take(a, &s, u, values, seen_places(a, t, b), a->out + (t * a->n_heads + h) * a->value_dim);
         }
     }
-    end(a, t0, t1, h0, h1, sum);
+    end(a, t0, t1, h0, h1, s.sum);
 }
 
 /* As mer_attend does it for a query that sees n keys, sixteen of them at a time: where all are chosen, the bytes are
@@ -210,8 +287,8 @@ MER_CLONES
 void mer_attend_chosen(const mer_attention *a, const int32_t *table, const int32_t *chosen, long n, long t, long h0,
                        long h1, int thread) {
     float *keys = a->scratch + (size_t)thread * a->scratch_floats;
-    float *max = keys + MER_KV_BLOCK * (size_t)a->key_dim, *sum = max + (h1 - h0);
-    begin(a, t, t + 1, h0, h1, max, sum);
+    const softmax s = softmax_in(keys + MER_KV_BLOCK * (size_t)a->key_dim, h1 - h0);
+    begin(a, t, t + 1, h0, h1, &s);
     for (long first = 0; first < n; first += MER_KV_BLOCK) {
         const long count = n - first < MER_KV_BLOCK ? n - first : MER_KV_BLOCK;
         for (long j = 0; j < count; j++) {
@@ -219,22 +296,20 @@ void mer_attend_chosen(const mer_attention *a, const int32_t *table, const int32
             row_as_floats(a->blocks + (size_t)table[position / MER_KV_BLOCK] * a->block_bytes, a->kv, a->key_dim,
                           position % MER_KV_BLOCK, keys + j * a->key_dim);
         }
-        for (long h = h0; h < h1; h++)
-            attend_block(a, a->q + (t * a->n_heads + h) * a->key_dim, keys, keys, 0, count, max + h - h0,
-                         sum + h - h0, a->out + (t * a->n_heads + h) * a->value_dim);
+        attend_rows(a, &s, keys, count, t, h0, h1);
     }
-    end(a, t, t + 1, h0, h1, sum);
+    end(a, t, t + 1, h0, h1, s.sum);
 }
 
 MER_CLONES
 void mer_attend_rows(const mer_attention *a, const mer_rows *r, const int32_t *table, const int32_t *chosen, long n,
                      long t, long h0, long h1, int thread) {
     float *keys = a->scratch + (size_t)thread * a->scratch_floats;
-    float *max = keys + MER_KV_BLOCK * (size_t)a->key_dim, *sum = max + (h1 - h0);
+    const softmax s = softmax_in(keys + MER_KV_BLOCK * (size_t)a->key_dim, h1 - h0);
     const size_t row = mer_kv_row_bytes(a->kv, a->key_dim);
     const long position = a->positions[t], oldest = position >= a->window ? position - a->window + 1 : 0;
     const long seen = position + 1 - oldest;
-    begin(a, t, t + 1, h0, h1, max, sum);
+    begin(a, t, t + 1, h0, h1, &s);
     for (long first = 0; first < seen + n; first += MER_KV_BLOCK) {
         const long count = seen + n - first < MER_KV_BLOCK ? seen + n - first : MER_KV_BLOCK;
         for (long j = 0; j < count; j++) {
@@ -246,11 +321,9 @@ void mer_attend_rows(const mer_attention *a, const mer_rows *r, const int32_t *t
                 key = mer_entry(r, table, chosen ? chosen[i - seen] : i - seen);
             mer_kv_row_load(key, a->kv, a->key_dim, keys + j * a->key_dim);
         }
-        for (long h = h0; h < h1; h++)
-            attend_block(a, a->q + (t * a->n_heads + h) * a->key_dim, keys, keys, 0, count, max + h - h0,
-                         sum + h - h0, a->out + (t * a->n_heads + h) * a->value_dim);
+        attend_rows(a, &s, keys, count, t, h0, h1);
     }
-    end(a, t, t + 1, h0, h1, sum);
+    end(a, t, t + 1, h0, h1, s.sum);
 }
 
 /* Every head's query times 16 keys; what is above 0 counts, times the head's weight. */
