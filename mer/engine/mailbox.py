@@ -24,7 +24,7 @@ class Mailbox(Generic[_T]):
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._items: deque[_T | BaseException] = deque()
-        self._filled = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of a reader that has found nothing
         self._held_up = False
 
     def put(self, item: _T | BaseException) -> bool:
@@ -46,9 +46,10 @@ class Mailbox(Generic[_T]):
     async def get(self) -> _T:
         """The next item. Raises what was put."""
         while not self._items:
-            self._filled.clear()
-            if not self._items:  # nothing was put before it was cleared
-                await self._filled.wait()
+            self._waiter = self._loop.create_future()
+            if not self._items:  # nothing was put before it could be seen that somebody waits
+                await self._waiter
+            self._waiter = None
         item = self._items.popleft()
         if isinstance(item, BaseException):
             raise item
@@ -67,15 +68,16 @@ def wake(mailboxes: Iterable[Mailbox[Any]]) -> None:
 
     Told for every item, the loop would want Python's lock before the items of others are made.
     """
-    waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+    waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for mailbox in mailboxes:
-        if not mailbox._filled.is_set():
-            waiting.setdefault(mailbox._loop, []).append(mailbox._filled)
-    for loop, events in waiting.items():
+        if mailbox._waiter is not None:
+            waiting.setdefault(mailbox._loop, []).append(mailbox._waiter)
+    for loop, waiters in waiting.items():
         with suppress(RuntimeError):  # it was closed: the next `put` says so
-            loop.call_soon_threadsafe(_set, events)
+            loop.call_soon_threadsafe(_end, waiters)
 
 
-def _set(events: list[asyncio.Event]) -> None:
-    for event in events:
-        event.set()
+def _end(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)

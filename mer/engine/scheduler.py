@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import takewhile
 from typing import Final, Literal, Protocol
 
@@ -203,11 +203,11 @@ class Scheduler:
             self.paused.remove(sequence)
             insort(self.waiting, sequence, key=_place)
 
-    def schedule(self, prompt_room: int | None = None) -> list[Chunk]:
+    def schedule(self, prompt_room: Callable[[], int] | None = None) -> list[Chunk]:
         """The next step; empty when nobody can be computed now. Between two calls the step is committed.
 
-        prompt_room: most tokens of prompts beside the next tokens of others, unless a prompt has priority
-        over all of those; None: as many as fit.
+        prompt_room: gives the most tokens of prompts beside the next tokens of others, unless a prompt has
+        priority over all of those; None: as many as fit.
         """
         preempted = self.preemptions
         for sequence in list(self.running):
@@ -226,14 +226,16 @@ class Scheduler:
             self._reserve_states(chunks)
         return chunks
 
-    def _add_prompts(self, chunks: list[Chunk], prompts: list[Sequence], prompt_room: int | None) -> None:
+    def _add_prompts(
+        self, chunks: list[Chunk], prompts: list[Sequence], prompt_room: Callable[[], int] | None
+    ) -> None:
         """As much of prompts as there is room for beside the chunks of those that decode."""
         room = self.step_tokens - len(chunks)
         rows = self.rows - sum(chunk.rows for chunk in chunks)
         if prompt_room is not None:
             first = min(each.priority for each in prompts)
             if any(chunk.sequence.priority <= first for chunk in chunks):
-                room = min(room, prompt_room)
+                room = min(room, prompt_room())
         for sequence in prompts:
             count = min(room, sequence.pending)
             if 0 < sequence.images.branch - sequence.computed < count:

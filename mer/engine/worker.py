@@ -169,7 +169,7 @@ class Worker:
                 self._expire()
                 self._wake()
                 self._began = time.perf_counter()
-                chunks = self._scheduler.schedule(self._pace.room)
+                chunks = self._scheduler.schedule(lambda: self._pace.room)
                 for load in self._scheduler.take_loads():
                     self._fetch(load)
                 idle = not chunks
