@@ -334,10 +334,8 @@ class Runner:
         if self.experts is not None:
             self.experts.begin_step()
         batch = Batch.of(
-            [(each.tokens, each.sequence.computed, each.rows, each.sequence.blocks) for each in chunks],
-            [each.sequence.images.move(each.sequence.computed) for each in chunks]
-            if self.budget.state_images
-            else None,
+            [(each.tokens, each.start, each.rows, each.sequence.blocks) for each in chunks],
+            [each.sequence.images.move(each.start) for each in chunks] if self.budget.state_images else None,
         )
         try:
             learns = self._likely is not None and self._early_reader is not None

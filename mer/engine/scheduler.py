@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from itertools import takewhile
 from typing import Final, Literal, Protocol
 
-from attrs import Factory, define, frozen
+from attrs import Factory, define, field, frozen
 
 from mer.engine.blocks import BlockPool, extend_keys
 from mer.engine.states import WORTHWHILE, Images, StatePool
@@ -65,36 +65,36 @@ class Store(Protocol):
     def __contains__(self, key: bytes) -> bool: ...
 
 
-@frozen(eq=False)
+@define(eq=False)
 class Chunk:
-    """The next `count` tokens of a sequence, to be computed in one step, and behind them a draft."""
+    """The next `count` tokens of a sequence, to be computed in one step, and behind them a draft.
+
+    start: how many are computed before. width: how many this computes. last: whether the token after `count`
+    is not known yet. rows: its last tokens whose logits are wanted. All as when the step was formed.
+    """
 
     sequence: Sequence
     count: int
     draft: tuple[int, ...] = ()
+    start: int = field(init=False)
+    width: int = field(init=False)
+    last: bool = field(init=False)
+    rows: int = field(init=False)
 
-    @property
-    def width(self) -> int:
-        """Tokens that are computed."""
-        return self.count + len(self.draft)
+    def __attrs_post_init__(self) -> None:
+        sequence, drafted = self.sequence, len(self.draft)
+        self.start = sequence.computed
+        self.width = self.count + drafted
+        self.last = self.start + self.count == len(sequence.tokens)
+        if sequence.wants == "last":
+            self.rows = self.last + drafted
+        else:
+            self.rows = self.count if sequence.wants == "all" else 0
 
     @property
     def tokens(self) -> list[int]:
-        """Those."""
-        start = self.sequence.computed
-        return [*self.sequence.tokens[start : start + self.count], *self.draft]
-
-    @property
-    def last(self) -> bool:
-        """Whether the token after this chunk is not known yet."""
-        return self.count == self.sequence.pending
-
-    @property
-    def rows(self) -> int:
-        """Its last tokens whose logits are wanted."""
-        if self.sequence.wants == "last":
-            return self.last + len(self.draft)
-        return self.count if self.sequence.wants == "all" else 0
+        """What it computes."""
+        return [*self.sequence.tokens[self.start : self.start + self.count], *self.draft]
 
 
 def _place(sequence: Sequence) -> tuple[int, int]:

@@ -249,8 +249,9 @@ class Worker:
 
     def _wake(self) -> None:
         """Tell the readers of what was put."""
-        wake(self._unread)
-        self._unread.clear()
+        if self._unread:
+            wake(self._unread)
+            self._unread.clear()
 
     def _gone(self) -> None:
         with self._lock:
@@ -319,8 +320,7 @@ class Worker:
         logits = self._runner.step(chunks)
         stats = self._uncounted()
         before, self._totals = self._totals, self._totals + stats
-        starts = [(chunk.sequence.computed, chunk.rows, chunk.last) for chunk in chunks]
-        decoding = sum(chunk.sequence.pending == 1 for chunk in chunks)
+        decoding = sum(chunk.last and chunk.count == 1 for chunk in chunks)
         prompt = sum(chunk.count for chunk in chunks) - decoding
         self._pace.observe(decoding, prompt, stats.step_s)
         if self._drafting is not None:
@@ -331,42 +331,41 @@ class Worker:
         embeds = any(isinstance(job, Embedding) for job in jobs)
         hidden = self._runner.hidden() if embeds else logits
         token = row = 0
-        for job, chunk, (start, n_rows, last) in zip(jobs, chunks, starts, strict=True):
+        for job, chunk in zip(jobs, chunks, strict=True):
             job.end_step(before, self._totals)
-            here = slice(token, token + chunk.width)
             try:
                 if isinstance(job, Embedding):
-                    self._embed(job, start, hidden[here])
+                    self._embed(job, chunk.start, hidden[token : token + chunk.width])
                 else:
                     assert isinstance(job, Request)
-                    self._answer(job, start, logits[row : row + n_rows], chunk.draft, last=last)
+                    self._answer(job, chunk, logits[row : row + chunk.rows])
             except MerError as error:
                 self._fail([job], error)
             except Exception as error:  # of one answer's tokens or text: the others go on
                 _log.exception("a request ended")
                 self._fail([job], MerError(f"the request ended by an error inside mer: {error!r}"))
-            token, row = token + chunk.width, row + n_rows
+            token, row = token + chunk.width, row + chunk.rows
         self._wake()
         if self._drafting is not None:
-            self._set_back(chunks, [start for start, *_ in starts], self._drafting)
+            self._set_back(chunks, self._drafting)
             now = time.perf_counter()
             self._drafting.end_step(decoding, now - self._began, stats, alone=not prompt)
             self._began = now
         if self._runner.profile is not None:
             self._runner.profile.span("sampling and text", drawing)
 
-    def _set_back(self, chunks: list[Chunk], starts: list[int], drafting: Drafting) -> None:
+    def _set_back(self, chunks: list[Chunk], drafting: Drafting) -> None:
         """Have recurrent states behind the tokens that turned out right, without those of wrong drafts."""
         began, at = time.perf_counter(), 0
         spans: list[tuple[int, int, int, int]] = []
         held: list[Chunk] = []
-        for chunk, start in zip(chunks, starts, strict=True):
+        for chunk in chunks:
             sequence = chunk.sequence
             if chunk.draft and sequence.images.next:  # else it is over, or the model has no such states
                 held.append(chunk)
-                if sequence.computed < start + chunk.width:
-                    before, after, *_ = sequence.images.move(start)
-                    spans.append((at, sequence.computed - start, before, after))
+                if sequence.computed < chunk.start + chunk.width:
+                    before, after, *_ = sequence.images.move(chunk.start)
+                    spans.append((at, sequence.computed - chunk.start, before, after))
             at += chunk.width
         if spans:
             self._runner.replay(spans)
@@ -380,14 +379,12 @@ class Worker:
             self._remove(job, "embedded")
             self._put(job, mean)
 
-    def _answer(
-        self, request: Request, start: int, logits: NDArray[np.float32], draft: tuple[int, ...], *, last: bool
-    ) -> None:
+    def _answer(self, request: Request, chunk: Chunk, logits: NDArray[np.float32]) -> None:
         if request.wants == "all":
-            request.see_prompt(start, logits)
-        if not last:
+            request.see_prompt(chunk.start, logits)
+        if not chunk.last:
             return
-        right = 0
+        draft, right = chunk.draft, 0
         request.drafted += len(draft)
         for row in logits[-1 - len(draft) :]:
             self._accept(request, row)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 from tokenizers import Regex, decoders
@@ -145,13 +146,21 @@ class ByteLevel(Stage):
     """Each character of a token stands for one byte; a token with any other character is text itself."""
 
     def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = b""  # what may become a character
 
     def push(self, pieces: list[str]) -> list[str]:
-        return [self._decoder.decode(b"".join(map(_byte_level, pieces)))]
+        data = self._begun + b"".join(map(_byte_level, pieces))
+        try:
+            text, self._begun = data.decode(), b""  # nearly always, and sooner done than what follows
+        except UnicodeDecodeError:
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            text = decoder.decode(data)
+            self._begun = decoder.getstate()[0]
+        return [text]
 
     def finish(self) -> list[str]:
-        return [self._decoder.decode(b"", True)]
+        text, self._begun = self._begun.decode(errors="replace"), b""
+        return [text]
 
     def alone(self, piece: bytes | str) -> bytes | str:
         return _byte_level(piece) if isinstance(piece, str) else piece
@@ -279,6 +288,7 @@ def _alphabet() -> dict[str, int]:
 _ALPHABET: Final = _alphabet()
 
 
+@lru_cache(1 << 14)  # a token's bytes are wanted each time it is drawn
 def _byte_level(piece: str) -> bytes:
     try:
         return bytes([_ALPHABET[char] for char in piece])
