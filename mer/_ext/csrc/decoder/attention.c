@@ -9,6 +9,9 @@
 #include "../mer_decoder.h"
 #include "kv.h"
 
+#define PRAGMA(X) _Pragma(#X)
+#define UNROLL(N) PRAGMA(GCC unroll N)
+
 /* Queries times blocks that are under way at once, at the least: as many chains as a processor can overlap. */
 enum { LEAST_UNITS = 16 };
 
@@ -38,7 +41,7 @@ MER_INLINE softmax softmax_in(float *memory, long queries) {
 MER_INLINE void score_by_element(const float *q, const float *keys, long dim, v16 *out) {
     v16 a = {0}, b = {0}, c = {0}, e = {0};
     long d = 0;
-    for (; d + 4 <= dim; d += 4) {
+    UNROLL(2) for (; d + 4 <= dim; d += 4) {
         V16_LOAD(k0, keys + d * 16);
         V16_LOAD(k1, keys + d * 16 + 16);
         V16_LOAD(k2, keys + d * 16 + 32);
@@ -96,7 +99,7 @@ MER_INLINE void add_values(float *out, const float *p, const float *values, long
         V16_LOAD(b, out + d + 16);
         V16_LOAD(c, out + d + 32);
         V16_LOAD(e, out + d + 48);
-        for (long j = j0; j < j1; j++) {
+        UNROLL(4) for (long j = j0; j < j1; j++) {
             const float *v = values + j * stride + d;
             V16_LOAD(v0, v);
             V16_LOAD(v1, v + 16);
@@ -115,7 +118,7 @@ MER_INLINE void add_values(float *out, const float *p, const float *values, long
     for (; d + 32 <= dim; d += 32) {
         V16_LOAD(a, out + d);
         V16_LOAD(b, out + d + 16);
-        for (long j = j0; j < j1; j++) {
+        UNROLL(4) for (long j = j0; j < j1; j++) {
             const float *v = values + j * stride + d;
             V16_LOAD(v0, v);
             V16_LOAD(v1, v + 16);
@@ -127,7 +130,7 @@ MER_INLINE void add_values(float *out, const float *p, const float *values, long
     }
     for (; d + 16 <= dim; d += 16) {
         V16_LOAD(sum, out + d);
-        for (long j = j0; j < j1; j++) {
+        UNROLL(4) for (long j = j0; j < j1; j++) {
             V16_LOAD(v, values + j * stride + d);
             sum += p[j] * v;
         }
@@ -262,20 +265,26 @@ void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, 
             }
             const char *block = a->blocks + (size_t)table[b] * a->block_bytes + kv_head * part;
             keys = as_floats(block, a->kv, a->key_dim, !a->latent, key_buffer);
-            for (long t = t0; t < t1; t++)
-                for (long h = h0; h < h1; h++, u++)
-                    score(a, a->q + (t * a->n_heads + h) * a->key_dim, keys, seen_places(a, t, b),
-                          s.weights + u * MER_KV_BLOCK);
+            for (long t = t0; t < t1; t++) {
+                const float *q = a->q + (t * a->n_heads + h0) * a->key_dim;
+                const places seen = seen_places(a, t, b);
+                for (long h = 0; h < heads; h++, u++)
+                    score(a, q + h * a->key_dim, keys, seen, s.weights + u * MER_KV_BLOCK);
+            }
         }
         for (long b = b0, u = 0; b < b1; b++)
-            for (long t = t0, i = 0; t < t1; t++)
-                for (long h = h0; h < h1; h++, i++, u++) weigh(&s, u, i, seen_places(a, t, b));
+            for (long t = t0, i = 0; t < t1; t++) {
+                const places seen = seen_places(a, t, b);
+                for (long h = 0; h < heads; h++, i++, u++) weigh(&s, u, i, seen);
+            }
         for (long b = b0, u = 0; b < b1; b++) {
             const char *block = a->blocks + (size_t)table[b] * a->block_bytes + (kv_head + a->n_kv) * part;
             values = a->latent ? keys : as_floats(block, a->kv, a->value_dim, 0, value_buffer);
-            for (long t = t0; t < t1; t++)
-                for (long h = h0; h < h1; h++, u++)
-                    take(a, &s, u, values, seen_places(a, t, b), a->out + (t * a->n_heads + h) * a->value_dim);
+            for (long t = t0; t < t1; t++) {
+                float *out = a->out + (t * a->n_heads + h0) * a->value_dim;
+                const places seen = seen_places(a, t, b);
+                for (long h = 0; h < heads; h++, u++) take(a, &s, u, values, seen, out + h * a->value_dim);
+            }
         }
     }
     end(a, t0, t1, h0, h1, s.sum);

@@ -75,7 +75,7 @@ __attribute__((target("avx,f16c"))) void mer_widen_f16c(const uint16_t *h, long 
 }
 
 __attribute__((target("avx512f"))) void mer_widen_avx512(const uint16_t *h, long n, float *to) {
-    for (long i = 0; i < n; i += 16)
+    _Pragma("GCC unroll 4") for (long i = 0; i < n; i += 16)
         _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(h + i))));
 }
 
