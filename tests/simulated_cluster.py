@@ -278,6 +278,8 @@ class World:
     def flush(self, link):
         """All of one stream, as far as it gets through."""
         for _ in range(20):
+            if not link.to_server and not link.to_engine:
+                break
             self.to_server(link)
             self.to_engine(link)
 
