@@ -153,10 +153,10 @@ def write_secrets(folder: Path, names: list[str]) -> None:
 def shard(
     model: Path, experts: int, threads: int, where: Place, number: int, limit: int
 ) -> Iterator[Running]:
-    """A new one. limit: bytes of its control group, where it has one."""
+    """A new one. limit: bytes of it, and of its control group, if it has one."""
     script = "from mer.cli.main import main; main()"
     command = [sys.executable, "-c", script, "shard", str(model), *where.command(number)]
-    command += ["--experts", str(experts), "--threads", str(threads)]
+    command += ["--experts", str(experts), "--threads", str(threads), "--ram", f"{limit >> 20}MiB"]
     with ExitStack() as stack:
         if where.network is None:
             process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
