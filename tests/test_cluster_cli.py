@@ -43,13 +43,26 @@ def test_what_can_not_be(options, words):
     assert words in done.stderr
 
 
+GIVEN = {"model": "demo", "model_name": "demo", "shard_ram": 1, "ram": 1, "replicas": 1, "most_replicas": 1}
+
+
 def test_between_machines_certificates_are_needed():
-    given = {
-        "model": "demo", "model_name": "demo", "shard_ram": 1, "ram": 1, "replicas": 1, "most_replicas": 1,
-    }  # fmt: skip
     files = Certificates(cert=Path("a"), key=Path("b"), ca=Path("c"), token=Path("d"))
-    Plan(**given, shards=2).check_nodes(1)
-    Plan(**given, shards=0).check_nodes(3)
-    Plan(**given, shards=2, certificates=files).check_nodes(3)
+    Plan(**GIVEN, shards=2).check_nodes(1)
+    Plan(**GIVEN, shards=0).check_nodes(3)
+    Plan(**GIVEN, shards=2, certificates=files).check_nodes(3)
     with pytest.raises(ConfigError, match=r"there are 3 nodes.*--peer-token"):
-        Plan(**given, shards=2).check_nodes(3)
+        Plan(**GIVEN, shards=2).check_nodes(3)
+
+
+def test_room_for_all_of_it():
+    """Of 3 shards and 2 engines, what all nodes have together."""
+    plan = Plan(
+        **GIVEN | {"shards": 3, "shard_ram": 5 << 20, "replicas": 2, "most_replicas": 9, "ram": 7 << 20}
+    )
+    plan.check_room({"CPU": 5.0, "memory": 29 << 20, "GPU": 1})
+    for total in {"CPU": 4.0, "memory": 1 << 40}, {"CPU": 64.0, "memory": 28 << 20}, {}:
+        with pytest.raises(
+            ConfigError, match="3 shards and 2 engines need 5 CPUs and 29 MiB; Ray's nodes have"
+        ):
+            plan.check_room(total)

@@ -71,3 +71,18 @@ class Plan:
                 f"there are {nodes} nodes, between which shards and engines talk; "
                 "give --peer-cert, --peer-key, --peer-ca and --peer-token"
             )
+
+    def check_room(self, total: Mapping[str, float]) -> None:
+        """Raises ConfigError where Ray would wait for ever for room.
+
+        total: what all nodes have, as ray.cluster_resources() has it: CPUs, bytes of memory.
+        """
+        cpus = self.shards * self.shard_cpus + self.replicas * self.cpus
+        memory = self.shards * self.shard_ram + self.replicas * self.ram
+        has_cpus, has_memory = int(total.get("CPU", 0)), int(total.get("memory", 0))
+        if cpus > has_cpus or memory > has_memory:
+            raise ConfigError(
+                f"{self.shards} shards and {self.replicas} engines need {cpus} CPUs and {memory >> 20} MiB; "
+                f"Ray's nodes have {has_cpus} and {has_memory >> 20} MiB. Give fewer, or smaller ones, or "
+                "add nodes; ray start --num-cpus and --memory say what a node has"
+            )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
+from contextlib import suppress
 from typing import Any, Final
 
 import ray
@@ -24,6 +26,8 @@ _GROUP: Final = f"{NAME}-shards"
 # Seconds that placing may take, and what only tells something.
 _PLACING: Final = 60.0
 _SOON: Final = 10.0
+# Seconds from when engines are there until Serve listens on every node.
+_LISTENING: Final = 120.0
 # Seconds for which requests have to wait too long, or hardly, before an engine is added or taken away.
 _MORE_AFTER: Final = 60.0
 _LESS_AFTER: Final = 900.0
@@ -61,6 +65,7 @@ def up(plan: Plan) -> None:
     """Start all of it, and wait until requests can come. Raises ConfigError, RayError."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     plan.check_nodes(len(nodes))
+    plan.check_room(ray.cluster_resources())
     if _serve_runs():
         what = "the cluster is up already; `mer cluster down` ends it"
         if not _status():
@@ -159,17 +164,23 @@ def _serve(plan: Plan, application: Any) -> None:
     tls = {"ssl_certfile": plan.tls_cert, "ssl_keyfile": plan.tls_key} if plan.tls_cert else {}
     http = {"host": plan.host, "port": plan.port, **{name: str(file) for name, file in tls.items()}}
     try:
-        serve.start(
-            proxy_location="EveryNode",
-            http_options=http,
-            grpc_options=grpc_options if plan.grpc_port is not None else None,
-        )
-    except (TimeoutError, RuntimeError, ray.exceptions.RayError) as error:
+        with suppress(TimeoutError):  # after a minute, as on a machine with much else to do
+            serve.start(
+                proxy_location="EveryNode",
+                http_options=http,
+                grpc_options=grpc_options if plan.grpc_port is not None else None,
+            )
+    except (RuntimeError, ray.exceptions.RayError) as error:
         raise RayError(f"Ray Serve could not be started: {_reason(error)}") from None
     try:
         serve.run(application, name=NAME, route_prefix="/")
     except RuntimeError:
         raise RayError(f"engines could not be started: {_trouble()}") from None
+    end = time.monotonic() + _LISTENING
+    while late := [node for node, each in serve.status().proxies.items() if each == "STARTING"]:
+        if time.monotonic() > end:
+            raise RayError(f"Ray Serve does not listen on {len(late)} nodes, such as {late[0]}")
+        time.sleep(0.1)
 
 
 def _start_shards(plan: Plan) -> None:
