@@ -36,7 +36,9 @@ async def quiet(engine: Engine) -> None:
     await settle(engine)
 
 
-async def take_turns(engine: Engine, expected: list[Answer], prompts: Sequence[list[int]] = LONG) -> None:
+async def take_turns(
+    engine: Engine, expected: list[Answer], prompts: Sequence[list[int]] = LONG, together: int = 5
+) -> None:
     """Three prompts again and again, in memory for one of them: each comes back, whoever is cancelled."""
     for turn in range(3):
         for ids, answer in zip(prompts, expected, strict=True):
@@ -45,7 +47,7 @@ async def take_turns(engine: Engine, expected: list[Answer], prompts: Sequence[l
             assert (result.token_ids, result.logprobs) == answer
             assert (result.usage.cached_tokens >= 32) == (turn > 0)
     # All at once, some of them cancelled while blocks are on their way.
-    for _ in range(5):
+    for _ in range(together):
         tasks = [asyncio.create_task(engine.generate(ids, PARAMS)) for ids in list(prompts) * 2]
         await asyncio.sleep(0.01)
         tasks[1].cancel()

@@ -83,7 +83,7 @@ async def test_what_falls_out_of_its_memory_comes_back(
     """Also while the expert cache shrinks and grows."""
     async with opened(model, context=64, prefix_store=tmp_path, gpu_layers=1, **GPU) as engine:
         simulator.defer()
-        await take_turns(engine, expected, SHORT)
+        await take_turns(engine, expected, SHORT, together=1)
         await engine.set_ram(engine.budget.floor)
         await take_turns_again(engine, expected)
         await engine.set_ram("8GiB")
