@@ -1,6 +1,20 @@
 """Part of decoder.pyx: grouped-query attention, between its projections and its scores."""
 
 
+cdef inline void norm_query_and_key(Decoder d, float *q, float *k) noexcept nogil:
+    cdef Layer *layer = d.layer
+    cdef Geometry *g = &layer.geometry
+    cdef long dim = g.head_dim, i
+    if g.qk_norm == 2:
+        mer_rms_norm(q, layer.q_norm, q, g.n_heads * dim, d.eps)
+        mer_rms_norm(k, layer.k_norm, k, g.n_kv * dim, d.eps)
+    elif g.qk_norm == 1:
+        for i in range(g.n_heads):
+            mer_rms_norm(q + i * dim, layer.q_norm, q + i * dim, dim, d.eps)
+        for i in range(g.n_kv):
+            mer_rms_norm(k + i * dim, layer.k_norm, k + i * dim, dim, d.eps)
+
+
 cdef void grouped_task(Decoder d, long t, int thread) noexcept nogil:
     """Between projections and attention: bias, norms, clip, rotation of one token, and its place in the cache."""
     cdef Layer *layer = d.layer

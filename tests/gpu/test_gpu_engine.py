@@ -35,11 +35,6 @@ def driver(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     simulator.reset()
 
 
-@pytest.fixture
-def logits(monkeypatch: pytest.MonkeyPatch) -> Logits:
-    return Logits(monkeypatch)
-
-
 @pytest.fixture(scope="module", params=["q4_0", "q8_0"])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")

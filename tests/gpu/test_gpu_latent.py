@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ from oracle.make_checkpoints import make
 
 from mer import Engine, SamplingParams
 from mer.model.placement import ON_THE_CPU, Placement
+
+pytestmark = pytest.mark.usefixtures("simulator")
 
 PARAMS = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 # In the end each of the first two has two blocks, and so has the last at once.
@@ -29,20 +30,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make(path, "deepseek_v3", vocab_size=300, num_hidden_layers=2, eos_token_id=0)
     write_tokenizer(path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
-    found = Simulator()
-    monkeypatch.setenv("MER_CUDA_DRIVER", str(found.path))
-    monkeypatch.setenv("MER_ISA", "avx2")
-    yield found
-    found.reset()
-
-
-@pytest.fixture
-def logits(monkeypatch: pytest.MonkeyPatch) -> Logits:
-    return Logits(monkeypatch)
 
 
 async def together(engine: Engine, logits: Logits) -> Answers:

@@ -9,7 +9,6 @@ import pytest
 from attrs import evolve
 from click.testing import CliRunner
 from engine_models import GREEDY, Logits, convert_to, opened, prompt, write_text_model
-from gpu_simulator import Simulator
 from oracle.make_checkpoints import make
 
 from mer import Engine
@@ -36,15 +35,6 @@ PROMPTS = [prompt(40, vocab=300), prompt(9, 1, 211)]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_text_model(tmp_path_factory.mktemp("layers") / "model")
-
-
-@pytest.fixture
-def simulator(monkeypatch):
-    found = Simulator()
-    monkeypatch.setenv("MER_CUDA_DRIVER", str(found.path))
-    monkeypatch.setenv("MER_ISA", "avx2")
-    yield found
-    found.reset()
 
 
 def chosen(path, vram, **settings):

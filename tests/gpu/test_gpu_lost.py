@@ -51,11 +51,6 @@ def driver(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     simulator.reset()
 
 
-@pytest.fixture
-def logits(monkeypatch: pytest.MonkeyPatch) -> Logits:
-    return Logits(monkeypatch)
-
-
 class Fault:
     """Orders a fault once so many tokens were drawn, on the thread that computes."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,8 @@ from mer.engine.budget import resident_bytes
 from mer.engine.prefix_store import buffer_bytes
 from mer.engine.runner import Runner
 from mer.model.placement import ON_THE_CPU
+
+pytestmark = pytest.mark.usefixtures("simulator")
 
 GPU = {"device": "cuda", "vram": "60MiB"}
 SHORT = [prompt(50), prompt(40), prompt(33)]
@@ -38,15 +39,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def model(models: dict[str, Path]) -> Path:
     return models["qwen3_moe"]
-
-
-@pytest.fixture(autouse=True)
-def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
-    found = Simulator()
-    monkeypatch.setenv("MER_CUDA_DRIVER", str(found.path))
-    monkeypatch.setenv("MER_ISA", "avx2")
-    yield found
-    found.reset()
 
 
 @pytest.fixture

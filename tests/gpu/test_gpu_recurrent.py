@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,8 @@ from mer.config import EngineConfig
 from mer.engine.runner import Runner
 from mer.engine.scheduler import Scheduler, Sequence
 from mer.model.placement import ON_THE_CPU, Placement
+
+pytestmark = pytest.mark.usefixtures("simulator")
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPTS = [prompt(20), prompt(5, 1), [5, 6, 7, 8] * 3]
@@ -37,20 +38,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in ("lfm2", "next"):
         convert_to(folder / f"{name}-f32", folder / name, "q8_0", "q8_0")
     return {name: folder / name for name in ("qwen3_5", "lfm2", "next")}
-
-
-@pytest.fixture(autouse=True)
-def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulator]:
-    found = Simulator()
-    monkeypatch.setenv("MER_CUDA_DRIVER", str(found.path))
-    monkeypatch.setenv("MER_ISA", "avx2")
-    yield found
-    found.reset()
-
-
-@pytest.fixture
-def logits(monkeypatch: pytest.MonkeyPatch) -> Logits:
-    return Logits(monkeypatch)
 
 
 async def answers(engine: Engine, logits: Logits) -> Answers:

@@ -151,6 +151,16 @@ static int acceptable(const mer_io *io, const mer_read_op *op) {
     return !io->direct || bits % MER_IO_ALIGN == 0;
 }
 
+/* Whoever gives requests to the device looks at what is pending; the lock is held. */
+static void start_pending(mer_io *io) {
+    if (io->closing)
+        ;
+    else if (io->uring)
+        mer_ring_pump(io);
+    else
+        pthread_cond_broadcast(&io->work);
+}
+
 void mer_io_submit(mer_io *io, mer_read_op *ops, long n) {
     pthread_mutex_lock(&io->lock);
     io->submitted += (uint64_t)n;
@@ -173,24 +183,14 @@ void mer_io_submit(mer_io *io, mer_read_op *ops, long n) {
             q->head = op;
         q->tail = op;
     }
-    if (io->closing)
-        ;
-    else if (io->uring)
-        mer_ring_pump(io);
-    else
-        pthread_cond_broadcast(&io->work);
+    start_pending(io);
     pthread_mutex_unlock(&io->lock);
 }
 
 void mer_io_set_depth(mer_io *io, int depth) {
     pthread_mutex_lock(&io->lock);
     io->depth = depth < io->most ? depth : io->most;
-    if (io->closing)
-        ;
-    else if (io->uring)
-        mer_ring_pump(io);
-    else
-        pthread_cond_broadcast(&io->work);
+    start_pending(io);
     pthread_mutex_unlock(&io->lock);
 }
 
