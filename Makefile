@@ -29,7 +29,7 @@ $(VENV)/made: Makefile
 	@touch $@
 
 $(VENV)/built: $(VENV)/made $(SOURCES)
-	@echo "==> building mer (Cython, C and protos; a minute or two the first time)"
+	@echo "==> building mer (Cython, C and protos; some minutes the first time)"
 	@PYTHONWARNINGS="ignore:Editable installation" $(PY) -m pip install --quiet --no-build-isolation --editable .
 	@touch $@
 
