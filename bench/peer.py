@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -166,7 +165,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": tokens,
         "decode_seconds": times,
         "decode_tokens_per_s": len(times) / sum(times) if times else None,
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "read_bytes": {name: b - a for name, a, b in zip(names, reads, reads[1:], strict=False)},
     }
 

@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import resource
 import struct
 import sys
 import tempfile
@@ -62,7 +63,9 @@ def main() -> None:
 
             write_seeds(asked.kind, seeds)
         options = [f"-max_total_time={asked.seconds}", f"-runs={asked.runs}", "-seed=1", "-max_len=20000"]
-        options += ["-timeout=20", "-rss_limit_mb=1500", "-print_final_stats=1"]
+        # libFuzzer's own limit takes the peak of whoever started this process for ours.
+        resource.setrlimit(resource.RLIMIT_DATA, (1500 << 20, 1500 << 20))
+        options += ["-timeout=20", "-rss_limit_mb=0", "-print_final_stats=1"]
         atheris.Setup(
             [sys.argv[0], *options, str(seeds)],
             lambda data: TARGETS[asked.kind](place, data),

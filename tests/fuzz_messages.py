@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import resource
 import sys
 import tempfile
 from pathlib import Path
@@ -75,7 +76,9 @@ def main() -> None:
         for number, seed in enumerate(seeds()):
             (Path(folder) / str(number)).write_bytes(seed)
         options = [f"-max_total_time={asked.seconds}", f"-runs={asked.runs}", "-seed=1", "-max_len=4000"]
-        options += ["-timeout=20", "-rss_limit_mb=1500", "-print_final_stats=1"]
+        # libFuzzer's own limit takes the peak of whoever started this process for ours.
+        resource.setrlimit(resource.RLIMIT_DATA, (1500 << 20, 1500 << 20))
+        options += ["-timeout=20", "-rss_limit_mb=0", "-print_final_stats=1"]
         atheris.Setup([sys.argv[0], *options, folder], one_input, custom_mutator=mutate)
         # Ends the process.
         atheris.Fuzz()
