@@ -2,12 +2,22 @@
 #include <math.h>
 
 #include "../mer_decoder.h"
+#include "vec.h"
 
-static void softmax(float *x, long n) {
+/* By an exponential function of our own: the C library's differs between libraries, and a GPU has none of them. */
+MER_CLONES static void softmax(float *x, long n) {
     float top = x[0], sum = 0.0f;
-    for (long i = 1; i < n; i++) top = x[i] > top ? x[i] : top;
-    for (long i = 0; i < n; i++) sum += x[i] = expf(x[i] - top);
-    for (long i = 0; i < n; i++) x[i] /= sum;
+    long i = 0;
+    for (long j = 1; j < n; j++) top = x[j] > top ? x[j] : top;
+    for (; i + 16 <= n; i += 16) {
+        V16_LOAD(a, x + i);
+        a -= top;
+        v16_exp(&a);
+        V16_STORE(x + i, a);
+    }
+    for (; i < n; i++) x[i] = exp1(x[i] - top);
+    for (i = 0; i < n; i++) sum += x[i];
+    for (i = 0; i < n; i++) x[i] /= sum;
 }
 
 /* Takes the largest of x out (it becomes -infinity) and returns its index; the lowest one of equals. */
