@@ -39,10 +39,13 @@ class MemoryGroup:
         (self.path / ("memory.limit_in_bytes" if self._old else "memory.max")).write_text(str(size))
 
     @property
+    def usage(self) -> Path:
+        """The file that says how many bytes are charged to the group now."""
+        return self.path / ("memory.usage_in_bytes" if self._old else "memory.current")
+
+    @property
     def used(self) -> int:
-        """Bytes that are charged to the group now."""
-        name = "memory.usage_in_bytes" if self._old else "memory.current"
-        return int((self.path / name).read_text())
+        return int(self.usage.read_text())
 
     @property
     def peak(self) -> int:

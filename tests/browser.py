@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from engine_models import opened
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import Page, async_playwright, expect
 
 from mer import Engine
 from mer.api.http.app import create_app
@@ -19,6 +19,7 @@ from mer.api.http.service import Service
 from mer.api.settings import ServerSettings
 
 CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+PATIENCE = 180_000  # ms, however busy the machine
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium: apt-get install chromium-headless-shell"
 )
@@ -31,6 +32,8 @@ async def browser_page(url: str, noisy: bool = False, **options: Any) -> AsyncIt
         # Its own sandbox is not to be had as root, in a container; what it opens here is ours.
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = await browser.new_page(**options)
+        page.set_default_timeout(PATIENCE)
+        expect.set_options(timeout=PATIENCE)
         said: list[str] = []
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))

@@ -2,15 +2,21 @@
 
 import os
 import signal
+import sys
 
 import hypothesis
 
 # The oracle's models are tiny: threads of torch would only wait for each other, and for the processor.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# How long an example takes says how busy the machine is. By hand new examples are looked for; whether a
-# change may land does not hang on what is drawn.
-hypothesis.settings.register_profile("mer", deadline=None, derandomize="CI" in os.environ)
+# How long an example takes, or is looked for, says how busy the machine is. Whether a change may land does
+# not hang on what is drawn: others are with --hypothesis-seed=random, or any number.
+hypothesis.settings.register_profile(
+    "mer",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=not any(each.startswith("--hypothesis-seed") for each in sys.argv),
+)
 hypothesis.settings.load_profile("mer")
 
 # A shell has told what it runs in the background to ignore it, and so would the children of these tests.

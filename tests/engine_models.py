@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import pytest
 import torch
 from oracle.make_checkpoints import IN_PLACE, make
 from oracle.make_tokenizer import write_tokenizer
 
 from mer import Delta, Engine, SamplingParams
 from mer.engine.request import Request
+from mer.engine.runner import Runner
 from mer.model import families
 from mer.weights import convert as conversion
 from mer.weights import formats
@@ -112,6 +115,23 @@ async def begun_together(engine: Engine, asking: Awaitable[T], count: int) -> T:
         await asyncio.sleep(0.001)
     engine._worker.hold(False)
     return await answers
+
+
+@contextmanager
+def gated() -> Iterator[threading.Event]:
+    """No step of an engine is computed before the event is set: what was asked for cannot end by itself."""
+    step, go = Runner.step, threading.Event()
+
+    def waiting(self: Runner, chunks):
+        assert go.wait(600)
+        return step(self, chunks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, "step", waiting)
+        try:
+            yield go
+        finally:
+            go.set()
 
 
 def check_idle(engine: Engine) -> None:

@@ -13,6 +13,7 @@ import pytest
 from engine_models import opened
 from google.rpc import error_details_pb2
 from grpc_status.rpc_status import aio as rpc_status
+from http_server import PATIENCE
 
 from mer import Engine
 from mer.api.grpc.server import GrpcServer, serve_grpc
@@ -104,13 +105,17 @@ def asked(engine: Engine) -> int:
     return snapshot.waiting + snapshot.running
 
 
+def come(engine: Engine) -> int:
+    """The same, with those that the engine's thread, in the midst of a step, does not know yet."""
+    return engine._worker._here
+
+
 async def until(condition, what: str) -> None:
     """Waits until `condition()` holds; fails when it does not for a long time."""
-    for _ in range(3000):
-        if condition():
-            return
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"never: {what}"
         await asyncio.sleep(0.01)
-    raise AssertionError(f"never: {what}")
 
 
 @contextmanager

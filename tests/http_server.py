@@ -24,7 +24,7 @@ from mer.api.settings import ServerSettings
 
 SERVE = [sys.executable, "-c", "from mer.cli.main import main; main()", "serve"]
 # Nothing in here takes that long; it ends a test that would hang.
-PATIENCE = 60
+PATIENCE = 180
 
 
 class Server:

@@ -24,7 +24,7 @@ from mer.cluster.state import PeerState
 
 MER = [sys.executable, "-c", "from mer.cli.main import main; main()"]
 # A generous limit of what is waited for, and how long a peer has before the own drive is asked, too.
-LONG = 60.0
+LONG = 180.0
 
 
 class Process:

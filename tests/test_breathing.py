@@ -131,8 +131,10 @@ async def test_answers_do_not_depend_on_it(model, monkeypatch, io):
                 await asyncio.sleep(0.002)
 
         breathing = asyncio.create_task(breathe())
-        for _ in range(3):
+        rounds = 0
+        while rounds < 3 or (rounds < 100 and not {2, 12} < seen):
             assert await answers(engine, logits) == expected
+            rounds += 1
         breathing.cancel()
         assert {2, 12} < seen
 

@@ -135,8 +135,9 @@ async def test_cut_for_long(model, expected, network, secrets, nodes, monkeypatc
         assert await again(engine) == expected
 
 
-async def test_cut_for_a_moment(model, expected, network, secrets, nodes):
+async def test_cut_for_a_moment(model, expected, network, secrets, nodes, monkeypatch):
     """Answers that come after all are those of a layer that is over, and the stream goes on."""
+    monkeypatch.setattr(of_one, "LOST", LONG)
     link = network.nodes[0]
     async with asking(model, secrets, nodes[0]) as engine:
         try:

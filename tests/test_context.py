@@ -121,6 +121,13 @@ def test_nor_of_requests_that_run_at_a_time(tmp_path):
         assert (given.slots, given.max_running) == (single.slots, single.max_running)
 
 
+@pytest.fixture
+def the_program_itself(monkeypatch):
+    """That of pytest may take more than all of an engine."""
+    monkeypatch.setattr(budgets, "resident_bytes", lambda: 100 * MIB)
+
+
+@pytest.mark.usefixtures("the_program_itself")
 async def test_an_engine_that_is_alone(longer):
     """A request has as much room as beside others, more of them have it at the same time."""
     for opening, tokens in ((Engine.open, 16 * 4096), (Engine.beside, 4096)):
@@ -132,6 +139,7 @@ async def test_an_engine_that_is_alone(longer):
             assert ("`context`" in str(error.value)) == (tokens > 4096)
 
 
+@pytest.mark.usefixtures("the_program_itself")
 def test_longrope_goes_by_what_a_request_may_have(tmp_path):
     """Else an answer would depend on how much memory there is."""
     rope = LONGROPE | {"original_max_position_embeddings": 4096}

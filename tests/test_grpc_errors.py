@@ -9,11 +9,12 @@ import socket
 
 import grpc
 import pytest
-from engine_models import write_text_model
+from engine_models import gated, write_text_model
 from grpc_client import (
     FOREVER,
     asked,
     chat,
+    come,
     connected,
     generate,
     pieces,
@@ -226,7 +227,7 @@ async def test_limits_of_a_caller(model):
     settings = {"api_keys": {"a": "one", "b": "two"}, "max_concurrent": 2}
     async with served(model, settings) as (stub, engine, _):
         one, two = ([("x-api-key", key)] for key in "ab")
-        with slowed(0.005):
+        with slowed(0.02):
             running = [stub.Generate(generate("x", FOREVER), metadata=one) for _ in range(2)]
             await until(lambda: asked(engine) == 2, "both run")
             error = await refused(stub.Generate(generate("x"), metadata=one))
@@ -327,12 +328,13 @@ async def test_who_goes_away_costs_nothing_any_more(model, stage, how):
 
 async def test_cancelled_while_it_waits(model):
     async with served(model, max_running=1) as (stub, engine, _):
-        with slowed(0.005):
+        with gated() as go:
             first = asyncio.create_task(text_of(stub.Generate(generate("the sea"))))
             await until(lambda: asked(engine) == 1, "one runs")
             call = stub.Generate(generate("Hello", FOREVER))
-            await until(lambda: asked(engine) == 2, "one waits")
+            await until(lambda: come(engine) == 2, "one waits")
             call.cancel()
+            go.set()
             await first
         await until(lambda: not asked(engine), "both are gone")
 
@@ -355,7 +357,7 @@ async def test_a_server_that_stops(model):
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
             assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
-            with slowed(0.01):
+            with gated() as go:
                 running = asyncio.create_task(text_of(stub.Generate(generate("the sea"))))
                 await until(lambda: asked(engine), "it runs")
                 stopping = asyncio.create_task(server.stop(600))
@@ -363,6 +365,7 @@ async def test_a_server_that_stops(model):
                 for call in stub.Generate(generate("x")), stub.Session(iter([])):
                     error = await refused(call)
                     assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
+                go.set()
                 assert await running == expected
                 await asyncio.wait_for(stopping, 60)
 

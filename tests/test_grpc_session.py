@@ -10,8 +10,20 @@ from pathlib import Path
 
 import grpc
 import pytest
-from engine_models import write_text_model
-from grpc_client import FOREVER, asked, chat, connected, generate, refused, served, slowed, text_of, until
+from engine_models import gated, write_text_model
+from grpc_client import (
+    FOREVER,
+    asked,
+    chat,
+    come,
+    connected,
+    generate,
+    refused,
+    served,
+    slowed,
+    text_of,
+    until,
+)
 
 from mer.api.grpc.errors import Failure
 from mer.deploy.session import RefusedError, RoutedSession
@@ -119,19 +131,21 @@ class Reader:
 @EITHER
 async def test_requests_run_side_by_side(model, serving):
     """Text by text what each would get by itself; their pieces are mixed."""
-    async with serving(model) as (stub, _, _):
+    async with serving(model) as (stub, engine, _):
         requests = {f"g{i}": generate(text) for i, text in enumerate(PROMPTS)}
         requests |= {f"c{i}": chat(text) for i, text in enumerate(PROMPTS)}
         alone = {}
         for id, request in requests.items():
             call = stub.Generate(request) if id[0] == "g" else stub.Chat(request)
             alone[id] = "".join([piece.text if id[0] == "g" else piece.content async for piece in call])
-        with slowed(0.002):
+        with gated() as go:
             call = stub.Session()
             reader = Reader(call)
             for id, request in requests.items():
                 await call.write(begin(id, request))
             await call.done_writing()
+            await until(lambda: come(engine) == len(requests), "all are there")
+            go.set()
             await reader.end()
         assert {id: ends[0][0] for id, ends in reader.ends.items()} == alone
         assert all(ends[0][1].usage.completion_tokens == 12 for ends in reader.ends.values())
@@ -220,12 +234,14 @@ async def test_cancel_ends_a_request_and_no_other(model, serving):
 async def test_what_is_refused_harms_no_other(model, serving, message, field, code):
     async with serving(model) as (stub, _, _):
         expected = await text_of(stub.Generate(generate("the sea")))
-        with slowed(0.005):
+        with gated() as go:  # the good one is there until the other was refused
             call = stub.Session()
             reader = Reader(call)
             await call.write(begin("good", generate("the sea")))
             await call.write(message)
             await call.done_writing()
+            await until(lambda: reader.ends, "it is refused")
+            go.set()
             await reader.end()
         errors = [end for ends in reader.ends.values() for _, end in ends if isinstance(end, pb.Error)]
         assert [(error.field, error.code) for error in errors] == [
@@ -283,11 +299,13 @@ async def test_who_does_not_read_holds_up_nobody_else(model):
 
 async def test_a_server_that_stops_ends_sessions_when_they_are_idle(model):
     async with served(model) as (stub, engine, server):
-        with slowed(0.005):
+        with gated() as go:
             call = stub.Session()
             await call.write(begin("a", generate("the sea")))
             await until(lambda: asked(engine) == 1, "it has begun")
-            stopping = asyncio.create_task(server.stop(30))
+            stopping = asyncio.create_task(server.stop(600))
+            await asyncio.sleep(0)
+            go.set()
             error, texts = None, []
             try:
                 async for response in call:

@@ -16,7 +16,7 @@ import openai
 import pydantic
 import pytest
 from engine_models import write_text_model
-from http_server import serving
+from http_server import PATIENCE, serving
 
 from mer import Engine, SamplingParams
 
@@ -46,7 +46,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def http(server):
-    with httpx.Client(base_url=server.url, timeout=60) as http:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE) as http:
         yield http
 
 

@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 from agent_requests import CLAUDE_CODE, CLAUDE_HEADERS, CODEX, OPENCODE, QWEN_CODE
-from http_server import serving
+from http_server import PATIENCE, serving
 from tool_models import write_tool_model
 
 from mer.api.roles import folded
@@ -53,7 +53,9 @@ def test_the_header_for_accounting_does_not_part_prompts(server):
         None,
     ):
         system = [{"type": "text", "text": text}] * (text is not None) + CLAUDE_CODE["system"][1:]
-        answer = httpx.post(f"{server.url}/v1/messages/count_tokens", json={**body, "system": system})
+        answer = httpx.post(
+            f"{server.url}/v1/messages/count_tokens", json={**body, "system": system}, timeout=PATIENCE
+        )
         counts.add(answer.json()["input_tokens"])
     assert len(counts) == 1
 
@@ -72,11 +74,11 @@ def test_codex(server):
 def test_a_function_in_a_namespace_is_called_by_both_its_names(server):
     body = {**CODEX, "model": "small", "stream": False, "tools": CODEX["tools"][1:]}
     body |= {"tool_choice": "required", "parallel_tool_calls": False}
-    answer = httpx.post(f"{server.url}/v1/responses", json=body, timeout=60).json()
+    answer = httpx.post(f"{server.url}/v1/responses", json=body, timeout=PATIENCE).json()
     (call,) = (item for item in answer["output"] if item["type"] == "function_call")
     assert (call["namespace"], call["name"]) == ("agents_v1", "close")
     twice = [*CODEX["tools"], {"type": "function", "name": "agents_v1__close"}]
-    refused = httpx.post(f"{server.url}/v1/responses", json={**body, "tools": twice})
+    refused = httpx.post(f"{server.url}/v1/responses", json={**body, "tools": twice}, timeout=PATIENCE)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "tools"
 

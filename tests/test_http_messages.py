@@ -10,7 +10,7 @@ import anthropic
 import httpx
 import openai
 import pytest
-from http_server import serving
+from http_server import PATIENCE, serving
 from tool_models import PARAMETERS, write_tool_model
 
 ASK = [{"role": "user", "content": "What is the weather?"}]
@@ -201,10 +201,10 @@ def test_what_coding_agents_send_is_taken(server):
         "service_tier": "auto", "output_config": {"effort": "max"}, "cache_control": {"type": "ephemeral"},
     }  # fmt: skip
     headers = {"x-api-key": "secret", "anthropic-version": "2023-06-01", "anthropic-beta": "some-beta"}
-    answer = httpx.post(f"{server.url}/v1/messages?beta=true", json=body, headers=headers)
+    answer = httpx.post(f"{server.url}/v1/messages?beta=true", json=body, headers=headers, timeout=PATIENCE)
     assert answer.status_code == 200, answer.text
     assert answer.json()["context_management"] == {"applied_edits": []}
-    unknown = httpx.post(f"{server.url}/v1/messages/nothing", json=body, headers=headers)
+    unknown = httpx.post(f"{server.url}/v1/messages/nothing", json=body, headers=headers, timeout=PATIENCE)
     assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "not_found_error")
 
 
@@ -251,7 +251,7 @@ def test_a_stream_that_the_server_ends_says_so_in_its_own_shape(tmp_path):
         with contextlib.ExitStack() as streams:
             lines = []
             for path, body, sign in asked:
-                stream = client.stream("POST", f"{server.url}/v1/{path}", json=body, timeout=60)
+                stream = client.stream("POST", f"{server.url}/v1/{path}", json=body, timeout=PATIENCE)
                 lines.append(streams.enter_context(stream).iter_lines())
                 assert any(sign in line for line in iter(lambda i=lines[-1]: next(i), None))
             server.signal()

@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import schemathesis
 from engine_models import write_text_model
-from http_server import serving
+from http_server import PATIENCE, serving
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -43,6 +43,8 @@ def test_what_the_document_says(server, operation, mode):
                 if type(case.body[name]) is int and case.body[name] > BOUNDS[name]:
                     case.body[name] = BOUNDS[name]
         # What parameters mean together, and whether a text is too long, a schema can't say.
-        case.call_and_validate(base_url=server.url, timeout=60, excluded_checks=[positive_data_acceptance])
+        case.call_and_validate(
+            base_url=server.url, timeout=PATIENCE, excluded_checks=[positive_data_acceptance]
+        )
 
     check()

@@ -11,13 +11,12 @@ import pytest
 from browser import browser_page, needs_chromium, shown
 from engine_models import write_text_model
 from grpc_client import asked, slowed, until
-from http_server import serving
+from http_server import PATIENCE, serving
 from playwright.async_api import Page, Route, expect
 
 from mer.api.http import pages
 
 PAGE = Path(pages.__file__).parent / "page"
-PATIENCE = 60_000
 
 pytestmark = needs_chromium
 
@@ -33,11 +32,11 @@ def without_template(tmp_path_factory):
 
 
 async def says(page: Page, text: str) -> None:
-    await expect(page.locator("#status")).to_have_text(text, timeout=PATIENCE)
+    await expect(page.locator("#status")).to_have_text(text)
 
 
 async def ready(page: Page) -> None:
-    await expect(page.locator("#model")).to_have_text("small", timeout=PATIENCE)
+    await expect(page.locator("#model")).to_have_text("small")
 
 
 async def set_parameters(page: Page, **values: object) -> None:
@@ -76,7 +75,7 @@ async def test_an_answer_is_that_of_the_api(model):
         ]
         first, second = await kept(page)
         assert first == {"role": "user", "content": "Hello\nyou"}
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
 
             async def answer(messages):
                 body = {"messages": messages, "temperature": 0, "max_tokens": 20}
@@ -87,7 +86,7 @@ async def test_an_answer_is_that_of_the_api(model):
             assert second["figures"].startswith(f"{one['usage']['completion_tokens']} tokens")
             await box.fill("And then?")
             await page.get_by_role("button", name="Send").click()
-            await expect(page.locator("article")).to_have_count(4, timeout=PATIENCE)
+            await expect(page.locator("article")).to_have_count(4)
             await says(page, "the answer is complete")
             said = {"role": "assistant", "content": second["content"]}
             two = await answer([*asked_first, said, {"role": "user", "content": "And then?"}])
@@ -102,7 +101,7 @@ async def test_without_a_chat_template_the_text_is_continued(without_template):
         await page.locator("#text").fill("It was")
         await page.keyboard.press("Enter")
         await says(page, "the answer is complete")
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
             body = {"prompt": "It was", "temperature": 0, "max_tokens": 15}
             text = (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"]
         assert (await kept(page))[1]["content"] == text
@@ -153,7 +152,7 @@ async def test_an_error_is_shown_and_no_answer_kept(model):
         await page.route("**/v1/**", lambda route: route.continue_(post_data="{}"))
         await page.locator("#text").fill("Hello")
         await page.keyboard.press("Enter")
-        await expect(page.locator("#status.error")).to_contain_text("messages", timeout=PATIENCE)
+        await expect(page.locator("#status.error")).to_contain_text("messages")
         assert [each["role"] for each in await kept(page)] == ["user"]
 
 
@@ -163,7 +162,7 @@ async def test_the_key_is_asked_for(model):
         await expect(dialog).to_be_visible(timeout=PATIENCE)
         await dialog.get_by_label("API key").fill("wrong")
         await page.keyboard.press("Enter")
-        await expect(dialog).to_contain_text("not known", timeout=PATIENCE)
+        await expect(dialog).to_contain_text("not known")
         await dialog.get_by_label("API key").fill("secret")
         await page.keyboard.press("Enter")
         await ready(page)
@@ -172,7 +171,7 @@ async def test_the_key_is_asked_for(model):
         await page.keyboard.press("Enter")
         await says(page, "the answer is complete")
         assert "secret" not in await page.evaluate("JSON.stringify(localStorage)")
-        async with httpx.AsyncClient(base_url=url) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
             for path in sorted(pages.PATHS):
                 assert (await client.get(path)).status_code == 200
             for path in ("/live", "/page/none", "/v1/models"):
@@ -185,19 +184,19 @@ async def test_what_is_live(model):
         await ready(page)
         await without_end_token(page)
         await set_parameters(page, temperature=0, max_tokens=400)
-        with slowed(0.05):
+        with slowed(0.1):
             await page.locator("#text").fill("Hello")
             await page.keyboard.press("Enter")
-            await expect(page.locator("#requests")).to_have_text("1 running, 0 waiting", timeout=PATIENCE)
-            await expect(page.locator("#speed")).to_have_text(re.compile(r"^[1-9]"), timeout=PATIENCE)
-            await expect(page.locator("#hits")).to_have_text(re.compile(r"\d %"), timeout=PATIENCE)
-            await expect(page.locator("#next")).to_have_text(re.compile(r"ms"), timeout=PATIENCE)
+            await expect(page.locator("#requests")).to_have_text("1 running, 0 waiting")
+            await expect(page.locator("#speed")).to_have_text(re.compile(r"^[1-9]"))
+            await expect(page.locator("#hits")).to_have_text(re.compile(r"\d %"))
+            await expect(page.locator("#next")).to_have_text(re.compile(r"ms"))
             await page.keyboard.press("Escape")
         engine.pin(0, 1)
         engine.pause()
         label = re.compile("^4 of 12 experts in memory, 1 pinned; 2 layers from above, 6 experts each$")
-        await expect(page.locator("#map")).to_have_attribute("aria-label", label, timeout=PATIENCE)
-        await expect(page.locator("#requests")).to_have_text("0 running, 0 waiting, paused", timeout=PATIENCE)
+        await expect(page.locator("#map")).to_have_attribute("aria-label", label)
+        await expect(page.locator("#requests")).to_have_text("0 running, 0 waiting, paused")
         # What the map shows is what the cache has: the middle of each cell has a colour of its own.
         cells = await page.evaluate(
             """() => {
@@ -225,7 +224,7 @@ async def test_another_model_of_the_server(model, without_template):
     with serving(without_template, *both) as server:
         async with browser_page(f"{server.url}/?model=other", noisy=True) as page:
             await expect(page.locator("#lost")).to_have_text(
-                "No news: the model 'other' is not loaded; a request loads it", timeout=PATIENCE
+                "No news: the model 'other' is not loaded; a request loads it"
             )
             await set_parameters(page, temperature=0, max_tokens=20)
             await page.locator("#text").fill("Hello")
@@ -233,14 +232,14 @@ async def test_another_model_of_the_server(model, without_template):
             await says(page, "the answer is complete")
             messages = [{"role": "user", "content": "Hello"}]
             body = {"model": "other", "messages": messages, "temperature": 0, "max_tokens": 20}
-            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE) as client:
                 one = (await client.post("/v1/chat/completions", json=body)).json()
             assert (await kept(page))[1]["content"] == one["choices"][0]["message"]["content"]
-            await expect(page.locator("#model")).to_have_text("other", timeout=PATIENCE)
+            await expect(page.locator("#model")).to_have_text("other")
             await expect(page.locator("#lost")).to_be_hidden()
             assert await page.locator("#map").get_attribute("aria-label")
             await page.goto(server.url)
-            await expect(page.locator("#model")).to_have_text("plain", timeout=PATIENCE)
+            await expect(page.locator("#model")).to_have_text("plain")
 
 
 async def test_keyboard_and_names(model):

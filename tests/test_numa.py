@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,9 @@ def test_a_pinned_pool_computes() -> None:
     pool.pin([[cpu]] * 3)
     allowed = []
     for task in Path("/proc/self/task").iterdir():
-        name = (task / "comm").read_text().strip()
-        if name.startswith("mer-compute"):
-            allowed.append(os.sched_getaffinity(int(task.name)))
+        with suppress(OSError):  # one of another test that has ended meanwhile
+            if (task / "comm").read_text().startswith("mer-compute"):
+                allowed.append(os.sched_getaffinity(int(task.name)))
     assert allowed.count({cpu}) >= 2
     assert os.sched_getaffinity(0) != set()
     assert pool.memory_bandwidth(1, 1) > 0

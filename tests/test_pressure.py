@@ -130,12 +130,17 @@ def test_page_cache_counts_as_room(tmp_path):
     assert Gauge(tmp_path).read() == (170000000, 0.0)
 
 
+# Takes 4 MiB at a time. Where there is no room it waits a second for the others, who may be slow to notice.
 HOG = """
 import sys, time
+used, limit, pieces = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 held = []
-for _ in range(int(sys.argv[1])):
+for _ in range(pieces):
+    end = time.monotonic() + 1
+    while time.monotonic() < end and int(open(used).read()) > limit - (24 << 20):
+        time.sleep(0.01)
     held.append(b"x" * (4 << 20))
-    time.sleep(0.04)
+    time.sleep(0.02)
 print("there", flush=True)
 sys.stdin.read()
 """
@@ -175,10 +180,10 @@ def test_a_server_gives_way_to_another_process_in_its_group(tmp_path, group, mon
         expected = [ask(seed) for seed in seeds]
         before = state()
         assert before["ram_bytes"] == before["asked_ram_bytes"] == 2 << 30
-        group.limit(group.used + 150 * MIB)
-        hog = subprocess.Popen(
-            [*inside, sys.executable, "-c", HOG, "50"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        limit = group.used + 150 * MIB
+        group.limit(limit)
+        command = [*inside, sys.executable, "-c", HOG, str(group.usage), str(limit), "50"]
+        hog = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             told = threading.Event()
             threading.Thread(target=lambda: hog.stdout.readline() and told.set(), daemon=True).start()

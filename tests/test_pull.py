@@ -234,7 +234,7 @@ def test_interrupted_and_gone_on_with(run, hub, home, repos, variables):
     (other,) = run("pull org/large")
     failed(other, SHARDS[0], "another process")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, "")
     assert "the same command goes on" in err
     hub.release.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import subprocess
 import sys
@@ -135,9 +136,10 @@ def test_no_file_descriptor_is_left(path: Path) -> None:
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))
 
+    gc.collect()  # what others left
     before = count()
     for _ in range(5):
         Reader([path, path]).close()
         with pytest.raises(CheckpointError):
             Reader([path, path.with_suffix(".missing")])
-    assert count() == before
+    assert count() <= before

@@ -260,8 +260,8 @@ def test_over_the_admin_port(tmp_path):
     with serving("demo", "--context", 256, "--admin-port", 0, "--admin-key-file", keys) as server:
         url = re.search(r"admin endpoints at (\S+)", "".join(server.lines))[1]
         client = httpx.Client(base_url=url, timeout=PATIENCE, headers={"X-Api-Key": "secret"})
-        assert httpx.get(f"{url}/admin/models").status_code == 401
-        assert httpx.get(f"{server.url}/admin/models").status_code == 404
+        assert httpx.get(f"{url}/admin/models", timeout=PATIENCE).status_code == 401
+        assert httpx.get(f"{server.url}/admin/models", timeout=PATIENCE).status_code == 404
         assert client.post("/admin/reload", json={}).json()["model"]["generation"] == 2
         refused = client.post("/admin/reload", json={"path": str(damaged(tmp_path / "bad"))})
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "reload_refused")

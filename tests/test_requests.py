@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import defaultdict
 from contextlib import aclosing
 from typing import Any, cast
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import uvloop
-from engine_models import GREEDY, check_idle, opened, prompt, settle, write_text_model
+from engine_models import GREEDY, check_idle, gated, opened, prompt, settle, write_text_model
 from oracle.make_checkpoints import make
 
 from mer import Engine, QueueFullError, RequestTimeoutError, SamplingParams, Structure
@@ -210,9 +211,12 @@ async def test_timeouts(model):
             with pytest.raises(RequestTimeoutError, match=r"0\.05 seconds"):
                 await task
         assert (await good).token_ids == expected
-        # Of one that nobody computes: its reader is slow.
-        stream = engine.stream(prompt(5), params(max_tokens=300, timeout=0.4))
+        # Of one that nobody computes: its reader is slow, and then its time is over.
+        stream = engine.stream(prompt(5), params(max_tokens=300, timeout=600))
         await anext(stream)
+        await _until(lambda: engine.snapshot().waiting == 1)
+        [job] = engine._worker.jobs
+        engine._worker.call(lambda: engine._scheduler._deadlines.update({job: time.perf_counter()}))
         await _until(lambda: not engine._worker._jobs)
         with pytest.raises(RequestTimeoutError):
             async for _ in stream:
@@ -225,16 +229,21 @@ async def _until(true) -> None:
 
 
 async def test_a_full_queue(model):
+    async def ask(asking):
+        with gated() as go:  # none ends before all have come
+            tasks = [asyncio.ensure_future(each) for each in asking]
+            await _until(lambda: sum(task.done() for task in tasks) == 4)
+            go.set()
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
     async with opened(model, max_running=2, max_waiting=3) as engine:
-        tasks = [asyncio.create_task(engine.generate(prompt(5, seed=n), params())) for n in range(9)]
-        done = await asyncio.gather(*tasks, return_exceptions=True)
+        done = await ask(engine.generate(prompt(5, seed=n), params()) for n in range(9))
         refused = [each for each in done if isinstance(each, QueueFullError)]
         assert len(refused) == 4, "two run and three wait"
         assert all(isinstance(each, QueueFullError) for each in done[5:])
         assert all(1 <= each.retry_after <= 60 for each in refused)
         assert [len(each.token_ids) for each in done[:5]] == [12] * 5
-        means = (engine.embed(prompt(5, seed=n)) for n in range(9))
-        done = await asyncio.gather(*means, return_exceptions=True)
+        done = await ask(engine.embed(prompt(5, seed=n)) for n in range(9))
         assert [isinstance(each, QueueFullError) for each in done] == [False] * 5 + [True] * 4
         assert len((await engine.generate(prompt(5), params())).token_ids) == 12
 
@@ -345,6 +354,8 @@ def test_under_uvloop(model):
             assert isinstance(asyncio.get_running_loop(), uvloop.Loop)
             expected = (await engine.generate([1, 2], params())).token_ids
             tasks = [asyncio.create_task(engine.generate([1, 2], params())) for _ in range(20)]
+            tasks[7].cancel()
+            tasks[7] = asyncio.create_task(engine.generate([1, 2], LONG))
             stream = engine.stream([3], LONG)
             await anext(stream)
             tasks[7].cancel()

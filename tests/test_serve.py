@@ -52,23 +52,44 @@ def stream(server, body, ready):
         return events
 
 
-def test_sigterm_drains(model):
+STANDS_STILL = """
+import os, time
+from mer.cli.main import main
+from mer.engine.runner import Runner
+
+step = Runner.step
+
+def still(self, chunks):
+    while os.path.exists(os.environ["STILL"]) and any(len(chunk.sequence.tokens) > 20 for chunk in chunks):
+        time.sleep(0.01)
+    return step(self, chunks)
+
+Runner.step = still
+main()
+"""
+
+
+def test_sigterm_drains(model, tmp_path, monkeypatch):
     """What is running ends in order, nobody else is let in, and then the process is gone with status 0."""
+    monkeypatch.setattr(http_server, "SERVE", [sys.executable, "-c", STANDS_STILL, "serve"])
+    still = tmp_path / "still"  # while it is there no answer comes to its end
+    still.touch()
     with (
-        serving(model, "--context", 8192, "--drain-timeout", 100) as server,
+        serving(model, "--drain-timeout", 1000, STILL=str(still)) as server,
         ThreadPoolExecutor(1) as pool,
     ):
         begun = threading.Event()
-        running = pool.submit(stream, server, {**ENDLESS, "max_tokens": 3000}, begun)
+        running = pool.submit(stream, server, {**ENDLESS, "max_tokens": 100}, begun)
         assert begun.wait(PATIENCE)
         server.signal()
-        server.wait_for("1 running; ending within 100 s")
-        late = httpx.post(f"{server.url}{TEXT}", json=SHORT)
+        server.wait_for("1 running; ending within 1000 s")
+        late = httpx.post(f"{server.url}{TEXT}", json=SHORT, timeout=PATIENCE)
         assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
-        assert httpx.get(f"{server.url}/ready").json() == {"status": "draining"}
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/ready", timeout=PATIENCE).json() == {"status": "draining"}
+        assert httpx.get(f"{server.url}/health", timeout=PATIENCE).status_code == 200
+        still.unlink()
         events = running.result()
-        assert len(events) > 2000
+        assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
         assert events[-1] == "[DONE]"
         assert server.ended() == 0
 
@@ -96,7 +117,7 @@ def test_what_does_not_end_in_time_is_ended(model, hurry):
 
 def test_log_in_json_says_who_asked_what_but_not_the_prompt(model):
     with serving(model, "--log-format", "json") as server:
-        httpx.post(f"{server.url}{TEXT}", json=SHORT, headers={"X-Request-Id": "my-id"})
+        httpx.post(f"{server.url}{TEXT}", json=SHORT, headers={"X-Request-Id": "my-id"}, timeout=PATIENCE)
         line = json.loads(server.wait_for("my-id").string)
         assert line.pop("time")
         assert line.pop("seconds") > 0
@@ -105,7 +126,7 @@ def test_log_in_json_says_who_asked_what_but_not_the_prompt(model):
             "client": "127.0.0.1", "caller": "127.0.0.1", "method": "POST", "path": TEXT, "status": 200,
             "prompt_tokens": line["prompt_tokens"], "completion_tokens": 8,
         }  # fmt: skip
-        httpx.get(f"{server.url}/health")
+        httpx.get(f"{server.url}/health", timeout=PATIENCE)
         server.signal()
         server.ended()
         assert SHORT["prompt"] not in "".join(server.lines)
@@ -124,7 +145,7 @@ def test_clients_that_die_are_one_line_each(model):
                     client.sendall(sent[: int(part * len(sent))])
                     time.sleep(wait)
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        httpx.post(f"{server.url}{TEXT}", json=SHORT)
+        httpx.post(f"{server.url}{TEXT}", json=SHORT, timeout=PATIENCE)
         server.wait_for("completion_tokens=8")
         server.signal()
         assert server.ended() == 0
@@ -232,14 +253,19 @@ def test_log_for_people_with_prompts_where_asked(model, tmp_path):
         resident = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
         assert int(resident) * 4096 <= float(taken[1]) * 1.01 * (1 << 20)
         for key in ("secret", "other"):
-            answer = httpx.post(f"{server.url}{TEXT}", json=SHORT, headers={"Authorization": f"Bearer {key}"})
+            answer = httpx.post(
+                f"{server.url}{TEXT}",
+                json=SHORT,
+                headers={"Authorization": f"Bearer {key}"},
+                timeout=PATIENCE,
+            )
             assert answer.status_code == 200
         line = server.wait_for("ann").string
         assert re.search(rf"^\d\d:\d\d:\d\d 127.0.0.1 POST {TEXT} 200 [\d.]+ request_id=", line), line
         assert "The old man" in line
         assert "secret" not in "".join(server.lines)
         assert "key 1" in server.wait_for("key 1").string
-        httpx.get(f"{server.url}/a%0Aforged%1Bb")
+        httpx.get(f"{server.url}/a%0Aforged%1Bb", timeout=PATIENCE)
         assert r"GET /a\nforged\x1bb 401" in server.wait_for("forged").string
 
 
@@ -256,7 +282,7 @@ def test_tls_with_certificates_of_both_sides(model, tmp_path):
         trusted.configure_trust(context)
         if certificate:
             certificate.configure_cert(context)
-        with httpx.Client(verify=context) as http:
+        with httpx.Client(verify=context, timeout=PATIENCE) as http:
             return http.get(f"{url}/v1/models").status_code
 
     with serving(model, "--tls-cert", cert, "--tls-key", key) as server:
@@ -273,14 +299,14 @@ def test_tls_with_certificates_of_both_sides(model, tmp_path):
             next(endless.iter_bytes())
             assert http.post(TEXT, json=SHORT).json()["usage"]["completion_tokens"] == 8
         deadline = time.monotonic() + PATIENCE
-        with httpx.Client(verify=context, base_url=server.url) as http:
+        with httpx.Client(verify=context, base_url=server.url, timeout=PATIENCE) as http:
             while re.findall(r"mer_requests\{.*\} (\d)", http.get("/metrics").text) != ["0", "0"]:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
         with pytest.raises(httpx.ConnectError):
             get(server.url, other)
         with pytest.raises(httpx.HTTPError):
-            httpx.get(server.url.replace("https", "http"))
+            httpx.get(server.url.replace("https", "http"), timeout=PATIENCE)
         assert get(server.url, ca) == 200
     options = ["--tls-cert", cert, "--tls-key", key, "--tls-client-ca", tmp_path / "ca.pem"]
     with serving(model, *options) as server:
