@@ -266,6 +266,21 @@ def test_fio_runs_for_parts_of_a_second(tmp_path, monkeypatch):
     assert json.loads(found[found.index("{") :])["jobs"][0]["read"]["runtime"] > 250
 
 
+def test_reader_and_fio_take_turns_in_being_first(tmp_path, monkeypatch):
+    order = []
+    rates = {"fio": iter([1.0, 4.0]), "reader": iter([0.5, 8.0])}
+
+    def run(name):
+        order.append(name)
+        return next(rates[name])
+
+    monkeypatch.setattr(io, "run_fio", lambda *_: run("fio"))
+    monkeypatch.setattr(io, "run_reader", lambda *_: run("reader"))
+    row = io.compare("fio", tmp_path, "uring", 4096, 1, 0.1, 2)
+    assert order == ["fio", "reader", "reader", "fio"]
+    assert row["ratio"] == pytest.approx((0.5 / 1.0 + 8.0 / 4.0) / 2)
+
+
 def test_without_fio_the_reader_stands_alone(tmp_path, monkeypatch):
     file = tmp_path / "weights"
     file.write_bytes(bytes(1 << 20))
