@@ -14,6 +14,7 @@ from mer.errors import ConfigError
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 Speculate = Literal["auto", "ngram", "draft", "off"]
+ExpertWire = Literal["f32", "bf16", "f16"]
 KVChoice = Literal["auto", "f32", "f16", "q8_0"]
 
 
@@ -123,7 +124,7 @@ def _device(_: Any, attribute: Attribute[Any], value: Any) -> None:
 
 @frozen(kw_only=True)
 class EngineConfig:
-    """How an engine uses the machine. Nothing here changes what a model answers, but for `kv_dtype`.
+    """How an engine uses the machine. What a model answers changes with `kv_dtype` and `expert_wire` alone.
 
     Raises ConfigError for a value that can't be, naming the setting.
     """
@@ -186,6 +187,9 @@ class EngineConfig:
     #: Other machines that hold experts in memory and compute them (`mer shard`): their addresses, HOST:PORT;
     #: dns:HOST:PORT are all addresses of a name, which is looked up again and again.
     peers: tuple[str, ...] = field(default=(), converter=_addresses)
+    #: To what each row is rounded that goes into a routed expert and comes out of it, wherever that is:
+    #: peers are sent, and send, half with 'bf16' and 'f16'. In 'f16' what is beyond 65504 is infinite.
+    expert_wire: ExpertWire = field(default="f32", validator=_one_of(*get_args(ExpertWire)))
     #: A file with the token by which they let an engine in.
     peer_token: Path | None = field(default=None, converter=converters.optional(Path))
     #: Certificates for them (PEM), needed for all that are not this machine: their CA's, the engine's own,

@@ -67,6 +67,8 @@ class Model:
         # of each layer: of gate, up and down, one row an expert; and what replaces silu(gate) * up
         self.biases: list[tuple[Floats, Floats, Floats]] = []
         self.clamp: tuple[float, float, float] | None = None
+        # to what rows are rounded that go into experts, and that come out
+        self.wire = "f32"
         self.tables = expert_tables(sources)
 
     def inputs(self, layer: int, tokens: int, seed: int = 0, top_k: int = TOP_K):
@@ -91,7 +93,7 @@ class Model:
 
     def exact(self, kernels: Kernels, layer: int, x: Floats, ids, weights) -> Floats:
         """Each (token, expert) product by itself, added in the router's order: the bytes that must come."""
-        out = np.zeros_like(x)
+        out, x = np.zeros_like(x), rounded(x, self.wire)
         product = kernels.matmul_py
         for t, chosen in enumerate(ids):
             for k, e in enumerate(chosen):
@@ -101,7 +103,9 @@ class Model:
                     g, u = g + self.biases[layer][0][e], u + self.biases[layer][1][e]
                 h = kernels.swiglu_py(g[0], u[0], self.clamp)
                 y = product(fd, down, h[None])[0]
-                out[t] += weights[t, k] * (y + self.biases[layer][2][e] if self.biases else y)
+                if self.biases:
+                    y = y + self.biases[layer][2][e]
+                out[t] += weights[t, k] * rounded(y, self.wire)
         return out
 
     def reference(
@@ -130,6 +134,17 @@ class Model:
                 out[t] += w * (down @ h)
                 bound[t] += w * (np.abs(down) @ (dh + _rounding(fd, np.abs(h) + dh)))
         return out, bound
+
+
+def rounded(x: Floats, wire: str) -> Floats:
+    """To the nearest number of this format, as gguf rounds."""
+    kind = gguf.GGMLQuantizationType[wire.upper()]
+    return gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind)
+
+
+def wired(x: Floats, wire: str) -> bytes:
+    """The same in that format."""
+    return gguf.quants.quantize(x, gguf.GGMLQuantizationType[wire.upper()]).tobytes()
 
 
 def _rounding(fmt: int, x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -171,6 +186,7 @@ class Streamed:
         )  # fmt: skip
         if model.biases:
             self.streamer.add_biases(model.biases)
+        self.streamer.mixture.round_to(formats.by_name(model.wire).id)
         if model.clamp is not None:
             self.streamer.clamp(*model.clamp)
 

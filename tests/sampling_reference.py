@@ -123,7 +123,10 @@ def _likeliest(logits: NDArray[np.float32]) -> int:
     best = int(logits.argmax())  # a NaN counts as the largest
     if not np.isfinite(logits[best]):
         value = "NaN" if np.isnan(logits[best]) else f"{logits[best]} as its largest logit"
-        raise MerError(f"the model gave {value}: its weights may be damaged, `mer verify` checks them")
+        raise MerError(
+            f"the model gave {value}: its weights may be damaged, `mer verify` checks them; or it is too "
+            "much for --expert-wire f16, where that is given"
+        )
     return best
 
 

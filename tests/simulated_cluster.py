@@ -64,7 +64,7 @@ class Memory:
     def held(self) -> list[int]:
         return sorted(self.loaded)
 
-    def compute(self, layer, x, experts):
+    def compute(self, layer, x, experts, until):
         if any(layer * EXPERTS + int(e) not in self.loaded for e in experts.ravel()):
             return None
         return self.model.exact(KERNELS, layer, x, experts, np.ones((len(x), 1), np.float32))

@@ -117,8 +117,8 @@ async def test_damaged_answers(model, expected, monkeypatch, damage):
     outputs = serving.Service._outputs
     damaged = []
 
-    def spoil(self, rows, context):
-        response = outputs(self, rows, context)
+    def spoil(self, *request):
+        response = outputs(self, *request)
         if len(damaged) < 3:
             found = response.outputs
             damaged.append(found.id)
@@ -163,7 +163,7 @@ def test_what_is_no_request(model):
         hello = pb.ComputeRequest(
             hello=pb.Hello(
                 protocol=mine.protocol, version=mine.version, model=mine.model, arithmetic=mine.arithmetic,
-                probe=mine.probe, engine=bytes(16),
+                probe=mine.probe, engine=bytes(16), wire="f32",
             )
         )  # fmt: skip
         x = np.ones((3, made.hidden[0]), np.float32)
@@ -208,6 +208,14 @@ def test_what_is_no_request(model):
         nameless = pb.ComputeRequest(hello=hello.hello)
         nameless.hello.engine = b"short"
         assert call(stub, nameless)[1] == "INVALID_ARGUMENT"
+        for wire in "", "f64":
+            strange = pb.ComputeRequest(hello=hello.hello)
+            strange.hello.wire = wire
+            _, status, details = call(stub, strange)
+            assert (status, details) == (
+                "INVALID_ARGUMENT",
+                "rows can be f32, bf16, f16, and the engine's are something else",
+            )
         for name, value, words in (
             ("protocol", 99, "protocol 99"),
             ("version", "0.0", "install the same version"),

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 from contextlib import contextmanager
+from math import inf
 
 import grpc
 import numpy as np
@@ -32,7 +33,7 @@ from mer.weights import formats
 HELLO = pb.ComputeRequest(
     hello=pb.Hello(
         protocol=RIGHT.protocol, version=RIGHT.version, model=RIGHT.model, arithmetic=RIGHT.arithmetic,
-        probe=RIGHT.probe, engine=bytes(16),
+        probe=RIGHT.probe, engine=bytes(16), wire="f32",
     )
 )  # fmt: skip
 WELCOME = pb.ComputeResponse(
@@ -148,7 +149,7 @@ def test_a_shard_computes_what_was_asked_or_nothing(memory, request):
     """The right rows, or a status that says why; the same from a request that was damaged without harm."""
     memory.assign(range(EXPERTS))  # the last one may have been taken for an Assign
     memory.load(EXPERTS)
-    right = memory.compute(0, ASK.x[ASK.tokens], np.array([[1], [1], [4]], np.int32)).tobytes()
+    right = memory.compute(0, ASK.x[ASK.tokens], np.array([[1], [1], [4]], np.int32), inf).tobytes()
     found = answers(memory, request)
     if found is not None and found.WhichOneof("kind") == "outputs" and found.outputs.rows:
         assert found.outputs.rows == right

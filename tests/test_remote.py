@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from moe_model import EXPERTS, KERNELS, MAX_TOKENS, Model, Streamed, assert_idle
+from moe_model import EXPERTS, KERNELS, MAX_TOKENS, Model, Streamed, assert_idle, wired
 
 from mer._ext.uring import Reader
 from mer.errors import DeviceReadError
@@ -46,13 +46,13 @@ class Peers:
                 one = (np.array([[e]], np.int32), np.ones((1, 1), np.float32))
                 rows.append(self.model.exact(KERNELS, layer, x[t : t + 1], *one)[0])
             at += count
-        answer = (turn, peer, experts, np.array(rows).tobytes())
+        answer = (turn, peer, experts, wired(np.array(rows), self.model.wire))
         if how == "at once":
             self.tier.answer(*answer)
         elif how == "soon":
             threading.Timer(0.01, self.tier.answer, answer).start()
         elif how == "short":
-            self.tier.answer(*answer[:3], answer[3][:-4])
+            self.tier.answer(*answer[:3], answer[3][:-2])
         elif how == "lost":
             threading.Timer(0.01, self.tier.answer, (turn, peer, experts, None)).start()
         else:
@@ -70,10 +70,14 @@ def with_peers(
     return made, peers
 
 
-@pytest.fixture(scope="module", params=["q8_0", "f32"])
+@pytest.fixture(scope="module", params=["q8_0", "f32", "q8_0 bf16", "f32 f16"])
 def model(request, tmp_path_factory):
-    form = formats.by_name(request.param)
-    return Model(tmp_path_factory.mktemp("remote"), [(form, form, 64, 96), (form, form, 64, 32)])
+    """Of a format; rows may be rounded to another."""
+    name, *wire = request.param.split()
+    form = formats.by_name(name)
+    made = Model(tmp_path_factory.mktemp("remote"), [(form, form, 64, 96), (form, form, 64, 32)])
+    made.wire = wire[0] if wire else "f32"
+    return made
 
 
 WAYS = {

@@ -49,6 +49,8 @@ cdef class Mixture:
     cdef float *out_rows               # [pairs, hidden]
     cdef void *memory                  # the one allocation behind all of them
     cdef int64_t act_stride
+    cdef int rounding                  # format of x and of the output rows, see round_to
+    cdef float *rounded                # [max_tokens, hidden] x in it; NULL where it is F32
     # the arrays of a call, and views of them
     cdef tuple arrays                  # x, ids, weights, out
     cdef const float[:, ::1] x_view
@@ -57,7 +59,8 @@ cdef class Mixture:
     cdef float[:, ::1] out_view
     # the layer that is being computed
     cdef LayerShape *shape
-    cdef const float *x
+    cdef const float *given            # x as it came
+    cdef const float *x                # as it is multiplied
     cdef const int32_t *ids
     cdef const float *weights
     cdef float *out
@@ -76,6 +79,11 @@ cdef class Mixture:
     cdef int64_t count(self, int64_t expert) noexcept nogil
     # Everything in `ready`, on the pool.
     cdef void compute_ready(self) noexcept nogil
+    # x as an array, for other machines; what a row of it, or of outputs, takes there.
+    cdef object input_rows(self)
+    cdef int64_t row_bytes(self) noexcept nogil
+    # An expert's output rows as another machine sent them.
+    cdef void take_rows(self, int64_t expert, const uint8_t *data) noexcept nogil
     # On the pool: out of the rows of all experts.
     cdef void combine(self) noexcept nogil
 

@@ -6,9 +6,10 @@ an output row of its own, and the rows of a token are added in the router's orde
 """
 import numpy as np
 
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
 from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from posix.stdlib cimport posix_memalign
 
 from mer._ext.kernels cimport Kernels, Pool
@@ -19,6 +20,11 @@ cdef extern from "mer_formats.h" nogil:
     size_t mer_act_bytes(int fmt, long cols)
     int mer_act_is_q8(int fmt)
 
+cdef extern from "mer_narrow.h" nogil:
+    void mer_narrow(int fmt, const float *x, long n, uint16_t *to)
+    void mer_widen_rows(int fmt, const uint16_t *h, long n, float *to)
+    void mer_round(int fmt, const float *x, long n, float *to)
+
 cdef extern from "mer_group.h" nogil:
     int mer_group(const int32_t *ids, int64_t tokens, int64_t top_k, int64_t n_experts, int64_t *first,
                   int64_t *position)
@@ -26,6 +32,9 @@ cdef extern from "mer_group.h" nogil:
 
 cdef enum:
     PAGE = 4096
+    F32 = 0
+    F16 = 1
+    BF16 = 30
 
 
 cdef void input_task(void *arg, long task, int thread) noexcept nogil:
@@ -87,6 +96,49 @@ def mixture_bytes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k
     return sum(_sizes(layers, n_experts, top_k, max_tokens))
 
 
+def rounding_bytes(const int64_t[:, ::1] layers, int64_t max_tokens):
+    """Bytes that `Mixture.round_to` allocates beside those."""
+    return max_tokens * max([layers[i, 3] for i in range(layers.shape[0])]) * 4
+
+
+def narrow(int fmt, const float[:, ::1] rows):
+    """f32 [n, hidden] as bytes of F32, F16 or BF16 (fmt: a format's id), little-endian.
+
+    To the nearest, ties to even; beyond the largest number of F16, 65504, or BF16 infinity. Raises ValueError for
+    another format.
+    """
+    _check_rounding(fmt)
+    cdef int64_t count = rows.shape[0] * rows.shape[1]
+    cdef bytes made = PyBytes_FromStringAndSize(NULL, count * (4 if fmt == F32 else 2))
+    cdef char *to = made
+    if count and fmt == F32:
+        memcpy(to, &rows[0, 0], count * 4)
+    elif count:
+        mer_narrow(fmt, &rows[0, 0], count, <uint16_t *>to)
+    return made
+
+
+def widen(int fmt, const uint8_t[::1] data, int64_t hidden):
+    """Of such bytes f32 [n, hidden]. Raises ValueError for another format, or bytes that are no rows."""
+    _check_rounding(fmt)
+    cdef int64_t size = 4 if fmt == F32 else 2, count = data.shape[0] // size
+    if hidden < 1 or data.shape[0] % (hidden * size):
+        raise ValueError(f"{data.shape[0]} bytes are no rows of {hidden}")
+    found = np.empty((count // hidden, hidden), np.float32)
+    cdef float[:, ::1] rows = found
+    if count and fmt == F32:
+        memcpy(&rows[0, 0], &data[0], count * 4)
+    elif count:
+        mer_widen_rows(fmt, <const uint16_t *>&data[0], count, &rows[0, 0])
+    return found
+
+
+cdef int _check_rounding(int fmt) except -1:
+    if fmt != F32 and fmt != F16 and fmt != BF16:
+        raise ValueError(f"rows can't be rounded to format {fmt}")
+    return 0
+
+
 cdef class Mixture:
     """Computes out = sum_k weight_k * down(silu(gate(x)) * up(x)), an expert's part when its weights are there.
 
@@ -130,6 +182,39 @@ cdef class Mixture:
 
     def __dealloc__(self):
         free(self.memory)
+        free(self.rounded)
+
+    def round_to(self, int fmt):
+        """Round x, and the output row of each (token, choice) pair, to F16 or BF16 (fmt: a format's id), as `narrow`
+        does, so that they can go to another machine in as many bits and come back; F32: as they are.
+
+        Raises ValueError for another format.
+        """
+        cdef int64_t i, hidden = max([self.layers[i].hidden for i in range(self.n_layers)])
+        _check_rounding(fmt)
+        if fmt != F32 and self.rounded is NULL:
+            if posix_memalign(<void **>&self.rounded, 64, self.max_tokens * hidden * 4):
+                raise MemoryError(f"no memory for {self.max_tokens} rounded rows of {hidden}")
+            self.scratch_bytes += self.max_tokens * hidden * 4
+        self.arrays = (None, None, None, None)
+        self.rounding = fmt
+
+    cdef object input_rows(self):
+        """f32 [T, hidden]: x of the call, as it is multiplied."""
+        if self.rounding == F32:
+            return np.asarray(self.arrays[0])
+        return np.asarray(<float[:self.tokens, :self.shape.hidden]>self.rounded)
+
+    cdef int64_t row_bytes(self) noexcept nogil:
+        return self.shape.hidden * (4 if self.rounding == F32 else 2)
+
+    cdef void take_rows(self, int64_t expert, const uint8_t *data) noexcept nogil:
+        cdef int64_t count = self.count(expert) * self.shape.hidden
+        cdef float *rows = self.out_rows + self.first[expert] * self.shape.hidden
+        if self.rounding == F32:
+            memcpy(rows, data, count * 4)
+        else:
+            mer_widen_rows(self.rounding, <const uint16_t *>data, count, rows)
 
     cdef void matrix_bytes(self, int64_t key, int64_t *sizes) noexcept nogil:
         cdef LayerShape *shape = &self.layers[key // self.n_experts]
@@ -164,7 +249,8 @@ cdef class Mixture:
             raise ValueError(
                 f"shapes do not fit: x {np.shape(x)}, ids {np.shape(ids)}, weights {np.shape(weights)}, "
                 f"out {np.shape(out)}; hidden {self.shape.hidden}, top_k {self.top_k}, max_tokens {self.max_tokens}")
-        self.x, self.ids = &self.x_view[0, 0], &self.ids_view[0, 0]
+        self.given, self.ids = &self.x_view[0, 0], &self.ids_view[0, 0]
+        self.x = self.given if self.rounding == F32 else self.rounded
         self.weights, self.out = &self.weights_view[0, 0], &self.out_view[0, 0]
         return 0
 
@@ -197,6 +283,9 @@ cdef class Mixture:
         self.pool.run(combine_task, <void *>self, self.tokens)
 
     cdef void prepare_input(self, int64_t token) noexcept nogil:
+        cdef int64_t hidden = self.shape.hidden
+        if self.rounding != F32:
+            mer_round(self.rounding, self.given + token * hidden, hidden, self.rounded + token * hidden)
         self.kernels.prepare(self.shape.gate_format, self.x + token * self.shape.hidden,
                              self.acts + token * self.act_stride, self.shape.hidden)
 
@@ -248,12 +337,14 @@ cdef class Mixture:
         """out[t] = the sum over its choices, in the router's order, of weight * expert output."""
         cdef int64_t hidden = self.shape.hidden, k, i
         cdef float *out = self.out + token * hidden
-        cdef const float *row
+        cdef float *row
         cdef float w
         memset(out, 0, hidden * sizeof(float))
         for k in range(self.top_k):
             w = self.weights[token * self.top_k + k]
             row = self.out_rows + self.position[token * self.top_k + k] * hidden
+            if self.rounding != F32:
+                mer_round(self.rounding, row, hidden, row)
             for i in range(hidden):
                 out[i] += w * row[i]
 

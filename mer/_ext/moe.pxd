@@ -21,7 +21,7 @@ ctypedef struct Expert:
 cdef class ExpertStreamer:
     cdef ExpertCache cache
     cdef Reader reader
-    cdef Mixture mixture               # the arithmetic
+    cdef readonly Mixture mixture      # the arithmetic
     cdef readonly Prefetcher prefetcher  # None: nothing is read ahead
     cdef VramTier vram                 # None: there is no tier above the cache
     cdef RemoteTier remote             # None: no other machine has experts

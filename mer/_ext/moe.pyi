@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from mer._ext.cache import ExpertCache
 from mer._ext.device import Device
 from mer._ext.kernels import Kernels, Pool
+from mer._ext.mixture import Mixture
 from mer._ext.prefetch import Prefetcher
 from mer._ext.recorder import Recorder
 from mer._ext.remote import Peers, RemoteTier
@@ -23,6 +24,7 @@ class ExpertStreamer:
     max_reads: int
     prefetcher: Prefetcher | None
     scratch_bytes: int
+    mixture: Mixture
     def __init__(
         self,
         cache: ExpertCache,

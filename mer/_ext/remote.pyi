@@ -12,8 +12,8 @@ def table_bytes(n_keys: int, n_experts: int, pairs: int) -> int: ...
 class Ask(NamedTuple):
     """What one layer wants of a peer: each of `experts` for the next `counts` of `tokens`, rows of x.
 
-    x f32 [T, hidden] is to be copied before `ask` returns. deadline: in ns of the monotonic clock; an answer
-    behind it is late.
+    x f32 [T, hidden], rounded as the mixture rounds, is to be copied before `ask` returns. deadline: in ns of
+    the monotonic clock; an answer behind it is late.
     """
 
     turn: int

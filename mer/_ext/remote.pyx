@@ -156,7 +156,7 @@ cdef class RemoteTier:
         for e in range(self.n_experts):
             if self.asked[e] >= 0:
                 by_peer.setdefault(self.asked[e], []).append(e)
-        x = np.asarray(self.mixture.arrays[0])
+        x = self.mixture.input_rows()
         slower = self.slower(by_peer, one_ns)
         for peer in by_peer:
             self.left_out[<int32_t>peer % 256] = peer in slower
@@ -218,7 +218,7 @@ cdef class RemoteTier:
 
     cdef int place(self, int64_t turn, int32_t peer, experts, rows) except -1:
         """An answer's rows into the mixture's; without any they do not come."""
-        cdef int64_t e, count, at = 0, hidden = self.mixture.shape.hidden
+        cdef int64_t e, nbytes, at = 0
         cdef const uint8_t[::1] data
         if turn != self.turn:                          # of a layer that is over
             return 0
@@ -229,14 +229,14 @@ cdef class RemoteTier:
             return 0
         data = rows
         for e in experts:
-            count = self.mixture.first[e + 1] - self.mixture.first[e]
-            if at + count * hidden * 4 > data.shape[0]:
+            nbytes = self.mixture.count(e) * self.mixture.row_bytes()
+            if at + nbytes > data.shape[0]:
                 raise ValueError(f"{data.shape[0]} bytes are no rows of experts {experts}")
-            if count and self.wanted[e] and self.asked[e] == peer:
-                memcpy(self.mixture.out_rows + self.mixture.first[e] * hidden, &data[at], count * hidden * 4)
+            if nbytes and self.wanted[e] and self.asked[e] == peer:
+                self.mixture.take_rows(e, &data[at])
                 self.came[e], self.wanted[e] = 1, 0
                 self.hits += 1
-            at += count * hidden * 4
+            at += nbytes
         return 0
 
     cdef bint is_overdue(self) noexcept nogil:
@@ -273,8 +273,8 @@ cdef class RemoteTier:
     # On any thread.
 
     def answer(self, int64_t turn, int32_t peer, list experts, rows):
-        """rows: bytes of f32 [sum of their counts, hidden], the outputs of `experts`, in the order of what was asked;
-        None: they do not come.
+        """rows: bytes of [sum of their counts, hidden], the outputs of `experts`, in the order of what was asked, in the
+        format to which the mixture rounds; None: they do not come.
         """
         self.inbox.append((turn, peer, experts, rows))
         pthread_mutex_lock(&self.lock)

@@ -57,7 +57,8 @@ cdef class Room:
         if isfinite(x[best]):
             return best
         value = "NaN" if isnan(x[best]) else f"{x[best]} as its largest logit"
-        raise MerError(f"the model gave {value}: its weights may be damaged, `mer verify` checks them")
+        raise MerError(f"the model gave {value}: its weights may be damaged, `mer verify` checks them; or it is too much "
+                       "for --expert-wire f16, where that is given")
 
     def pick(self, const float[::1] logits, double temperature, long top_k, double top_p, double min_p,
              double uniform) -> int:

@@ -14,7 +14,7 @@ from rich.console import Console
 from mer._ext.cache import POLICIES
 from mer._ext.uring import BACKENDS
 from mer.cli.common import DEVICE_OPTIONS, size, size_option
-from mer.config import EngineConfig, Speculate
+from mer.config import EngineConfig, ExpertWire, Speculate
 from mer.engine.engine import Engine
 from mer.engine.observer import Snapshot
 from mer.engine.outputs import Timings, Usage
@@ -108,6 +108,14 @@ _ENGINE: Final = (
         metavar="HOST:PORT",
         help="Another machine that holds experts and computes them (mer shard); may be given several times. "
         "dns:HOST:PORT: all addresses of a name, looked up again and again.",
+    ),
+    click.option(
+        "--expert-wire",
+        type=click.Choice(get_args(ExpertWire)),
+        default="f32",
+        show_default=True,
+        help="To what rows are rounded that go into routed experts and come out, here as at peers: bf16 and "
+        "f16 halve what goes over the wire.",
     ),
     click.option("--peer-token", type=_FILE, help="A file with the join token of the peers."),
     click.option("--peer-ca", type=_FILE, help="Peers have certificates signed by this one (PEM)."),

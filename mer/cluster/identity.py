@@ -15,7 +15,7 @@ from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint
 from mer.weights.fingerprint import content_fingerprint
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 
 
 @frozen

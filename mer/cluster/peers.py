@@ -43,6 +43,7 @@ class Peers:
         self._members, self._identity, self._names = Members(local, addresses, names), identity, names
         # Of several engines at a shard the first one decides.
         self._engine = time.time_ns().to_bytes(8, "big") + os.urandom(8)
+        self._wire = config.expert_wire
         self._token = security.read_token(config.peer_token)
         self._credentials: grpc.ChannelCredentials | None = None
         ca, cert, key = config.peer_ca, config.peer_cert, config.peer_key
@@ -158,7 +159,7 @@ class Peers:
                 peer.start()
 
     def _session(self, address: str) -> Session:
-        return Session(address, self._engine, self._identity, self._tier.n_keys)
+        return Session(address, self._engine, self._identity, self._tier.n_keys, self._wire)
 
     def _answered(self, index: int, answer: Answer) -> None:
         self._tier.answer(answer.turn, index, answer.experts, answer.rows)

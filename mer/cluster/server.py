@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from pathlib import Path
 from typing import Final
 
 import grpc
-import numpy as np
 from attrs import frozen
 
+from mer._ext.mixture import narrow
 from mer.cluster import security
 from mer.cluster.guests import Guests
 from mer.cluster.identity import Identity
-from mer.cluster.shard import MOST_ENGINES, Shard
-from mer.cluster.wire import WireError, check_hello, outputs_checksum, unpack
+from mer.cluster.shard import MOST_ENGINES, LateError, Shard
+from mer.cluster.wire import WIRES, WireError, check_hello, outputs_checksum, unpack
 from mer.config import parse_address
 from mer.errors import ConfigError
 from mer.v1 import expert_pb2 as pb
@@ -113,10 +115,12 @@ class Service(rpc.ExpertServicer):
             _log.info("an engine has come: %s", context.peer())
             welcome = pb.Welcome(capacity=self._shard.capacity, held=self._held(stream))
             yield pb.ComputeResponse(welcome=welcome)
+            asked = 0.0  # when the first message of a question was read
             for request in request_iterator:
                 kind = request.WhichOneof("kind")
                 if kind == "rows":
-                    yield self._outputs(request.rows, context)
+                    asked = asked if request.rows.part else time.monotonic()
+                    yield self._outputs(request.rows, hello.wire, asked, context)
                     continue
                 if kind == "assign":
                     if self._guests.decides(stream):
@@ -161,12 +165,19 @@ class Service(rpc.ExpertServicer):
         except ConfigError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
-    def _outputs(self, rows: pb.Rows, context: grpc.ServicerContext) -> pb.ComputeResponse:
+    def _outputs(
+        self, rows: pb.Rows, wire: str, asked: float, context: grpc.ServicerContext
+    ) -> pb.ComputeResponse:
         try:
-            x, experts = unpack(rows, self._shard.hidden, self._shard.n_experts)
+            x, experts = unpack(rows, self._shard.hidden, self._shard.n_experts, wire)
         except WireError as error:
             context.abort(grpc.StatusCode.DATA_LOSS, str(error))
-        found = self._shard.compute(rows.layer, x, experts)
-        data = b"" if found is None else np.ascontiguousarray(found, "<f4").tobytes()
-        outputs = pb.Outputs(id=rows.id, rows=data, checksum=outputs_checksum(rows.id, data))
+        found, late = None, False
+        try:
+            until = asked + rows.patience_ms / 1e3 if rows.patience_ms else inf
+            found = self._shard.compute(rows.layer, x, experts, until)
+        except LateError:
+            late = True
+        data = b"" if found is None else narrow(WIRES[wire].id, found)
+        outputs = pb.Outputs(id=rows.id, rows=data, checksum=outputs_checksum(rows.id, data), late=late)
         return pb.ComputeResponse(outputs=outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
+from math import ceil
 from typing import Final
 
 from attrs import define, field, frozen
@@ -12,7 +13,8 @@ from mer._ext.remote import Ask
 from mer.cluster.identity import Identity
 from mer.cluster.pace import Pace
 from mer.cluster.state import ANSWER_BOUNDS, Condition, PeerState
-from mer.cluster.wire import WireError, cut, make_rows, outputs_checksum
+from mer.cluster.wire import WIRES, WireError, cut, make_rows, outputs_checksum
+from mer.config import ExpertWire
 from mer.v1 import expert_pb2 as pb
 
 # After a failure it is tried again: seconds, doubled with each one that follows.
@@ -25,13 +27,15 @@ LOST: Final = 20.0
 _OFTEN: Final = 3
 _PAUSE: Final = 0.01
 _LONGEST_PAUSE: Final = 5.0
+# What is wanted for longer is always wanted: ms.
+_LONGEST_PATIENCE: Final = 1e9
 # Who would be slower than the own drive is asked for the measurement's sake alone: every so many seconds.
 PROBE: Final = 1.0
 
 
 @frozen
 class Answer:
-    """Of what a layer wanted. rows: f32 [sum of their counts, hidden] as bytes; None: they do not come."""
+    """Of what a layer wanted. rows: [sum of their counts, hidden], bytes as in the Hello; None: none come."""
 
     turn: int
     experts: list[int]
@@ -55,6 +59,7 @@ class _Asked:
     sizes: dict[int, int] = field(factory=dict)  # bytes that each message's answer has, by its number
     rows: list[bytes] = field(factory=list)
     missing: bool = False
+    late: bool = False  # for the peer to compute it
 
     def over(self) -> Answer:
         rows = None if self.missing or self.sizes else b"".join(self.rows)
@@ -67,12 +72,15 @@ class Session:
     First `begin`, for every stream to the peer; behind its end `end`.
     """
 
-    def __init__(self, address: str, engine: bytes, identity: Identity, n_keys: int) -> None:
-        """engine: see Hello."""
-        self.address = address
+    def __init__(
+        self, address: str, engine: bytes, identity: Identity, n_keys: int, wire: ExpertWire = "f32"
+    ) -> None:
+        """engine, wire: see Hello."""
+        self.address, self._wire = address, wire
         self._hello = pb.Hello(
             protocol=identity.protocol, version=identity.version, model=identity.model,
             arithmetic=identity.arithmetic, probe=identity.probe, engine=engine,
+            wire=wire,
         )  # fmt: skip
         self._n_keys = n_keys
         self._condition: Condition = "connecting"
@@ -103,12 +111,16 @@ class Session:
             return []
         self._asked = asked = _Asked(ask, now)
         self._times += 1
-        messages, at = [], 0
-        for some, parts in cut(ask.experts, ask.counts):
+        messages, at, width = [], 0, ask.x.shape[1] * WIRES[self._wire].block_bytes
+        patience = _patience_ms(ask.deadline, now)
+        for part, (some, parts) in enumerate(cut(ask.experts, ask.counts)):
             self._number += 1
             count = sum(parts)
-            rows = make_rows(self._number, ask.layer, ask.x, some, parts, ask.tokens[at : at + count])
-            asked.sizes[self._number] = count * ask.x.shape[1] * 4
+            rows = make_rows(
+                self._number, ask.layer, ask.x, some, parts, ask.tokens[at : at + count], self._wire,
+                part=part, patience_ms=patience,
+            )  # fmt: skip
+            asked.sizes[self._number] = count * width
             messages.append(self._sending(now, pb.ComputeRequest(rows=rows)))
             at += count
         return messages
@@ -214,11 +226,12 @@ class Session:
             raise WireError(f"an answer of {len(outputs.rows)} bytes, there should be {size}")
         del asked.sizes[outputs.id]
         asked.missing = asked.missing or not outputs.rows
+        asked.late = asked.late or outputs.late
         asked.rows.append(outputs.rows)
         if asked.sizes:
             return None
         self._asked = self._waiting_since = None
-        if not asked.missing:
+        if not asked.missing or asked.late:
             self._note_time(now, asked)
         return asked.over()
 
@@ -243,3 +256,9 @@ class Session:
         before = self.held, self.assigns
         self.held, self.assigns = frozenset(held.experts), held.decides
         return before != (self.held, self.assigns)
+
+
+def _patience_ms(deadline: int, now: float) -> int:
+    """See Rows. Behind its deadline the own drive is asked, which is expected to take as long once more."""
+    left = 2 * (deadline / 1e6 - now * 1e3)
+    return max(1, ceil(left)) if left < _LONGEST_PATIENCE else 0

@@ -45,6 +45,10 @@ _AGAIN: Final = 1.0
 _LONGEST: Final = 60.0
 
 
+class LateError(MerError):
+    """Nobody wants any more what was to be computed."""
+
+
 class Shard:
     """At most `capacity` experts; which, is told by `assign`, and they are read in the background.
 
@@ -154,13 +158,16 @@ class Shard:
         return [int(key) for key in here if int(key) in self._assigned]
 
     def compute(
-        self, layer: int, x: NDArray[np.float32], experts: NDArray[np.int32]
+        self, layer: int, x: NDArray[np.float32], experts: NDArray[np.int32], until: float = inf
     ) -> NDArray[np.float32] | None:
         """f32 [pairs, hidden]: what each expert makes of its row of x; None: some are not in memory.
 
-        x f32 [pairs, hidden], experts i32 [pairs, 1], at most MOST_ROWS pairs.
+        x f32 [pairs, hidden], experts i32 [pairs, 1], at most MOST_ROWS pairs. until: of the monotonic clock;
+        raises LateError where the turn of this comes later, behind what other engines want.
         """
         with self._lock:
+            if time.monotonic() > until:
+                raise LateError("nobody wants it any more")
             for expert in np.unique(experts):
                 key = layer * self.n_experts + int(expert)
                 if key not in self._assigned or self._cache.state_py(key) != "resident":

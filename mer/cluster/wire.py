@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Final
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mer._ext.mixture import narrow, widen
+from mer.config import ExpertWire
 from mer.errors import MerError
 from mer.v1 import expert_pb2 as pb
+from mer.weights import formats
 
 # Most rows that one message asks for: their activations, or outputs, are some megabytes.
 MOST_ROWS = 256
@@ -17,6 +21,11 @@ MOST_ROWS = 256
 _BESIDE = 1 << 20
 # Characters or bytes of one part of a Hello.
 _LONGEST = 100
+
+# What rows can be.
+WIRES: Final[Mapping[str, formats.Format]] = {
+    form.name: form for form in (formats.F32, formats.BF16, formats.F16)
+}
 
 
 class WireError(MerError):
@@ -35,11 +44,18 @@ def make_rows(
     experts: Sequence[int],
     counts: Sequence[int],
     tokens: NDArray[np.int32],
+    wire: ExpertWire = "f32",
+    *,
+    part: int = 0,
+    patience_ms: int = 0,
 ) -> pb.Rows:
-    """A request for these rows; x f32 [T, hidden], of which it has only what it needs."""
+    """A request for these rows, see the proto; x f32 [T, hidden], of which it has only what it needs."""
     wanted, places = np.unique(tokens, return_inverse=True)
-    rows = pb.Rows(id=number, layer=layer, experts=experts, counts=counts, tokens=places.tolist())
-    rows.x = np.ascontiguousarray(x[wanted], "<f4").tobytes()
+    rows = pb.Rows(
+        id=number, layer=layer, experts=experts, counts=counts, tokens=places.tolist(),
+        part=part, patience_ms=patience_ms,
+    )  # fmt: skip
+    rows.x = narrow(WIRES[wire].id, x[wanted])
     rows.checksum = rows_checksum(rows)
     return rows
 
@@ -68,11 +84,14 @@ def check_hello(hello: pb.Hello) -> None:
         raise WireError(f"a Hello has printable parts of at most {_LONGEST} characters")
     if len(hello.engine) != 16:
         raise WireError("an engine has a name of 16 bytes")
+    if hello.wire not in WIRES:
+        raise WireError(f"rows can be {', '.join(WIRES)}, and the engine's are something else")
 
 
 def rows_checksum(rows: pb.Rows) -> int:
     """Of what a request asks for."""
-    head = [rows.id & 0xFFFFFFFF, rows.layer, *rows.experts, *rows.counts, *rows.tokens]
+    head = [rows.id & 0xFFFFFFFF, rows.layer, rows.part, rows.patience_ms]
+    head += [*rows.experts, *rows.counts, *rows.tokens]
     return crc32(rows.x, crc32(np.array(head, "<u4").tobytes()))
 
 
@@ -82,11 +101,11 @@ def outputs_checksum(number: int, rows: bytes) -> int:
 
 
 def unpack(
-    rows: pb.Rows, hidden: Sequence[int], n_experts: int
+    rows: pb.Rows, hidden: Sequence[int], n_experts: int, wire: str = "f32"
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """(x f32 [pairs, hidden], the expert of each pair, i32 [pairs, 1]) of a request.
 
-    hidden: of each layer. Raises WireError for what can't be.
+    hidden: of each layer. wire: what its rows are, of WIRES. Raises WireError for what can't be.
     """
     # First how much it is: what is too much is not looked at.
     most = max(len(rows.tokens), len(rows.experts), len(rows.counts))
@@ -103,8 +122,8 @@ def unpack(
         )
     if max(rows.experts) >= n_experts:
         raise WireError(f"expert {max(rows.experts)}: a layer has {n_experts}")
-    count, rest = divmod(len(rows.x), 4 * width)
+    count, rest = divmod(len(rows.x), WIRES[wire].block_bytes * width)
     if rest or count > MOST_ROWS or not len(tokens) or tokens.max() >= count:
         raise WireError(f"{len(rows.x)} bytes of activations are no rows of {width} for these tokens")
-    x = np.frombuffer(rows.x, "<f4").reshape(-1, width)[tokens].astype(np.float32)
+    x = widen(WIRES[wire].id, rows.x, width)[tokens]
     return x, np.repeat(np.array(rows.experts, np.int32), counts)[:, None]

@@ -13,6 +13,7 @@ from attrs import evolve, frozen
 
 from mer._ext.acceptance import MOST_DRAFTED
 from mer._ext.cpus import usable_cpus
+from mer._ext.mixture import rounding_bytes
 from mer._ext.moe import scratch_bytes
 from mer._ext.remote import table_bytes
 from mer._ext.vram import host_bytes
@@ -274,6 +275,7 @@ def _divide(
         + tables.total * (tables.n_experts + 64)  # what the cache's policy knows of each expert
         + (LikelyExperts.nbytes(spec) if tables.total and drafts(config) else 0)
         + (_beside_gpu(spec, tables, step) if tables.total and uses_gpu(config) else 0)
+        + (rounding_bytes(tables.layers, step) if tables.total and config.expert_wire != "f32" else 0)
         + (_beside_peers(spec, tables, step) if tables.total and config.peers else 0)
         + _of_process(spec)
     )

@@ -67,7 +67,7 @@ class ModelSource:
             evolve(
                 config, ram=_PLENTY, cache_experts=None, speculate="off", draft_model=None,
                 warm_start=False, trace=None, profile=None, prefix_store=None, device="cpu", vram=None,
-                peers=(), peer_token=None, peer_ca=None, peer_cert=None, peer_key=None,
+                expert_wire="f32", peers=(), peer_token=None, peer_ca=None, peer_cert=None, peer_key=None,
             ),
             min(architecture.spec.vocab, main.vocab),
         )  # fmt: skip

@@ -41,6 +41,7 @@ def idle_in_dense(config: EngineConfig) -> str | None:
     """What to tell whoever asked for a part of the experts, where there are none; None where nobody did."""
     asked = {"--cache-experts": config.cache_experts is not None, "--warm-start": config.warm_start}
     asked["--peer"] = bool(config.peers)
+    asked["--expert-wire"] = config.expert_wire != "f32"
     names = [name for name, given in asked.items() if given]
     if not names:
         return None
@@ -181,7 +182,8 @@ class RoutedExperts:
         self._peers.exchange(addresses)
 
     def begin(self) -> None:
-        """Everything is made: read back what was remembered, if that was asked for."""
+        """Everything is made: round as is asked for, and read back what was remembered, if that is, too."""
+        self.streamer.mixture.round_to(formats.by_name(self._config.expert_wire).id)
         if self._warm is not None:
             self._warm.begin()
 

@@ -43,6 +43,8 @@ class Storing:
         slots_within(config.prefix_store_size, runner.copies.block_bytes)
         # The model (LongRoPE goes by the context), the code, the kernels, how they are kept.
         code = f"{version('mer')} {runner.isa} {runner.kv.dtype}".encode() + compiled_code()
+        if config.expert_wire != "f32" and runner.experts is not None:
+            code += f"experts in {config.expert_wire}".encode()
         code += repr(runner.spec.rope).encode() + b"".join(sources().values())
         mark = blake2b(fingerprint(runner.checkpoint) + code, digest_size=16).digest()
         return cls(config.prefix_store, config.prefix_store_size, mark, runner, config.io_backend)

@@ -66,6 +66,17 @@ def check_all(made: Streamed, seeds: int = 3, tokens: tuple[int, ...] = FEW) -> 
                 made.check(layer, count, seed)
 
 
+@pytest.mark.parametrize("wire", ["bf16", "f16"])
+def test_rounded_rows_give_the_same_bytes(
+    model: Model, device: Device, wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "wire", wire)
+    made = streamed(model, device, 5, TOP_K)
+    with made.reader:
+        check_all(made, tokens=(*FEW, MAX_TOKENS))
+    assert made.streamer.stats()["vram_hits"] > 0
+
+
 @pytest.mark.parametrize(("in_vram", "slots"), [(1, 1), (5, TOP_K), (5, None), (TOTAL, TOP_K)])
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
 def test_any_budget_gives_the_same_bytes(
