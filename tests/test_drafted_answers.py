@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from mer._ext.routes import extra_experts
 from mer.api.http.answers import UsageAnswer
 from mer.api.http.anthropic import AnthropicUsage
 from mer.api.http.responses_types import ResponseUsage
 from mer.engine.outputs import Usage
-from mer.engine.routed import extra_experts
 from mer.engine.runner import Runner
 from mer.errors import DeviceReadError
 

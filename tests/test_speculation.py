@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +12,12 @@ from hypothesis import strategies as st
 from test_scheduler import sequence, step
 
 from mer._ext.acceptance import MOST_DRAFTED, TIED, Acceptance
+from mer._ext.costs import Costs
 from mer._ext.lookup import NgramDrafter
 from mer.engine.drafting import Drafting
 from mer.engine.scheduler import Scheduler
-from mer.engine.speculation import LOOKUP, Choice, Costs, Offer, Speculation, Verdict
+from mer.engine.speculation import LOOKUP, Choice, Offer, Speculation, Verdict
+from mer.engine.stats import StepStats
 from mer.model.kv import BLOCK
 
 
@@ -112,31 +113,76 @@ def test_what_did_not_pay_is_not_weighed_again_at_once():
     assert weighed == [0, 8, 12, 16]
 
 
-def test_looks_become_rarer_where_they_find_nothing_and_not_where_they_do():
-    found = {1: [Choice(2, None)]}
+class Looks:
+    """A text in which drafts are worth it where `pays` says so; steps take a second, looks `price`."""
 
-    class Told(Speculation):
-        def ready(self, sequences):
-            return True
+    def __init__(self, monkeypatch, price: float):
+        self.now, self.price, self.pays = 0.0, price, False
+        clock = SimpleNamespace(perf_counter=lambda: self.now, thread_time=lambda: self.now)
+        monkeypatch.setattr("mer.engine.drafting.time", clock)
+        told = self
 
-        def choose(self, offers, room):
-            return found.get(len(text.tokens), [Choice(0, None)])
+        class Told(Speculation):
+            def ready(self, sequences):
+                told.now += told.price
+                return True
 
-    text = SimpleNamespace(tokens=[], drafts=Acceptance(), passed={}, room=9, params=GREEDY, engines=False)
-    text.drafter = SimpleNamespace(look=lambda own, everybody: 0, draft=lambda most: [7] * most)
-    looking, looks = Drafting([], Told()), []
-    for at in range(400):
-        if not looking.rests():
-            looks.append(at)
-            looking.prepare([text], 8)
-    assert looks[:12] == [*range(8), 9, 11, 13, 15]
-    assert [later - earlier for earlier, later in pairwise(looks)][-5:] == [8] * 5
-    text.tokens.append(0)
-    while looking.rests():
-        pass
-    text.passed.clear()
-    assert looking.prepare([text], 8) == [[7, 7]]
-    assert not looking.rests()
+            def choose(self, offers, room):
+                return [Choice(2 if told.pays else 0, None)]
+
+        self.text = SimpleNamespace(
+            tokens=[], drafts=Acceptance(), passed={}, room=9, params=GREEDY, engines=False, draft_kind=0
+        )
+        self.text.drafter = SimpleNamespace(
+            look=lambda own, everybody: 0, draft=lambda most: [7] * most, verified=lambda: None
+        )
+        self.drafting = Drafting([], Told())
+
+    def steps(self, count: int) -> list[int]:
+        """So many: those of them that were looks."""
+        looks = []
+        for at in range(count):
+            self.text.passed.clear()
+            began, drafts = self.now, None
+            if not self.drafting.rests():
+                looks.append(at)
+                drafts = self.drafting.prepare([self.text], 8)
+            self.now += 1.0
+            if drafts is not None:
+                self.drafting.judge(self.text, 2, 2)
+            self.drafting.end_step(1, self.now - began, StepStats(), alone=True)
+        return looks
+
+
+@pytest.mark.parametrize("price", [0.02, 0.05, 0.2])
+def test_looks_that_find_nothing_take_a_small_part_of_the_time(price, monkeypatch):
+    text = Looks(monkeypatch, price)
+    looks = text.steps(4000)
+    assert looks[:3] == [0, 1, 2]
+    assert price * len(looks) == pytest.approx(0.005 * 4000 + 0.25, rel=0.1)
+
+
+def test_looks_that_are_cheap_are_never_left_out(monkeypatch):
+    assert len(Looks(monkeypatch, 0.004).steps(500)) == 500
+
+
+def test_what_drafts_gain_pays_for_looks(monkeypatch):
+    text = Looks(monkeypatch, 0.05)
+    text.steps(1000)
+    text.pays = True
+    text.steps(20)
+    text.pays = False
+    assert text.steps(15) == list(range(15))
+    assert len(text.steps(1000)) < 120
+
+
+def test_nobody_looks_while_nothing_may_be_tried(monkeypatch):
+    text = Looks(monkeypatch, 1e-6)
+    text.steps(10)
+    text.drafting.speculation.spend(LOOKUP, 3.0)
+    looks = text.steps(500)
+    assert len(looks) <= 500 // 16 + 2
+    assert len(text.steps(300)) > 250, "it is earned again"
 
 
 def test_steps_without_a_look_earn_what_drafts_may_lose():

@@ -8,7 +8,8 @@ import statistics
 import pytest
 
 from mer._ext.acceptance import MOST_DRAFTED, Acceptance
-from mer.engine.speculation import LOOKUP, Costs, Offer, Speculation, StepCosts, Verdict
+from mer._ext.costs import Costs, StepCosts
+from mer.engine.speculation import LOOKUP, Offer, Speculation, Verdict
 
 
 def test_a_cache_that_changes_changes_the_price_of_every_width():

@@ -11,6 +11,9 @@ class Acceptance:
     def note(self, kind: int, position: int, right: bool) -> None:
         """A drafted token behind `position` right ones was right, or wrong."""
 
+    def judge(self, kind: int, drafted: int, right: int, everybody: Acceptance) -> None:
+        """Of so many drafted tokens the first `right` ones were; what everybody knows learns that, too."""
+
     def chances(self, kind: int, everybody: Acceptance) -> tuple[float, ...]:
         """That a draft of this kind is right up to its first, second, ... token; the hopeless ones left out.
 

@@ -34,6 +34,14 @@ cdef class Acceptance:
             raise IndexError(f"kind {kind}, position {position}")
         self.learn(kind, position, right)
 
+    def judge(self, int kind, Py_ssize_t drafted, Py_ssize_t right, Acceptance everybody not None):
+        cdef Py_ssize_t position
+        if not (0 <= kind < KINDS and 0 <= right <= drafted <= MOST):
+            raise IndexError(f"kind {kind}, {right} of {drafted}")
+        for position in range(min(right + 1, drafted)):
+            self.learn(kind, position, position < right)
+            everybody.learn(kind, position, position < right)
+
     def chances(self, int kind, Acceptance everybody not None):
         cdef double chance = 1, rate = FIRST[kind]
         cdef Py_ssize_t i

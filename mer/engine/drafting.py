@@ -33,10 +33,8 @@ _log = logging.getLogger("mer")
 _BEHIND: Final = 4 * MOST_DRAFTED
 # What prompt lookup found was not worth verifying: so many steps until a find of that kind is weighed again.
 _PASSED: Final = 8
-# After so many looks in a row that found nothing worth verifying a step goes by without a look behind each,
-# after as many more two steps, and so on, up to a bound.
-_LOOKS: Final = 8
-_MOST_RESTS: Final = 7
+# Of looks for nothing, each so-manieth step counts as one whose time is known: to count takes time, too.
+_PRICED: Final = 4
 # Steps that want nothing of what engines offer until they are left alone, and for how many.
 _PATIENCE: Final = 4
 _SLEEP: Final = 128
@@ -93,15 +91,18 @@ class Drafting:
         self._everybody = Acceptance(), Acceptance()  # of greedy answers and of drawn ones
         self._failed: set[DraftEngine] = set()
         self._listening = [True] * len(self._engines)  # whether each saw the last step's states
+        self._heard = True  # whether any did
         self._nobody: list[int | None] = [None] * len(self._engines)
         self._verdicts: list[Verdict] = []  # of this step
         self._spent = 0.0  # on drafts, in this step
-        self._steps = 0  # that could have verified drafts
-        self._vain = 0  # looks in a row that found nothing
-        self._rest = 0  # steps until the next look
-        self._resting = False  # whether this step is one of them
-        self._idle = 0  # steps in a row for which engines offered drafts, and nothing was wanted
-        self._asleep = 0  # steps until they are asked again
+        self._looked = 0.0  # seconds, in this step, for nothing; 0: there was something
+        self._looks = 0
+        self._step = 0
+        self._next = 0  # the step of the next look
+        self.resting = False  # whether this one goes by without
+        self._rests = 0  # such steps, since the last look
+        self._idle = 0  # looks in a row for which engines offered drafts, and nothing was wanted
+        self._awake = 0  # the step from which they are asked again
 
     def rests(self) -> bool:
         """Whether the step that begins is left out: `prepare` is not to be called.
@@ -109,11 +110,9 @@ class Drafting:
         To look takes time, and where nothing was worth it for long, it is no loss to find something some
         steps later.
         """
-        self._resting = self._rest > 0
-        if self._resting:
-            self._rest -= 1
-            self._asleep = max(self._asleep - 1, 0)
-        return self._resting
+        self._step += 1
+        self.resting = self._step < self._next
+        return self.resting
 
     def prepare(
         self, requests: list[Request], room: int, expect: Callable[[list[int]], None] = lambda _: None
@@ -123,16 +122,30 @@ class Drafting:
         expect: see Runner.expect; called with the tokens behind which an engine is to draft, while the
         drive has nothing to do.
         """
+        began = time.perf_counter()
+        found = self._prepare(requests, room, expect)
+        if found is None:
+            self._looked = time.perf_counter() - began
+            self._spent += self._looked
+        return found
+
+    def _prepare(
+        self, requests: list[Request], room: int, expect: Callable[[list[int]], None]
+    ) -> list[list[int]] | None:
+        self._looks += 1
         kinds = [self._look_up(request) for request in requests]
+        if self._step < self._awake and not self._hopeful(requests, kinds):
+            return None
+        if self._rests:
+            self.speculation.rested(self._rests)
+            self._rests = 0
         if not self.speculation.ready(len(requests)):
             return None
-        self._asleep = max(self._asleep - 1, 0)
-        self._steps += 1
         behind = [self._all_behind(request) for request in requests]
         if not self.speculation.affordable(LOOKUP):
             kinds = [-1] * len(requests)
-        if all(map(self._hopeless, requests, kinds, behind)):
-            self._looked_in_vain()
+        asked = any(late != self._nobody for late in behind)
+        if not (asked or self._hopeful(requests, kinds)):
             return None
         offers = [
             Offer(
@@ -140,52 +153,48 @@ class Drafting:
                 tuple(
                     () if tokens is None else self._chances(request, engine.kind)
                     for engine, tokens in zip(self._engines, late, strict=True)
-                ),
+                )
+                if asked
+                else (),
             )
             for request, kind, late in zip(requests, kinds, behind, strict=True)
         ]
         choices = self.speculation.choose(offers, room)
-        self._doze(offers, choices)
+        if asked:
+            self._doze(choices)
         if not any(choice.length for choice in choices):
             for request, kind in zip(requests, kinds, strict=True):
                 if kind >= 0:
-                    request.passed[kind] = self._steps
-            self._looked_in_vain()
+                    request.passed[kind] = self._looks
             return None
-        self._vain = 0
         found: list[list[int]] = [[] for _ in requests]
         for at, (request, kind, choice) in enumerate(zip(requests, kinds, choices, strict=True)):
             if kind >= 0 and choice.length and request.drafter is not None:
                 found[at] = request.drafter.draft(min(choice.length, request.room))
             request.draft_kind, request.draft_source = kind, LOOKUP
-        for at in range(len(self._engines)):
+        for at in range(len(self._engines) if asked else 0):
             self._ask(at, requests, behind, choices, found, expect)
         return found
 
-    def _looked_in_vain(self) -> None:
-        self._vain += 1
-        self._rest = min(self._vain // _LOOKS, _MOST_RESTS)
-
-    def _hopeless(self, request: Request, kind: int, behind: list[int | None]) -> bool:
-        """Whether there is nothing to weigh: no draft, or of a kind that was passed over a few steps ago."""
-        passed = kind < 0 or self._steps - request.passed.get(kind, -_PASSED) < _PASSED
-        return passed and (behind is self._nobody or behind == self._nobody)
+    def _hopeful(self, requests: list[Request], kinds: list[int]) -> bool:
+        """Whether something that was found is to be weighed: its kind was not passed over a few looks ago."""
+        for request, kind in zip(requests, kinds, strict=True):
+            if kind >= 0 and self._looks - request.passed.get(kind, -_PASSED) >= _PASSED:
+                return True
+        return False
 
     def _look_up(self, request: Request) -> int:
         """The kind of what prompt lookup finds; -1: nothing that is of use."""
         if request.drafter is None:
             return -1
-        kind = request.drafter.look(request.drafts, self._like(request))
+        kind = request.drafter.look(request.drafts, self._everybody[request.params.temperature > 0])
         return kind if kind >= 0 and request.room else -1
 
-    def _doze(self, offers: list[Offer], choices: list[Choice]) -> None:
+    def _doze(self, choices: list[Choice]) -> None:
         """To ask engines takes time, too: where what they offer does not pay they are left alone a while."""
-        if any(choice.length for choice in choices):
-            self._idle = 0
-        elif any(any(offer.engines) for offer in offers):
-            self._idle += 1
-            if self._idle == _PATIENCE:
-                self._idle, self._asleep = 0, _SLEEP
+        self._idle = 0 if any(choice.length for choice in choices) else self._idle + 1
+        if self._idle == _PATIENCE:
+            self._idle, self._awake = 0, self._step + _SLEEP
 
     def _ask(
         self,
@@ -212,20 +221,24 @@ class Drafting:
 
     def observe(self, chunks: list[Chunk], runner: Runner) -> None:
         """A step of it has computed these; see DraftEngine.observe."""
-        if not self._resting and any(chunk.draft for chunk in chunks):
+        awake = self._step >= self._awake - 1  # from the step before they are asked on
+        if self.resting and not (awake or self._heard):
+            return
+        if not self.resting and any(chunk.draft for chunk in chunks):
             extra, in_all = runner.draft_experts(chunks)
             self.experts += in_all
             for chunk, count in zip(chunks, extra, strict=True):
                 if isinstance(chunk.sequence, Request):
                     chunk.sequence.draft_experts += count
         for at, engine in enumerate(self._engines):
-            listens = self._asleep <= 1 and self.speculation.affordable(1 + at)
+            listens = awake and self.speculation.affordable(1 + at)
             if listens or self._listening[at]:
                 # Of so little work the processor's time: that others had it meanwhile is no cost of drafts.
                 began = time.thread_time()
                 self._guarded(engine, partial(engine.observe, chunks, runner.states if listens else None))
                 self._spend(1 + at, time.thread_time() - began)
             self._listening[at] = listens
+        self._heard = any(self._listening)
 
     def judge(self, request: Request, drafted: int, right: int) -> None:
         """Of its last draft so many tokens were verified, and the first `right` of them were right."""
@@ -233,8 +246,7 @@ class Drafting:
             if request.draft_source == LOOKUP and request.drafter is not None:
                 request.drafter.verified()
             self._verdicts.append(Verdict(request.draft_source, drafted, right))
-            for position in range(min(right + 1, drafted)):
-                self._note(request, request.draft_kind, position, position < right)
+            request.drafts.judge(request.draft_kind, drafted, right, self._like(request))
 
     def replayed(self, seconds: float) -> None:
         """It took so long to set recurrent states back behind the wrong drafts of the step."""
@@ -244,9 +256,15 @@ class Drafting:
 
     def end_step(self, sequences: int, seconds: float, stats: StepStats, *, alone: bool) -> None:
         """It is over: see Speculation.observe. seconds: all of it, with what is counted as spent already."""
-        if self._resting:
-            self.speculation.rested(seconds - self._spent)
+        if self.resting:
+            self._rests += 1
             self._spent = 0.0
+            return
+        began = time.perf_counter() if self._looked else 0.0
+        if self._looked and self._looks % _PRICED:
+            self._rests += 1
+            self._spent = 0.0
+            self._rest(began)
             return
         self.speculation.observe(
             sequences,
@@ -257,6 +275,16 @@ class Drafting:
             experts=stats.hits + stats.misses + stats.vram_hits,
         )
         self._verdicts, self._spent = [], 0.0
+        if self._looked:
+            self._rest(began)
+
+    def _rest(self, began: float) -> None:
+        """For some steps, once it is known what a look has taken: until `began`, and since."""
+        rest = self.speculation.looked(self._looked + time.perf_counter() - began)
+        closed = self.speculation.closed(LOOKUP)
+        if closed and self._engines and self._step >= self._awake:
+            closed = min(self.speculation.closed(source) for source in range(1 + len(self._engines)))
+        self._next, self._looked = self._step + 1 + (closed if closed > rest else rest), 0.0
 
     def forget(self, request: Sequence) -> None:
         for engine in self._working():
@@ -268,10 +296,6 @@ class Drafting:
 
     def _working(self) -> list[DraftEngine]:
         return [engine for engine in self._engines if engine not in self._failed]
-
-    def _note(self, request: Request, kind: int, position: int, right: bool) -> None:
-        request.drafts.note(kind, position, right)
-        self._like(request).note(kind, position, right)
 
     def _spend(self, source: int, seconds: float) -> None:
         self._spent += seconds
@@ -286,7 +310,7 @@ class Drafting:
 
     def _all_behind(self, request: Request) -> list[int | None]:
         """Of each engine, by how many tokens it is behind; None: it can't draft for this one or shall not."""
-        if self._asleep or not (request.engines and request.room):
+        if self._step < self._awake or not (request.engines and request.room):
             return self._nobody
         return [self._behind(at, engine, request) for at, engine in enumerate(self._engines)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -46,29 +45,6 @@ def idle_in_dense(config: EngineConfig) -> str | None:
     if not names:
         return None
     return f"{' and '.join(names)} did nothing: the model is dense, all of it is in memory; leave it out"
-
-
-def extra_experts(
-    routes: NDArray[np.int32], n_experts: int, chunks: Sequence[tuple[int, int]]
-) -> tuple[list[int], int]:
-    """What drafts wanted beyond what all plain tokens of a step did: experts by chunk, and in all.
-
-    routes: i32 [layers, >= T, top_k]. chunks: how many plain tokens each has, and how many drafted ones.
-    """
-
-    def wanted(rows: list[int]) -> NDArray[np.bool_]:
-        found = np.zeros((len(routes), n_experts), bool)
-        np.put_along_axis(found, routes[:, rows].reshape(len(routes), -1), True, axis=1)
-        return found
-
-    at, plain, drafted = 0, list[int](), list[list[int]]()
-    for count, draft in chunks:
-        plain += range(at, at + count)
-        drafted.append(list(range(at + count, at + count + draft)))
-        at += count + draft
-    others = ~wanted(plain)
-    extra = [int((wanted(rows) & others).sum()) if rows else 0 for rows in drafted]
-    return extra, int((wanted(list(chain.from_iterable(drafted))) & others).sum())
 
 
 class RoutedExperts:

@@ -16,6 +16,7 @@ from mer._ext.cpus import numa_nodes
 from mer._ext.device import Device
 from mer._ext.kernels import Kernels, Pool, interleave
 from mer._ext.prefetch import Prefetcher
+from mer._ext.routes import extra_experts
 from mer._ext.uring import Reader
 from mer.config import EngineConfig
 from mer.engine import budget as budgets
@@ -24,7 +25,7 @@ from mer.engine.budget import Budget
 from mer.engine.draft import DraftSource
 from mer.engine.likely import LikelyExperts
 from mer.engine.placing import ALONE, OnDevice
-from mer.engine.routed import RoutedExperts, extra_experts
+from mer.engine.routed import RoutedExperts
 from mer.engine.scheduler import Chunk
 from mer.engine.stats import StepStats, Vram
 from mer.errors import BudgetError, ConfigError, GpuError

@@ -7,17 +7,14 @@ the seconds by the number of tokens; of draft engines, the seconds that a token 
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
-from attrs import define, frozen
+from attrs import define
 
-_LATEST: Final = 7  # measurements of a step, whose median counts
-_FORGOTTEN: Final = 200  # steps until a price is tried anew: what was dear in a cold cache, or by accident
-_SLOPE: Final = 0.4  # one more token, in steps of one token, as long as nothing else is known
-_MOVED: Final = 0.02  # a median that changed by less changes nothing
-_WORTH: Final = 1.03  # a step with drafts must look this much better than one without
+from mer._ext.costs import Costs, StepCosts, best_lengths
+
 _REFRESH: Final = 32  # steps until one without drafts is measured again
 # An engine is tried with so many short drafts. One that was left alone for so many steps is tried anew, as a
 # few unlucky ones may have silenced it. Each time it is left alone for twice as long, up to a bound.
@@ -32,122 +29,14 @@ _TRIES: Final = (0.75, 0.75)
 _LOSS: Final = (0.005, 0.005)
 _GAINED: Final = 8.0  # of what was gained, as much may be lost at once
 _EARNING: Final = 8  # plain steps of which that is counted at once
-# Of what is known of waits, the part that one more step replaces; and a wait that is none, seconds.
-_PRESENT: Final = 0.2
-_NO_WAIT: Final = 1e-6
+# Of the time of steps, what looks for drafts that found none may take; plain steps of which that is saved at
+# most, and at the start; and what a look takes at most, as more is some accident.
+_LOOKING: Final = 0.005
+_SAVED_LOOKS: Final = (1.0, 0.25)
+_LONG_LOOK: Final = 0.25
+_LONGEST_REST: Final = 15  # steps without a look where nothing may be tried
 
 LOOKUP: Final = 0  # of what drafts come from; engines follow
-
-
-class Costs:
-    """Seconds of a step by its tokens, as measured; between and beyond by a straight line."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-        self._latest: dict[int, deque[float]] = {}
-        self._at: dict[int, int] = {}
-        self._steps = 0
-        self._next = _FORGOTTEN  # when something may be forgotten
-        self._curve: list[float] = []  # by tokens, as far as anybody has asked
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        self.age()
-        latest = self._latest.get(tokens)
-        if latest is None:
-            latest = self._latest[tokens] = deque(maxlen=_LATEST)
-            if self._seconds:  # the first one may touch memory that no other has
-                latest.append(self(tokens))
-        latest.append(seconds)
-        self._at[tokens] = self._steps
-        middle, known = sorted(latest)[(len(latest) - 1) // 2], self._seconds.get(tokens, 0.0)
-        if abs(middle - known) > _MOVED * known:
-            self._seconds[tokens] = middle
-            self._curve.clear()
-
-    def age(self) -> None:
-        """One more step: what was measured long ago is forgotten."""
-        self._steps += 1
-        if self._steps <= self._next:
-            return
-        for old in [each for each, at in self._at.items() if self._steps - at > _FORGOTTEN]:
-            del self._seconds[old], self._latest[old], self._at[old]
-            self._curve.clear()
-        self._next = min(self._at.values(), default=self._steps) + _FORGOTTEN
-
-    def __contains__(self, tokens: int) -> bool:
-        return tokens in self._seconds
-
-    def __call__(self, tokens: int) -> float:
-        """Of a step of so many; 0 where nothing was measured."""
-        return self._seconds[tokens] if tokens in self._seconds else self.curve(tokens)[tokens]
-
-    def curve(self, most: int) -> list[float]:
-        """Of steps of 0, 1, ..., at least `most` tokens; 0 where nothing was measured."""
-        if len(self._curve) <= most:
-            known = sorted(self._seconds)
-            if not known:
-                return [0.0] * (most + 1)
-            slope = self._slope(known)
-            low, at = known[0], self._seconds[known[0]]
-            curve = [max(at - slope * (low - tokens), 0.0) for tokens in range(low)]
-            for high in known[1:]:
-                step = (self._seconds[high] - at) / (high - low)
-                curve += [at + step * more for more in range(high - low)]
-                low, at = high, self._seconds[high]
-            curve += [at + slope * more for more in range(most + 1 - low)]
-            self._curve = curve or [at]
-        return self._curve
-
-    def _slope(self, known: list[int]) -> float:
-        """Seconds of one more token, beyond what was measured."""
-        first, last = known[0], known[-1]
-        if first == last:
-            return _SLOPE * self._seconds[first] / first
-        return max((self._seconds[last] - self._seconds[first]) / (last - first), 0.0)
-
-
-class StepCosts:
-    """Seconds of a step by its tokens: what is computed, and what is waited for.
-
-    The wait is that of the latest steps for an expert that they wanted, whatever their width, times the
-    experts that a step of that width wants. So a cache that fills, or shrinks, changes all widths at once,
-    also those that were not measured since. What reads take while something is computed is no wait.
-    """
-
-    def __init__(self) -> None:
-        self._compute = Costs()
-        self._experts = Costs()  # not seconds but experts of all layers
-        self._waited = 0.0  # seconds of a step, and
-        self._wanted = 0.0  # its experts: of the latest ones
-
-    def observe(self, tokens: int, seconds: float, wait: float, experts: int) -> None:
-        """A step of so many took `seconds`, of them `wait` for reads, and wanted so many experts."""
-        self._compute.observe(tokens, max(seconds - wait, 0.0))
-        if wait or self._waited > _NO_WAIT:
-            self._experts.observe(tokens, experts)
-            self._waited += _PRESENT * (wait - self._waited)
-            self._wanted += _PRESENT * (experts - self._wanted)
-
-    def __contains__(self, tokens: int) -> bool:
-        return tokens in self._compute
-
-    def __call__(self, tokens: int) -> float:
-        """Of a step of so many; 0 where nothing was measured."""
-        if self._waited <= _NO_WAIT:
-            return self._compute(tokens)
-        return self._compute(tokens) + self._rate * self._experts(tokens)
-
-    def curve(self, most: int) -> list[float]:
-        """Of steps of 0, 1, ..., at least `most` tokens; 0 where nothing was measured."""
-        compute = self._compute.curve(most)
-        if self._waited <= _NO_WAIT:
-            return compute
-        rate = self._rate
-        return [a + rate * b for a, b in zip(compute, self._experts.curve(most), strict=False)]
-
-    @property
-    def _rate(self) -> float:
-        return self._waited / max(self._wanted, 1.0)
 
 
 @define
@@ -175,28 +64,32 @@ class Ledger:
         """Plain steps took so long."""
         self.gain(min(self.part * seconds, max(self.tries * plain - self.left, 0.0)), plain)
 
+    def closed(self, plain: float) -> float:
+        """Plain steps until something may be tried again, where nothing is."""
+        if not plain:
+            return 0.0
+        return max(0.5 * self.tries - min(self.left, self.saved) / plain, 0.0) / self.part
 
-@frozen
-class Offer:
+
+class Offer(NamedTuple):
     """What can be drafted of one sequence: see Acceptance.chances, empty where there is nothing.
 
-    lookup: of the draft that prompt lookup has found. engines: of what each engine would draft, in order.
+    lookup: of the draft that prompt lookup has found. engines: of what each engine would draft, in order; ():
+    none drafts for any sequence.
     """
 
     lookup: tuple[float, ...]
     engines: tuple[tuple[float, ...], ...] = ()
 
 
-@frozen
-class Choice:
+class Choice(NamedTuple):
     """How many tokens of one sequence to draft. engine: which one is to; None: prompt lookup has done it."""
 
     length: int
     engine: int | None
 
 
-@frozen
-class Verdict:
+class Verdict(NamedTuple):
     """Of one sequence's draft: where it came from (LOOKUP or 1 + engine), its tokens, how many were right."""
 
     source: int
@@ -224,7 +117,7 @@ class Speculation:
         # Of each engine, the seconds of one more drafted token by the number of sequences.
         self._prices = [Costs() for _ in range(engines)]
         self._proposed = [False] * engines
-        self._silent = [0] * engines  # steps since its last draft
+        self._asked = [0] * engines  # the step of its last draft
         self._pause = [_PAUSE] * engines
         self._probes = [_PROBES] * engines  # short drafts that are left to try it with
         self._ledgers = [
@@ -234,11 +127,17 @@ class Speculation:
         self._plain = 0.0  # seconds of the last plain step; 0: there was none
         self._since_plain = 0
         self._unearned = 0.0  # seconds of plain steps that no ledger has seen
-        self._rests = 0  # steps that `observe` was not told of, since it was called
+        self._steps = 0
+        self._credit = 0.0  # seconds that looks may take
 
     def affordable(self, source: int) -> bool:
         """Whether there is time to lose by what comes from there."""
         return self._ledgers[source].is_open
+
+    def closed(self, source: int) -> int:
+        """How many steps go by at least until there is, at most _LONGEST_REST."""
+        ledger = self._ledgers[source]
+        return 0 if ledger.is_open else min(math.ceil(ledger.closed(self._plain)), _LONGEST_REST)
 
     def ready(self, sequences: int) -> bool:
         """Whether the next step, of so many sequences, may verify drafts."""
@@ -253,19 +152,20 @@ class Speculation:
         n = len(offers)
         if not self.ready(n):
             return [_NONE] * n
-        for each in range(len(self._prices)):
+        engines = range(len(self._prices) if all(offer.engines for offer in offers) else 0)
+        for each in engines:
             if room >= n and any(offer.engines[each] for offer in offers) and self._due(each):
                 return [Choice(1, each) if offer.engines[each] else _NONE for offer in offers]
-        rate, lengths = self._best([offer.lookup for offer in offers], [False] * n, None, room)
+        rate, lengths = best_lengths(self._costs, [offer.lookup for offer in offers], room)
         found = [Choice(length, None) for length in lengths]
-        for each in range(len(self._prices)):
+        for each in engines:
             better = [_worth(offer.engines[each]) > _worth(offer.lookup) for offer in offers]
             if any(better):
                 chains = [
                     offer.engines[each] if asked else offer.lookup
                     for offer, asked in zip(offers, better, strict=True)
                 ]
-                other, lengths = self._best(chains, better, each, room)
+                other, lengths = best_lengths(self._costs, chains, room, better, self._prices[each])
                 if other > rate:
                     rate = other
                     found = [
@@ -276,44 +176,11 @@ class Speculation:
 
     def _due(self, engine: int) -> bool:
         """Whether it is to be tried anew."""
-        if self._silent[engine] >= self._pause[engine]:
-            self._silent[engine] = 0
+        if self._steps - self._asked[engine] >= self._pause[engine]:
+            self._asked[engine] = self._steps
             self._pause[engine] = min(2 * self._pause[engine], _LONGEST_PAUSE)
             self._probes[engine] = _PROBES
         return self._probes[engine] > 0
-
-    def _best(
-        self, chains: list[tuple[float, ...]], asked: list[bool], engine: int | None, room: int
-    ) -> tuple[float, list[int]]:
-        """(Tokens per second, how many of each chain). asked: whose is the engine's."""
-        n = len(chains)
-        lengths = [0] * n
-        most = min(room, sum(map(len, chains)))
-        seconds = self._costs.curve(n + most)
-        expected, best, take = float(n), _WORTH * n / seconds[n], 0
-        if not most or n + sum(map(sum, chains)) <= best * seconds[n + 1]:
-            return best, lengths
-        # Each next token of a draft is wanted less than the one before: the best first, and all that pay.
-        wanted = [
-            (chance, depth, at) for at, chain in enumerate(chains) for depth, chance in enumerate(chain, 1)
-        ]
-        if n > 1:
-            wanted.sort(key=lambda each: (-each[0], each[1]))
-        deepest = texts = 0
-        for count, (chance, depth, at) in enumerate(wanted[:room], 1):
-            expected += chance
-            took = seconds[n + count]
-            if engine is not None:
-                if asked[at]:
-                    deepest = max(deepest, depth)
-                    texts += depth == 1
-                if texts:
-                    took += deepest * self._prices[engine](texts)
-            if expected > best * took:
-                best, take = expected / took, count
-        for _, _, at in wanted[:take]:
-            lengths[at] += 1
-        return best, lengths
 
     def may_catch_up(self, engine: int) -> bool:
         """Whether there is time for an engine to look at what it is behind.
@@ -334,7 +201,7 @@ class Speculation:
             prices.observe(sequences, seconds / depth)
             self.spend(1 + engine, min(seconds, _ACCIDENT * depth * prices(sequences)))
         self._proposed[engine] = True
-        self._silent[engine] = 0
+        self._asked[engine] = self._steps
         self._probes[engine] = max(self._probes[engine] - 1, 0)
 
     def spend(self, source: int, seconds: float) -> None:
@@ -358,41 +225,62 @@ class Speculation:
         if not alone:
             self._earn(seconds)
             return
-        drafted = right = 0
-        for verdict in verdicts:
-            drafted += verdict.drafted
-            right += verdict.right
+        self._steps += 1
         for prices in self._prices:
             prices.age()
-        if self._silent:
-            self._silent = [steps + 1 + self._rests for steps in self._silent]
-            self._rests = 0
-        if not drafted:
-            self._costs.observe(sequences, seconds, wait, experts)
-            self._since_plain = 0
-            if not self._plain:
-                for ledger in self._ledgers:
-                    ledger.gain(ledger.tries * seconds, seconds)
-            self._plain = self._costs(sequences)
-            self._earn(seconds)
+        if verdicts:
+            self._verified(sequences, seconds, verdicts, wait, experts)
             return
+        self._costs.observe(sequences, seconds, wait, experts)
+        self._since_plain = 0
+        if not self._plain:
+            for ledger in self._ledgers:
+                ledger.gain(ledger.tries * seconds, seconds)
+            self._credit = _SAVED_LOOKS[1] * seconds
+        self._plain = self._costs(sequences)
+        self._earn(seconds)
+
+    def _verified(
+        self, sequences: int, seconds: float, verdicts: Sequence[Verdict], wait: float, experts: int
+    ) -> None:
+        drafted = sum(verdict.drafted for verdict in verdicts)
         plain = self._costs(sequences) if sequences in self._costs else seconds
         # To verify takes no longer than to compute each by itself; what is above that is some accident.
         seconds = min(seconds, plain * (sequences + drafted) / sequences)
         self._costs.observe(sequences + drafted, seconds, min(wait, seconds), experts)
         self.drafted += drafted
-        self.accepted += right
         self._since_plain += 1
         for verdict in verdicts:
+            self.accepted += verdict.right
             gained = verdict.right * plain / sequences - (seconds - plain) * verdict.drafted / drafted
             self._ledgers[verdict.source].gain(gained, plain)
+            self._save(gained)
 
-    def rested(self, seconds: float) -> None:
-        """A step without drafts took so long, of which `observe` is not told."""
-        self._rests += 1
-        self._earn(seconds)
+    def rested(self, steps: int) -> None:
+        """So many plain steps went by of which `observe` was not told."""
+        self._steps += steps
+        self._earn(steps * self._plain)
+
+    def looked(self, seconds: float) -> int:
+        """To find nothing worth verifying took so long: how many steps shall go by without a look.
+
+        So looks take no more than a part of the time, and of what drafts have gained.
+        """
+        longest = _LONG_LOOK * self._plain
+        self._credit -= seconds if seconds < longest else longest
+        if self._credit >= 0.0 or not self._plain:
+            return 0
+        return math.ceil(-self._credit / (_LOOKING * self._plain))
+
+    def _save(self, seconds: float) -> None:
+        """For looks."""
+        if seconds > 0.0:
+            most, self._credit = _SAVED_LOOKS[0] * self._plain, self._credit + seconds
+            if self._credit > most:
+                self._credit = most
 
     def _earn(self, seconds: float) -> None:
+        self._save(_LOOKING * seconds)
         self._unearned += seconds
         if self._unearned > _EARNING * self._plain:
             for ledger in self._ledgers:

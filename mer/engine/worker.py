@@ -347,7 +347,8 @@ class Worker:
             token, row = token + chunk.width, row + chunk.rows
         self._wake()
         if self._drafting is not None:
-            self._set_back(chunks, self._drafting)
+            if not self._drafting.resting:
+                self._set_back(chunks, self._drafting)
             now = time.perf_counter()
             self._drafting.end_step(decoding, now - self._began, stats, alone=not prompt)
             self._began = now
@@ -396,7 +397,7 @@ class Worker:
             right += 1
             request.accepted += 1
             self._scheduler.advance(request, 1)
-        if self._drafting is not None:
+        if self._drafting is not None and draft:
             self._drafting.judge(request, len(draft), right)
         if request not in self._jobs:
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from mer.model.spec import ModelSpec
 from mer.model.state import StateCache, replay_shape
 from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
+
+_VIEWS: Final = 64  # widths of steps whose views are kept
 
 
 class Experts(Protocol):
@@ -99,7 +101,8 @@ class Forward:
             layer.moe_index is not None and following.moe_index is not None
             for layer, following in pairwise(spec.layers)
         ] + [False]
-        self._views: dict[str, NDArray[Any]] = {}
+        self._tokens = 0  # of the last step
+        self._views: dict[int, dict[str, NDArray[Any]]] = {}  # by the tokens of a step
         self.trace: TraceWriter | None = None
         # i32 [MoE layers, most tokens, top_k]: the choices of the last step, if it had no more tokens and its
         # choices were to be kept.
@@ -178,7 +181,8 @@ class Forward:
             n_blocks=self._kv.n_blocks,
             n_images=self._states.n_images,
         )
-        decoder, view = self._decoder, self._view(len(batch.tokens))
+        self._tokens = len(batch.tokens)
+        decoder, view = self._decoder, self._view(self._tokens)
         h, y, ids, weights = view["h"], view["y"], view["expert_ids"], view["expert_weights"]
         self._dense.embed(batch.tokens, view["x"])
         if self.spec.embedding_scale != 1.0:
@@ -250,12 +254,15 @@ class Forward:
 
         Overwritten by the next step.
         """
-        n = len(self._views["x"])
+        n = self._tokens
         return self._buffers["streams"][:n].reshape(n, -1)
 
     def _view(self, tokens: int) -> dict[str, NDArray[Any]]:
         """The first rows of the buffers. Kept: making them takes longer than a small product."""
-        if not self._views or len(self._views["x"]) != tokens:
+        view = self._views.get(tokens)
+        if view is None:
+            if len(self._views) == _VIEWS:
+                self._views.clear()
             names = ("x", "h", "y", "expert_ids", "expert_weights", "ahead_ids")
-            self._views = {name: self._buffers[name][:tokens] for name in names}
-        return self._views
+            view = self._views[tokens] = {name: self._buffers[name][:tokens] for name in names}
+        return view
