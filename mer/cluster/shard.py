@@ -168,8 +168,8 @@ class Shard:
         with self._lock:
             if time.monotonic() > until:
                 raise LateError("nobody wants it any more")
-            for expert in np.unique(experts):
-                key = layer * self.n_experts + int(expert)
+            for expert in set(experts.ravel().tolist()):
+                key = layer * self.n_experts + expert
                 if key not in self._assigned or self._cache.state_py(key) != "resident":
                     return None
             out = np.empty_like(x)

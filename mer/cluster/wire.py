@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Final
 from zlib import crc32
@@ -50,14 +51,15 @@ def make_rows(
     patience_ms: int = 0,
 ) -> pb.Rows:
     """A request for these rows, see the proto; x f32 [T, hidden], of which it has only what it needs."""
-    wanted, places = np.unique(tokens, return_inverse=True)
-    rows = pb.Rows(
-        id=number, layer=layer, experts=experts, counts=counts, tokens=places.tolist(),
-        part=part, patience_ms=patience_ms,
+    # Of few tokens numpy takes several times as long for this as plain Python.
+    order: dict[int, int] = {}
+    places = [order.setdefault(token, len(order)) for token in tokens.tolist()]
+    data = narrow(WIRES[wire].id, x[list(order)])
+    return pb.Rows(
+        id=number, layer=layer, experts=experts, counts=counts, tokens=places, part=part,
+        patience_ms=patience_ms, x=data,
+        checksum=_checksum(data, number & 0xFFFFFFFF, layer, part, patience_ms, *experts, *counts, *places),
     )  # fmt: skip
-    rows.x = narrow(WIRES[wire].id, x[wanted])
-    rows.checksum = rows_checksum(rows)
-    return rows
 
 
 def cut(experts: Sequence[int], counts: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -90,14 +92,21 @@ def check_hello(hello: pb.Hello) -> None:
 
 def rows_checksum(rows: pb.Rows) -> int:
     """Of what a request asks for."""
-    head = [rows.id & 0xFFFFFFFF, rows.layer, rows.part, rows.patience_ms]
-    head += [*rows.experts, *rows.counts, *rows.tokens]
-    return crc32(rows.x, crc32(np.array(head, "<u4").tobytes()))
+    return _rows_checksum(rows, list(rows.experts), list(rows.counts), list(rows.tokens))
+
+
+def _rows_checksum(rows: pb.Rows, experts: list[int], counts: list[int], tokens: list[int]) -> int:
+    head = rows.id & 0xFFFFFFFF, rows.layer, rows.part, rows.patience_ms
+    return _checksum(rows.x, *head, *experts, *counts, *tokens)
 
 
 def outputs_checksum(number: int, rows: bytes) -> int:
     """Of an answer."""
-    return crc32(rows, crc32(np.array([number & 0xFFFFFFFF], "<u4").tobytes()))
+    return _checksum(rows, number & 0xFFFFFFFF)
+
+
+def _checksum(rows: bytes, *head: int) -> int:
+    return crc32(rows, crc32(struct.pack(f"<{len(head)}I", *head)))
 
 
 def unpack(
@@ -111,19 +120,19 @@ def unpack(
     most = max(len(rows.tokens), len(rows.experts), len(rows.counts))
     if most > MOST_ROWS:
         raise WireError(f"{most} rows in one message, at most {MOST_ROWS} are allowed")
-    if rows_checksum(rows) != rows.checksum:
+    experts, counts, tokens = list(rows.experts), list(rows.counts), list(rows.tokens)
+    if _rows_checksum(rows, experts, counts, tokens) != rows.checksum:
         raise WireError("the checksum of the rows is wrong: they were damaged on their way")
     if rows.layer >= len(hidden):
         raise WireError(f"layer {rows.layer}: there are {len(hidden)} with experts")
-    width, counts, tokens = hidden[rows.layer], list(rows.counts), np.array(rows.tokens, np.int64)
-    if len(counts) != len(rows.experts) or not counts or min(counts) < 1 or sum(counts) != len(tokens):
-        raise WireError(
-            f"{len(rows.experts)} experts with {len(counts)} counts do not fit {len(tokens)} tokens"
-        )
-    if max(rows.experts) >= n_experts:
-        raise WireError(f"expert {max(rows.experts)}: a layer has {n_experts}")
-    count, rest = divmod(len(rows.x), WIRES[wire].block_bytes * width)
-    if rest or count > MOST_ROWS or not len(tokens) or tokens.max() >= count:
-        raise WireError(f"{len(rows.x)} bytes of activations are no rows of {width} for these tokens")
-    x = widen(WIRES[wire].id, rows.x, width)[tokens]
-    return x, np.repeat(np.array(rows.experts, np.int32), counts)[:, None]
+    if len(counts) != len(experts) or not counts or min(counts) < 1 or sum(counts) != len(tokens):
+        raise WireError(f"{len(experts)} experts with {len(counts)} counts do not fit {len(tokens)} tokens")
+    if max(experts) >= n_experts:
+        raise WireError(f"expert {max(experts)}: a layer has {n_experts}")
+    data, width = rows.x, hidden[rows.layer]
+    count, rest = divmod(len(data), WIRES[wire].block_bytes * width)
+    if rest or count > MOST_ROWS or not tokens or max(tokens) >= count:
+        raise WireError(f"{len(data)} bytes of activations are no rows of {width} for these tokens")
+    x = widen(WIRES[wire].id, data, width)
+    pairs = [expert for expert, times in zip(experts, counts, strict=True) for _ in range(times)]
+    return x if tokens == list(range(count)) else x[tokens], np.array(pairs, np.int32)[:, None]
