@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 
 import pytest
@@ -79,7 +78,6 @@ def test_as_many_as_there_is_room_for(model):
 
 def test_what_the_device_takes(model, simulator):
     """No more than was planned."""
-    gc.collect()  # what tests before it left would be given back in between
     before = simulator.counts()
     runner = Runner.open(model, EngineConfig(device="cuda", vram="200MiB", context=64, step_tokens=16))
     _, planned = chosen(model, 1 << 30)
