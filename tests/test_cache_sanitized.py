@@ -15,13 +15,13 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "mer/_ext/csrc"
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_no_race_and_no_slot_overwritten_in_use(tmp_path: Path, sanitizer: str, policy: str) -> None:
+@pytest.fixture(scope="module", params=["address,undefined", "thread"])
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sanitizer = request.param
     compiler = shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("no C compiler")
-    program = tmp_path / "cache_stress"
+    program = tmp_path_factory.mktemp("sanitized") / "cache_stress"
     flags = ["-std=gnu11", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
     flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     sources = [ROOT / "tests/cache_stress.c", *sorted(CSRC.glob("cache/*.c"))]
@@ -30,6 +30,11 @@ def test_no_race_and_no_slot_overwritten_in_use(tmp_path: Path, sanitizer: str, 
     if made.returncode and "cannot find" in made.stderr:
         pytest.skip(f"no runtime for -fsanitize={sanitizer}")
     assert made.returncode == 0, made.stderr
+    return program
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_race_and_no_slot_overwritten_in_use(program: Path, policy: str) -> None:
     # the addresses of a sanitized program must not be randomised too widely
     command = ["setarch", "-R", program, policy] if shutil.which("setarch") else [program, policy]
     options = {"TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from cli_models import MER, environment, mer, mixtral_config, write_holes, write_mixtral
+from cli_models import MER, environment, mer, mer_here, mixtral_config, write_holes, write_mixtral
 from safetensors.numpy import load_file
 
 import mer as mer_package
@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(model):
-    done = mer("convert", model, model.with_name("store"))
+    done = mer_here("convert", model, model.with_name("store"))
     assert done.returncode == 0, done.stderr
     return model.with_name("store")
 
@@ -84,7 +84,7 @@ def test_as_a_module():
 
 
 def test_what_serve_has_and_shard_calls_otherwise():
-    done = mer("shard", model_path(), "--host", "0.0.0.0")
+    done = mer_here("shard", model_path(), "--host", "0.0.0.0")
     assert done.returncode == 2
     assert "No such option" in done.stderr
     assert "--listen" in done.stderr
@@ -100,7 +100,7 @@ def test_version():
 
 @pytest.mark.parametrize("arguments", [["doctr"], ["inspect"], ["inspect", "x", "--rom", "1"], ["--wat"]])
 def test_wrong_usage(arguments):
-    done = mer(*arguments)
+    done = mer_here(*arguments)
     assert done.returncode == 2
     assert "Usage: mer" in done.stderr
     assert done.stdout == ""
@@ -161,7 +161,7 @@ def test_output_that_is_closed(model):
 
 
 def test_convert_says_what_it_did(model, tmp_path):
-    done = mer("convert", model, tmp_path / "dst", "--experts", "Q4_K", "--dense", "BF16")
+    done = mer_here("convert", model, tmp_path / "dst", "--experts", "Q4_K", "--dense", "BF16")
     assert done.returncode == 0
     assert done.stderr == "", "no progress bar where stderr is no terminal"
     rows = [" ".join(line.replace("│", " ").split()) for line in done.stdout.splitlines()]
@@ -185,7 +185,7 @@ def test_convert_says_what_it_did(model, tmp_path):
 
 
 def test_formats_left_as_they_are(model, tmp_path):
-    done = mer("convert", model, tmp_path / "dst", "--experts", "same", "--dense", "same")
+    done = mer_here("convert", model, tmp_path / "dst", "--experts", "same", "--dense", "same")
     assert done.returncode == 0
     assert "do not fit" not in done.stdout
     shards = [load_file(file) for file in model.glob("*.safetensors")]
@@ -195,7 +195,7 @@ def test_formats_left_as_they_are(model, tmp_path):
 
 
 def test_an_unknown_format_lists_the_known(model, tmp_path):
-    done = mer("convert", model, tmp_path / "dst", "--dense", "q5_k")
+    done = mer_here("convert", model, tmp_path / "dst", "--dense", "q5_k")
     assert done.returncode == 2
     for word in ("--dense", "q5_k", "f32", "f16", "bf16", "q8_0", "q4_0", "q4_k"):
         assert word in done.stderr
@@ -205,12 +205,12 @@ def test_an_unknown_format_lists_the_known(model, tmp_path):
 
 def test_a_store_converted_again(store, tmp_path):
     """Quantising what is quantised is said; keeping it is lossless."""
-    again = mer("convert", store, tmp_path / "q8", "--experts", "q4_0", "--dense", "same")
+    again = mer_here("convert", store, tmp_path / "q8", "--experts", "q4_0", "--dense", "same")
     assert again.returncode == 0
     assert "note: experts in q4_k are rounded a second time, to q4_0" in again.stderr
     assert "note: experts in q8_0 are rounded a second time, to q4_0" in again.stderr
     assert "dense" not in again.stderr
-    same = mer("convert", store, tmp_path / "same", "--experts", "same", "--dense", "same")
+    same = mer_here("convert", store, tmp_path / "same", "--experts", "same", "--dense", "same")
     assert (same.returncode, same.stderr) == (0, "")
     for file in ("dense.safetensors", "experts-00001.safetensors"):
         assert (tmp_path / "same" / file).read_bytes() == (store / file).read_bytes()
@@ -238,7 +238,7 @@ def test_a_progress_bar_on_a_terminal(model, tmp_path):
 
 def test_verify(model, store):
     for path, words in ((model, "every tensor is readable and finite"), (store, "every checksum is right")):
-        done = mer("verify", path)
+        done = mer_here("verify", path)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith(f"{path}: ")
         assert words in done.stdout
@@ -249,7 +249,7 @@ def test_inspect_shows_a_model(model, store):
         (model, ["Hugging Face", "f16", "2 files", "50 % "]),
         (store, ["expert store", "q4_k", "q8_0", "2 files"]),
     ):
-        done = mer("inspect", path, "--ram", "64GiB") if path is store else mer("inspect", path)
+        done = mer_here("inspect", path, "--ram", "64GiB") if path is store else mer_here("inspect", path)
         assert (done.returncode, done.stderr) == (0, "")
         more = ["mixtral", "4 per layer, 2 per token", "grouped-query, 4 heads, 2 of", "the least that works"]
         for word in words + more:
@@ -259,7 +259,7 @@ def test_inspect_shows_a_model(model, store):
 
 
 def test_inspect_counts(model):
-    facts = json.loads(mer("inspect", model, "--json").stdout)
+    facts = json.loads(mer_here("inspect", model, "--json").stdout)
     expert = 3 * 256 * 96
     attention = 2 * 256 * 256 + 2 * 128 * 256
     always = 2 * 50 * 256 + 256 + 2 * (attention + 2 * 256 + 4 * 256)
@@ -287,14 +287,14 @@ def test_parameters_of_a_published_model(tmp_path):
         max_position_embeddings=32768,
     )
     write_holes(tmp_path / "mixtral", config)
-    done = mer("inspect", tmp_path / "mixtral")
+    done = mer_here("inspect", tmp_path / "mixtral")
     assert "46.7 B, 12.9 B active per token" in done.stdout
 
 
 def test_inspect_divides_memory(model):
     budgets = {}
     for ram in ("8MiB", "8GiB"):
-        facts = json.loads(mer("inspect", model, "--json", "--ram", ram).stdout)
+        facts = json.loads(mer_here("inspect", model, "--json", "--ram", ram).stdout)
         budgets[ram] = {row["what"]: row for row in facts["memory"]["budgets"]}
     little, much = budgets["8MiB"]["as given"], budgets["8GiB"]["as given"]
     assert (little["ram"], little["runs"], little["slots"]) == (8 << 20, False, 0)
@@ -304,19 +304,19 @@ def test_inspect_divides_memory(model):
     assert slot >= facts["expert_bytes"]
     assert (least["slots"], everything["slots"]) == (2, 8)
     assert everything["ram"] - least["ram"] == pytest.approx(6 * slot, rel=0.01)
-    assert "too little" in mer("inspect", model, "--ram", "8MiB").stdout
+    assert "too little" in mer_here("inspect", model, "--ram", "8MiB").stdout
 
 
 @pytest.mark.parametrize("ram", ["0", "-1", "8 gigs", "1e9", ""])
 def test_a_budget_that_is_no_size(model, ram):
-    done = mer("inspect", model, f"--ram={ram}")
+    done = mer_here("inspect", model, f"--ram={ram}")
     assert done.returncode == 2
     assert "--ram" in done.stderr
 
 
 def test_inspect_of_what_must_be_converted(tmp_path):
     write_holes(tmp_path / "fp8", mixtral_config(), "F8_E4M3", 1)
-    done = mer("inspect", tmp_path / "fp8")
+    done = mer_here("inspect", tmp_path / "fp8")
     assert done.returncode == 0
     assert "It does not run as it is" in done.stdout
     assert "mer convert" in done.stdout

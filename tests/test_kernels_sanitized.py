@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,17 @@ def run_sanitized(tmp_path: Path, compiler: str, sanitizer: str, stress: str, so
     flags += ["-ffp-contract=off", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{CSRC}"]
     flags += ['-DMER_TILES="soft_tiles.h"', f"-I{ROOT / 'tests'}"]
     flags += ["-fno-var-tracking", "-DTOKENS=2"]  # the unrolled loops of lanes.h take long to compile
-    made = subprocess.run([compiler, *flags, "-o", program, *files, "-lm"], capture_output=True, text=True)
+
+    def build(source: Path) -> subprocess.CompletedProcess[str]:
+        command = [compiler, *flags, "-c", "-o", tmp_path / f"{source.stem}.o", source]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(build, files):
+            assert done.returncode == 0, done.stderr
+    objects = [tmp_path / f"{source.stem}.o" for source in files]
+    link = [compiler, "-pthread", f"-fsanitize={sanitizer}", "-o", program, *objects, "-lm"]
+    made = subprocess.run(link, capture_output=True, text=True)
     if made.returncode and "cannot find" in made.stderr:
         pytest.skip(f"no runtime for -fsanitize={sanitizer}")
     assert made.returncode == 0, made.stderr

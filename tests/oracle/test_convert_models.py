@@ -41,12 +41,6 @@ INT8_ERROR = 0.035
 MEDIAN_ERROR = 0.12
 
 
-def mer(*arguments) -> str:
-    done = subprocess.run([MER, *map(str, arguments)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def decoded(form: str, data: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
     """Stored bytes -> f32, by the gguf package."""
     kind = gguf.GGMLQuantizationType[form.upper()]
@@ -217,7 +211,7 @@ def test_published_mxfp4(tmp_path):
     said = subprocess.run([MER, "run", tmp_path / "src", "x"], capture_output=True, text=True, check=False)
     assert said.returncode != 0
     assert "mer convert" in said.stderr
-    assert "left out" not in mer("convert", tmp_path / "src", tmp_path / "dst", "--dense", "same")
+    assert "left out" not in called("convert", tmp_path / "src", tmp_path / "dst", "--dense", "same")
     matrices = open_checkpoint(tmp_path / "dst").experts[0, 0].extents.matrices
     assert {m.format.name for m in matrices} == {"mxfp4"}
     stored_weights = read_store(tmp_path / "dst", decoded_by_peer)
@@ -278,14 +272,14 @@ def test_fp8_decoded(fp8, tmp_path):
     """F32 keeps what torch decodes, bit for bit; BF16 and Q8_0 round it as torch and gguf do."""
     src, expected = fp8
     used = {name: tensor for name, tensor in expected.items() if ".layers.3." not in name}
-    said = mer("convert", src, tmp_path / "f32", "--experts", "f32", "--dense", "f32")
+    said = called("convert", src, tmp_path / "f32", "--experts", "f32", "--dense", "f32")
     n_left = sum(".layers.3." in name for shard in src.glob("*.safetensors") for name in load_file(shard))
     assert f"model.layers.3.* (multi-token prediction), {n_left} tensors" in said
     found = read_store(tmp_path / "f32", used)
     assert set(found) == set(used)
     for name, tensor in used.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
-    mer("convert", src, tmp_path / "bf16", "--experts", "q8_0", "--dense", "same")
+    called("convert", src, tmp_path / "bf16", "--experts", "q8_0", "--dense", "same")
     found = read_store(tmp_path / "bf16", used)
     for name, tensor in used.items():
         if ".experts." in name:
@@ -299,7 +293,7 @@ def test_fp8_decoded(fp8, tmp_path):
 
 def test_fp8_logits(fp8, tmp_path):
     src, expected = fp8
-    mer("convert", src, tmp_path / "dst", "--experts", "f32", "--dense", "f32")
+    called("convert", src, tmp_path / "dst", "--experts", "f32", "--dense", "f32")
     used = {name: tensor for name, tensor in expected.items() if ".layers.3." not in name}
     edit = json.loads((src / "config.json").read_text())
     del edit["quantization_config"]
