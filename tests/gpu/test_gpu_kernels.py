@@ -276,7 +276,7 @@ def test_nvrtc_compiles_all_kernels() -> None:
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
     text = "".join(f'#include "{path.name}"\n' for path in sorted(KERNELS.glob("*.cu")))
     _, program = nvrtc.nvrtcCreateProgram(text.encode(), b"mer.cu", 0, [], [])
-    options = ["-arch=sm_80", "-std=c++17", "-fmad=false", f"-I{KERNELS}"]
+    options = ["-arch=sm_80", "-std=c++17", "-fmad=false", "--split-compile=0", f"-I{KERNELS}"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
     log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
     nvrtc.nvrtcGetProgramLog(program, log)

@@ -73,7 +73,7 @@ async def test_greedy_tokens_and_logprobs(family, tmp_path):
             evidence.asked("transformers")
             assert list(result.token_ids) == expected.argmax(-1).tolist(), f"{n} tokens of prompt"
             if n == 17:
-                assert list(result.token_ids) == generate(model, ids)
+                assert list(result.token_ids[:12]) == generate(model, ids, max_new_tokens=12)
             best = np.argsort(-expected, axis=-1)[:, :5]
             for at, each in enumerate(result.logprobs):
                 assert each.token_id == result.token_ids[at]
