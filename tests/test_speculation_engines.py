@@ -13,7 +13,7 @@ from test_speculation import note
 
 from mer._ext.acceptance import DRAFT_MODEL, MOST_DRAFTED, TIED, Acceptance
 from mer.engine.drafting import Drafting
-from mer.engine.speculation import LOOKUP, Offer, Speculation, Verdict
+from mer.engine.speculation import LOOKUP, Choice, Offer, Speculation, Verdict
 
 KINDS = (TIED, DRAFT_MODEL)
 
@@ -110,6 +110,20 @@ def test_what_a_head_loses_silences_no_lookup():
     took, plain, _, drafted = live(0.2, 0.9, [(0.0, 0.5)], steps=600, sequences=1, seed=0)
     assert plain / took > 1.7
     assert drafted[0] < 60
+
+
+def test_a_head_is_tried_where_lookup_has_little_to_offer():
+    """Not in place of a draft that would bring several tokens, however long it was left alone."""
+    speculation = Speculation(1)
+    for _ in range(20):
+        speculation.observe(1, 1.0)
+    for _ in range(4):
+        speculation.observe(1, 1.5, [Verdict(LOOKUP, 8, 8)])
+    good, poor = ((chance, chance**2, chance**3, chance**4) for chance in (0.9, 0.4))
+    head = ((0.7, 0.49),)
+    assert [choice.engine for choice in speculation.choose([Offer(good, head)], 16)] == [None]
+    assert speculation.choose([Offer(poor, head)], 16) == [Choice(1, 0)]
+    assert speculation.choose([Offer((), head)], 16) == [Choice(1, 0)]
 
 
 @pytest.mark.parametrize("seed", range(8))

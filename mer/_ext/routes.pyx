@@ -1,8 +1,13 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""What the tokens of a step chose: the experts that drafted ones alone wanted."""
+"""What the tokens of a step chose: the experts that drafted ones alone wanted, and what each token chose last.
+
+With numpy each of these took 20 to 150 us, of a small model's step of 640.
+"""
+
+import numpy as np
 
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
-from libc.stdint cimport int32_t
+from libc.stdint cimport int32_t, uint16_t
 from libc.string cimport memset
 
 cdef enum:
@@ -53,4 +58,32 @@ cdef Py_ssize_t mark(const int32_t[:, ::1] routes, Py_ssize_t begin, Py_ssize_t 
             if own != NULL:
                 own[0] += 1
             wanted[e] = who
+    return found
+
+
+def remember(uint16_t[:, :, ::1] chosen, const int32_t[::1] tokens, const int32_t[:, :, ::1] routes):
+    cdef Py_ssize_t layer, t, k
+    if tokens.shape[0] > routes.shape[1] or chosen.shape[1] > routes.shape[0] or chosen.shape[2] != routes.shape[2]:
+        raise ValueError("the choices are not those of these tokens")
+    for t in range(tokens.shape[0]):
+        if not 0 <= tokens[t] < chosen.shape[0]:
+            raise ValueError(f"token {tokens[t]} of {chosen.shape[0]}")
+        for layer in range(chosen.shape[1]):
+            for k in range(chosen.shape[2]):
+                chosen[tokens[t], layer, k] = <uint16_t>(routes[layer, t, k] + 1)
+
+
+def remembered(const uint16_t[:, :, ::1] chosen, list tokens not None, Py_ssize_t layers):
+    cdef Py_ssize_t layer, t, k, token
+    if not 0 <= layers <= chosen.shape[1]:
+        raise ValueError(f"{layers} layers of {chosen.shape[1]}")
+    found = np.empty((layers, len(tokens), chosen.shape[2]), np.int32)
+    cdef int32_t[:, :, ::1] likely = found
+    for t in range(len(tokens)):
+        token = tokens[t]
+        if not 0 <= token < chosen.shape[0]:
+            raise ValueError(f"token {token} of {chosen.shape[0]}")
+        for layer in range(layers):
+            for k in range(chosen.shape[2]):
+                likely[layer, t, k] = <int32_t>chosen[token, layer, k] - 1
     return found

@@ -6,12 +6,11 @@ figures. So what drafted tokens will want can be read while drafting goes on, by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
 from mer._ext.prefetch import EARLY_LAYERS
+from mer._ext.routes import remember, remembered
 from mer.model.spec import ModelSpec
 
 
@@ -29,13 +28,11 @@ class LikelyExperts:
 
     def learn(self, tokens: NDArray[np.int32], routes: NDArray[np.int32]) -> None:
         """tokens i32 [T] chose routes i32 [MoE layers, >= T, top_k]."""
-        layers = self._chosen.shape[1]
-        self._chosen[tokens] = routes[:layers, : len(tokens)].transpose(1, 0, 2) + 1
+        remember(self._chosen, tokens, routes)
 
-    def of(self, tokens: Sequence[int], layers: int) -> NDArray[np.int32]:
+    def of(self, tokens: list[int], layers: int) -> NDArray[np.int32]:
         """i32 [layers, T, top_k] for the first layers, -1 where it is not known."""
-        found = self._chosen[list(tokens), :layers].astype(np.int32) - 1
-        return np.ascontiguousarray(found.transpose(1, 0, 2))
+        return remembered(self._chosen, tokens, layers)
 
 
 def _shape(spec: ModelSpec) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ _REFRESH: Final = 32  # steps until one without drafts is measured again
 _PAUSE: Final = 64
 _LONGEST_PAUSE: Final = 4096
 _PROBES: Final = 8
-# A draft that took so many times as long as usual: somebody else had the processor meanwhile.
+# A draft or look that took so many times as long as usual: somebody else had the processor meanwhile.
 _ACCIDENT: Final = 2.0
 # What may be lost, by prompt lookup and by all engines: so many plain steps at once, and this part of the
 # time that they take. What the last draft loses comes on top of it.
@@ -30,10 +30,9 @@ _LOSS: Final = (0.005, 0.005)
 _GAINED: Final = 8.0  # of what was gained, as much may be lost at once
 _EARNING: Final = 8  # plain steps of which that is counted at once
 # Of the time of steps, what looks for drafts that found none may take; plain steps of which that is saved at
-# most, and at the start; and what a look takes at most, as more is some accident.
-_LOOKING: Final = 0.005
+# most, and at the start.
+_LOOKING: Final = 0.0075
 _SAVED_LOOKS: Final = (1.0, 0.25)
-_LONG_LOOK: Final = 0.25
 _LONGEST_REST: Final = 15  # steps without a look where nothing may be tried
 
 LOOKUP: Final = 0  # of what drafts come from; engines follow
@@ -129,6 +128,7 @@ class Speculation:
         self._unearned = 0.0  # seconds of plain steps that no ledger has seen
         self._steps = 0
         self._credit = 0.0  # seconds that looks may take
+        self._look = 0.0  # that one takes where nobody else has the processor
 
     def affordable(self, source: int) -> bool:
         """Whether there is time to lose by what comes from there."""
@@ -153,11 +153,16 @@ class Speculation:
         if not self.ready(n):
             return [_NONE] * n
         engines = range(len(self._prices) if all(offer.engines for offer in offers) else 0)
-        for each in engines:
-            if room >= n and any(offer.engines[each] for offer in offers) and self._due(each):
-                return [Choice(1, each) if offer.engines[each] else _NONE for offer in offers]
         rate, lengths = best_lengths(self._costs, [offer.lookup for offer in offers], room)
         found = [Choice(length, None) for length in lengths]
+        # What would bring more than one token each is not given up for a trial.
+        good = (
+            sum(sum(offer.lookup[: choice.length]) for offer, choice in zip(offers, found, strict=True)) > n
+        )
+        for each in engines:
+            if good or room < n or not any(offer.engines[each] for offer in offers) or not self._due(each):
+                continue
+            return [Choice(1, each) if offer.engines[each] else _NONE for offer in offers]
         for each in engines:
             better = [_worth(offer.engines[each]) > _worth(offer.lookup) for offer in offers]
             if any(better):
@@ -266,8 +271,10 @@ class Speculation:
 
         So looks take no more than a part of the time, and of what drafts have gained.
         """
-        longest = _LONG_LOOK * self._plain
-        self._credit -= seconds if seconds < longest else longest
+        usual = self._look or seconds
+        seconds = min(seconds, _ACCIDENT * usual)
+        self._look = usual + (seconds - usual) * (0.1 if seconds > usual else 0.5)
+        self._credit -= seconds
         if self._credit >= 0.0 or not self._plain:
             return 0
         return math.ceil(-self._credit / (_LOOKING * self._plain))
