@@ -1,4 +1,4 @@
-"""What the tokens of a step chose: the experts that drafted ones alone wanted, and what each token chose last."""
+"""What the tokens of a step chose: experts that drafted ones alone wanted, and what each token chose last."""
 
 import numpy as np
 from numpy.typing import NDArray

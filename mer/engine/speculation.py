@@ -243,7 +243,7 @@ class Speculation:
                 ledger.gain(ledger.tries * seconds, seconds)
             self._credit = _SAVED_LOOKS[1] * seconds
         self._plain = self._costs(sequences)
-        self._earn(seconds)
+        self._earn(self._plain)  # not `seconds`: what somebody else took of it is not to be lost once more
 
     def _verified(
         self, sequences: int, seconds: float, verdicts: Sequence[Verdict], wait: float, experts: int
