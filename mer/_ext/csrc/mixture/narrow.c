@@ -4,10 +4,10 @@
 
 enum { PIECE = 256 };
 
-static uint16_t to_bf16(float f) {
-    const uint32_t bits = mer_f32_bits(f);
-    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
+/* As the upper half of a float. */
+static inline uint32_t round_bf16(float f) {
+    const uint32_t bits = mer_f32_bits(f), rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    return ((int32_t)(bits & 0x7fffffffu) > 0x7f800000 ? bits | 0x400000u : rounded) & 0xffff0000u;
 }
 
 /* As the F16C instruction has it, NaNs included. */
@@ -56,7 +56,7 @@ static int has_f16c(void) { return 0; }
 
 void mer_narrow(int fmt, const float *x, long n, uint16_t *to) {
     if (fmt == MER_BF16) {
-        for (long i = 0; i < n; i++) to[i] = to_bf16(x[i]);
+        for (long i = 0; i < n; i++) to[i] = (uint16_t)(round_bf16(x[i]) >> 16);
         return;
     }
     const long done = has_f16c() ? narrow_f16c(x, n, to) : 0;
@@ -74,6 +74,10 @@ void mer_widen_rows(int fmt, const uint16_t *h, long n, float *to) {
 
 void mer_round(int fmt, const float *x, long n, float *to) {
     uint16_t narrow[PIECE];
+    if (fmt == MER_BF16) { /* without the way through 16 bits, for which old processors have no vectors */
+        for (long i = 0; i < n; i++) to[i] = mer_bits_f32(round_bf16(x[i]));
+        return;
+    }
     for (long i = 0; i < n; i += PIECE) {
         const long count = n - i < PIECE ? n - i : PIECE;
         mer_narrow(fmt, x + i, count, narrow);
