@@ -194,6 +194,20 @@ def test_it_has_to_save_what_more_it_reads(waits_with, pays):
     assert switch.on is pays
 
 
+def test_where_next_to_nothing_is_waited_there_is_no_trial():
+    switch = AheadSwitch()
+    for _ in range(100 * ROUND):
+        switch.note_py(1, 24, 100)
+        switch.begin_step_py()
+        assert switch.on
+    ons = []
+    for _ in range(8 * ROUND):
+        switch.note_py(1, 26 if switch.on else 10, 100)
+        switch.begin_step_py()
+        ons.append(switch.on)
+    assert not ons[-1]  # what had not been looked at for so long was tried as soon as it cost time
+
+
 def test_turns_without_reads_say_nothing():
     switch = AheadSwitch()
     for _ in range(1000):
@@ -282,6 +296,7 @@ def test_turns_are_counted_by_what_had_to_be_read(model):
     streamed = Streamed(model, slots=2 * TOP_K, prefetch=TOP_K)
     streamer = streamed.streamer
     switch = streamer.prefetcher.switch
+    switch.little = 0
     with streamed.reader:
         for step in range(ROUND):
             stats = streamer.stats()

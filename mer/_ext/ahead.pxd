@@ -21,12 +21,15 @@ cdef class AheadDepth:
 
 cdef class AheadSwitch:
     cdef readonly bint on
+    cdef public double little  # part of the time in which experts are computed: who waits less makes no trial
     cdef int stage             # 0: no trial, 1..3: its first round, the other way, its last round
     cdef int64_t seen, due     # experts read in this stage, and until the next
+    cdef int64_t round_waited, round_computed    # ns, in this stage
     cdef int64_t length        # of stage 0
     cdef readonly double reads[2]   # by `on`: experts that had to be read in trials
     cdef readonly double waited[2]  # and ns waited for reads
 
-    cdef void note(self, int64_t reads, int64_t waited) noexcept nogil
+    cdef void note(self, int64_t reads, int64_t waited, int64_t computed) noexcept nogil
     cdef void begin_step(self) noexcept nogil
     cdef void decide(self) noexcept nogil
+    cdef void forget(self) noexcept nogil

@@ -9,7 +9,8 @@ class AheadDepth:
 
 class AheadSwitch:
     on: bool
+    little: float
     reads: list[float]
     waited: list[float]
-    def note_py(self, reads: int, waited: int) -> None: ...
+    def note_py(self, reads: int, waited: int, computed: int = 0) -> None: ...
     def begin_step_py(self) -> None: ...

@@ -24,6 +24,9 @@ cdef double *WORTH = [1.0, 0.1, -0.1, -1.0]
 # Reading ahead reads some 10 % more, and has to save that much of the waiting.
 cdef double ENOUGH = 0.9
 
+# Of the time in which experts are computed, a tenth of a step: who waits less has nothing to gain that a trial is worth.
+cdef double LITTLE = 0.25
+
 
 cdef class AheadDepth:
     """`depth` ranks of at most `limit` are read ahead, at first all.
@@ -89,15 +92,17 @@ cdef class AheadSwitch:
 
     A trial is a round, two the other way, and one as before, so that what drifts meanwhile, as misses do while the
     cache fills, weighs the same on both sides. Evidence counts half at every further trial, and trials become rarer as
-    long as they say the same.
+    long as they say the same. Where next to nothing is waited in the first round, reading ahead goes on without one.
     """
 
     def __cinit__(self):
-        self.on = True
+        self.on, self.little = True, LITTLE
         self.stage, self.due, self.length = 1, ROUND, ROUND
 
-    cdef void note(self, int64_t reads, int64_t waited) noexcept nogil:
+    cdef void note(self, int64_t reads, int64_t waited, int64_t computed) noexcept nogil:
         self.seen += reads
+        self.round_waited += waited
+        self.round_computed += computed
         if self.stage:
             self.reads[self.on] += reads
             self.waited[self.on] += waited
@@ -105,28 +110,36 @@ cdef class AheadSwitch:
     cdef void begin_step(self) noexcept nogil:
         if self.seen < self.due:
             return
-        self.seen = 0
-        self.stage = (self.stage + 1) % 4
+        cdef bint idle = self.stage == 1 and self.on and self.round_waited < self.little * self.round_computed
+        self.seen = self.round_waited = self.round_computed = 0
+        self.stage = 0 if idle else (self.stage + 1) % 4
         if self.stage:
             if self.stage > 1:
                 self.on = not self.on
             self.due = 2 * ROUND if self.stage == 2 else ROUND
         else:
-            self.decide()
+            if not idle:
+                self.decide()
+            self.forget()
             self.due = self.length
 
     cdef void decide(self) noexcept nogil:
         cdef bint pays = self.waited[True] * self.reads[False] < ENOUGH * self.waited[False] * self.reads[True]
-        cdef int i
         self.length = min(4 * self.length, <int64_t>LONGEST) if pays == self.on else 4 * ROUND
         self.on = pays
+
+    cdef void forget(self) noexcept nogil:
+        cdef int i
         for i in range(2):
             self.reads[i] /= 2
             self.waited[i] /= 2
 
-    def note_py(self, int64_t reads, int64_t waited):
-        """A layer has had its turn: so many experts had to be read for it, for which it waited so many ns."""
-        self.note(reads, waited)
+    def note_py(self, int64_t reads, int64_t waited, int64_t computed=0):
+        """A layer has had its turn: so many experts had to be read for it, for which it waited so many ns.
+
+        computed: ns in which its experts were multiplied.
+        """
+        self.note(reads, waited, computed)
 
     def begin_step_py(self):
         """The first layer's turn is next: what has begun with a step ends with one, as layers differ."""

@@ -180,7 +180,7 @@ cdef class ExpertCache:
         return mer_cache_prefault(self._cache, ahead) == 0
 
     def hold_prefault_py(self, bint on):
-        """Whether the processors are wanted, so that no memory is touched ahead."""
+        """Whether the processors are wanted, so that no more than the next 8 slots are touched ahead."""
         self.hold_prefault(on)
 
     def slot_view(self, int64_t slot):

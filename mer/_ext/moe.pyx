@@ -343,7 +343,7 @@ cdef class ExpertStreamer:
                 n += 1
         if self.prefetcher is not None:
             self.prefetcher.judge(base, self.mixture.ids, self.mixture.tokens, self.mixture.first, self.misses,
-                                  self.io_wait_ns)
+                                  self.io_wait_ns, self.compute_ns)
         if self.vram is not None:
             self.begin_device(base, n)
         for i in range(n):                           # what is resident is pinned before a miss may evict it

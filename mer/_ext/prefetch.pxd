@@ -58,7 +58,7 @@ cdef class Prefetcher:
     cdef int64_t n_early
     cdef bint stepped                  # a layer has had its turn since
     # At the last turn of a layer: the totals until then, and whether that was a chunk's
-    cdef int64_t misses, waited, was_useful
+    cdef int64_t misses, waited, computed, was_useful
     cdef bint was_chunk
     cdef int32_t *guesses              # [most pairs] what the next layer was expected to choose
     cdef int64_t guessed_base, n_guesses
@@ -75,9 +75,10 @@ cdef class Prefetcher:
     cdef bint wants_guesses(self, int64_t tokens) noexcept nogil
     # The turn of a layer whose experts begin at `base`, before they are acquired: its tokens chose ids[tokens, top_k],
     # expert e is wanted by first[e + 1] - first[e] of them. What was guessed for it is compared with that. misses,
-    # waited: experts that had to be read without a guess, and ns waited for reads, since the start.
+    # waited: experts that had to be read without a guess, and ns waited for reads, since the start; computed: ns in
+    # which experts were multiplied.
     cdef void judge(self, int64_t base, const int32_t *ids, int64_t tokens, const int64_t *first, int64_t misses,
-                    int64_t waited) noexcept nogil
+                    int64_t waited, int64_t computed) noexcept nogil
     # Reads ahead of what ahead[tokens, top_k] guesses of the layer at `base`: every token's likeliest first.
     cdef void look_ahead(self, int64_t base, const int32_t *ahead, int64_t tokens) noexcept nogil
     # Before a step whose tokens will probably choose likely[layers, tokens, top_k] in the first layers; -1: not known.
@@ -88,7 +89,8 @@ cdef class Prefetcher:
     cdef bint reads(self, int64_t i) noexcept nogil
     cdef bint is_chunk(self, int64_t tokens) noexcept nogil
     cdef bint is_on(self) noexcept nogil
-    cdef void judge_turn(self, int64_t base, int64_t tokens, int64_t misses, int64_t waited) noexcept nogil
+    cdef void judge_turn(self, int64_t base, int64_t tokens, int64_t misses, int64_t waited,
+                         int64_t computed) noexcept nogil
     cdef int64_t early_layers_now(self) noexcept nogil
     # The expert is wanted now: counts it if it was read ahead.
     cdef void note_use(self, int64_t key) noexcept nogil

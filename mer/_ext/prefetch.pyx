@@ -111,7 +111,7 @@ cdef class Prefetcher:
         return self.switch is None or self.switch.on
 
     cdef void judge(self, int64_t base, const int32_t *ids, int64_t tokens, const int64_t *first, int64_t misses,
-                    int64_t waited) noexcept nogil:
+                    int64_t waited, int64_t computed) noexcept nogil:
         cdef int64_t i, k, e, pairs = tokens * self.top_k
         cdef bint demand = False
         if self.guessed_base == base and self.n_guesses == pairs:
@@ -121,7 +121,7 @@ cdef class Prefetcher:
             self.guessed += pairs
         self.guessed_base = -1
         self.stepped = True
-        self.judge_turn(base, tokens, misses, waited)
+        self.judge_turn(base, tokens, misses, waited, computed)
         if self.n_asked or self.n_early:
             self.reader.wait(0)
             for e in range(self.n_experts):
@@ -139,16 +139,18 @@ cdef class Prefetcher:
             if base == 0:
                 self.early.tick()
 
-    cdef void judge_turn(self, int64_t base, int64_t tokens, int64_t misses, int64_t waited) noexcept nogil:
+    cdef void judge_turn(self, int64_t base, int64_t tokens, int64_t misses, int64_t waited,
+                         int64_t computed) noexcept nogil:
         """The turn before, as far as something could be read ahead for it or not."""
         if self.switch is None:
             return
         if not self.was_chunk and (self.depth.depth or self.early.depth):
             self.switch.note(misses - self.misses + (self.useful - self.was_useful if self.switch.on else 0),
-                             waited - self.waited)
+                             waited - self.waited, computed - self.computed)
         if base == 0:
             self.switch.begin_step()
-        self.misses, self.was_useful, self.waited, self.was_chunk = misses, self.useful, waited, self.is_chunk(tokens)
+        self.misses, self.was_useful, self.was_chunk = misses, self.useful, self.is_chunk(tokens)
+        self.waited, self.computed = waited, computed
 
     cdef void judge_early(self, int64_t base, const int64_t *first, bint demand) noexcept nogil:
         cdef int64_t i, e, left = 0

@@ -69,7 +69,7 @@ int64_t mer_cache_resize(mer_cache *c, int64_t n);
 /* Touches the arena's memory before it is needed, in the background, never more than `ahead` bytes beyond the slots that
  * were used so far. Before others use the cache. 0, or -1: it can't. */
 int mer_cache_prefault(mer_cache *c, size_t ahead);
-/* Not now (on): the processors are wanted. By one thread at a time. */
+/* Only a few slots ahead (on): the processors are wanted. By one thread at a time. */
 void mer_cache_hold_prefault(mer_cache *c, int on);
 
 /* Returns enum mer_acquired; *slot is set unless it is MER_ACQ_FULL. */

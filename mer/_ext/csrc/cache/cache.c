@@ -16,6 +16,7 @@
 #define NO_EXPERT ((int64_t)-1)
 #define RETIRED ((int64_t)-2) /* the slot is out of service */
 #define LINE 64
+#define NEAR_SLOTS 8 /* that are touched before they are used even while the processors are wanted */
 
 typedef _Atomic int64_t counter;
 
@@ -120,7 +121,7 @@ int mer_cache_prefault(mer_cache *c, size_t ahead) {
     c->ahead = 1;
     int64_t end = c->n_slots; /* those that are out of service are the last ones */
     while (end && c->owner[end - 1] == RETIRED) end--;
-    if (!c->prefault) c->prefault = prefault_start(c->arena, (size_t)end * c->slot_bytes, ahead);
+    if (!c->prefault) c->prefault = prefault_start(c->arena, (size_t)end * c->slot_bytes, ahead, NEAR_SLOTS * c->slot_bytes);
     return c->prefault ? 0 : -1;
 }
 

@@ -28,7 +28,7 @@ struct prefault {
     pthread_mutex_t mutex;
     pthread_cond_t more; /* more is in use, or the thread must stop */
     char *base;
-    size_t bytes, ahead;
+    size_t bytes, ahead, near;
     _Atomic size_t used;
     atomic_int hold, stop;
     pid_t owner;
@@ -50,13 +50,13 @@ static void *run(void *arg) {
         while (!atomic_load(&p->stop) && at >= goal(p)) pthread_cond_wait(&p->more, &p->mutex);
         pthread_mutex_unlock(&p->mutex);
         if (atomic_load(&p->stop)) break;
-        if (atomic_load(&p->hold)) {
+        const size_t used = atomic_load(&p->used) / PIECE * PIECE; /* what is in use is being touched by its reads */
+        if (used > at) at = used;
+        if (atomic_load(&p->hold) && at >= used + p->near) {
             const struct timespec pause = {0, PAUSE_NS};
             nanosleep(&pause, NULL);
             continue;
         }
-        const size_t used = atomic_load(&p->used) / PIECE * PIECE; /* what is in use is being touched by its reads */
-        if (used > at) at = used;
         const size_t n = at_most(PIECE, p->bytes - at);
         if (n && madvise(p->base + at, n, MADV_POPULATE_WRITE) && errno != EINTR && errno != EAGAIN) break;
         at += n;
@@ -64,12 +64,13 @@ static void *run(void *arg) {
     return NULL;
 }
 
-prefault *prefault_start(char *base, size_t bytes, size_t ahead) {
+prefault *prefault_start(char *base, size_t bytes, size_t ahead, size_t near) {
     prefault *p = calloc(1, sizeof *p);
     if (!p) return NULL;
     p->base = base;
     p->bytes = bytes;
     p->ahead = ahead;
+    p->near = near;
     p->owner = getpid();
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->more, NULL);
