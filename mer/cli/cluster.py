@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import attrs
 import click
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from mer.api.settings import is_loopback, read_keys
 from mer.cli.common import messages, output, seconds, size_option
+from mer.config import ExpertWire
 from mer.deploy.plan import Certificates, Plan
 from mer.errors import ConfigError
 
@@ -95,6 +96,7 @@ def _connected(address: str) -> Any:
 @click.option("--context", type=click.IntRange(16), help="As of `mer serve`.")
 @click.option("--cache-experts", metavar="N|P%", help="As of `mer serve`.")
 @click.option("--max-running", type=click.IntRange(1), metavar="N", help="As of `mer serve`.")
+@click.option("--expert-wire", type=click.Choice(get_args(ExpertWire)), help="As of `mer serve`.")
 @click.option("--peer-cert", "cert", type=_FILE, help="Certificate of shards and engines (PEM).")
 @click.option("--peer-key", "key", type=_FILE, help="Its private key (PEM).")
 @click.option("--peer-ca", "ca", type=_FILE, help="Who signed it (PEM).")
@@ -118,7 +120,7 @@ def up(
     given = {name: file.resolve() for name, file in files.items() if file is not None}
     if given and len(given) < len(files):
         raise ConfigError("--peer-cert, --peer-key, --peer-ca and --peer-token: give all four of them")
-    engine = {name: options.pop(name) for name in ("context", "cache_experts", "max_running")}
+    engine = {name: options.pop(name) for name in ("context", "cache_experts", "max_running", "expert_wire")}
     plan = Plan(
         model=str(Path(model).resolve()) if Path(model).exists() else model,
         model_name=model_name or Path(model).name,
