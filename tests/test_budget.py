@@ -1,4 +1,4 @@
-"""`--ram` holds: measured by the process itself and enforced by a control group, on a model of 9 GB."""
+"""`--ram` holds: measured by the process itself and enforced by a control group, on a model of 6 GB."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MER = [sys.executable, "-c", "from mer.cli.main import main; main()"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The shapes of Qwen3-30B-A3B with 7 layers; the experts are holes in the files and take no disk."""
+    """The shapes of Qwen3-30B-A3B with 4 layers; the experts are holes in the files and take no disk."""
     path = tmp_path_factory.mktemp("budget") / "model"
     command = [sys.executable, "-m", "bench.make_model", "qwen3-30b-a3b", str(path)]
     root = Path(__file__).parent.parent
-    subprocess.run([*command, "--layers", "7", "--as", "hf", "--sparse"], cwd=root, check=True)
+    subprocess.run([*command, "--layers", "4", "--as", "hf", "--sparse"], cwd=root, check=True)
     yield path
     shutil.rmtree(path)
 
@@ -56,7 +56,7 @@ def command(model: Path, *options: str, prompt: int = 10, answer: int = 4) -> li
 
 
 def test_the_model_is_much_larger_than_the_budget(model):
-    assert sum(file.stat().st_size for file in model.iterdir()) >= 8 * 10**9
+    assert sum(file.stat().st_size for file in model.iterdir()) >= 5 * 10**9
 
 
 @pytest.mark.parametrize("io", ["auto", "buffered"])
