@@ -12,7 +12,7 @@ import asyncio
 import pytest
 import torch
 from engine_models import Logits, convert_to, opened, prompt, runnable
-from oracle.make_checkpoints import FAMILY, IN_PLACE, make
+from oracle.make_checkpoints import DENSE, FAMILY, IN_PLACE, make
 
 from mer import SamplingParams
 
@@ -98,41 +98,50 @@ def logits(monkeypatch):
 
 
 @pytest.fixture(scope="module", params=FAMILY)
-def model(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp(request.param)
-    more = {"sliding_window": 45} if request.param in ("mixtral", "mistral") else {}
-    make(path, request.param, num_experts_per_tok=ONLY.get(request.param, TOP_K), **more)
-    return runnable(path, request.param)
+def family(request):
+    return request.param
 
 
-async def test_streamed_cut_batched_and_threaded(model, logits):
-    expected = await alone(model, GREEDY, logits)
+@pytest.fixture(scope="module")
+def model(family, tmp_path_factory):
+    path = tmp_path_factory.mktemp(family)
+    more = {"sliding_window": 45} if family in ("mixtral", "mistral") else {}
+    make(path, family, num_experts_per_tok=ONLY.get(family, TOP_K), **more)
+    return runnable(path, family)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """All resident, each alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        return asyncio.run(alone(model, GREEDY, Logits(patch)))
+
+
+async def test_streamed_cut_batched_and_threaded(family, model, expected, logits):
     for tokens, logprobs, rows in expected:
         assert (len(tokens), len(logprobs), len(rows)) == (20, 20, 20 * 211 * 4)
-    for name, settings in (CACHES | BACKENDS | CUTS).items():
+    # A dense model has nothing to stream.
+    for name, settings in (CUTS if family in DENSE else CACHES | BACKENDS | CUTS).items():
         if name in CACHES:
             assert await alone(model, GREEDY, logits, **settings) == expected, name
         found = await together(model, GREEDY, logits, **settings)
         assert found == expected, f"{name}, in a batch"
 
 
-async def test_drawn_tokens(model, logits):
-    expected = await alone(model, DRAWN, logits)
-    greedy = await alone(model, GREEDY, logits)
+async def test_drawn_tokens(model, expected, logits):
+    greedy, expected = expected, await alone(model, DRAWN, logits)
     assert expected[0][0] != greedy[0][0], "a draw at temperature 1 of a random model"
     for settings in ({"cache_experts": TOP_K, "step_tokens": 5}, {"cache_experts": TOP_K, "context": 96}):
         found = await together(model, DRAWN, logits, **settings)
         assert found == expected, settings
 
 
-async def test_preempted(model, logits):
-    expected = await alone(model, GREEDY, logits)
+async def test_preempted(model, expected, logits):
     await preempted(model, GREEDY, logits, expected, cache_experts=3)
 
 
-async def test_a_full_cache_of_other_requests_leaves_no_trace(model, logits):
+async def test_a_full_cache_of_other_requests_leaves_no_trace(model, expected, logits):
     """The same engine again and again, with whatever the cache and freed KV blocks hold by then."""
-    expected = await alone(model, GREEDY, logits)
     async with opened(model, cache_experts="50%", context=112) as engine:
         for _ in range(3):
             for ids, wanted in zip(PROMPTS, expected, strict=True):
