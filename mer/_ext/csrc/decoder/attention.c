@@ -234,9 +234,10 @@ MER_INLINE void end(const mer_attention *a, long t0, long t1, long h0, long h1, 
         }
 }
 
-/* Keys or values that are needed soon: blocks lie anywhere, so the CPU does not see them coming. */
-MER_INLINE void fetch(const char *part, size_t bytes) {
-    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(part + at);
+/* Bytes of keys or values that are needed soon: blocks lie anywhere, so the CPU does not see them coming. A share at a time,
+ * between computations, for it waits when asked for more lines at once than it can have under way. */
+MER_INLINE void fetch(const char *part, size_t share) {
+    for (size_t at = 0; at < share; at += 64) __builtin_prefetch(part + at);
 }
 
 MER_CLONES
@@ -244,7 +245,7 @@ void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, 
     const size_t key_floats = MER_KV_BLOCK * (size_t)a->key_dim;
     const size_t value_floats = MER_KV_BLOCK * (size_t)a->value_dim;
     const long kv_head = h0 / (a->n_heads / a->n_kv), heads = h1 - h0, queries = (t1 - t0) * heads;
-    const size_t part = mer_kv_part_bytes(a->kv, a->key_dim);
+    const size_t part = mer_kv_part_bytes(a->kv, a->key_dim), share = (part + (size_t)queries - 1) / (size_t)queries;
     float *key_buffer = a->scratch + (size_t)thread * a->scratch_floats;
     float *value_buffer = key_buffer + key_floats;
     const softmax s = softmax_in(a->latent ? value_buffer : value_buffer + value_floats, queries);
@@ -258,25 +259,28 @@ void mer_attend(const mer_attention *a, const int32_t *table, long t0, long t1, 
         b1 = b0 + together <= last ? b0 + together : last + 1;
         const float *keys = NULL, *values;
         for (long b = b0, u = 0; b < b1; b++) {
-            if (b < last) {
-                const char *next = a->blocks + (size_t)table[b + 1] * a->block_bytes + kv_head * part;
-                fetch(next, part);
-                if (!a->latent) fetch(next + a->n_kv * part, part);
-            }
+            const char *next = a->blocks + (size_t)table[b < last ? b + 1 : b] * a->block_bytes + kv_head * part;
             const char *block = a->blocks + (size_t)table[b] * a->block_bytes + kv_head * part;
             keys = as_floats(block, a->kv, a->key_dim, !a->latent, key_buffer);
-            for (long t = t0; t < t1; t++) {
+            for (long t = t0, i = 0; t < t1; t++) {
                 const float *q = a->q + (t * a->n_heads + h0) * a->key_dim;
                 const places seen = seen_places(a, t, b);
-                for (long h = 0; h < heads; h++, u++)
+                for (long h = 0; h < heads; h++, i++, u++) {
+                    fetch(next + i * share, share);
                     score(a, q + h * a->key_dim, keys, seen, s.weights + u * MER_KV_BLOCK);
+                }
             }
         }
-        for (long b = b0, u = 0; b < b1; b++)
+        for (long b = b0, u = 0; b < b1; b++) {
+            const char *block = a->blocks + (size_t)table[b] * a->block_bytes + (kv_head + a->n_kv) * part;
             for (long t = t0, i = 0; t < t1; t++) {
                 const places seen = seen_places(a, t, b);
-                for (long h = 0; h < heads; h++, i++, u++) weigh(&s, u, i, seen);
+                for (long h = 0; h < heads; h++, i++, u++) {
+                    if (!a->latent) fetch(block + i * share, share);
+                    weigh(&s, u, i, seen);
+                }
             }
+        }
         for (long b = b0, u = 0; b < b1; b++) {
             const char *block = a->blocks + (size_t)table[b] * a->block_bytes + (kv_head + a->n_kv) * part;
             values = a->latent ? keys : as_floats(block, a->kv, a->value_dim, 0, value_buffer);

@@ -3,23 +3,28 @@
 
 #include "kv.h"
 
-/* Round to nearest even; beyond F16's range the largest finite number, so that a key never becomes infinite. */
-uint16_t mer_float_to_half(float f) {
-    uint32_t bits;
+/* Round to nearest even; beyond F16's range the largest finite number, so that a key never becomes infinite. Without
+ * branches, so that every clone vectorises it. */
+MER_INLINE uint16_t float_to_half(float f) {
+    uint32_t bits, tiny;
     memcpy(&bits, &f, 4);
-    const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000u);
+    const uint32_t sign = bits >> 16 & 0x8000u;
     bits &= 0x7fffffffu;
-    if (bits > 0x7f800000u) return sign | 0x7e00u;
-    if (bits >= 0x477fe000u) return sign | 0x7bffu;
-    if (bits < 0x38800000u) { /* subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits */
-        float a;
-        memcpy(&a, &bits, 4);
-        a += 0.5f;
-        memcpy(&bits, &a, 4);
-        return sign | (uint16_t)(bits - 0x3f000000u);
-    }
-    bits += 0xfffu + (bits >> 13 & 1u);
-    return sign | (uint16_t)((bits - 0x38000000u) >> 13);
+    memcpy(&f, &bits, 4);
+    f += 0.5f; /* of a subnormal that leaves the rounded multiple of 2^-24 in the low bits */
+    memcpy(&tiny, &f, 4);
+    uint32_t half = (bits + 0xfffu + (bits >> 13 & 1u) - 0x38000000u) >> 13;
+    half = bits < 0x38800000u ? tiny - 0x3f000000u : half;
+    half = bits >= 0x477fe000u ? 0x7bffu : half;
+    half = bits > 0x7f800000u ? 0x7e00u : half;
+    return (uint16_t)(sign | half);
+}
+
+uint16_t mer_float_to_half(float f) { return float_to_half(f); }
+
+MER_CLONES
+static void to_halves(const float *x, long n, uint16_t *to) {
+    for (long i = 0; i < n; i++) to[i] = float_to_half(x[i]);
 }
 
 size_t mer_kv_part_bytes(int kv, long dim) {
@@ -50,7 +55,12 @@ static void store(char *part, int kv, long at, const float *x, long dim, int by_
     if (kv == MER_KV_F32)
         for (long d = 0; d < dim; d++) ((float *)part)[first + d * step] = x[d];
     else if (kv == MER_KV_F16)
-        for (long d = 0; d < dim; d++) ((uint16_t *)part)[first + d * step] = mer_float_to_half(x[d]);
+        for (long d = 0; d < dim; d += MER_KV_GROUP) {
+            uint16_t halves[MER_KV_GROUP];
+            const long n = dim - d < MER_KV_GROUP ? dim - d : MER_KV_GROUP;
+            to_halves(x + d, n, halves);
+            for (long i = 0; i < n; i++) ((uint16_t *)part)[first + (d + i) * step] = halves[i];
+        }
     else {
         const long groups = (dim + MER_KV_GROUP - 1) / MER_KV_GROUP;
         uint16_t *scales = (uint16_t *)(part + MER_KV_BLOCK * dim);
