@@ -12,6 +12,7 @@ from oracle.make_checkpoints import make
 from mer import Engine, EngineConfig, SamplingParams
 from mer.engine import budget as budgets
 from mer.engine.runner import Runner
+from mer.engine.sharing import needed, survey
 from mer.errors import ConfigError, RequestError
 from mer.model.families import load
 from mer.streaming.experts import expert_tables
@@ -119,6 +120,31 @@ def test_nor_of_requests_that_run_at_a_time(tmp_path):
     for ram in range(measure(path, ram="4GiB", context=SHORT).least, plenty.total, MIB):
         given, single = measure(path, ram=ram), measure(path, ram=ram, context=SHORT)
         assert (given.slots, given.max_running) == (single.slots, single.max_running)
+
+
+def test_what_comes_in_the_place_of_another(longer):
+    """The same rule, of what is left beside all but the old one's cache: both fit, whatever the memory."""
+    plain, plenty = measure(longer, ram="4GiB"), measure(longer, ram="4GiB", alone=True)
+    twice = budgets.with_page_tables(plain.total + plenty.fixed - plenty.interpreter)
+    more = plenty.total - plain.total
+    before = 0
+    for ram in (plain.least, twice - 1, twice, twice + more // 2, twice + 2 * more, twice + 3 * more):
+        old = measure(longer, ram=ram, alone=True)
+        new = survey(longer, EngineConfig(ram=ram), old.interpreter, [old])
+        assert survey(longer, EngineConfig(ram=ram), old.interpreter).context == 4096
+        assert (new.slots, new.longest) == (new.experts, 4096) or new.context == 4096
+        least = [min(each.least_slots, each.slots) for each in (old, new)]
+        assert needed([old, new], least) <= ram or ram < twice
+        left = budgets.usable(ram - (old.fixed - old.interpreter)) - plain.total
+        assert 0 <= new.total - plain.total <= max(0, left // 2) or new.context == 4096
+        assert before <= new.context <= old.context
+        before = new.context
+    assert before == plenty.context == 16 * 4096
+    small = survey(longer, EngineConfig(ram=twice + more), plain.interpreter, [plenty])
+    assert 4096 < small.context < plenty.context
+    assert survey(longer, EngineConfig(ram=1 << 32), 0, []).context == plenty.context, "nobody is there"
+    asked = EngineConfig(ram=1 << 32, context=5008)
+    assert survey(longer, asked, 0, [plenty]).context == 5008
 
 
 @pytest.fixture

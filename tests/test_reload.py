@@ -21,6 +21,7 @@ from mer.api.model import LoadingError, Model, ReloadError
 from mer.api.models import Models
 from mer.config import EngineConfig
 from mer.demo import model_path
+from mer.engine import budget as budgets
 from mer.engine.sharing import needed
 
 assert always
@@ -124,6 +125,42 @@ async def test_what_leaves_has_its_part_of_the_memory_until_it_has_ended():
     await until(lambda: new.budget.slots > before)
     assert within(models)
     await models.close(drain=True)
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reload") / "longer"
+    return write_text_model(path, max_position_embeddings=1 << 15)
+
+
+async def before_and_after(path, names=("demo",), **settings):
+    """Budgets of a model's first engine and of the one that takes its place, while both are there."""
+    config = EngineConfig(device="cpu", **settings)
+    models = Models([Model(name, path, config) for name in names])
+    await models.open_first()
+    async with models.use(models.first) as old:
+        await models.reload(models.first)
+        found = [old.budget, models.first.engine.budget]
+        assert models.budgets == found
+        assert within(models)
+    await until(lambda: len(models.budgets) == 1)
+    new = models.first.engine
+    assert new.budget.context == found[1].context
+    assert new.context == new.budget.longest
+    assert within(models)
+    await models.close(drain=True)
+    return found
+
+
+async def test_what_is_loaded_anew_has_a_kv_cache_of_the_default_size(longer, monkeypatch):
+    """As tests/test_context.py tells, of the memory that the old one's cache could not give."""
+    monkeypatch.setattr(budgets, "resident_bytes", lambda: 100 << 20)  # not what pytest holds
+    both = await before_and_after(longer, ram="4GiB")
+    assert [(each.context, each.longest) for each in both] == [(16 * 4096, 4096)] * 2
+    both = await before_and_after(longer, ram="4GiB", context=5008)
+    assert [(each.context, each.longest) for each in both] == [(5008, 5008)] * 2
+    both = await before_and_after(longer, ("demo", "two"), ram="4GiB")
+    assert [each.context for each in both] == [4096, 4096], "others may want the memory"
 
 
 async def test_memory_is_given_back_while_a_model_is_being_opened(monkeypatch):

@@ -315,7 +315,9 @@ class Models:
 
         mark: of its files; when it is another one in the end, the engine does not count.
         """
-        wanted = await asyncio.to_thread(survey, path, attrs.evolve(config, ram=self.ram), self._process)
+        leaving = self.budgets if len(self.all) == 1 else None
+        config = attrs.evolve(config, ram=self.ram)
+        wanted = await asyncio.to_thread(survey, path, config, self._process, leaving)
         part = await self._make_room(wanted, but)
         try:
             engine = await Engine.beside(
@@ -323,6 +325,7 @@ class Models:
                 attrs.evolve(config, ram=part),
                 self._process,
                 storeless=any(each.engine.store_directory == config.prefix_store for each in self._there),
+                kv_tokens=None if leaving is None else wanted.context,
             )
         except BaseException:
             self._coming = None

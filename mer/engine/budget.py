@@ -206,10 +206,12 @@ def measure(
     placement: Placement = ON_THE_CPU,
     *,
     alone: bool = False,
+    kv_tokens: int | None = None,
 ) -> Budget:
     """The same division, which does not fit where `config.ram` is too small.
 
-    alone: nobody else will want what `ram` has left, so that keys and values may have half of it.
+    alone: nobody else will want what `ram` has left, so that keys and values may have half of it. kv_tokens:
+    how many there are to be, where `config` leaves that open; None: as many as `ram` says.
     """
     spec = architecture.spec
     most = blocks_for(spec.max_positions) * BLOCK * config.max_running
@@ -231,7 +233,9 @@ def measure(
         # Room for as many requests as another model has by default, but never at the price of experts.
         several = divide(min(most, DEFAULT_CONTEXT))
         found = several if _keeps(several, one) else one
-    if alone and found.slots == found.experts and not uses_gpu(config):
+    if kv_tokens is not None:
+        found = divide(kv_tokens)
+    elif alone and found.slots == found.experts and not uses_gpu(config):
         found = _with_the_rest(divide, found, found.max_running * one.context)
     return evolve(found, longest=one.context)
 

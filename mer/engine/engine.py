@@ -134,14 +134,16 @@ class Engine:
         process: int | None = None,
         *,
         storeless: bool = False,
+        kv_tokens: int | None = None,
     ) -> Opening:
         """As `open`, in a process that has others, or will have.
 
         process: bytes that it holds without any engine; None: this is the first one. `config.ram` is this
         engine's share and those bytes; see mer.engine.sharing. storeless: another one has the prefix store
-        still, and this one does without until `open_store`.
+        still, and this one does without until `open_store`. kv_tokens: of the KV cache, where `config.context`
+        is None; see mer.engine.budget.measure.
         """
-        return Opening(partial(cls._load, path, config, process, storeless))
+        return Opening(partial(cls._load, path, config, process, storeless, kv_tokens=kv_tokens))
 
     @classmethod
     def _load(
@@ -151,6 +153,7 @@ class Engine:
         process: int | None = None,
         storeless: bool = False,
         alone: bool = False,
+        kv_tokens: int | None = None,
     ) -> Self:
         tokenizer: Tokenizer | None = None
         ends: frozenset[int] = frozenset()
@@ -165,7 +168,7 @@ class Engine:
             sources.extend(drafting.sources(checkpoint, architecture, tokenizer, config))
             return sources
 
-        runner = Runner.open(locate(path), config, prepare, process, alone=alone)
+        runner = Runner.open(locate(path), config, prepare, process, alone=alone, kv_tokens=kv_tokens)
         with ExitStack() as undo:
             undo.callback(runner.close)
             draft_engines = drafting.load(sources, runner, config)

@@ -86,12 +86,13 @@ class Runner:
         process: int | None = None,
         *,
         alone: bool = False,
+        kv_tokens: int | None = None,
     ) -> Runner:
         """Open the model at `path` and load its dense weights.
 
         `prepare` is called before memory is divided: what it loads is counted, and so is what it returns,
         which is loaded later. process: bytes of the process without any engine, where there are others; None:
-        what it holds now. alone: see budget.measure. Raises CheckpointError, UnsupportedModelError,
+        what it holds now. alone, kv_tokens: see budget.measure. Raises CheckpointError, UnsupportedModelError,
         BudgetError, ConfigError or DeviceReadError.
         """
         checkpoint = open_checkpoint(path)
@@ -99,7 +100,9 @@ class Runner:
         architecture = load(checkpoint)
         tables = expert_tables(architecture.experts, path)
         sources = prepare(checkpoint, architecture)
-        sizes = budgets.measure(checkpoint, architecture, tables, config, sources, process, alone=alone)
+        sizes = budgets.measure(
+            checkpoint, architecture, tables, config, sources, process, alone=alone, kv_tokens=kv_tokens
+        )
         held = budgets.resident_bytes()
         gpu = placing.place(checkpoint, architecture, tables, sizes, config)
         if process is not None:  # what the GPU's driver holds, where no other engine has opened it before

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import attrs
 
 from mer.config import EngineConfig
 from mer.engine import budget as budgets
@@ -17,10 +20,15 @@ from mer.weights.checkpoint import open_checkpoint, require_streamable
 from mer.weights.hub import locate
 
 
-def survey(path: str | os.PathLike[str], config: EngineConfig, process: int) -> Budget:
+def survey(
+    path: str | os.PathLike[str], config: EngineConfig, process: int, leaving: Iterable[Budget] | None = None
+) -> Budget:
     """What an engine would take: its headers are read, no weights. It need not fit.
 
-    process: bytes of the process without any engine. Raises what Engine.open raises, but for BudgetError.
+    process: bytes of the process without any engine. leaving: engines that this one is to be there instead of,
+    all others; None: some will stay, or come. Their caches can shrink, so where `config` leaves the size of
+    the KV cache open it goes by what they leave of `config.ram` without those. Raises what Engine.open
+    raises, but for BudgetError.
     """
     found = locate(path)
     checkpoint = open_checkpoint(found)
@@ -30,7 +38,13 @@ def survey(path: str | os.PathLike[str], config: EngineConfig, process: int) -> 
     # A draft model is compared with it; else nobody asks.
     tokenizer = Tokenizer.open(checkpoint.path) if config.draft_model is not None else None
     sources = drafting.sources(checkpoint, architecture, tokenizer, config)
-    return budgets.measure(checkpoint, architecture, tables, config, sources, process)
+    measure = partial(budgets.measure, checkpoint, architecture, tables)
+    found = measure(config, sources, process)
+    if leaving is None:
+        return found
+    left = found.ram - sum(each.fixed - each.interpreter for each in leaving)
+    larger = measure(attrs.evolve(config, ram=max(left, 1)), sources, process, alone=True)
+    return larger if larger.context > found.context else found
 
 
 def needed(engines: Sequence[Budget], slots: Sequence[int]) -> int:
