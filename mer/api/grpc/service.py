@@ -249,7 +249,7 @@ class Inference:
 
     async def _watch(self, data: bytes, context: Context) -> None:
         async with self._gate.call(context, "Watch") as call:
-            request = convert.parsed(pb.WatchRequest, data)
+            request = await self.received(pb.WatchRequest, data)
             call.path = convert.path_of(request)
             interval = request.interval if request.HasField("interval") else 1.0
             if not _WATCH_S[0] <= interval <= _WATCH_S[1]:
