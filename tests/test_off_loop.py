@@ -21,7 +21,7 @@ from mer.api.large_json import PIECE
 from mer.model.tokenizer import Tokenizer
 from mer.v1 import inference_pb2 as pb
 
-# Large enough that nothing is refused unseen; what is tokenized here has more, so that nothing long is computed.
+# Large enough that nothing is refused unseen; what is tokenized here has more, so that it is not computed.
 CONTEXT = 20_000
 TEXT = "x" * (PIECE + 9)
 IDS = [65] * PIECE

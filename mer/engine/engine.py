@@ -140,8 +140,8 @@ class Engine:
 
         process: bytes that it holds without any engine; None: this is the first one. `config.ram` is this
         engine's share and those bytes; see mer.engine.sharing. storeless: another one has the prefix store
-        still, and this one does without until `open_store`. kv_tokens: of the KV cache, where `config.context`
-        is None; see mer.engine.budget.measure.
+        still, and this one does without until `open_store`. kv_tokens: of the KV cache, where
+        `config.context` is None; see mer.engine.budget.measure.
         """
         return Opening(partial(cls._load, path, config, process, storeless, kv_tokens=kv_tokens))
 

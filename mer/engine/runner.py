@@ -92,8 +92,8 @@ class Runner:
 
         `prepare` is called before memory is divided: what it loads is counted, and so is what it returns,
         which is loaded later. process: bytes of the process without any engine, where there are others; None:
-        what it holds now. alone, kv_tokens: see budget.measure. Raises CheckpointError, UnsupportedModelError,
-        BudgetError, ConfigError or DeviceReadError.
+        what it holds now. alone, kv_tokens: see budget.measure. Raises CheckpointError,
+        UnsupportedModelError, BudgetError, ConfigError or DeviceReadError.
         """
         checkpoint = open_checkpoint(path)
         require_streamable(checkpoint)

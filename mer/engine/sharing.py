@@ -25,10 +25,10 @@ def survey(
 ) -> Budget:
     """What an engine would take: its headers are read, no weights. It need not fit.
 
-    process: bytes of the process without any engine. leaving: engines that this one is to be there instead of,
-    all others; None: some will stay, or come. Their caches can shrink, so where `config` leaves the size of
-    the KV cache open it goes by what they leave of `config.ram` without those. Raises what Engine.open
-    raises, but for BudgetError.
+    process: bytes of the process without any engine. leaving: all others that are there, when this one is to
+    take their place; None: some will stay, or come. Their caches can shrink, so where `config` leaves the
+    size of the KV cache open it goes by what they leave of `config.ram` without those. Raises what
+    Engine.open raises, but for BudgetError.
     """
     found = locate(path)
     checkpoint = open_checkpoint(found)
