@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import attrs
 
@@ -38,13 +37,13 @@ def survey(
     # A draft model is compared with it; else nobody asks.
     tokenizer = Tokenizer.open(checkpoint.path) if config.draft_model is not None else None
     sources = drafting.sources(checkpoint, architecture, tokenizer, config)
-    measure = partial(budgets.measure, checkpoint, architecture, tables)
-    found = measure(config, sources, process)
+    plain = budgets.measure(checkpoint, architecture, tables, config, sources, process)
     if leaving is None:
-        return found
-    left = found.ram - sum(each.fixed - each.interpreter for each in leaving)
-    larger = measure(attrs.evolve(config, ram=max(left, 1)), sources, process, alone=True)
-    return larger if larger.context > found.context else found
+        return plain
+    left = plain.ram - sum(each.fixed - each.interpreter for each in leaving)
+    config = attrs.evolve(config, ram=max(left, 1))
+    larger = budgets.measure(checkpoint, architecture, tables, config, sources, process, alone=True)
+    return larger if larger.context > plain.context else plain
 
 
 def needed(engines: Sequence[Budget], slots: Sequence[int]) -> int:
