@@ -9,7 +9,8 @@ A budget is what mer needs besides the expert cache plus a share of all experts;
 control group of that limit (as root), the page cache dropped before each. `--peer`: the interpreter that has
 llama-cpp-python, see bench/peer.py; without it mer is measured alone. Below the whole model llama.cpp maps
 the file and does not repack; where all fits it repacks as it likes. Both run the prompt once before what is
-timed; where all fits mer runs everything once, since it reads an expert when it is first wanted.
+timed; where all fits mer runs everything once, since it reads an expert when it is first wanted. Below that
+`once full` is mer's decode of as many tokens once its expert cache is full; at first it is filling.
 
     python -m bench.compare ... --vram none,4GiB,8GiB,16GiB [--llama-bench /tmp/llama.cpp/bin/llama-bench]
 
@@ -48,8 +49,9 @@ def run_mer(
     warmup = "all" if fits else "prompt"
     with MemoryGroup(ram) as group:
         found = engine.measure(
-            store, prompt, decode, ram=str(ram), threads=threads, warmup=warmup, group=group.path
-        )
+            store, prompt, decode, ram=str(ram), threads=threads, warmup=warmup, group=group.path,
+            steady=None if fits else decode,
+        )  # fmt: skip
     timings, decoded = found["timings"], found["decode"]
     return {
         "prefill": timings["prefill_tokens_per_s"],
@@ -58,6 +60,7 @@ def run_mer(
         "hit_rate": decoded["hits"] / max(decoded["hits"] + decoded["misses"], 1),
         "peak": found["engine"]["peak_bytes"],
         "tokens": found["tokens"],
+        "steady": found["steady"],
     }
 
 
@@ -148,7 +151,8 @@ def main(
                 "ram": ram,
                 "memory": memory,
                 "device": disk,
-                "ceiling": 1 / max(model.token_bytes / memory, missed / disk),
+                "ceiling": ceiling(model.token_bytes / memory, missed / disk),
+                "compute_s": model.token_bytes / memory,
                 "mer": mine,
                 "peer": theirs,
                 "ceilings": [asdict(each) for each in found],
@@ -168,6 +172,11 @@ def main(
         raise click.ClickException(gpu.DIFFER)
 
 
+def ceiling(compute_s: float, read_s: float) -> float:
+    """Tokens/s where a token computes and reads at the same time."""
+    return 1 / max(compute_s, read_s)
+
+
 COLUMNS = ("experts that fit", "program", "prefill tok/s", "decode tok/s", "of ceiling", "read/token", "peak")
 
 
@@ -185,6 +194,15 @@ def show(rows: list[dict[str, Any]]) -> None:
                     f"{median(runs, 'read_per_token') / 2**20:.1f} MiB",
                     f"{median(runs, 'peak') / 2**30:.2f} GiB",
                 )
+        full = [run["steady"] for run in row["mer"] if run["steady"]]
+        if full:
+            missed = median(full, "read_per_token")
+            speed = median(full, "decode_tokens_per_s")
+            table.add_row(
+                *("", "mer, once full", "", spread(full, "decode_tokens_per_s")),
+                f"{speed / ceiling(row['compute_s'], missed / row['device']):.0%}",
+                f"{missed / 2**20:.1f} MiB",
+            )
         ratios = ["", ""]
         if row["peer"]:
             ratios = [

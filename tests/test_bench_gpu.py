@@ -1,6 +1,7 @@
 """bench.gpu: its ceiling by hand, its table, and what it takes from llama.cpp's llama-bench."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,6 +101,7 @@ def test_so_much_of_a_gpu(store) -> None:
 def test_compare_has_rows_with_a_gpu(store, tmp_path, monkeypatch) -> None:
     """They are those of bench.gpu, for the same shares of the experts."""
     mine = {"prefill": 1.0, "decode": 1.0, "read_per_token": 1.0, "hit_rate": 1.0, "peak": 1, "tokens": []}
+    mine["steady"] = {"filled_after": 3, "decode_tokens_per_s": 2.0, "read_per_token": 6.0}
     monkeypatch.setattr(compare, "run_mer", lambda *_: mine)
     ceilings = compare.ceilings.Ceilings(1, 2.0, 1.0, 4096, 1, 3.0, 1.0)
     monkeypatch.setattr(compare.ceilings, "measure", lambda *_, **__: ceilings)
@@ -123,6 +125,7 @@ def test_compare_has_rows_with_a_gpu(store, tmp_path, monkeypatch) -> None:
     assert "Card 1" in done.output
     assert gpu.DIFFER in done.output  # of the last
     assert done.exit_code == 1
+    assert re.search(r"once full .* 2\.00 ", done.output)
     report = json.loads((tmp_path / "j").read_text())
     runs = [(run["vram_gb"], run["experts"], run["same"]) for run in report["gpu"]["runs"]]
     assert runs == [("none", "25", True), ("4GiB", "25", True), ("none", "100", True), ("4GiB", "100", False)]
