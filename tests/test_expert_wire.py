@@ -13,7 +13,9 @@ from engine_models import opened, prompt, write_text_model
 from moe_model import MAX_TOKENS, Model, Streamed
 from shards import LONG, here, peers, with_peers
 from simulated_cluster import RIGHT, Context, Memory
+from transformers import AutoModelForCausalLM
 
+from bench.rounding import scores
 from mer import SamplingParams
 from mer._ext.mixture import narrow, rounding_bytes, widen
 from mer._ext.remote import Ask
@@ -255,3 +257,14 @@ def test_messages_of_a_question_have_one_clock(mixture):
     assert [(len(each.rows), each.late) for each in answers] == [
         (0, True) if number == 1 else (2 * WIDTH, False) for number in range(5)
     ]
+
+
+async def test_what_the_benchmark_measures(model):
+    """Of every token but a window's last the chances of what follows, as transformers has them."""
+    windows = [prompt(90), prompt(7)]
+    found = await scores(model, windows, {})
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        right = [theirs(torch.tensor([each])).logits[0, :-1].log_softmax(-1) for each in windows]
+    assert np.allclose(found, torch.cat(right).numpy(), atol=1e-3)
+    assert not np.array_equal(await scores(model, windows, {"expert_wire": "bf16"}), found)
