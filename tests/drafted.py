@@ -54,8 +54,8 @@ def always(monkeypatch):
     made = []
 
     class Always(Speculation):
-        def __init__(self, n_engines):
-            super().__init__(n_engines)
+        def __init__(self, n_engines, experts):
+            super().__init__(n_engines, experts)
             made.append(self)
 
         def affordable(self, source):

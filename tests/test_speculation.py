@@ -176,15 +176,6 @@ def test_what_drafts_gain_pays_for_looks(monkeypatch):
     assert len(text.steps(1000)) < 170
 
 
-def test_nobody_looks_while_nothing_may_be_tried(monkeypatch):
-    text = Looks(monkeypatch, 1e-6)
-    text.steps(10)
-    text.drafting.speculation.spend(LOOKUP, 3.0)
-    looks = text.steps(500)
-    assert len(looks) <= 500 // 16 + 2
-    assert len(text.steps(300)) > 250, "it is earned again"
-
-
 def test_steps_without_a_look_earn_what_drafts_may_lose():
     speculation = Speculation()
     speculation.observe(1, 1.0)

@@ -37,10 +37,42 @@ def test_where_nothing_is_waited_for_experts_cost_nothing():
     assert costs.curve(3)[1:4] == [2.0, 2.5, 3.0]
 
 
+def test_experts_of_drafted_tokens_may_be_missed_more_often():
+    costs = StepCosts()
+    for _ in range(60):
+        costs.observe(1, 3.0, 1.2, 12, 1)
+        costs.observe(3, 6.0, 3.5, 24, 1)
+    assert [costs(n) for n in (1, 3)] == pytest.approx([3.0, 6.0], rel=0.02)
+    for _ in range(40):
+        costs.observe(1, 2.4, 0.6, 12, 1)
+    assert [costs(n) for n in (1, 3)] == pytest.approx([2.4, 4.25], rel=0.02), "of these, too"
+
+
+def test_there_are_no_more_experts_than_all():
+    costs = Costs(48)
+    for _ in range(8):
+        costs.observe(1, 12)
+        costs.observe(3, 24)
+    curve = costs.curve(60)
+    assert curve[3] - curve[2] > curve[4] - curve[3] > curve[5] - curve[4] > 0
+    assert 40 < curve[60] <= 48
+
+
+def test_long_drafts_are_come_to_by_steps():
+    """What a width takes that nobody has seen is a guess, and a long wrong draft is dear."""
+    speculation, lengths = Speculation(), []
+    speculation.observe(1, 1.0)
+    for _ in range(5):
+        [choice] = speculation.choose([Offer((0.99,) * MOST_DRAFTED)], MOST_DRAFTED)
+        lengths.append(choice.length)
+        speculation.observe(1, 1 + 0.1 * choice.length, [Verdict(LOOKUP, choice.length, choice.length)])
+    assert lengths == [2, 6, 14, 16, 16]
+
+
 class WholeSteps(Costs):
     """Seconds of a step by its width, reads among them."""
 
-    def observe(self, tokens, seconds, wait=0.0, experts=0):
+    def observe(self, tokens, seconds, wait=0.0, experts=0, plain=0):
         super().observe(tokens, seconds)
 
 

@@ -13,6 +13,7 @@ cdef struct Width:
 cdef class Curve:
     # Of steps of 0, 1, ..., at least `most` tokens; 0 where nothing was measured. Valid until the next call.
     cdef const double *line(self, Py_ssize_t most) except NULL
+    cdef Py_ssize_t widest(self) noexcept       # tokens of the widest step that was measured
 
 
 cdef class Costs(Curve):
@@ -20,6 +21,7 @@ cdef class Costs(Curve):
     cdef double *drawn
     cdef Py_ssize_t capacity, known, length     # of both; widths that are known; of what is drawn
     cdef long long steps, due
+    cdef double most        # more there can't be; 0: no bound
 
     cdef int reserve(self, Py_ssize_t tokens) except -1
     cdef double slope(self, Py_ssize_t first, Py_ssize_t last) noexcept
@@ -32,6 +34,8 @@ cdef class StepCosts(Curve):
     cdef Costs compute, experts
     cdef double *drawn
     cdef Py_ssize_t length
-    cdef double waited, wanted
+    cdef Py_ssize_t plain       # tokens of a step without drafts; 0: not known
+    cdef double waited, wanted, dearer
 
     cdef double rate(self) noexcept
+    cdef double weigh(self, double plain, double experts) noexcept

@@ -9,6 +9,9 @@ class Curve:
 class Costs(Curve):
     """Seconds of a step by its tokens, as measured, medians; between and beyond by a straight line."""
 
+    def __init__(self, most: float = 0.0) -> None:
+        """most: what is counted can't be more, and the line beyond what was measured bends; 0: no bound."""
+
     def observe(self, tokens: int, seconds: float) -> None:
         """A step of so many took so long. Raises ValueError for fewer than none."""
 
@@ -25,10 +28,18 @@ class StepCosts(Curve):
     The wait is that of the latest steps for an expert that they wanted, whatever their width, times the
     experts that a step of that width wants. So a cache that fills, or shrinks, changes all widths at once,
     also those that were not measured since. What reads take while something is computed is no wait.
+    Experts that drafted tokens alone want are missed more often than those of plain steps, which others want,
+    too: how much more is waited for one of them is learnt beside.
     """
 
-    def observe(self, tokens: int, seconds: float, wait: float, experts: float) -> None:
-        """A step of so many took `seconds`, of them `wait` for reads, and wanted so many experts."""
+    def __init__(self, experts: float = 0.0) -> None:
+        """experts: of all layers; 0: not known."""
+
+    def observe(self, tokens: int, seconds: float, wait: float, experts: float, plain: int = 0) -> None:
+        """A step of so many took `seconds`, of them `wait` for reads, and wanted so many experts.
+
+        plain: how many of its tokens were not drafted; 0: all.
+        """
 
     def __contains__(self, tokens: int) -> bool: ...
     def __call__(self, tokens: int) -> float:

@@ -12,11 +12,19 @@ cdef double WORTH = 1.03         # a step with drafts must look this much better
 # Of what is known of waits, the part that one more step replaces; and a wait that is none, seconds.
 cdef double PRESENT = 0.2
 cdef double NO_WAIT = 1e-6
+# Of how much dearer an expert of a drafted token is than others, the part that one more step replaces; and its bounds.
+cdef double LEARNT = 0.1
+cdef double DEARER = 1.3        # at first
+cdef double CHEAPEST = 0.5
+cdef double DEAREST = 4.0
 
 
 cdef class Curve:
     cdef const double *line(self, Py_ssize_t most) except NULL:
         raise NotImplementedError
+
+    cdef Py_ssize_t widest(self) noexcept:
+        return 0
 
     def curve(self, Py_ssize_t most):
         cdef const double *seconds = self.line(most)
@@ -24,7 +32,8 @@ cdef class Curve:
 
 
 cdef class Costs(Curve):
-    def __cinit__(self):
+    def __cinit__(self, double most=0):
+        self.most = most
         self.widths, self.drawn = NULL, NULL
         self.capacity = self.known = self.length = 0
         self.steps, self.due = 0, FORGOTTEN
@@ -141,9 +150,21 @@ cdef class Costs(Curve):
         slope = self.slope(first, last)
         for tokens in range(first):
             self.drawn[tokens] = max(self.drawn[first] - slope * (first - tokens), 0.0)
+        # The nearer what is wanted is to all that there is, the less of it is new.
+        if self.most > self.drawn[last]:
+            slope /= 1 - (self.drawn[first] + self.drawn[last]) / (2 * self.most)
         for tokens in range(last + 1, self.capacity):
-            self.drawn[tokens] = self.drawn[last] + slope * (tokens - last)
+            if self.most:
+                self.drawn[tokens] = self.drawn[tokens - 1] + slope * max(1 - self.drawn[tokens - 1] / self.most, 0.0)
+            else:
+                self.drawn[tokens] = self.drawn[last] + slope * (tokens - last)
         return self.drawn
+
+    cdef Py_ssize_t widest(self) noexcept:
+        cdef Py_ssize_t tokens = self.capacity
+        while tokens and not self.widths[tokens - 1].count:
+            tokens -= 1
+        return tokens - 1
 
     cdef double slope(self, Py_ssize_t first, Py_ssize_t last) noexcept:
         """Seconds of one more token, beyond what was measured."""
@@ -153,45 +174,59 @@ cdef class Costs(Curve):
 
 
 cdef class StepCosts(Curve):
-    def __cinit__(self):
-        self.compute, self.experts = Costs(), Costs()
+    def __cinit__(self, double experts=0):
+        self.compute, self.experts = Costs(), Costs(experts)
         self.drawn, self.length = NULL, 0
         self.waited = self.wanted = 0
+        self.plain, self.dearer = 0, DEARER
 
     def __dealloc__(self):
         PyMem_Free(self.drawn)
 
-    def observe(self, Py_ssize_t tokens, double seconds, double wait, double experts):
+    def observe(self, Py_ssize_t tokens, double seconds, double wait, double experts, Py_ssize_t plain=0):
+        cdef double alone, rate = self.rate(), dearer
+        self.plain = plain
         self.compute.learn(tokens, max(seconds - wait, 0.0))
-        if wait or self.waited > NO_WAIT:
-            self.experts.learn(tokens, experts)
-            self.waited += PRESENT * (wait - self.waited)
-            self.wanted += PRESENT * (experts - self.wanted)
+        if wait == 0 and self.waited <= NO_WAIT:
+            return
+        self.experts.learn(tokens, experts)
+        alone = self.experts.at(plain) if plain else experts
+        if tokens > plain and experts > alone and rate * alone > NO_WAIT:
+            dearer = (wait / rate - alone) / (experts - alone)
+            self.dearer += LEARNT * (min(max(dearer, CHEAPEST), DEAREST) - self.dearer)
+        self.waited += PRESENT * (wait - self.waited)
+        self.wanted += PRESENT * (self.weigh(alone, experts) - self.wanted)
+
+    cdef Py_ssize_t widest(self) noexcept:
+        return self.compute.widest()
+
+    cdef double weigh(self, double plain, double experts) noexcept:
+        """Experts of a step, in such as a plain step has."""
+        return experts if experts <= plain else plain + self.dearer * (experts - plain)
 
     def __contains__(self, Py_ssize_t tokens):
         return tokens in self.compute
 
     def __call__(self, Py_ssize_t tokens):
-        if self.waited <= NO_WAIT:
-            return self.compute.at(tokens)
-        return self.compute.at(tokens) + self.rate() * self.experts.at(tokens)
+        return self.line(tokens)[tokens]
 
     cdef const double *line(self, Py_ssize_t most) except NULL:
         cdef const double *compute = self.compute.line(most)
         cdef const double *experts
-        cdef double rate = self.rate()
+        cdef double rate = self.rate(), plain
         cdef Py_ssize_t tokens
         cdef void *moved
         if self.waited <= NO_WAIT:
             return compute
-        experts = self.experts.line(most)
+        experts = self.experts.line(max(most, self.plain))
         if self.length <= most:
             moved = PyMem_Realloc(self.drawn, (most + 32) * sizeof(double))
             if moved == NULL:
                 raise MemoryError("costs of steps")
             self.drawn, self.length = <double *>moved, most + 32
+        plain = experts[self.plain] if self.plain else experts[most]
         for tokens in range(most + 1):
-            self.drawn[tokens] = compute[tokens] + rate * experts[tokens]
+            self.drawn[tokens] = compute[tokens] + rate * self.weigh(plain, experts[tokens])
         return self.drawn
 
     cdef double rate(self) noexcept:
@@ -208,7 +243,8 @@ def best_lengths(Curve costs not None, list chains not None, Py_ssize_t room, li
         most += len(chain)
         for chance in chain:
             ahead += <double>chance
-    most = min(most, room)
+    # What was never measured is come to by steps, as a long draft that is wrong is dear.
+    most = min(most, room, 2 * costs.widest() + 1 - n)
     seconds = costs.line(n + most)
     best = WORTH * n / seconds[n]
     if most <= 0 or ahead <= best * seconds[n + 1]:

@@ -77,7 +77,9 @@ def load(sources: list[DraftSource], runner: Runner, config: EngineConfig) -> Dr
     if not drafts(config):
         return None
     engines = [source.load(runner) for source in sources]
-    return Drafting(engines, Speculation(len(engines)))
+    spec = runner.spec
+    experts = spec.n_moe_layers * spec.n_experts if spec.router else 0
+    return Drafting(engines, Speculation(len(engines), experts))
 
 
 class Drafting:
@@ -281,10 +283,7 @@ class Drafting:
     def _rest(self, began: float) -> None:
         """For some steps, once it is known what a look has taken: until `began`, and since."""
         rest = self.speculation.looked(self._looked + time.perf_counter() - began)
-        closed = self.speculation.closed(LOOKUP)
-        if closed and self._engines and self._step >= self._awake:
-            closed = min(self.speculation.closed(source) for source in range(1 + len(self._engines)))
-        self._next, self._looked = self._step + 1 + (closed if closed > rest else rest), 0.0
+        self._next, self._looked = self._step + 1 + rest, 0.0
 
     def forget(self, request: Sequence) -> None:
         for engine in self._working():

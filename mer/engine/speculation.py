@@ -33,7 +33,6 @@ _EARNING: Final = 8  # plain steps of which that is counted at once
 # most, and at the start.
 _LOOKING: Final = 0.0075
 _SAVED_LOOKS: Final = (1.0, 0.25)
-_LONGEST_REST: Final = 15  # steps without a look where nothing may be tried
 
 LOOKUP: Final = 0  # of what drafts come from; engines follow
 
@@ -62,12 +61,6 @@ class Ledger:
     def earn(self, seconds: float, plain: float) -> None:
         """Plain steps took so long."""
         self.gain(min(self.part * seconds, max(self.tries * plain - self.left, 0.0)), plain)
-
-    def closed(self, plain: float) -> float:
-        """Plain steps until something may be tried again, where nothing is."""
-        if not plain:
-            return 0.0
-        return max(0.5 * self.tries - min(self.left, self.saved) / plain, 0.0) / self.part
 
 
 class Offer(NamedTuple):
@@ -108,11 +101,11 @@ class Speculation:
     earned a little for it.
     """
 
-    def __init__(self, engines: int = 0) -> None:
-        """engines: how many draft engines there are beside prompt lookup."""
+    def __init__(self, engines: int = 0, experts: int = 0) -> None:
+        """engines: how many draft engines there are beside prompt lookup. experts: of all layers."""
         self.drafted = 0
         self.accepted = 0
-        self._costs = StepCosts()
+        self._costs = StepCosts(experts)
         # Of each engine, the seconds of one more drafted token by the number of sequences.
         self._prices = [Costs() for _ in range(engines)]
         self._proposed = [False] * engines
@@ -133,11 +126,6 @@ class Speculation:
     def affordable(self, source: int) -> bool:
         """Whether there is time to lose by what comes from there."""
         return self._ledgers[source].is_open
-
-    def closed(self, source: int) -> int:
-        """How many steps go by at least until there is, at most _LONGEST_REST."""
-        ledger = self._ledgers[source]
-        return 0 if ledger.is_open else min(math.ceil(ledger.closed(self._plain)), _LONGEST_REST)
 
     def ready(self, sequences: int) -> bool:
         """Whether the next step, of so many sequences, may verify drafts."""
@@ -236,7 +224,7 @@ class Speculation:
         if verdicts:
             self._verified(sequences, seconds, verdicts, wait, experts)
             return
-        self._costs.observe(sequences, seconds, wait, experts)
+        self._costs.observe(sequences, seconds, wait, experts, sequences)
         self._since_plain = 0
         if not self._plain:
             for ledger in self._ledgers:
@@ -252,7 +240,7 @@ class Speculation:
         plain = self._costs(sequences) if sequences in self._costs else seconds
         # To verify takes no longer than to compute each by itself; what is above that is some accident.
         seconds = min(seconds, plain * (sequences + drafted) / sequences)
-        self._costs.observe(sequences + drafted, seconds, min(wait, seconds), experts)
+        self._costs.observe(sequences + drafted, seconds, min(wait, seconds), experts, sequences)
         self.drafted += drafted
         self._since_plain += 1
         for verdict in verdicts:
