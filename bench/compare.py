@@ -61,6 +61,7 @@ def run_mer(
         "peak": found["engine"]["peak_bytes"],
         "tokens": found["tokens"],
         "steady": found["steady"],
+        "prefill_read": found["prefill_read_bytes"] / timings["prefill_s"],
     }
 
 
@@ -211,6 +212,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             table.add_row("", "mer / llama.cpp", *ratios)
         speeds = f"memory {row['memory'] / 1e9:.1f}, device {row['device'] / 1e9:.2f} GB/s"
         hits = f"hit rate {median(row['mer'], 'hit_rate'):.3f}"
+        speeds += f", prefill read {median(row['mer'], 'prefill_read') / 1e9:.2f}"
         table.add_row(hits, "ceiling", speeds, f"{row['ceiling']:.2f}", end_section=True)
     Console(width=140).print(table)
 

@@ -95,6 +95,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
             first = params if args.warmup == "all" else attrs.evolve(params, max_tokens=2)
             await engine.generate(args.prompt, first)
         tokens: list[int] = []
+        before = engine.snapshot().steps
         async with aclosing(engine.stream(args.prompt, params)) as deltas:
             async for delta in deltas:
                 if not tokens:
@@ -108,6 +109,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         return {
             "program": "mer",
             "steady": full,
+            "prefill_read_bytes": prefill.bytes_read - before.bytes_read,
             "tokens": tokens,
             # What the steps behind the first token read; more or less one of them.
             "decode": {"read_bytes": decode.bytes_read, "hits": decode.hits, "misses": decode.misses},

@@ -101,6 +101,7 @@ def test_so_much_of_a_gpu(store) -> None:
 def test_compare_has_rows_with_a_gpu(store, tmp_path, monkeypatch) -> None:
     """They are those of bench.gpu, for the same shares of the experts."""
     mine = {"prefill": 1.0, "decode": 1.0, "read_per_token": 1.0, "hit_rate": 1.0, "peak": 1, "tokens": []}
+    mine["prefill_read"] = 1.0
     mine["steady"] = {"filled_after": 3, "decode_tokens_per_s": 2.0, "read_per_token": 6.0}
     monkeypatch.setattr(compare, "run_mer", lambda *_: mine)
     ceilings = compare.ceilings.Ceilings(1, 2.0, 1.0, 4096, 1, 3.0, 1.0)
