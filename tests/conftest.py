@@ -10,7 +10,7 @@ import hypothesis
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes, or is looked for, says how busy the machine is. Whether a change may land does
-# not hang on what is drawn: others are with --hypothesis-seed=random, or any number.
+# not hang on what is drawn: --hypothesis-seed=N draws others.
 hypothesis.settings.register_profile(
     "mer",
     deadline=None,
