@@ -159,11 +159,11 @@ def test_looks_that_find_nothing_take_a_small_part_of_the_time(price, monkeypatc
     text = Looks(monkeypatch, price)
     looks = text.steps(4000)
     assert looks[:3] == [0, 1, 2]
-    assert price * len(looks) == pytest.approx(0.0075 * 4000 + 0.25, rel=0.1)
+    assert price * len(looks) == pytest.approx(0.005 * 4000 + 0.25, rel=0.1)
 
 
 def test_looks_that_are_cheap_are_never_left_out(monkeypatch):
-    assert len(Looks(monkeypatch, 0.007).steps(500)) == 500
+    assert len(Looks(monkeypatch, 0.004).steps(500)) == 500
 
 
 def test_what_drafts_gain_pays_for_looks(monkeypatch):

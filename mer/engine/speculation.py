@@ -26,12 +26,12 @@ _ACCIDENT: Final = 2.0
 # What may be lost, by prompt lookup and by all engines: so many plain steps at once, and this part of the
 # time that they take. What the last draft loses comes on top of it.
 _TRIES: Final = (0.75, 0.75)
-_LOSS: Final = (0.005, 0.005)
+_LOSS: Final = (0.005, 0.0025)
 _GAINED: Final = 8.0  # of what was gained, as much may be lost at once
 _EARNING: Final = 8  # plain steps of which that is counted at once
 # Of the time of steps, what looks for drafts that found none may take; plain steps of which that is saved at
 # most, and at the start.
-_LOOKING: Final = 0.0075
+_LOOKING: Final = 0.005
 _SAVED_LOOKS: Final = (1.0, 0.25)
 
 LOOKUP: Final = 0  # of what drafts come from; engines follow
