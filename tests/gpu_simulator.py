@@ -80,6 +80,8 @@ class Counts(NamedTuple):
     launches: int
     copied_in: int
     copied_out: int
+    copies: int
+    waits: int
 
 
 class Simulator:
@@ -151,6 +153,10 @@ class Simulator:
     def counts(self) -> Counts:
         """Without what only waits to be collected."""
         gc.collect()
-        out = (ctypes.c_long * 10)()
+        return self.now()
+
+    def now(self) -> Counts:
+        """The same, as it is."""
+        out = (ctypes.c_long * 12)()
         self.lib.mer_fake_counts(out)
         return Counts(*out)

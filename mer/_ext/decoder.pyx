@@ -436,6 +436,16 @@ cdef class Decoder:
                 self.norm(self.layer.router_norm, self.y)
                 self.choose(self.layer, self.y, self.expert_ids, self.expert_weights)
 
+    def mixture(self, long index, long moe_index, bint guess):
+        """In the place of `route` and the experts, whether a device has all of that, and was asked for it.
+
+        guess: somebody would like to know what the next layer will probably want.
+        """
+        return False
+
+    def note_choices(self, routes):
+        """Behind `logits`: the choices of such layers go to routes, i32 [MoE layers, >= T, top_k], or None."""
+
     def predict(self, long index):
         """ahead_ids: what the router of layer `index` would choose for x as it is now, layers too early.
 

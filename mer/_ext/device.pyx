@@ -211,19 +211,17 @@ cdef class Device:
         self.check(mer_device_fill(self._device, stream, at, byte, nbytes), "filling memory")
 
     def launch_py(self, str name, grid, int threads, arguments, int shared=0, int stream=COMPUTE):
-        """Start a kernel. grid: three numbers. arguments: numpy scalars of the widths that the kernel takes."""
+        """Start a kernel. grid: three numbers. arguments: numpy scalars, or structures, as the kernel takes them."""
         cdef unsigned int blocks[3]
-        cdef uint64_t values[MOST_ARGUMENTS]
         cdef void *pointers[MOST_ARGUMENTS]
         cdef int i
         if len(arguments) > MOST_ARGUMENTS:
             raise ValueError(f"a kernel takes {MOST_ARGUMENTS} arguments at the most")
         for i in range(3):
             blocks[i] = grid[i]
-        for i in range(len(arguments)):
-            raw = arguments[i].tobytes()
-            memcpy(&values[i], <const char *>raw, len(raw))
-            pointers[i] = &values[i]
+        raw = [argument.tobytes() for argument in arguments]
+        for i in range(len(raw)):
+            pointers[i] = <char *>raw[i]
         self.check(self.enter(), f"starting {name}")
         self.check(self.launch(stream, self.function(name), blocks, threads, shared, pointers), f"starting {name}")
 

@@ -3,16 +3,17 @@ from libc.stdint cimport int32_t, uint8_t, uint64_t
 
 from mer._ext.decoder cimport Decoder, Layer
 from mer._ext.device cimport Device, mer_gpu_product
+from mer._ext.vram cimport VramTier
 
 cdef extern from "mer_gpu_decoder.h" nogil:
     enum:
         MER_GPU_JOIN_THREADS
         MER_GPU_QUERIES
     ctypedef struct mer_gpu_join:
-        uint64_t x, y, shared, shared_gate, y_norm, shared_norm, out_norm, layer_scale
+        uint64_t x, y, places, weights, shared, shared_gate, y_norm, shared_norm, out_norm, layer_scale
         uint64_t rows, norm, h, h_host, acts, norm2, h2, acts2, act_bytes
         float scale, eps
-        int32_t hidden, layer_norm
+        int32_t hidden, layer_norm, top_k
     ctypedef struct mer_gpu_heads:
         uint64_t qkv, q, q_norm, k_norm, cosine, sine, blocks, positions, sequence_of, tables, block_bytes, stride
         float eps, limit
@@ -53,13 +54,13 @@ cdef struct Launches:
 
 cdef struct GpuLayer:
     Launches qkv, o, gate_up, down, shared_gate
-    Launches router, ahead       # the same products, of the layer before for the guess
+    Launches router, ahead, choice  # the same products, of the layer before for the guess, for the device's choice
     Launches q_latent, latent, wide, unfold  # of latent attention; its qkv are the queries
     Launches inputs[N_INPUTS]    # of a recurrent layer, which has no qkv
     long joint, gate_at          # floats of a token's queries, keys and values; where the gates of the output are
     bint no_v, gated
     uint64_t attention_norm, mlp_norm, q_norm, k_norm, router_norm, attention_out_norm, mlp_out_norm
-    uint64_t q_latent_norm, latent_norm
+    uint64_t q_latent_norm, latent_norm, router_choice_bias, router_expert_scale
     uint64_t routed_out_norm, shared_norm, shared_out_norm, layer_scale, sinks
     uint64_t blocks, block_bytes
 
@@ -95,6 +96,12 @@ cdef class GpuDecoder(Decoder):
     cdef uint64_t gpu_final_norm, gpu_last_norm
     cdef Launches gpu_head
     cdef bint has_head
+    cdef VramTier tier            # of experts; None: the device has none, or can't choose
+    cdef long most_chosen         # tokens of a step in which it may choose
+    cdef object chosen_memory     # pinned: i32 [MoE layers, most_chosen, top_k]
+    cdef const int32_t *chosen
+    cdef uint64_t chosen_pointer
+    cdef long *chosen_layers      # [layers]
     cdef void *routed_event
     cdef void *join_kernel
     cdef void *heads_kernel
@@ -108,6 +115,9 @@ cdef class GpuDecoder(Decoder):
 
     # the step
     cdef bint here                # x is on the device
+    cdef bint unwaited            # nobody has waited since the device chose
+    cdef long n_chosen            # of chosen_layers: the MoE layers of this step in which it did
+    cdef long complete_index      # the layer under way, if it does; -1
     cdef mer_gpu_join pending     # what is still to be added to it: y is not 0
     cdef int error
     cdef bint looks_ahead

@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from mer._ext.decoder import Decoder
 from mer._ext.device import Device
+from mer._ext.vram import VramTier
 
 def layer_arrays(spec: Any, weights: Mapping[str, Any]) -> dict[str, NDArray[Any]]: ...
 
@@ -20,5 +21,6 @@ class GpuDecoder(Decoder):
         places: Mapping[str, tuple[int, int]],
         head: Mapping[str, Any],
         buffers: Mapping[str, NDArray[Any]],
+        tier: VramTier | None = None,
     ) -> None: ...
     def leave_device(self) -> None: ...

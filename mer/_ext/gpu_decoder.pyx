@@ -3,7 +3,8 @@
 Weights, keys and values of those layers are in the device's memory, and so are the hidden states, until a layer of the
 CPU or the end of the step wants them. The router's products and what the experts take are written by the kernels into
 the host's pinned memory; the CPU waits for them once a layer, chooses, and has the experts computed; their sum is read
-from where it stands. What ends one block of a layer is not computed until the next one begins: it is one kernel.
+from where it stands. Where all of a layer's experts are on the device, and the step has few tokens, nobody waits: it chooses by
+itself (`mixture`), and the CPU hears of it when the step is over. What ends one block of a layer is not computed until the next one begins: it is one kernel.
 """
 import cython
 import numpy as np
@@ -45,7 +46,7 @@ FLOATS = (0, 1, 30)
 MATRICES = ("q", "k", "v", "q_gate", "o", "q_latent", "latent", "k_up", "v_up", "gate", "up", "down", "router",
             "shared_gate", "mix", "z", "a", "b")
 VECTORS = ("q_norm", "k_norm", "q_latent_norm", "latent_norm", "attention_out_norm", "mlp_out_norm", "routed_out_norm",
-           "shared_norm", "shared_out_norm", "layer_scale", "sinks")
+           "shared_norm", "shared_out_norm", "layer_scale", "sinks", "router_choice_bias", "router_expert_scale")
 PRODUCT = np.dtype([("weights", "u8"), ("bias", "u8"), ("y", "u8"), ("index", "u8"), ("first", "i4"), ("count", "i4")])
 
 
@@ -74,6 +75,7 @@ def layer_arrays(spec, weights):
 include "gpu_launches.pxi"
 include "gpu_latent.pxi"
 include "gpu_recurrent.pxi"
+include "gpu_choice.pxi"
 
 
 @cython.no_gc_clear
@@ -83,6 +85,7 @@ cdef class GpuDecoder(Decoder):
     def __dealloc__(self):
         free(self.gpu)
         free(self.step_angles)
+        free(self.chosen_layers)
         if self.device is None:
             return
         self.device.enter()
@@ -93,12 +96,12 @@ cdef class GpuDecoder(Decoder):
         for pointer in self.taken:
             self.device.free(pointer)
 
-    def place(self, Device device not None, long layers, long n_blocks, places, head, buffers):
+    def place(self, Device device not None, long layers, long n_blocks, places, head, buffers, VramTier tier=None):
         """The first `layers` layers, one at the least, are to be on the device.
 
         n_blocks: of the KV cache. places: of mer.model.device_scratch. head: {'head': matrix, 'head_bias': vector},
-        where all layers are there and the head is to be, too, else {}. buffers: the host's. Raises GpuMemoryError,
-        or GpuError.
+        where all layers are there and the head is to be, too, else {}. buffers: the host's. tier: of the routed
+        experts, where the device has some. Raises GpuMemoryError, or GpuError.
         """
         cdef uint64_t start
         self.taken, self.pinned, self.table = [], [], []
@@ -134,7 +137,9 @@ cdef class GpuDecoder(Decoder):
         self.place_head_rows()
         place_inputs(self, buffers)
         self.place_head(head)
-        self.ahead_of = -1
+        self.ahead_of = self.complete_index = -1
+        if tier is not None and tier.arithmetic.can_choose(&self.router):
+            place_choices(self, tier)
 
     def find_kernels(self):
         device = self.device
@@ -287,6 +292,8 @@ cdef class GpuDecoder(Decoder):
         if routed:
             g.router = self.add_products([part("router", self.mapped(self.router_logits))], self.router.n_experts)
             g.ahead = self.add_products([part("router", self.ahead_pointer)], self.router.n_experts)
+            if self.tier is not None:
+                g.choice = self.add_products([part("router", self.tier.arithmetic.chosen_logits)], self.router.n_experts)
         if "shared_gate" in weights:
             g.shared_gate = self.add_products([part("shared_gate", to.shared_gate)], 1)
         g.attention_norm, g.mlp_norm = at.get("attention_norm", 0), at.get("mlp_norm", 0)
@@ -294,7 +301,8 @@ cdef class GpuDecoder(Decoder):
         g.attention_out_norm, g.mlp_out_norm = at.get("attention_out_norm", 0), at.get("mlp_out_norm", 0)
         g.routed_out_norm, g.shared_norm = at.get("routed_out_norm", 0), at.get("shared_norm", 0)
         g.shared_out_norm, g.layer_scale = at.get("shared_out_norm", 0), at.get("layer_scale", 0)
-        g.sinks = at.get("sinks", 0)
+        g.sinks, g.router_choice_bias = at.get("sinks", 0), at.get("router_choice_bias", 0)
+        g.router_expert_scale = at.get("router_expert_scale", 0)
         if "mix" not in weights:
             g.block_bytes = self.part_bytes(a.latent_dim) if a.latent else 2 * a.n_kv * self.part_bytes(a.head_dim)
             g.blocks = self.take(g.block_bytes * self.gpu_blocks)
@@ -329,7 +337,7 @@ cdef class GpuDecoder(Decoder):
             raise ValueError(f"block tables of {block_tables.shape[0]} x {block_tables.shape[1]}: there is room for "
                              f"{self.most_tables} entries on the device")
         cdef long n_sequences = block_tables.shape[0]
-        self.ahead_of, self.here = -1, True
+        self.ahead_of, self.here, self.n_chosen = -1, True, 0
         owe(self, 0, 0, 0)
         with nogil:
             self.error = self.device.enter()
@@ -391,19 +399,11 @@ cdef class GpuDecoder(Decoder):
         cdef GpuLayer *g = &self.gpu[index]
         # The layer before was asked what the next router will say: this one will be, too.
         cdef bint ahead = self.looks_ahead and index + 1 < self.gpu_layers and self.gpu[index + 1].router.n
-        cdef bint shared_acts = g.shared_gate.prepared or (g.gate_up.prepared and not g.shared_norm)
-        cdef bint router_acts = g.router.prepared and not g.router_norm
         if self.ahead_of >= 0:
             self.looks_ahead = False
         self.ahead_of = -1
         with nogil:
-            join(self, g.mlp_norm, self.at.h, self.mapped(self.h), self.at.h_acts if shared_acts or router_acts else 0,
-                      g.router_norm, self.at.h2 if g.router_norm else 0,
-                      self.at.acts if g.router_norm and g.router.prepared else 0)
-            if g.router_norm:
-                multiply(self, &g.router, self.at.h2, self.at.acts)
-            else:
-                multiply(self, &g.router, self.at.h, self.at.h_acts)
+            ask_router(self, g, &g.router, self.mapped(self.h), False)
             if ahead:
                 ask_ahead(self, index + 1)
             note(self, self.device.record(self.routed_event, MER_STREAM_COMPUTE))
@@ -415,6 +415,22 @@ cdef class GpuDecoder(Decoder):
         self.check(f"the router of layer {index}")
         if ahead:
             self.ahead_of = index + 1
+
+    def mixture(self, long index, long moe_index, bint guess):
+        if (index >= self.gpu_layers or self.tier is None or self.n_tokens > self.most_chosen
+                or not self.tier.complete(moe_index) or (guess and not self.tier.complete(moe_index + 1))):
+            return False
+        with nogil:
+            compute_layer(self, &self.gpu[index], index, moe_index)
+        self.check(f"the experts of layer {index}")
+        return True
+
+    def note_choices(self, int32_t[:, :, ::1] routes):
+        with nogil:
+            if self.n_chosen:
+                note_chosen(self, NULL if routes is None else &routes[0, 0, 0],
+                            0 if routes is None else routes.shape[1] * routes.shape[2])
+        self.check("waiting for the end of a step")
 
     def predict(self, long index):
         self.looks_ahead = True
@@ -441,7 +457,7 @@ cdef class GpuDecoder(Decoder):
             Decoder.finish(self, index)
             return
         cdef GpuLayer *g = &self.gpu[index]
-        owe(self, self.mapped(self.y), g.mlp_out_norm, g.layer_scale)
+        owe_experts(self, g, index)
         self.pending.y_norm = g.routed_out_norm
         if g.gate_up.n:
             self.pending.shared, self.pending.shared_norm = self.at.shared, g.shared_out_norm

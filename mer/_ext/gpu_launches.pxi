@@ -15,6 +15,7 @@ cdef inline void call(GpuDecoder d, void *function, long x, long y, long z, size
 
 cdef inline void wait_for_all(GpuDecoder d) noexcept nogil:
     note(d, d.device.finish(MER_STREAM_COMPUTE))
+    d.unwaited = False
 
 
 cdef void multiply(GpuDecoder d, const Launches *m, uint64_t x, uint64_t acts) noexcept nogil:

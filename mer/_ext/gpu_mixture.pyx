@@ -19,7 +19,13 @@ cdef extern from "mer_formats.h" nogil:
     size_t mer_act_bytes(int fmt, long cols)
     int mer_act_is_q8(int fmt)
 
+cdef extern from "mer_decoder.h" nogil:
+    enum:
+        MER_SCORE_SIGMOID
+        MER_SCORE_SQRT_SOFTPLUS
+
 cdef enum:
+    MOST_SHARED = 48 << 10 # dynamic shared memory that needs no permission
     FORMAT_IDS = 40
     PAGE = 4096
     # As mer/gpu/kernels/mer_gpu.cuh has them: threads of a block, rows of a matrix that a block multiplies
@@ -29,6 +35,7 @@ cdef enum:
     MANY_TOKENS = 32
     MOST_Y = 65535         # of a grid
     FEW = 12               # tokens of a product up to which the kernel for few is faster
+    WARPS = 4
 
 # What the kernels are called, by ggml's numbers of the formats.
 NAMES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k", 12: "q4_k",
@@ -48,14 +55,14 @@ def staging_bytes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k
     """Bytes of the host's memory for what is uploaded, of a Mixture with these arguments."""
     hidden = max([layers[i, 3] for i in range(layers.shape[0])])
     return (padded(max_tokens * hidden * 4) + padded(max_tokens * top_k * 4)
-            + padded(n_experts * 3 * sizeof(mer_gpu_product)))
+            + padded(n_experts * 3 * sizeof(mer_gpu_product)) + padded(layers.shape[0] * n_experts * 24))
 
 
 def buffer_bytes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k, int64_t max_tokens):
     """Bytes of each of the device's buffers, of a Mixture with these arguments: what is uploaded, prepared inputs, rows
-    of gate and up, their prepared products. Raises GpuError for a format without a kernel.
+    of gate and up, their prepared products, what the device chooses. Raises GpuError for a format without a kernel.
     """
-    cdef int64_t i, inter = 0, acts = 0, mids = 0, pairs = max_tokens * top_k
+    cdef int64_t i, inter = 0, acts = 0, mids = 0, pairs = max_tokens * top_k, few = min(FEW, max_tokens)
     for i in range(layers.shape[0]):
         for fmt in (layers[i, 0], layers[i, 1], layers[i, 2]):
             if fmt not in NAMES:
@@ -64,7 +71,9 @@ def buffer_bytes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k,
         acts = max(acts, max_tokens * act_stride(<int>layers[i, 0], layers[i, 3]))
         mids = max(mids, pairs * act_stride(<int>layers[i, 2], layers[i, 4]))
     inputs = staging_bytes(layers, n_experts, top_k, max_tokens)
-    return [inputs, padded(acts), padded(pairs * inter * 4), padded(pairs * inter * 4), padded(mids)]
+    hidden = max([layers[i, 3] for i in range(layers.shape[0])])
+    chosen = padded(few * n_experts * 4) + 2 * padded(few * top_k * 4) + padded(few * top_k * hidden * 4)
+    return [inputs, padded(acts), padded(pairs * inter * 4), padded(pairs * inter * 4), padded(mids), chosen]
 
 
 cdef class GpuMixture:
@@ -90,9 +99,11 @@ cdef class GpuMixture:
             self.find(fmt)
         self.quantise, self.activate = device.function("mer_quantise"), device.function("mer_activate")
         self.activate_quantise = device.function("mer_activate_quantise")
+        self.choose = device.function("mer_choose")
         self.x_bytes = padded(mixture.max_tokens * hidden * 4)
         self.index_bytes = padded(mixture.max_tokens * mixture.top_k * 4)
         self.products_bytes = padded(mixture.n_experts * 3 * sizeof(mer_gpu_product))
+        self.few = min(<int64_t>FEW, mixture.max_tokens)
         self.nbytes = sum(sizes)
         device.check(device.enter(), "making room for experts")
         self.take_host(<size_t>sizes[0])
@@ -102,6 +113,10 @@ cdef class GpuMixture:
         self.gate_rows = self.acts + <uint64_t>sizes[1]
         self.up_rows = self.gate_rows + <uint64_t>sizes[2]
         self.mids = self.up_rows + <uint64_t>sizes[3]
+        self.chosen_logits = self.mids + <uint64_t>sizes[4]
+        self.chosen_weights = self.chosen_logits + <uint64_t>padded(self.few * mixture.n_experts * 4)
+        self.chosen_places = self.chosen_weights + <uint64_t>padded(self.few * mixture.top_k * 4)
+        self.chosen_rows = self.chosen_places + <uint64_t>padded(self.few * mixture.top_k * 4)
         device.check(device.new_event(&self.done), "making an event")
         self.upload_biases()
 
@@ -138,6 +153,7 @@ cdef class GpuMixture:
             raise MemoryError(f"no memory for {inputs} bytes")
         memset(self.staging, 0, inputs)
         self.products = <mer_gpu_product *>(self.staging + self.x_bytes + self.index_bytes)
+        self.experts = <uint64_t *>(self.staging + self.x_bytes + self.index_bytes + self.products_bytes)
         self.device.check(self.device.pin(self.staging, inputs, &pointer), f"pinning {inputs} bytes")
         self.pinned_staging = True
         self.device.check(self.device.pin(mixture.memory, mixture.scratch_bytes, &pointer),
@@ -239,9 +255,16 @@ cdef class GpuMixture:
             error = self.device.upload(
                 MER_STREAM_COMPUTE, self.inputs + <uint64_t>(<char *>&self.products[first] - self.staging),
                 &self.products[first], 3 * n * sizeof(mer_gpu_product))
-        if error == 0 and shape.gate_format == shape.up_format:
+        return error if error else self.multiply_all(first, n, row, rows, x, most)
+
+    cdef int multiply_all(self, int64_t first, int64_t n, int64_t row, int64_t rows, uint64_t x,
+                          int64_t most) noexcept nogil:
+        """What n experts do whose products are listed from `first` on, with prepared rows at x; theirs are [row, row + rows)."""
+        cdef LayerShape *shape = self.mixture.shape
+        cdef int error
+        if shape.gate_format == shape.up_format:
             error = self.multiply(shape.gate_format, first, 2 * n, x, shape.inter, shape.hidden, most)
-        elif error == 0:
+        else:
             error = self.multiply(shape.gate_format, first, n, x, shape.inter, shape.hidden, most)
             if error == 0:
                 error = self.multiply(shape.up_format, first + n, n, x, shape.inter, shape.hidden, most)
@@ -306,3 +329,42 @@ cdef class GpuMixture:
         if error == 0:
             error = self.device.wait(self.done)
         return error
+
+    cdef bint can_choose(self, const mer_router *router) noexcept nogil:
+        return (router.jitter == 0 and router.score != MER_SCORE_SQRT_SOFTPLUS and router.n_groups <= MER_GPU_MOST_GROUPS
+                and self.choice_words(router.n_experts, self.few * router.top_k) * 4 <= MOST_SHARED)
+
+    cdef int64_t choice_words(self, int64_t n_experts, int64_t pairs) noexcept nogil:
+        """Of shared memory."""
+        return WARPS * (2 * n_experts + MER_GPU_MOST_GROUPS) + 2 * pairs
+
+    cdef bint takes_blocks(self, int64_t layer) noexcept nogil:
+        return self.kernels[self.mixture.layers[layer].gate_format].blocks
+
+    cdef int list_experts(self, int64_t layer) noexcept nogil:
+        cdef int64_t n = 3 * self.mixture.n_experts
+        cdef uint64_t *first = &self.experts[layer * n]
+        return self.device.upload(MER_STREAM_COMPUTE, self.inputs + <uint64_t>(<char *>first - self.staging), first, 8 * n)
+
+    cdef int compute_chosen(self, int64_t layer, int64_t tokens, const mer_router *router, uint64_t bias,
+                            uint64_t expert_scale, uint64_t x, uint64_t acts, uint64_t ids) noexcept nogil:
+        cdef LayerShape *shape = &self.mixture.layers[layer]
+        cdef int64_t pairs = tokens * router.top_k, n = min(pairs, router.n_experts)
+        cdef const uint64_t *biases = &self.biases[3 * layer]
+        cdef uint64_t products = self.inputs + <uint64_t>(<char *>self.products - self.staging)
+        cdef uint64_t experts = self.inputs + <uint64_t>(<char *>self.experts - self.staging)
+        cdef unsigned int[3] grid = [1, 1, 1]
+        cdef mer_gpu_choice choice = mer_gpu_choice(
+            self.chosen_logits, bias, expert_scale, experts + <uint64_t>(layer * router.n_experts * 24), biases[0],
+            biases[1], biases[2], self.gate_rows, self.up_rows, self.chosen_rows, ids, self.chosen_weights,
+            self.chosen_places, self.inputs + <uint64_t>self.x_bytes, products, router.scale, router.epsilon,
+            <int32_t>tokens, <int32_t>router.n_experts, <int32_t>router.top_k, <int32_t>router.n_groups,
+            <int32_t>router.top_groups, router.group_best, router.score == MER_SCORE_SIGMOID, router.normalise,
+            <int32_t>shape.inter, <int32_t>shape.hidden, <int32_t>n)
+        cdef void **arguments = [&choice]
+        cdef int error = self.device.launch(MER_STREAM_COMPUTE, self.choose, grid, THREADS,
+                                            <unsigned int>self.choice_words(router.n_experts, pairs) * 4, arguments)
+        if error:
+            return error
+        self.mixture.shape = shape
+        return self.multiply_all(0, n, 0, pairs, acts if self.kernels[shape.gate_format].blocks else x, tokens)

@@ -23,7 +23,7 @@ cdef class ExpertStreamer:
     cdef Reader reader
     cdef readonly Mixture mixture      # the arithmetic
     cdef readonly Prefetcher prefetcher  # None: nothing is read ahead
-    cdef VramTier vram                 # None: there is no tier above the cache
+    cdef readonly VramTier vram                 # None: there is no tier above the cache
     cdef RemoteTier remote             # None: no other machine has experts
     cdef Recorder recorder             # None: nothing is recorded
     cdef readonly int64_t n_layers, n_experts, top_k, max_tokens, max_reads, scratch_bytes

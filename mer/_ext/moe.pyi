@@ -11,6 +11,7 @@ from mer._ext.prefetch import Prefetcher
 from mer._ext.recorder import Recorder
 from mer._ext.remote import Peers, RemoteTier
 from mer._ext.uring import Reader
+from mer._ext.vram import VramTier
 
 def scratch_bytes(
     layers: NDArray[np.int64], reads: NDArray[np.int64], top_k: int, max_tokens: int
@@ -25,6 +26,7 @@ class ExpertStreamer:
     prefetcher: Prefetcher | None
     scratch_bytes: int
     mixture: Mixture
+    vram: VramTier | None
     def __init__(
         self,
         cache: ExpertCache,

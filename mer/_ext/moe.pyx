@@ -440,7 +440,7 @@ cdef class ExpertStreamer:
         Raises GpuError, GpuMemoryError where the device can't: nothing has changed then.
         """
         tier = VramTier(device, self.cache, self.mixture, self.mixture.pool, nbytes)
-        (<VramTier>tier).matrices = self.matrices
+        (<VramTier>tier).matrices, (<VramTier>tier).prefetcher = self.matrices, self.prefetcher
         self.vram = tier
         if self.prefetcher is not None:
             self.prefetcher.elsewhere = self.vram.slot_of

@@ -7,7 +7,7 @@ from libc.string cimport memcpy
 
 # The first of them are the streamer's own: the enum in recorder.pxd.
 KINDS = ("experts", "compute", "wait for reads", "read", "read ahead", "begin", "attend", "feed", "route", "predict",
-         "finish", "logits", "mix")
+         "finish", "logits", "mix", "mixture")
 
 
 cdef class _Timed:

@@ -2,10 +2,12 @@
 from libc.stdint cimport int32_t, int64_t, uint64_t
 
 from mer._ext.cache cimport ExpertCache
+from mer._ext.decoder cimport mer_router
 from mer._ext.device cimport Device
 from mer._ext.gpu_mixture cimport GpuMixture
 from mer._ext.kernels cimport Pool
 from mer._ext.mixture cimport Mixture
+from mer._ext.prefetch cimport Prefetcher
 
 ctypedef struct Bounce:
     char *memory               # pinned, slot_bytes
@@ -22,13 +24,20 @@ cdef class VramTier:
     cdef Mixture mixture
     cdef GpuMixture arithmetic
     cdef Pool pool
+    cdef Prefetcher prefetcher         # of the tier below; None: nothing is read ahead
     cdef const int64_t *matrices       # [keys, 3] offsets in a slot
-    cdef readonly int64_t n_slots, slot_bytes, n_keys, n_experts
+    cdef readonly int64_t n_slots, slot_bytes, n_keys, n_experts, n_layers
     cdef uint64_t arena
     cdef int32_t *slot_of              # [keys] -1: not there
     cdef int32_t *key_of               # [slots] of those that were filled, also of experts on their way
     cdef float *heat                   # [keys] share of the tokens that want it, averaged over the last ones
     cdef int64_t *used                 # [slots] the last layer's call that it was computed in
+    cdef int64_t *missing              # [n_layers] how many of its experts are not there
+    cdef bint *listed                  # [n_layers] whether the device knows where a complete layer's experts are
+    cdef int64_t *seen                 # [n_experts] the last turn that counted it
+    cdef bint fills                    # complete layers are of use to somebody
+    cdef bint under_way                # the device may still compute what it chose
+    cdef void *chosen                  # an event behind that
     cdef Bounce *bounces
     cdef char *bounce_memory
     cdef int64_t n_bounces, n_filled, n_resident, turn, base, coldest
@@ -53,6 +62,13 @@ cdef class VramTier:
     cdef void launch(self) noexcept nogil
     # Until all of the layer is computed. False: it is not, and never will be; nothing is in the tier any more.
     cdef bint wait(self) noexcept nogil
+    # Whether all of a layer's experts are there.
+    cdef bint complete(self, int64_t layer) noexcept nogil
+    # Then, in the place of a turn: see GpuMixture. 0, or the driver's error.
+    cdef int compute_chosen(self, int64_t layer, int64_t tokens, const mer_router *router, uint64_t bias,
+                            uint64_t expert_scale, uint64_t x, uint64_t acts, uint64_t ids) noexcept nogil
+    # When all that was computed so is done: what a layer's tokens chose, ids i32 [tokens, top_k].
+    cdef void note_chosen(self, int64_t layer, const int32_t *ids, int64_t tokens) noexcept nogil
     # What the processor took for products with so many bytes of weights, times their tokens.
     cdef void note_multiplied(self, int64_t ns, int64_t byte_tokens) noexcept nogil
 
@@ -66,3 +82,5 @@ cdef class VramTier:
     cdef void note_computed(self) noexcept nogil
     cdef void copy_piece(self, int64_t start) noexcept nogil
     cdef void fail(self, int error) noexcept nogil
+    cdef void forget(self) noexcept nogil
+    cdef void fill(self) noexcept nogil

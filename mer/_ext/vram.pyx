@@ -7,6 +7,10 @@ experts do not take turns. Of a prompt's chunk many tokens want an expert: then 
 computed there than here, and as many as there are buffers for pass through the device, while the processor computes the
 others.
 
+A layer all of whose experts are there is complete: then a step of few tokens is computed without a word from here
+(`compute_chosen`), and who was chosen is counted when the step is over. So where there is room for every expert, those
+that nobody has wanted yet follow, one at a time, while the processor waits for the device anyway (`fill`).
+
 Nothing of that shows in a result: the device gives the same bytes. When the device fails, the tier is empty from then on, and
 what it was to compute is computed here.
 """
@@ -15,6 +19,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
 
+from mer._ext.cache cimport ACQ_FULL, ACQ_HIT, ACQ_MISS, STATE_ABSENT
 from mer._ext.device cimport MER_DEVICE_NOT_READY, MER_STREAM_COMPUTE, MER_STREAM_COPY
 from mer._ext.recorder cimport now
 
@@ -83,6 +88,7 @@ cdef class VramTier:
         cdef uint64_t pointer = 0
         self.device, self.cache, self.mixture, self.pool = device, cache, mixture, pool
         self.slot_bytes, self.n_keys, self.n_experts = cache.slot_bytes, cache.n_experts, mixture.n_experts
+        self.n_layers = self.n_keys // self.n_experts
         self.n_bounces = _bounces(self.slot_bytes)
         self.arithmetic = GpuMixture(device, mixture)
         n_slots = _slots(nbytes, self.arithmetic.nbytes, self.slot_bytes, self.n_keys)
@@ -95,10 +101,14 @@ cdef class VramTier:
         self.heat = <float *>calloc(self.n_keys, sizeof(float))
         self.used = <int64_t *>calloc(n_slots, sizeof(int64_t))
         self.bounces = <Bounce *>calloc(self.n_bounces, sizeof(Bounce))
+        self.missing = <int64_t *>calloc(self.n_layers, sizeof(int64_t))
+        self.listed = <bint *>calloc(self.n_layers, sizeof(bint))
+        self.seen = <int64_t *>calloc(self.n_experts, sizeof(int64_t))
         if (self.slot_of is NULL or self.key_of is NULL or self.heat is NULL or self.used is NULL or self.bounces is NULL
-                or posix_memalign(<void **>&self.bounce_memory, PAGE, self.n_bounces * self.slot_bytes)):
+                or self.missing is NULL or self.listed is NULL or self.seen is NULL or posix_memalign(<void **>&self.bounce_memory, PAGE, self.n_bounces * self.slot_bytes)):
             raise MemoryError("no memory for the tables of a VRAM tier")
-        memset(self.slot_of, 0xff, self.n_keys * sizeof(int32_t))
+        self.forget()
+        device.check(device.new_event(&self.chosen), "making an event")
         device.check(device.pin(self.bounce_memory, self.n_bounces * self.slot_bytes, &pointer), "pinning buffers")
         self.bounces_pinned = True
         for i in range(self.n_bounces):
@@ -126,6 +136,7 @@ cdef class VramTier:
             return
         self.device.enter()
         self.device.finish(MER_STREAM_COPY)
+        self.device.drop_event(self.chosen)
         for i in range(self.n_bounces if self.bounces is not NULL else 0):
             self.device.drop_event(self.bounces[i].arrived)
             self.device.drop_event(self.bounces[i].computed)
@@ -138,6 +149,9 @@ cdef class VramTier:
         free(self.key_of)
         free(self.heat)
         free(self.used)
+        free(self.missing)
+        free(self.listed)
+        free(self.seen)
 
     cdef bint has(self, int64_t key) noexcept nogil:
         return self.slot_of[key] >= 0
@@ -145,8 +159,14 @@ cdef class VramTier:
     cdef void fail(self, int error) noexcept nogil:
         """The device is of no use any more: every expert is where it was before, or in the files."""
         self.error = error
+        self.forget()
+
+    cdef void forget(self) noexcept nogil:
+        cdef int64_t layer
         memset(self.slot_of, 0xff, self.n_keys * sizeof(int32_t))
         self.n_resident = 0
+        for layer in range(self.n_layers):
+            self.missing[layer], self.listed[layer] = self.n_experts, False
 
     cdef void begin(self, int64_t base) noexcept nogil:
         cdef int64_t e, count, tokens = self.mixture.tokens
@@ -181,6 +201,7 @@ cdef class VramTier:
                 return
             if b.slot >= 0:
                 self.slot_of[b.key] = <int32_t>b.slot
+                self.missing[b.key // self.n_experts] -= 1
                 self.n_resident += 1
                 if self.cache.n_slots < self.n_keys:   # its slot there is of use to others
                     self.cache.drop(b.key)
@@ -218,6 +239,8 @@ cdef class VramTier:
             return -1
         self.coldest = -1
         self.slot_of[self.key_of[best]] = -1
+        self.missing[self.key_of[best] // self.n_experts] += 1
+        self.listed[self.key_of[best] // self.n_experts] = False
         self.n_resident -= 1
         self.evictions += 1
         return best
@@ -243,6 +266,10 @@ cdef class VramTier:
             self.promotions += 1
         self.bus_bytes += self.slot_bytes
         error = self.device.enter()
+        if error == 0 and self.under_way:                # it may still compute with what is overwritten
+            error = self.device.record(self.chosen, MER_STREAM_COMPUTE)
+            if error == 0:
+                error = self.device.follow(MER_STREAM_COPY, self.chosen)
         if error == 0:
             error = self.device.upload(MER_STREAM_COPY, self.place_of(b), b.memory, self.slot_bytes)
         if error == 0:
@@ -323,6 +350,36 @@ cdef class VramTier:
         if error:
             self.fail(error)
 
+    cdef void fill(self) noexcept nogil:
+        """One more expert of the layer on its way here, or into memory."""
+        cdef int64_t key, slot = -1
+        cdef int status, error
+        cdef Bounce *b = self.free_bounce()
+        if self.prefetcher is not None and self.prefetcher.under_way:
+            self.prefetcher.reader.wait(0)               # else nobody may look at reads that have ended
+        if b is NULL or self.error or self.n_slots < self.n_keys or self.complete(self.base // self.n_experts):
+            return
+        for key in range(self.base, self.base + self.n_experts):
+            if self.slot_of[key] >= 0 or self.find_moving(key) is not NULL:
+                continue
+            if self.cache.state(key) == STATE_ABSENT:
+                if (self.prefetcher is not None and self.prefetcher.n_asked < self.prefetcher.capacity
+                        and self.prefetcher.ask(key, 0)):
+                    return
+                continue
+            status = self.cache.acquire_early(key, &slot)
+            error = self.copy(b, key, self.cache.slot_ptr(slot), self.find_slot(key)) if status == ACQ_HIT else 0
+            if status == ACQ_MISS:                       # it has just left
+                self.cache.fail(key)
+            if status == ACQ_HIT and self.prefetcher is not None:
+                self.prefetcher.note_use(key)
+            if status != ACQ_FULL:
+                self.cache.release(key)
+            if error:
+                self.fail(error)
+            if status == ACQ_HIT:
+                return
+
     cdef void launch(self) noexcept nogil:
         cdef int error = self.arithmetic.launch() if self.error == 0 else 0
         if error:
@@ -331,12 +388,47 @@ cdef class VramTier:
             self.note_computed()
 
     cdef bint wait(self) noexcept nogil:
-        cdef int64_t start = now()
-        cdef int error = self.arithmetic.wait()
+        cdef int64_t start
+        cdef int error
+        if self.fills:
+            self.fill()
+        start = now()
+        error = self.arithmetic.wait()
         self.wait_ns += now() - start
         if error and not self.error:
             self.fail(error)
         return self.error == 0
+
+    cdef bint complete(self, int64_t layer) noexcept nogil:
+        return self.error == 0 and self.missing[layer] == 0 and self.mixture.rounding == 0  # rounding is done by the host
+
+    cdef int compute_chosen(self, int64_t layer, int64_t tokens, const mer_router *router, uint64_t bias,
+                            uint64_t expert_scale, uint64_t x, uint64_t acts, uint64_t ids) noexcept nogil:
+        cdef int64_t i, key
+        cdef int error
+        if not self.listed[layer]:
+            for i in range(3 * self.n_experts):
+                key = layer * self.n_experts + i // 3
+                self.arithmetic.experts[3 * layer * self.n_experts + i] = (
+                    self.arena + <uint64_t>(self.slot_of[key] * self.slot_bytes + self.matrices[3 * key + i % 3]))
+            error = self.arithmetic.list_experts(layer)
+            if error:
+                return error
+            self.listed[layer] = True
+        self.under_way = True
+        return self.arithmetic.compute_chosen(layer, tokens, router, bias, expert_scale, x, acts, ids)
+
+    cdef void note_chosen(self, int64_t layer, const int32_t *ids, int64_t tokens) noexcept nogil:
+        cdef int64_t i, base = layer * self.n_experts
+        cdef float kept = <float>pow(1.0 - RATE, <double>tokens)
+        self.turn += 1
+        self.under_way = False
+        for i in range(self.n_experts):
+            self.heat[base + i] *= kept
+        for i in range(tokens * self.mixture.top_k):
+            self.heat[base + ids[i]] += (1 - kept) / <float>tokens
+            self.hits += self.seen[ids[i]] != self.turn
+            self.seen[ids[i]] = self.turn
 
     cdef void note_multiplied(self, int64_t ns, int64_t byte_tokens) noexcept nogil:
         self.multiply_ns += (ns / <double>byte_tokens - self.multiply_ns) * (NEW if self.multiply_ns else 1.0)

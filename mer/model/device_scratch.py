@@ -23,8 +23,8 @@ def _prepared(cols: int) -> int:
 def _products(a: AttentionSpec | LatentAttentionSpec) -> int:
     """The most of one layer: queries in pieces of as many rows as there are keys; each head's latents."""
     if isinstance(a, LatentAttentionSpec):
-        return 2 * a.n_heads + 12
-    return 2 * (a.n_heads // a.n_kv_heads) + 10
+        return 2 * a.n_heads + 13
+    return 2 * (a.n_heads // a.n_kv_heads) + 11
 
 
 def _grouped(a: AttentionSpec, tokens: int) -> dict[str, int]:
@@ -123,6 +123,7 @@ def places(
 
 
 def host_bytes(spec: ModelSpec, tokens: int, rows: int, n_blocks: int) -> int:
-    """Bytes of memory, pinned, that go with them: what a step brings, products, the next router's."""
+    """Bytes of memory, pinned, with them: what a step brings, products, the next router's, choices."""
     sizes = shapes(spec, tokens, rows, n_blocks)
-    return sizes["step"] + sizes["rows"] + sizes["products"] + 4 * tokens * max(spec.n_experts, 1)
+    own = sizes["step"] + sizes["rows"] + sizes["products"]
+    return own + 4 * tokens * (max(spec.n_experts, 1) + spec.n_moe_layers * spec.top_k)

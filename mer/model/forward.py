@@ -14,6 +14,7 @@ from mer._ext.device import Device
 from mer._ext.gpu_blocks import GpuBlocks
 from mer._ext.gpu_decoder import GpuDecoder
 from mer._ext.kernels import Kernels, Pool
+from mer._ext.moe import ExpertStreamer
 from mer._ext.recurrent import Recurrent
 from mer.model import device_scratch, scratch
 from mer.model.batch import Batch
@@ -124,7 +125,8 @@ class Forward:
         decoder = GpuDecoder(self.spec, kernels, pool, self._buffers, model, self._kv.number)
         blocks = self._kv.n_blocks
         places = device_scratch.places(self.spec, self.max_tokens, self.max_rows, blocks)
-        decoder.place(device, placement.layers, blocks, places, head, self._buffers)
+        tier = self._moe.vram if isinstance(self._moe, ExpertStreamer) else None
+        decoder.place(device, placement.layers, blocks, places, head, self._buffers, tier)
         return decoder
 
     def _states_of_layers(self) -> Recurrent | None:
@@ -204,9 +206,14 @@ class Forward:
                 decoder.feed(index)
                 continue
             assert self._moe is not None
+            guess = self.look_ahead and self._pairs[index] and self._moe.wants_guesses(len(h))
+            # Routes of a trace have their layer's turn.
+            if self.trace is None and decoder.mixture(index, layer.moe_index, guess):
+                decoder.finish(index)
+                continue
             decoder.route(index)
             ahead = None
-            if self.look_ahead and self._pairs[index] and self._moe.wants_guesses(len(h)):
+            if guess:
                 decoder.predict(index + 1)
                 ahead = view["ahead_ids"]
             if routes is not None:
@@ -216,6 +223,7 @@ class Forward:
             self._moe.forward(layer.moe_index, h, ids, weights, y, ahead)
             decoder.finish(index)
         decoder.logits(batch.logit_rows)
+        decoder.note_choices(routes)
         return self._buffers["logits"][: len(batch.logit_rows)]
 
     def keep_inputs(self, tokens: int) -> None:

@@ -17,7 +17,7 @@ from mer.streaming.trace import writing
 
 # The decoder's methods that are spans. With the streamer's `forward` ('experts') they are all of a step that
 # is not Python; embedding the tokens, some microseconds of numpy, counts as Python.
-_CALLS: Final = ("begin", "attend", "mix", "feed", "route", "predict", "finish", "logits")
+_CALLS: Final = ("begin", "attend", "mix", "feed", "mixture", "route", "predict", "finish", "logits")
 _READS: Final = ("read", "read ahead")
 _NESTED: Final = ("compute", "wait for reads")
 _STEPS, _READING = 1, 2  # the rows of the picture

@@ -46,7 +46,7 @@ ranges device_memory, pinned, registered;
 std::set<stream *> streams;
 std::set<event *> events;
 std::set<void *> modules;
-long fail_alloc, fail_after, once_after, launches, copied_in, copied_out;
+long fail_alloc, fail_after, once_after, launches, copied_in, copied_out, copies, waits;
 int sticky, failing, once;
 thread_local int current = -1;
 stream default_stream;
@@ -291,6 +291,7 @@ API cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, stream *s)
     ENTER()
     if (!reachable(to, bytes)) return INVALID_VALUE;
     copied_in += (long)bytes;
+    copies++;
     return submit(s, [=] { memcpy((void *)to, from, bytes); });
 }
 
@@ -298,6 +299,7 @@ API cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, stream *s) {
     ENTER()
     if (!reachable(from, bytes)) return INVALID_VALUE;
     copied_out += (long)bytes;
+    copies++;
     return submit(s, [=] { memcpy(to, (const void *)from, bytes); });
 }
 
@@ -331,6 +333,7 @@ API cuStreamDestroy_v2(stream *s) {
 API cuStreamSynchronize(stream *s) {
     ENTER()
     if (!known(s)) return INVALID_HANDLE;
+    waits++;
     drain(s ? s : &default_stream);
     return sticky;
 }
@@ -381,6 +384,7 @@ API cuEventQuery(event *e) {
 API cuEventSynchronize(event *e) {
     ENTER()
     if (!events.count(e)) return INVALID_HANDLE;
+    waits++;
     if (e->last) finish(e->last);
     return sticky;
 }
@@ -467,7 +471,7 @@ extern "C" void mer_fake_reset(void) {
     deferred = false;
     vram = default_vram();
     taken = 0;
-    fail_alloc = fail_after = once_after = launches = copied_in = copied_out = 0;
+    fail_alloc = fail_after = once_after = launches = copied_in = copied_out = copies = waits = 0;
     sticky = 0;
 }
 
@@ -500,11 +504,11 @@ extern "C" void mer_fake_defer(int yes) {
 }
 
 /* Allocations of the device, their bytes, pinned allocations, registered ranges, streams, events, modules (all: now);
- * launches, bytes copied to the device, bytes copied from it (since mer_fake_reset()). */
-extern "C" void mer_fake_counts(long out[10]) {
+ * launches, bytes copied to the device, bytes copied from it, copies, waits for the device (since mer_fake_reset()). */
+extern "C" void mer_fake_counts(long out[12]) {
     const std::lock_guard<std::recursive_mutex> guard(lock);
-    const long counts[10] = {(long)device_memory.size(), (long)used,           (long)pinned.size(), (long)registered.size(),
+    const long counts[12] = {(long)device_memory.size(), (long)used,           (long)pinned.size(), (long)registered.size(),
                              (long)streams.size(),       (long)events.size(),  (long)modules.size(), launches,
-                             copied_in,                  copied_out};
+                             copied_in,                  copied_out,           copies,              waits};
     memcpy(out, counts, sizeof counts);
 }

@@ -9,12 +9,14 @@
 #endif
 
 #define MER_GPU_JOIN_THREADS 512
+#define MER_GPU_MOST_GROUPS 32 /* of a router's experts */
 #define MER_GPU_QUERIES 8 /* rows of a tile of attention: queries of one key's heads */
 
 /* The end of one block of a layer and the beginning of the next; pointers may be 0. */
 typedef struct {
     uint64_t x;           /* [tokens, hidden], += scale * y, then *= layer_scale[0] */
     uint64_t y;           /* [tokens, hidden] what the block gave; 0: nothing is added */
+    uint64_t places, weights; /* i32, f32 [tokens, top_k]; not 0: y has rows of experts, whose weighted sum the block gave */
     uint64_t shared;      /* [tokens, hidden], added to y before, */
     uint64_t shared_gate; /* times the sigmoid of [tokens] */
     uint64_t y_norm, shared_norm, out_norm; /* [hidden]: of y by itself, of shared by itself, of their sum */
@@ -25,7 +27,24 @@ typedef struct {
     uint64_t act_bytes;
     float scale, eps;
     int32_t hidden, layer_norm;      /* norm and norm2 have biases, behind their weights */
+    int32_t top_k;
 } mer_gpu_join;
+
+/* The router's choice for few tokens, in a layer all of whose experts are on the device, and what they are to do.
+ * Pairs of token and choice have rows in the order of experts, and of tokens. */
+typedef struct {
+    uint64_t logits;                         /* f32 [tokens, n_experts] */
+    uint64_t bias, expert_scale;             /* f32 [n_experts]; 0: none */
+    uint64_t experts;                        /* u64 [n_experts, 3]: where the weights of gate, up and down are */
+    uint64_t gate_bias, up_bias, down_bias;  /* f32 [n_experts, inter], the same, [n_experts, hidden]; 0: none */
+    uint64_t gate_rows, up_rows, out_rows;   /* f32 [pairs, inter], the same, [pairs, hidden] */
+    uint64_t ids;                            /* i32 [tokens, top_k], the host's */
+    uint64_t weights, places;                /* f32, i32 [tokens, top_k]: each pair's weight, and its row */
+    uint64_t index, products;                /* i32 [pairs]: each row's token; [3, n_products], the last ones of no token */
+    float scale, epsilon;
+    int32_t tokens, n_experts, top_k, n_groups, top_groups, group_best, sigmoid, normalise;
+    int32_t inter, hidden, n_products;
+} mer_gpu_choice;
 
 /* Between projections and attention. */
 typedef struct {

@@ -78,6 +78,18 @@ INLINE void norm_of_x(const mer_gpu_join &j, const float *x, float *row, float *
     }
 }
 
+/* row = the sum of a token's experts in the router's order, each row of y times its weight. */
+INLINE void sum_experts(const mer_gpu_join &j, float *row, long t) {
+    const int32_t *const places = (const int32_t *)j.places + t * j.top_k;
+    const float *const weights = (const float *)j.weights + t * j.top_k;
+    for (int i = threadIdx.x; i < j.hidden; i += blockDim.x) {
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int k = 0; k < j.top_k; k++) sum += weights[k] * ((const float *)j.y)[(long)places[k] * j.hidden + i];
+        row[i] = sum;
+    }
+}
+
 /* grid = (tokens), MER_GPU_JOIN_THREADS; dynamic shared memory: hidden floats. */
 MER_KERNEL_OF(MER_GPU_JOIN_THREADS, mer_join, mer_gpu_join j) {
     MER_DYNAMIC_SHARED(row);
@@ -92,7 +104,8 @@ MER_KERNEL_OF(MER_GPU_JOIN_THREADS, mer_join, mer_gpu_join j) {
             rms_norm_row(row, (const float *)j.shared_norm, n, j.eps, &slot);
             for (int i = threadIdx.x; i < n; i += blockDim.x) shared[i] = row[i];
         }
-        load_row(row, (const float *)j.y + t * n, n);
+        if (j.places) sum_experts(j, row, t);
+        else load_row(row, (const float *)j.y + t * n, n);
         if (j.y_norm) rms_norm_row(row, (const float *)j.y_norm, n, j.eps, &slot);
         if (shared) {
             const float gate = j.shared_gate ? sigmoid(((const float *)j.shared_gate)[t]) : 1.0f;

@@ -52,6 +52,7 @@ INLINE float norm_factor(const float *x, int n, float eps) { return 1.0f / sqrtf
 /* e^x for x <= 0. */
 INLINE float exp_below(float x) {
     const float magic = 0x1.8p23f;
+    if (x != x) return x; /* the bits of a GPU's own NaN would make a number of it below */
     if (x < -87.0f) x = -87.0f;
     const float shifted = x * 0x1.715476p+0f + magic;
     const float n = shifted - magic;
