@@ -4,6 +4,7 @@ The driver's library is opened at run time, so nothing of CUDA is needed to buil
 Cython modules `cimport` the class (see device.pxd) and call it without the GIL. The methods whose names end in `_py` are
 for tests and benchmarks; they check what they can.
 """
+cimport cython
 import numpy as np
 
 from libc.stdint cimport uint64_t, uintptr_t
@@ -240,6 +241,7 @@ cdef uintptr_t _address(array) except? 0:
     return array.ctypes.data
 
 
+@cython.no_gc_clear  # what it gives back belongs to the device
 cdef class Event:
     """A moment in a stream, with its time."""
 

@@ -3,6 +3,7 @@
 x goes to the device once a layer, with the lists of who is multiplied with what; the experts' rows are written by the
 device into the mixture's own memory, so the weighted sum finds them there. Weights are in the device's memory already.
 """
+cimport cython
 import numpy as np
 
 from libc.stdlib cimport calloc, free
@@ -76,6 +77,7 @@ def buffer_bytes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k,
     return [inputs, padded(acts), padded(pairs * inter * 4), padded(pairs * inter * 4), padded(mids), chosen]
 
 
+@cython.no_gc_clear  # what it gives back belongs to the device
 cdef class GpuMixture:
     """Computes experts of `mixture` on a device. Raises GpuError, GpuMemoryError where that can't be."""
 

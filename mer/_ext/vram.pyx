@@ -14,6 +14,7 @@ that nobody has wanted yet follow, one at a time, while the processor waits for 
 Nothing of that shows in a result: the device gives the same bytes. When the device fails, the tier is empty from then on, and
 what it was to compute is computed here.
 """
+cimport cython
 from libc.math cimport pow
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -76,6 +77,7 @@ cdef int64_t _bounces(int64_t slot_bytes):
     return max(<int64_t>2, min(<int64_t>MOST_BOUNCES, BOUNCE_BYTES // slot_bytes))
 
 
+@cython.no_gc_clear  # what it gives back belongs to the device
 cdef class VramTier:
     """Experts of a streamer in at most `nbytes` of a device's memory; fewer where it has not as much left.
 

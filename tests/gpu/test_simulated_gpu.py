@@ -132,4 +132,4 @@ def test_what_lives_is_counted(device: Device, simulator: Simulator) -> None:
     assert (now.registered, now.copied_in) == (before.registered + 1, before.copied_in + 100)
     device.unpin_py(array)
     device.free_py(at)
-    assert simulator.counts()._replace(copied_in=0) == before._replace(copied_in=0)
+    assert simulator.counts()._replace(copied_in=0, copies=0) == before._replace(copied_in=0, copies=0)
