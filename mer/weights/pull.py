@@ -44,6 +44,8 @@ _LARGE: Final = 4 << 20
 # Attempts in a row that bring nothing, where huggingface_hub makes none by itself, and the pause between.
 _TRIES: Final = 4
 _PAUSE_S: Final = 2.0
+# How long an attempt that has failed waits for what is on its way.
+_PARTING_S: Final = 10.0
 _PASSING: Final = (500, 502, 503, 504)
 # Room that is left on the device.
 _MARGIN: Final = 64 << 20
@@ -173,8 +175,10 @@ def _there(repository: Repository, remote: Remote) -> int:
     blob = hub.folder_of(repository.name.repo) / "blobs" / remote.etag
     if blob.exists() or (_snapshot(repository) / remote.name).exists():
         return remote.size
-    partial = _partial(blob)
-    return min(partial.stat().st_size, remote.size) if partial.exists() else 0
+    try:
+        return min(_partial(blob).stat().st_size, remote.size)
+    except FileNotFoundError:
+        return remote.size if blob.exists() else 0  # just now, maybe
 
 
 def _is_weights(name: str) -> bool:
@@ -266,7 +270,7 @@ def _fetch(repository: Repository, names: Sequence[str], progress: Progress) -> 
         todo.put(repository.files[name])
 
     def work() -> None:
-        while True:
+        while not tracker.stopped:
             try:
                 _fetch_file(repository, todo.get_nowait(), tracker)
                 done.put(None)
@@ -275,16 +279,24 @@ def _fetch(repository: Repository, names: Sequence[str], progress: Progress) -> 
             except BaseException as error:
                 done.put(error)
 
-    # Of threads that may be left behind: after Ctrl-C nobody waits for what is on its way.
-    for _ in range(min(_AT_ONCE, len(names))):
-        threading.Thread(target=work, daemon=True).start()
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(_AT_ONCE, len(names)))]
+    for thread in threads:
+        thread.start()
     try:
         with _explained(repository.name):
             for _ in names:
                 error = done.get()
                 if error is not None:
                     raise error
+    except HubError:
+        # They hold files that the next attempt in this process wants.
+        tracker.stopped = True
+        deadline = time.monotonic() + _PARTING_S
+        for thread in threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        raise
     finally:
+        # After Ctrl-C nobody waits for what is on its way.
         tracker.stopped = True
 
 

@@ -127,7 +127,8 @@ def _operation(each: _Operation) -> dict[str, Any]:
         events = f"With `stream`: events whose data is a {each.chunk.__name__}."
         if each.chunk in (answers.ChatCompletionChunk, answers.Completion):
             events += " The last one is `data: [DONE]`."
-        content[_EVENTS] = {"schema": {"type": "string", "description": events}}
+        # Without a type: for some readers it is that of the body, a string, for others that of an event.
+        content[_EVENTS] = {"schema": {"description": events}}
     responses = {"200": {"description": "The answer.", "content": content}}
     for status in each.errors if each.open else (401, *each.errors):
         responses[str(status)] = {
