@@ -158,8 +158,8 @@ cdef class GpuMixture:
         self.experts = <uint64_t *>(self.staging + self.x_bytes + self.index_bytes + self.products_bytes)
         self.device.check(self.device.pin(self.staging, inputs, &pointer), f"pinning {inputs} bytes")
         self.pinned_staging = True
-        self.device.check(self.device.pin(mixture.memory, mixture.scratch_bytes, &pointer),
-                          f"pinning {mixture.scratch_bytes} bytes")
+        self.device.check(self.device.pin(mixture.memory, mixture.memory_bytes, &pointer),
+                          f"pinning {mixture.memory_bytes} bytes")
         self.pinned_mixture = True
         self.out_rows = pointer + <uint64_t>(<char *>mixture.out_rows - <char *>mixture.memory)
 

@@ -31,7 +31,7 @@ ctypedef struct Ready:
 cdef class Mixture:
     cdef Kernels kernels
     cdef Pool pool
-    cdef readonly int64_t n_layers, n_experts, top_k, max_tokens, scratch_bytes
+    cdef readonly int64_t n_layers, n_experts, top_k, max_tokens, scratch_bytes, memory_bytes
     cdef LayerShape *layers
     cdef list biases                   # what the layers' biases point into
     cdef bint clamped, gelu_gate

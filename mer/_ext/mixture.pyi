@@ -14,6 +14,7 @@ class Mixture:
     top_k: int
     max_tokens: int
     scratch_bytes: int
+    memory_bytes: int  # of the one allocation that a device may write to
     def __init__(
         self,
         kernels: Kernels,

@@ -153,10 +153,10 @@ cdef class Mixture:
         self.kernels, self.pool = kernels, pool
         self.arrays = (None, None, None, None)
         self.n_layers, self.n_experts, self.top_k, self.max_tokens = layers.shape[0], n_experts, top_k, max_tokens
-        self.scratch_bytes = sum(sizes)
+        self.scratch_bytes = self.memory_bytes = sum(sizes)
         # Whole pages, since a device may be given access to them.
-        if posix_memalign(&self.memory, PAGE, <size_t>(self.scratch_bytes + PAGE - 1) // PAGE * PAGE):
-            raise MemoryError(f"no memory for {self.scratch_bytes} bytes of expert buffers")
+        if posix_memalign(&self.memory, PAGE, <size_t>(self.memory_bytes + PAGE - 1) // PAGE * PAGE):
+            raise MemoryError(f"no memory for {self.memory_bytes} bytes of expert buffers")
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         cdef char *memory = <char *>self.memory
         self.layers = <LayerShape *>(memory + <int64_t>starts[0])
