@@ -33,10 +33,10 @@ $(VENV)/built: $(VENV)/made $(SOURCES)
 	@PYTHONWARNINGS="ignore:Editable installation" $(PY) -m pip install --quiet --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/testable: $(VENV)/built pyproject.toml
-	@echo "==> installing what the tests compare with (transformers, torch, gguf, ...)"
+$(VENV)/testable: $(VENV)/made $(SOURCES)
+	@echo "==> building mer, and installing what the tests compare with (transformers, torch, gguf, ...)"
 	@PYTHONWARNINGS="ignore:Editable installation" $(PY) -m pip install --quiet --no-build-isolation --editable ".[test]"
-	@touch $@
+	@touch $(VENV)/built $@
 
 build: $(VENV)/built
 

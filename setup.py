@@ -90,6 +90,7 @@ def generate() -> None:
 
 generate()
 setup(
+    options={"build_ext": {"parallel": len(os.sched_getaffinity(0))}},
     ext_modules=cythonize(
         extensions(),
         nthreads=0,

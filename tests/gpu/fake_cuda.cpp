@@ -2,7 +2,8 @@
  *
  * A device's memory is the host's, of a size that the environment sets (MER_FAKE_VRAM, bytes; MER_FAKE_DEVICES, how
  * many). Every call is checked as the real driver would, or more strictly: a thread without a context, a pointer that
- * is not the device's, a copy beyond an allocation are errors. New memory is full of 0xa5.
+ * is not the device's, a copy beyond an allocation are errors. New memory is full of 0xa5, and no address of it is given
+ * twice: whoever still has one of a device that was lost, and gives it back late, gives back nothing of anybody else's.
  *
  * Copies and kernels happen at once, or, after mer_fake_defer(1), no sooner than somebody waits for them or asks an
  * event: then an order that no stream or event enforces is seldom the one that was hoped for. Faults are ordered by
@@ -116,6 +117,18 @@ void finish(const std::shared_ptr<record> &r) {
     while (!r->done && !r->on->waiting.empty()) run_one(r->on);
 }
 
+void *map_memory(size_t bytes) {
+    static uintptr_t next = (uintptr_t)1 << 44;
+    const size_t whole = (bytes + 4095) & ~(size_t)4095;
+    void *const at = mmap((void *)next, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+    if (at == MAP_FAILED) return nullptr;
+    next += whole;
+    memset(at, 0xa5, bytes);
+    return at;
+}
+
+void unmap_memory(uintptr_t at, size_t bytes) { munmap((void *)at, (bytes + 4095) & ~(size_t)4095); }
+
 int submit(stream *s, std::function<void()> work) {
     if (!known(s)) return INVALID_HANDLE;
     if (!s) s = &default_stream;
@@ -221,9 +234,8 @@ API cuMemAlloc_v2(uint64_t *p, size_t bytes) {
     const size_t whole = (bytes + 511) & ~(size_t)511;
     if (fail_alloc > 0 && --fail_alloc == 0) return OUT_OF_MEMORY;
     if (used + taken + whole > vram) return OUT_OF_MEMORY;
-    void *const at = aligned_alloc(512, whole);
+    void *const at = map_memory(whole);
     if (!at) return OUT_OF_MEMORY;
-    memset(at, 0xa5, whole);
     device_memory[(uintptr_t)at] = bytes;
     used += whole;
     *p = (uintptr_t)at;
@@ -237,9 +249,8 @@ API cuMemFree_v2(uint64_t p) {
     if (at == device_memory.end()) return INVALID_VALUE;
     drain_all();
     used -= (at->second + 511) & ~(size_t)511;
-    memset((void *)p, 0xdd, at->second);
+    unmap_memory(p, at->second);
     device_memory.erase(at);
-    free((void *)p);
     return sticky;
 }
 
@@ -463,7 +474,7 @@ extern "C" void mer_fake_reset(void) {
     const std::lock_guard<std::recursive_mutex> guard(lock);
     drain_all();
     if (sticky) {
-        for (const auto &each : device_memory) free((void *)each.first);
+        for (const auto &each : device_memory) unmap_memory(each.first, each.second);
         device_memory.clear();
         registered.clear();
         used = 0;
