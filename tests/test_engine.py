@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -301,6 +302,24 @@ async def test_close(model):
             await ask
     assert engine._runner.reader.closed
     assert not engine._worker._thread.is_alive()
+
+
+async def test_what_a_closed_engine_had_is_free_at_once(text_model):
+    """No garbage collection is needed: its memory is what the next one needs."""
+    gc.disable()
+    try:
+        engine = await Engine.open(text_model, context=128)
+        await engine.generate("as", params(max_tokens=3))
+        await engine.close()
+        forward = weakref.ref(engine._runner._forward)
+        del engine
+        for _ in range(500):  # the loop may still have the answer in its hands
+            if forward() is None:
+                break
+            await asyncio.sleep(0.01)
+        assert forward() is None
+    finally:
+        gc.enable()
 
 
 async def test_close_without_draining(model):

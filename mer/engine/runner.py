@@ -246,6 +246,8 @@ class Runner:
 
     def close(self) -> None:
         """Give the files back; no step may be under way."""
+        # What was called belongs to who has this one: a cycle, and all would stay until a garbage collection.
+        self.between_layers(lambda: None)
         if self.experts is not None:
             self.experts.end(used=self._step_s > 0)
         self.reader.close()
