@@ -110,10 +110,12 @@ def test_tokens_of_one_step_count_as_the_mean_over_their_orders(seed: int) -> No
     empty = trace_of(layers, experts, [])
     cache, model = cache_of(empty, slots), policy.NextUse(empty)
     owner: dict[int, int] = {}
+    last: list[list[np.ndarray]] = [[]] * layers
     for step in range(300):
         layer = step % layers
         rows = [
-            rng.choice(experts // 2, top_k, replace=False) + step // 20 % 7 for _ in range(rng.integers(1, 5))
+            rng.choice(experts // 2, top_k, replace=False) + step // 20 % 7
+            for _ in range(rng.choice([step // 30 % 4 + 1, rng.integers(1, 5)], p=[0.8, 0.2]))
         ]
         cache.visit_py(layer, np.array(rows, np.int32))
         before, ends = model._averages.copy(), []
@@ -124,9 +126,12 @@ def test_tokens_of_one_step_count_as_the_mean_over_their_orders(seed: int) -> No
                 model.visit(policy.Visit(True, 0, layer, row, np.zeros(top_k)))
             ends.append(model._averages.copy())
         model._averages[:] = np.mean(ends, axis=0)
-        if len(rows) > 1:
-            model._followed, model._uses = followed, uses
-            model._last.pop(layer)  # which follows which is not known
+        model._followed, model._uses = followed, uses
+        model._last.pop(layer)
+        if len(rows) == len(last[layer]):  # taken for the next tokens of the same requests
+            for row_before, row in zip(last[layer], rows, strict=True):
+                model._learn(layer, row_before, row)
+        last[layer] = rows
         model._chance[layer] = np.mean([model.chance(layer, row) for row in rows], axis=0)
         for expert in sorted({layer * experts + int(e) for row in rows for e in row}):
             found, slot = cache.acquire_py(expert)

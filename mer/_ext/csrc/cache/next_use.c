@@ -2,7 +2,8 @@
  * a token wants it. Of p three moving averages are kept, of a short, a middle and a long memory, and mixed; with that
  * is mixed what the next token chose when the experts chosen now were chosen before. (Replays of a recorded trace of
  * Qwen3-30B-A3B and of the bundled model's gain 0.6 to 3 % of all accesses by it. What gained nothing or little: the
- * router's weights, other rates, more averages, what the layer before chose.)
+ * router's weights, other rates, more averages, what the layer before chose; of several requests the chance that any
+ * of their tokens wants it, in place of p.)
  *
  * Waits change only when a layer has its turn. So a search needs no look at every expert: it goes to the layer whose
  * longest wait and distance are the most, and on to others only while they may hold something later.
@@ -33,8 +34,8 @@ struct next_use {
     double *alone, *following;   /* [n_experts] of one visit: the two chances */
     uint8_t *followed;           /* [n_layers, n_experts, n_experts] how often a token after i chose e */
     uint8_t *uses;               /* [n_layers, n_experts] of i, as far as it is known what followed */
-    int32_t *last;               /* [n_layers, n_experts] what the last token chose */
-    int64_t *n_last;             /* [n_layers] how many those are; 0: the last step had several tokens */
+    int32_t *last;               /* [n_layers, n_experts] what the tokens of the last step chose */
+    int64_t *n_last;             /* [n_layers] how many those are; 0: more than there is room for */
 };
 
 next_use *next_use_new(int64_t n_layers, int64_t n_experts) {
@@ -72,21 +73,28 @@ void next_use_free(next_use *p) {
     free(p);
 }
 
-/* One token chose ids[n] of the layer: they followed what the token before it chose. */
-static void learn(next_use *p, int64_t layer, const int32_t *ids, int64_t n) {
-    int32_t *const last = p->last + layer * p->n_experts;
-    for (int64_t i = 0; i < p->n_last[layer]; i++) {
-        uint8_t *const uses = &p->uses[layer * p->n_experts + last[i]];
-        uint8_t *const followed = p->followed + (layer * p->n_experts + last[i]) * p->n_experts;
+/* A token chose now[n] of the layer, and the one before it in its text before[n]. */
+static void learn(next_use *p, int64_t layer, const int32_t *before, const int32_t *now, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        uint8_t *const uses = &p->uses[layer * p->n_experts + before[i]];
+        uint8_t *const followed = p->followed + (layer * p->n_experts + before[i]) * p->n_experts;
         if (*uses == UINT8_MAX) { /* half of it is forgotten */
             *uses /= 2;
             for (int64_t e = 0; e < p->n_experts; e++) followed[e] /= 2;
         }
         *uses += 1;
-        for (int64_t k = 0; k < n; k++) followed[ids[k]] += 1;
+        for (int64_t k = 0; k < n; k++) followed[now[k]] += 1;
     }
-    memcpy(last, ids, (size_t)n * sizeof *last);
-    p->n_last[layer] = n;
+}
+
+/* A step of as many tokens as the one before it is taken for the next tokens of the same requests, in the same order.
+ * Where that is wrong, as when one has left and another come, a little noise is learnt. */
+static void learn_step(next_use *p, int64_t layer, const int32_t *ids, int64_t n, int64_t tokens) {
+    int32_t *const last = p->last + layer * p->n_experts;
+    if (p->n_last[layer] == n)
+        for (int64_t i = 0; i < n; i += n / tokens) learn(p, layer, last + i, ids + i, n / tokens);
+    p->n_last[layer] = n <= p->n_experts ? n : 0;
+    memcpy(last, ids, (size_t)p->n_last[layer] * sizeof *last);
 }
 
 /* In `following`: the chances by what followed the experts of this step. Once, at least, `alone` did. */
@@ -126,10 +134,7 @@ void next_use_visit(next_use *p, int64_t layer, const int32_t *ids, int64_t n, i
             p->alone[e] += MIX[a] * *average;
         }
     }
-    if (tokens == 1)
-        learn(p, layer, ids, n);
-    else
-        p->n_last[layer] = 0; /* of several tokens it is not known which follows which */
+    learn_step(p, layer, ids, n, tokens);
     follow(p, layer, n, tokens);
     for (int64_t e = 0; e < experts; e++)
         wait[e] = (double)p->n_layers * (1 / (ALONE * p->alone[e] + FOLLOWING * p->following[e]) - 1);
