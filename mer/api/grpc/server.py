@@ -31,6 +31,9 @@ _LOOK: Final = 1.0
 _PING_TIMEOUT: Final = 20.0
 # Clients may ping this often, also between calls; who does it more often is taken for a nuisance and cut off.
 _CLIENT_PING: Final = 5.0
+# Then a connection takes no new calls, and those that it has go on: a client that balances over addresses of
+# a name looks it up again only when a connection ends, and would not find who came later.
+_CONNECTION_AGE: Final = 300.0
 
 
 async def serve_grpc(
@@ -140,6 +143,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         ("grpc.http2.ping_timeout_ms", milliseconds(_PING_TIMEOUT)),
         ("grpc.http2.min_ping_interval_without_data_ms", milliseconds(_CLIENT_PING)),
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_connection_age_ms", milliseconds(_CONNECTION_AGE)),
         # Two servers on one port would share its connections without anybody noticing.
         ("grpc.so_reuseport", 0),
     ]
