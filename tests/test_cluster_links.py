@@ -26,6 +26,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 PROMPTS = [prompt(n) for n in (40, 5)]
 TOKEN = "0123456789abcdef0123"
 RAM = 400 << 20
+DELAY_S = 0.0005
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def expected(model):
 
 @pytest.fixture(scope="module")
 def network():
-    with Network(2, delay_s=0.0005, bits_per_s=1e9) as made:
+    with Network(2, delay_s=DELAY_S, bits_per_s=1e9) as made:
         yield made
 
 
@@ -98,9 +99,20 @@ async def again(engine):
     return await streams(engine, PROMPTS, PARAMS, 10, lambda: None)
 
 
-async def test_the_same_bytes_over_a_link(model, expected, network, secrets, nodes, monkeypatch):
+@pytest.fixture(params=[(0.0001, 25e9), (0.0005, 1e9), (0.005, 1e9)], ids=["near", "usual", "far"])
+def delay_s(request, network):
+    """Of one way; all links are so."""
+    delay, rate = request.param
+    for node in network.nodes:
+        network.shape(node, delay_s=delay, bits_per_s=rate)
+    yield delay
+    for node in network.nodes:
+        network.shape(node, delay_s=DELAY_S, bits_per_s=1e9)
+
+
+async def test_the_same_bytes_over_a_link(model, expected, network, secrets, nodes, delay_s, monkeypatch):
     monkeypatch.setattr(of_all, "PATIENCE_NS", int(LONG * 1e9))
-    assert network.round_trip(network.nodes[0]) >= 0.001
+    assert network.round_trip(network.nodes[0]) >= 2 * delay_s
     async with asking(model, secrets, *nodes) as engine:
         assert await again(engine) == expected
         assert engine.snapshot().peer_hits > 40
@@ -165,7 +177,7 @@ async def test_slowed(model, expected, network, secrets, nodes, monkeypatch):
                 assert time.monotonic() < end
                 assert await again(engine) == expected
         finally:
-            shape(delay_s=0.0005)
+            shape(delay_s=DELAY_S)
         before = metric(engine, "mer_peer_hits_total")
         while metric(engine, "mer_peer_hits_total") == before:
             assert time.monotonic() < end
