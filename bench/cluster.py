@@ -3,10 +3,12 @@
     python -m bench.cluster demo
     python -m bench.cluster /tmp/model --share 25% --tokens 64 --rounds 5 --json cluster.json
     python -m bench.cluster /tmp/model --nodes 1 --nodes 2 --nodes 4 --delay 0.5 --gbit 10
+    python -m bench.cluster /tmp/model --delay 1 --gbit 1 --expert-wire bf16 --drive 250
 
 Each node holds a share of the experts, the engine's among them; shards are processes of their own. With delay
 or rate each is in a network namespace behind a link like that (bench/links.py: root), in a memory control
-group of its own, with certificates and a token; else on the loopback address. One number of nodes after the
+group of its own, with certificates and a token; else on the loopback address. --drive has the engine read
+more slowly than this machine's drive could (root as well). One number of nodes after the
 other writes the same text in each round; figures are medians of the rounds, after one that is not counted. On
 one machine the nodes share its cores and its drive, so the figures say what the way costs, not what a second
 machine brings: give each --threads such that all of them fit. What a message costs is measured with one
@@ -29,7 +31,7 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -37,13 +39,14 @@ from attrs import asdict, define, frozen
 from rich.console import Console
 from rich.table import Table
 
-from bench.cgroups import MemoryGroup
+from bench.cgroups import MemoryGroup, SlowReads
 from bench.help import help_of
 from bench.links import LinkError, Network
 from mer import Engine, SamplingParams
 from mer._ext.cpus import usable_cpus
 from mer._ext.remote import Ask
 from mer.cli.common import model_argument
+from mer.config import ExpertWire
 from mer.engine.observer import Snapshot
 
 _WAIT_S = 120.0
@@ -294,12 +297,14 @@ async def measure(
     threads: int,
     prefetch: int | None = None,
     link: tuple[float | None, float | None] = (None, None),
+    wire: ExpertWire = "f32",
+    drive: int | None = None,
 ) -> dict[str, Any]:
-    """link: seconds of one way, and bits a second."""
+    """link: seconds of one way, and bits a second. drive: bytes/s; None: as many as there are."""
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     ids = [1 + i % 200 for i in range(prompt)]
     common: dict[str, Any] = {"cache_experts": share, "threads": threads, "prefix_cache": False}
-    common |= {"speculate": "off", "device": "cpu"}
+    common |= {"speculate": "off", "device": "cpu", "expert_wire": wire}
     common |= {} if prefetch is None else {"prefetch": prefetch}
     made, answers, costs, measured = [], set(), None, None
     async with AsyncExitStack() as stack:
@@ -318,6 +323,7 @@ async def measure(
             measured = where.network.round_trip(where.network.nodes[0], 20)
             relay = where.network.relay
         others = [*(each.pid for each in shards), *([relay] if relay is not None else [])]
+        slow = None if drive is None else stack.enter_context(SlowReads(model))
 
         def now(engine: Engine) -> Moment:
             used = sum(map(cpu_s, others))
@@ -329,11 +335,15 @@ async def measure(
             found = []
             async with Engine.open(model, **common, **asking) as engine:
                 await settle(engine)
+                if slow is not None:
+                    slow.limit(drive)
                 for number in range(rounds + 1):
                     before = now(engine)
                     answers.add((await engine.generate(ids, params)).token_ids)
                     if number:
                         found.append((before, now(engine)))
+                if slow is not None:
+                    slow.limit(None)
                 if n > 1 and costs is None:
                     costs = await asyncio.to_thread(message, engine, shards[0].pid, relay)
             made.append(summary(n, slots, prompt + tokens, found))
@@ -348,6 +358,8 @@ async def measure(
         "link": "loopback" if where.network is None else where.network.how,
         "delay_s": link[0] or 0.0,
         "bits_per_s": link[1] or 25e9,
+        "wire": wire,
+        "drive_bytes_per_s": drive,
         "packet_round_trip_s": measured,
         "message": None if costs is None else asdict(costs),
         "cores": usable_cpus(),
@@ -364,6 +376,9 @@ def table(result: dict[str, Any]) -> Table:
     link = result["link"]
     if link != "loopback":
         link += f", {1e3 * result['delay_s']:g} ms each way, {result['bits_per_s'] / 1e9:g} Gbit/s"
+    link += f"; {result['wire']}"
+    if result["drive_bytes_per_s"] is not None:
+        link += f"; drive {result['drive_bytes_per_s'] / 1e6:g} MB/s"
     shown = Table(title=f"{result['model']}: {result['prompt']} + {result['tokens']} tokens; {link}")
     names = ("nodes", "experts each", "tokens/s", "drive/token", "sent/token", "received/token", "by peers")
     for name in (*names, "asked twice", "wait/token"):
@@ -371,7 +386,8 @@ def table(result: dict[str, Any]) -> Table:
     for each in result["nodes"]:
         shown.add_row(
             f"{each['nodes']}", f"{each['experts_each']}", f"{each['tokens_per_s']:.1f}",
-            *(f"{each[name] / 1024:.1f} KiB" for name in ("drive_bytes", "sent_bytes", "received_bytes")),
+            f"{each['drive_bytes'] / 2**20:.1f} MiB",
+            *(f"{each[name] / 1024:.1f} KiB" for name in ("sent_bytes", "received_bytes")),
             f"{each['by_peers']:.1%}", f"{each['late']:.1%}", f"{1e3 * each['wait_s']:.2f} ms",
         )  # fmt: skip
     if (costs := result["message"]) is not None:
@@ -396,6 +412,8 @@ def table(result: dict[str, Any]) -> Table:
 @click.option("--prefetch", type=click.IntRange(0), help="As of mer serve.")
 @click.option("--delay", type=click.FloatRange(0), help="Of a link, one way, in ms.")
 @click.option("--gbit", type=click.FloatRange(0, min_open=True), help="Of a link, each way, in Gbit/s.")
+@click.option("--expert-wire", "wire", type=click.Choice(get_args(ExpertWire)), default="f32", help="Rows.")
+@click.option("--drive", type=click.FloatRange(1), help="What the engine may read, in MB/s.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Also write all figures there.")
 def main(
     model: Path,
@@ -408,15 +426,20 @@ def main(
     prefetch: int | None,
     delay: float | None,
     gbit: float | None,
+    wire: ExpertWire,
+    drive: float | None,
     out: Path | None,
 ) -> None:
     part = float(share.removesuffix("%")) / 100
     link = (None if delay is None else delay / 1e3, None if gbit is None else gbit * 1e9)
+    rate = None if drive is None else round(1e6 * drive)
     try:
-        result = asyncio.run(measure(model, nodes, part, prompt, tokens, rounds, threads, prefetch, link))
+        result = asyncio.run(
+            measure(model, nodes, part, prompt, tokens, rounds, threads, prefetch, link, wire, rate)
+        )
     except LinkError as error:
         raise click.ClickException(f"no links can be made here: {error}") from None
-    Console(width=110).print(table(result))
+    Console(width=120).print(table(result))
     if out is not None:
         out.write_text(json.dumps(result, indent=1))
 

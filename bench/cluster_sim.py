@@ -2,7 +2,7 @@
 
     python -m bench.cluster_sim                         table: where a remote expert beats the own drive
     python -m bench.cluster_sim --plot turn.png         the same as a picture (needs matplotlib)
-    python -m bench.cluster_sim --check a.json          beside what bench.cluster measured
+    python -m bench.cluster_sim --check a.json          beside what bench.cluster measured (with --plot, too)
     python -m bench.cluster_sim --nodes 64              DeepSeek-V3's shape, from 1 node to so many
 
 Assumptions:
@@ -23,7 +23,8 @@ Assumptions:
     and what carries packets there (`carry_s`) does as well: each thing that is done takes a core, of those
     that wait the first one gets it. Nothing else runs, and work does not slow other work down otherwise.
 With --check the costs of a message are those measured with nothing else to do; expert_s, dense_s and the
-drive's speed are those with which one node takes as long as was measured.
+drive's speed are those with which one node takes as long as was measured. Where the drive was throttled it is
+as quick as in the result before, and a token takes at least what its bytes take at the throttle's rate.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import statistics
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -44,9 +45,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.help import help_of
+from mer.config import ExpertWire
 
 # Of a request and an answer beside the rows: ids, counts, checksums, HTTP/2 and TLS. Bytes.
 _BESIDE = 150
+# Bytes of a number of a row.
+_NUMBER = {"f32": 4, "bf16": 2, "f16": 2}
 
 
 @frozen
@@ -69,6 +73,7 @@ class World:
     bits_per_s: float
     skew: float = 0.8
     carry_s: float = 0.0  # of a message one way, by a process that stands for the links
+    number_bytes: int = 4  # of a row on the wire: F32
     cores: int | None = None  # that all nodes share; None: each has its own
 
 
@@ -120,7 +125,7 @@ class Stations:
 
 def layer_s(world: World, local: int, remote: list[int], read: int) -> float:
     """Seconds of a layer's experts: `local` here, remote[i] at peer i, `read` from the drive."""
-    stations, row = Stations(world.cores), 4 * world.hidden
+    stations, row = Stations(world.cores), world.number_bytes * world.hidden
     do = stations.do
 
     def nothing(_: float) -> None:
@@ -211,12 +216,18 @@ def turn_over(world: World, experts: int = 1) -> float:
     return high
 
 
-def measured(result: dict[str, Any]) -> tuple[World, list[tuple[int, float, float]]]:
-    """The world of a result of bench.cluster, and (nodes, tokens/s measured, tokens/s simulated)."""
+def measured(
+    result: dict[str, Any], drive: float | None = None
+) -> tuple[World, list[tuple[int, float, float]]]:
+    """The world of a result of bench.cluster, and (nodes, tokens/s measured, tokens/s simulated).
+
+    drive: bytes/s of the drive where the result is of a throttled one.
+    """
     alone = [each for each in result["nodes"] if each["nodes"] == 1]  # before and after the others, say
     one = {name: statistics.mean(each[name] for each in alone) for name in alone[0]}
     costs = result["message"]
-    row = 8 * 2 * 4 * result["hidden"] / result["bits_per_s"]
+    number = _NUMBER[result["wire"]]
+    row = 8 * 2 * number * result["hidden"] / result["bits_per_s"]
     send, carry = costs["send_s"], costs["relay_cpu_s"] / 2
     serve = max(costs["shard_cpu_s"] - one["expert_s"], 0.0)
     known = send + serve + one["expert_s"] + 2 * (carry + result["delay_s"]) + row
@@ -227,12 +238,17 @@ def measured(result: dict[str, Any]) -> tuple[World, list[tuple[int, float, floa
         expert_bytes=result["expert_bytes"], dense_s=one["dense_s"], expert_s=one["expert_s"],
         send_s=send, take_s=take, serve_s=serve, ask_s=rest - take,
         drive_bytes_per_s=1e9, delay_s=result["delay_s"], bits_per_s=result["bits_per_s"],
-        carry_s=carry, cores=result["cores"],
+        carry_s=carry, cores=result["cores"], number_bytes=number,
     )  # fmt: skip
-    world = evolve(world, drive_bytes_per_s=_drive(world, one["from_drive"], 1 / one["tokens_per_s"]))
+    most = result["drive_bytes_per_s"]
+    if most is None or drive is None:
+        drive = _drive(world, one["from_drive"], 1 / one["tokens_per_s"])
+    world = evolve(world, drive_bytes_per_s=drive)
     found = []
     for each in result["nodes"]:
         seconds = token_s(world, (each["by_peers"], each["from_drive"]), each["nodes"] - 1)
+        if most is not None:  # a throttle counts over a while: time in which nothing is read is not lost
+            seconds = max(seconds, each["drive_bytes"] / most)
         found.append((each["nodes"], each["tokens_per_s"], 1 / seconds))
     return world, found
 
@@ -247,25 +263,52 @@ def _drive(world: World, read: float, seconds: float) -> float:
     return high
 
 
-def _check(console: Console, files: tuple[Path, ...]) -> None:
+def _check(console: Console, results: list[dict[str, Any]]) -> None:
     table = Table("link", "nodes", "measured", "simulated", "error", "here", "drive", "peers")
     table.title = "tokens/s, and ms of a token that were spent beside experts and waiting for drive and peers"
     errors = []
-    for file in files:
-        result = json.loads(file.read_text())
-        for (nodes, real, simulated), each in zip(measured(result)[1], result["nodes"], strict=True):
+    drive = None  # of the last result whose drive was not throttled
+    for result in results:
+        world, found = measured(result, drive)
+        drive = world.drive_bytes_per_s if result["drive_bytes_per_s"] is None else drive
+        for (nodes, real, simulated), each in zip(found, result["nodes"], strict=True):
             if nodes > 1:  # one node is what the figures of the world are taken from
                 errors.append(abs(simulated / real - 1))
-            link = f"{1e3 * result['delay_s']:g} ms, {result['bits_per_s'] / 1e9:g} Gbit/s"
             spent = (f"{1e3 * each[name]:.1f}" for name in ("dense_s", "io_wait_s", "wait_s"))
             error = f"{simulated / real - 1:+.0%}"
-            table.add_row(link, f"{nodes}", f"{real:.1f}", f"{simulated:.1f}", error, *spent)
+            table.add_row(_link(result), f"{nodes}", f"{real:.1f}", f"{simulated:.1f}", error, *spent)
     console.print(table)
     console.print(f"median error {statistics.median(errors):.0%}")
+    console.print(_trips(results))
 
 
-def _scale(console: Console, most: int, each: int) -> None:
-    world = DEEPSEEK_V3
+def _link(result: dict[str, Any]) -> str:
+    rate = result["drive_bytes_per_s"]
+    words = f"{1e3 * result['delay_s']:g} ms, {result['bits_per_s'] / 1e9:g} Gbit/s, {result['wire']}"
+    return words if rate is None else f"{words}, {rate / 1e6:g} MB/s"
+
+
+def _trips(results: list[dict[str, Any]]) -> Table:
+    """What messages cost is that of the first result; links are those of each."""
+    table = Table("link", "measured", "simulated", "error", "a drive as quick")
+    table.title = "one expert of one token at a peer, there and back, by what the first link's messages cost"
+    first = evolve(measured(results[0])[0], cores=None)
+    for result in results:
+        world = measured(result)[0]
+        seconds, names = result["message"]["trip_s"], ("delay_s", "bits_per_s", "number_bytes")
+        told = layer_s(evolve(first, **{name: getattr(world, name) for name in names}), 0, [1], 0)
+        ways = (f"{1e3 * seconds:.2f} ms", f"{1e3 * told:.2f} ms", f"{told / seconds - 1:+.0%}")
+        table.add_row(_link(result), *ways, f"{_as_quick(result) / 1e9:.2f} GB/s")
+    return table
+
+
+def _as_quick(result: dict[str, Any]) -> float:
+    """Bytes a second of a drive that has one expert as soon as the peer had it."""
+    world = measured(result)[0]
+    return world.expert_bytes / float(result["message"]["trip_s"] - world.expert_s)
+
+
+def _scale(console: Console, world: World, most: int, each: int) -> None:
     title = f"DeepSeek-V3's shape, {each} experts ({each * world.expert_bytes / 1e9:.0f} GB) a node"
     table = Table("nodes", "here", "at peers", "on the drive", "tokens/s", "against one", title=title)
     alone = 0.0
@@ -306,7 +349,8 @@ def _turn_table(console: Console, world: World) -> None:
     console.print(table)
 
 
-def _plot(world: World, path: Path) -> None:
+def _plot(world: World, results: list[dict[str, Any]], path: Path) -> None:
+    """results: measured ones, each a cross with the drive that is as quick."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -318,8 +362,13 @@ def _plot(world: World, path: Path) -> None:
         points = [(1e3 * delay, rates[i] / 1e9) for delay, rates in turns if rates[i] != float("inf")]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=f"drive {drive / 1e9:g} GB/s")
+    for result in results:
+        at = 1e3 * result["delay_s"], result["bits_per_s"] / 1e9
+        axes.plot(*at, "kx")
+        axes.annotate(f" {_as_quick(result) / 1e9:.1f} GB/s", at, fontsize=8, verticalalignment="bottom")
     axes.set(xscale="log", yscale="log", xlabel="delay of one way, ms", ylabel="Gbit/s")
-    axes.set_title("A peer is sooner than the drive above the line", fontsize=10)
+    title = "A peer is sooner than the drive above the line"
+    axes.set_title(f"{title}; crosses: measured, a drive as quick" if results else title, fontsize=9)
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
@@ -333,23 +382,37 @@ def _plot(world: World, path: Path) -> None:
 @click.option("--each", type=click.IntRange(1), default=1024, show_default=True, help="Experts of a node.")
 @click.option("--expert-mb", type=click.FloatRange(0, min_open=True), default=2.65, show_default=True)
 @click.option("--hidden", type=click.IntRange(1), default=2048, show_default=True)
+@click.option("--expert-wire", "wire", type=click.Choice(get_args(ExpertWire)), default="f32", help="Rows.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a PNG (needs matplotlib).")
 def main(
-    check: tuple[Path, ...], nodes: int | None, each: int, expert_mb: float, hidden: int, plot: Path | None
+    check: tuple[Path, ...],
+    nodes: int | None,
+    each: int,
+    expert_mb: float,
+    hidden: int,
+    wire: ExpertWire,
+    plot: Path | None,
 ) -> None:
     console = Console(width=110)
-    if check:
-        _check(console, check)
+    results = [json.loads(file.read_text()) for file in check]
+    if results:
+        _check(console, results)
     if nodes is not None:
-        _scale(console, nodes, each)
-    if check or nodes is not None:
+        _scale(console, evolve(DEEPSEEK_V3, number_bytes=_NUMBER[wire]), nodes, each)
+    if (results or nodes is not None) and plot is None:
         return
     size = round(1e6 * expert_mb)
     # An expert takes what its bytes take at 20 GB/s of one machine's memory.
-    world = evolve(DEEPSEEK_V3, expert_bytes=size, hidden=hidden, expert_s=size / 20e9)
+    world = evolve(
+        DEEPSEEK_V3,
+        expert_bytes=size,
+        hidden=hidden,
+        expert_s=size / 20e9,
+        number_bytes=_NUMBER[wire],
+    )
     _turn_table(console, world)
     if plot is not None:
-        _plot(world, plot)
+        _plot(world, results, plot)
 
 
 if __name__ == "__main__":

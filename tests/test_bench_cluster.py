@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from click.testing import CliRunner
 from engine_models import write_text_model
@@ -23,6 +24,8 @@ def test_one_node_against_two(tmp_path, monkeypatch):
         "8",
         "--rounds",
         "2",
+        "--expert-wire",
+        "bf16",
         "--json",
         str(tmp_path / "out"),
     ]
@@ -36,5 +39,10 @@ def test_one_node_against_two(tmp_path, monkeypatch):
     assert one["sent_bytes"] == one["received_bytes"] == one["by_peers"] == 0
     assert two["sent_bytes"] > 0 < two["received_bytes"]
     assert two["tokens_per_s"] > 0 < two["asks"]
+    assert found["wire"] == "bf16"
+    assert cluster_sim.measured(found)[0].number_bytes == 2
     assert found["message"]["trip_s"] > found["message"]["send_s"] > 0
     assert [nodes for nodes, *_ in cluster_sim.measured(found)[1]] == [1, 2]
+    done = CliRunner().invoke(cluster_sim.main, ["--check", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"0 ms, 25 Gbit/s, bf16 .* ms .*\+0%.* GB/s", done.output), "its own costs"

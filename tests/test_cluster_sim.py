@@ -57,6 +57,13 @@ def test_the_drive_of_one_node():
     assert found == pytest.approx(WORLD.drive_bytes_per_s, rel=1e-3)
 
 
+def test_half_as_wide_rows():
+    slow = evolve(WORLD, ask_s=0.0, delay_s=0.0, bits_per_s=8e6)
+    beside = 2 * 150e-6
+    assert layer_s(slow, 0, [1], 0) == pytest.approx(0.002 + 0.001 + beside)
+    assert layer_s(evolve(slow, number_bytes=2), 0, [1], 0) == pytest.approx(0.001 + 0.001 + beside)
+
+
 def test_where_it_turns():
     rate = turn_over(WORLD)
     assert rate == float("inf"), "10 ms of the link, 3 ms there: the drive needs 11"
@@ -75,5 +82,8 @@ def test_command():
     done = CliRunner().invoke(cluster_sim.main, ["--nodes", "2"])
     assert done.exit_code == 0, done.output
     assert "DeepSeek-V3" in done.output
-    done = CliRunner().invoke(cluster_sim.main, [])
-    assert "Mbit/s" in done.output
+    tables = [
+        CliRunner().invoke(cluster_sim.main, ["--expert-wire", wire]).output for wire in ("f32", "bf16")
+    ]
+    assert all("Mbit/s" in each for each in tables)
+    assert tables[0] != tables[1], "less goes over the wire"
