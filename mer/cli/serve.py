@@ -177,4 +177,6 @@ def _example(settings: ServerSettings, engine: Engine, url: str) -> str:
     words = ["curl", f"{url}/v1/{'chat/' if chat else ''}completions", "-H", "Content-Type: application/json"]
     if settings.api_keys:
         words += ["-H", "Authorization: Bearer KEY"]
+    if settings.tls_client_ca:
+        words += ["--cert", "CERT", "--key", "KEY"]
     return shlex.join([*words, "-d", json.dumps(body)])
