@@ -2,10 +2,12 @@
 
     python -m bench.speculative MODEL [--draft-model SMALL] [--ram 3GiB] [--cache-experts 25%]
 
-One engine for each way of drafting in one process, of which one computes at a time; each round begins with
-another. `wrong` is auto where whatever is drafted, by prompt lookup or an engine, is wrong, and says that it
-is sure: what the worst text could cost. `CPU` is the ratio by processor time, which says something on a busy
-machine, too. `late` is auto without what drafted tokens probably want being read before their step:
+One engine answers in all ways, so that all have the same memory and cache; each round takes them in another
+order. `again` is `off` once more: what it differs by is noise. The ratio is the median over the rounds of a
+way's speed by that of `off` in the same round, with its 95 % interval. `CPU` is the same by processor time,
+which says something on a busy machine, too. `wrong` is auto where whatever is drafted, by prompt lookup or an
+engine, is wrong, and says that it is sure: what the worst text could cost. `late` is auto without what
+drafted tokens probably want being read before their step:
 
     python -m bench.speculative --modes auto,late --cache-experts 25% --from-drive --rounds 12
 
@@ -20,18 +22,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
+import random
 import statistics
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 from unittest import mock
 
 import click
 import numpy as np
-from attrs import evolve
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +46,10 @@ from mer.config import Speculate
 from mer.demo import model_path
 from mer.engine import engine as engine_module
 from mer.engine.draft import DraftEngine
+from mer.engine.drafting import Drafting
+from mer.engine.likely import LikelyExperts
 from mer.engine.outputs import Result
+from mer.engine.speculation import Speculation
 from mer.engine.structure import Structure
 from mer.errors import MerError
 
@@ -92,8 +98,8 @@ GIVEN = {
 }
 TEXTS = HELD_OUT | {name: prompt for name, (prompt, _) in GIVEN.items()}
 
-# Ways beside those that an engine has.
-BESIDES = ("wrong", "late")
+# Ways beside those that an engine has, and what an engine that answers so is set to.
+BESIDES: dict[str, Speculate] = {"again": "off", "wrong": "auto", "late": "auto"}
 
 
 class Wrong:
@@ -143,7 +149,7 @@ class WrongEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def propose(self, sequences: Sequence[Any], lengths: list[int]) -> list[list[int]]:
+    def propose(self, sequences: Collection[Any], lengths: list[int]) -> list[list[int]]:
         found = self._engine.propose(sequences, lengths)
         return [[(token + 1) % self._vocab for token in draft] for draft in found]
 
@@ -160,22 +166,39 @@ def counting(length: int) -> dict[str, list[int]]:
     }
 
 
-async def opened(
-    stack: AsyncExitStack, path: Path, mode: str, drafts: dict[str, Any], settings: dict[str, Any]
-) -> Engine:
-    how: Any = "auto" if mode in BESIDES else mode
-    more = drafts if how in ("draft", "auto") else {}
-    engine = await stack.enter_async_context(
-        Engine.open(path, EngineConfig(**settings, **more, speculate=how))
-    )
-    if mode == "late":
-        engine._runner._likely = None
-    if mode == "wrong":
-        Wrong.vocab = engine.spec.vocab
+@frozen
+class Way:
+    """How an engine is to draft. Each has an experience of its own."""
+
+    speculate: Speculate
+    drafting: Drafting | None
+    likely: LikelyExperts | None
+
+    @classmethod
+    def of(cls, engine: Engine, mode: str) -> Way:
+        """engine: as it was opened, to draft in any way."""
+        speculate = BESIDES.get(mode) or cast(Speculate, mode)
+        if speculate == "off":
+            return cls(speculate, None, None)
         drafting = engine._drafting
         assert drafting is not None
-        drafting._engines = [WrongEngine(each, engine.spec.vocab) for each in drafting._engines]
-    return engine
+        engines: list[DraftEngine] = [] if speculate == "ngram" else list(drafting._engines)
+        if mode == "draft" and not engines:
+            raise click.ClickException("draft: there is nothing to draft with; see --draft-model and --modes")
+        if mode == "wrong":
+            engines = [WrongEngine(each, engine.spec.vocab) for each in engines]
+        experts = engine.spec.n_moe_layers * engine.spec.n_experts if engine.spec.router else 0
+        likely = None if mode == "late" else engine._runner._likely
+        return cls(speculate, Drafting(engines, Speculation(len(engines), experts)), likely)
+
+    async def take(self, engine: Engine) -> None:
+        """It answers so from now on; nothing is asked of it meanwhile."""
+
+        def change() -> None:
+            engine._worker._drafting, engine._runner._likely = self.drafting, self.likely
+
+        await asyncio.wrap_future(engine._worker.call(change))  # behind the last step's end
+        engine._speculate = self.speculate
 
 
 async def ask(
@@ -206,23 +229,24 @@ async def measure(
     """By prompt and mode, what each round gave. drafts: settings of those modes that use draft engines."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    async with AsyncExitStack() as stack:
-        engines = {mode: await opened(stack, path, mode, drafts, settings) for mode in modes}
+    turns = random.Random(0)
+    async with Engine.open(path, EngineConfig(**settings, **drafts)) as engine:
+        Wrong.vocab = engine.spec.vocab
+        ways = {mode: Way.of(engine, mode) for mode in modes}
         if from_drive:
             leave_page_cache(path)
-        prompts = counting(tokens) if engines["off"].tokenizer is None else TEXTS
-        for name, prompt in prompts.items():
+        tokenizer = engine.tokenizer
+        for name, prompt in (counting(tokens) if tokenizer is None else TEXTS).items():
             found[name] = {mode: [] for mode in modes}
             params, given = greedy, None
-            tokenizer = engines["off"].tokenizer
             if tokenizer is not None and name in GIVEN:
                 params = evolve(greedy, structure=Structure.choice([GIVEN[name][1]]))
                 given = tokenizer.encode(GIVEN[name][1], special=False)
             for number in range(rounds + 1):
                 answers: dict[str, Result] = {}
-                first = number % len(modes)
-                for mode in modes[first:] + modes[:first]:
-                    got = await ask(engines[mode], mode, prompt, params, given)
+                for mode in turns.sample(modes, len(modes)):
+                    await ways[mode].take(engine)
+                    got = await ask(engine, mode, prompt, params, given)
                     answers[mode] = got["result"]
                     if number:  # the first one fills the cache
                         found[name][mode].append(numbers(**got))
@@ -256,6 +280,14 @@ def numbers(result: Result, cpu_s: float) -> dict[str, Any]:
     }
 
 
+def ratio(runs: list[dict[str, Any]], plain: list[dict[str, Any]], key: str) -> tuple[float, float, float]:
+    """The median by that of plain answers of the same rounds, and its 95 % interval."""
+    each = sorted(run[key] / beside[key] for run, beside in zip(runs, plain, strict=True))
+    rank = math.floor(len(each) / 2 - 0.98 * math.sqrt(len(each)))
+    at = max(rank - 1, 0)
+    return statistics.median(each), each[at], each[-1 - at]
+
+
 def median(runs: list[dict[str, Any]], key: str) -> float:
     return float(statistics.median(run[key] for run in runs))
 
@@ -264,15 +296,15 @@ def median(runs: list[dict[str, Any]], key: str) -> float:
 @click.argument("model", type=click.Path(exists=True, path_type=Path), default=model_path())
 @click.option(
     "--modes",
-    default="off,ngram,draft,auto,wrong",
+    default="ngram,draft,auto,wrong",
     show_default=True,
-    help="Beside off, which is always measured. draft needs a head or a draft model.",
+    help="Beside off and again, which always are measured. draft needs a head or a draft model.",
 )
 @click.option("--draft-model", help="As mer run --draft-model; else the model's draft head, if it has one.")
 @click.option("--draft-head", type=click.Path(exists=True, path_type=Path), help="As mer run --draft-head.")
 @click.option("--tokens", default=128, show_default=True, help="Of an answer.")
 @click.option("--rounds", default=4, show_default=True, help="Answers of each kind.")
-@click.option("--ram", help="As mer run --ram, for each engine.")
+@click.option("--ram", help="As mer run --ram.")
 @click.option("--cache-experts", help="As mer run --cache-experts.")
 @click.option("--threads", type=int)
 @click.option("--from-drive", is_flag=True, help="Have the page cache let go of the model first.")
@@ -296,26 +328,26 @@ def main(
         raise click.BadParameter(f"no such mode: {', '.join(sorted(unknown))}", param_hint="--modes")
     named = {"draft_model": draft_model, "draft_head": draft_head}
     drafts = {name: value for name, value in named.items() if value is not None}
-    ways = ["off", *(mode for mode in asked if mode != "off")]
+    ways = ["off", "again", *(mode for mode in asked if mode not in ("off", "again"))]
     try:
         found = asyncio.run(measure(model, ways, tokens, rounds, drafts, from_drive=from_drive, **given))
     except MerError as error:
         raise click.ClickException(str(error)) from error
-    table = Table(
-        "prompt", "drafts", "tokens/s", "ratio", "CPU", "accepted", "tokens/pass", "read/token", "wait/token"
-    )
-    for name, by_mode in found.items():
-        plain, plain_cpu = (median(by_mode["off"], key) for key in ("tokens_per_s", "tokens_per_cpu_s"))
+    columns = "prompt, drafts, tokens/s, ratio, 95 %, CPU, accepted, tokens/pass, read/token, wait/token"
+    table = Table(*columns.split(", "))
+    whole = {mode: [run for by_mode in found.values() for run in by_mode[mode]] for mode in ways}
+    for name, by_mode in (found | {"all": whole}).items():
         for mode, runs in by_mode.items():
             drafted = sum(run["drafted"] for run in runs)
             accepted = sum(run["accepted"] for run in runs)
-            speed = median(runs, "tokens_per_s")
+            middle, least, most = ratio(runs, by_mode["off"], "tokens_per_s")
             table.add_row(
                 name if mode == "off" else "",
                 mode,
-                f"{speed:.1f}",
-                f"{speed / plain:.2f}",
-                f"{median(runs, 'tokens_per_cpu_s') / plain_cpu:.2f}",
+                f"{median(runs, 'tokens_per_s'):.1f}",
+                f"{middle:.3f}",
+                "" if mode == "off" else f"{least:.3f}-{most:.3f}",
+                f"{ratio(runs, by_mode['off'], 'tokens_per_cpu_s')[0]:.3f}",
                 f"{accepted / drafted:.0%} of {drafted / len(runs):.0f}" if drafted else "",
                 f"{median(runs, 'tokens_per_pass'):.2f}",
                 f"{median(runs, 'read_per_token') / 2**20:.2f} MiB",

@@ -361,8 +361,16 @@ def test_drafting_is_measured(tmp_path):
     found = json.loads(out.read_text())
     assert set(found) == set(speculative.TEXTS)
     assert all(run["tokens_per_s"] > 0 for modes in found.values() for runs in modes.values() for run in runs)
-    assert not any(run["drafted"] for modes in found.values() for run in modes["off"])
+    assert all(set(modes) == {"off", "again", "ngram", "draft", "auto", "wrong"} for modes in found.values())
+    assert not any(run["drafted"] for modes in found.values() for run in modes["off"] + modes["again"])
     assert not any(run["accepted"] for modes in found.values() for run in modes["wrong"])
+
+
+def test_speeds_are_compared_within_rounds():
+    plain = [{"speed": float(n)} for n in range(1, 101)]
+    assert speculative.ratio(plain, plain, "speed") == (1, 1, 1)
+    twice = [{"speed": run["speed"] * (2 + (n - 50) / 100)} for n, run in enumerate(plain)]
+    assert speculative.ratio(twice, plain, "speed") == pytest.approx((1.995, 1.89, 2.1))
 
 
 def test_reading_ahead_is_measured(tmp_path):

@@ -61,3 +61,17 @@ async def test_reads_for_drafts_are_counted_for_whom_they_are(tmp_path, monkeypa
         assert engine._runner.experts.streamer.stats()["prefetched_early"] > 0
         assert (one + other).prefetched == engine.stats.prefetched
         assert (one + other).bytes_read == engine.stats.bytes_read
+
+
+async def test_what_tokens_want_is_noted_for_drafts_alone(tmp_path, monkeypatch, always):
+    make(tmp_path, "qwen3_moe", num_experts_per_tok=3)
+    ids, learnt = prompt(6), []
+    learn = LikelyExperts.learn
+    monkeypatch.setattr(LikelyExperts, "learn", lambda self, *a: (learnt.append(1), learn(self, *a)))
+    async with opened(tmp_path, speculate="off") as reference:
+        (expected,) = await ask(reference, [ids], GREEDY)
+    for answer, drafts in (((), False), (expected.token_ids, True)):
+        tell(monkeypatch, {tuple(ids): answer}, wrong=5)
+        async with opened(tmp_path, speculate="ngram", cache_experts=3) as engine:
+            assert (await engine.generate(ids, GREEDY)).token_ids == expected.token_ids
+        assert bool(learnt) == drafts
