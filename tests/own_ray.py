@@ -59,10 +59,17 @@ class Cluster:
 
     def state(self) -> dict[str, Any]:
         """As `mer cluster status --json` tells it; {} while Ray has no answer."""
+        return json.loads(self._told("") or "{}")
+
+    def metrics(self) -> str:
+        """Where Ray tells them."""
+        return self._told("metrics").strip()
+
+    def _told(self, question: str) -> str:
         assert self.host.stdin is not None
-        self.host.stdin.write("\n")
+        self.host.stdin.write(f"{question}\n")
         self.host.stdin.flush()
-        return json.loads(_line(self.host, LONG) or "{}")
+        return _line(self.host, LONG)
 
     def until(self, condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
         end = time.monotonic() + LONG

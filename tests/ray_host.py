@@ -1,7 +1,8 @@
 """A Ray of its own, for tests: `python ray_host.py FOLDER`, FOLDER for whatever Ray writes.
 
 Its first line is where Ray listens. Then each line of its input is answered by what there is of the cluster,
-as JSON ({} where Ray can not tell now). All of Ray ends with it, and it ends when its input does.
+as JSON ({} where Ray can not tell now); the line `metrics` by where Prometheus asks for what Ray's dashboard
+shows. All of Ray ends with it, and it ends when its input does.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ def main(folder: str) -> None:
         logging_level="ERROR",
     )
     print(ray.get_runtime_context().gcs_address, flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line == "metrics\n":
+            (node,) = ray.nodes()
+            print(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", flush=True)
+            continue
         try:
             told = attrs.asdict(ray_cluster.state())
         except MerError:

@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from mer import SamplingParams
 from mer.v1 import inference_pb2 as pb
 from mer.v1 import inference_pb2_grpc as rpc
 
-ray = pytest.importorskip("ray", reason="has no wheel for this Python or this machine")
+ray = pytest.importorskip("ray", reason="Ray is not among what the tests install (docs/ray.md): it is large")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Ray's processes are looked at in /proc")
 
 NOTHING = {"nodes": 1, "shards": [], "status": "", "engines": []}
@@ -59,6 +60,13 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def empty() -> Iterator[Cluster]:
     """Nothing is up yet."""
+    with own_ray() as made:
+        yield made
+
+
+@pytest.fixture
+def lone() -> Iterator[Cluster]:
+    """As `empty`, for a test that ends what it starts: the process behind `state` knows one Serve alone."""
     with own_ray() as made:
         yield made
 
@@ -137,6 +145,32 @@ def test_no_ray_answers():
     assert f"no Ray answers at '127.0.0.1:{port}'" in done.stderr
 
 
+async def test_an_engine_is_added_where_requests_wait(lone, model):
+    """One that computes a request at a time, and always has four."""
+    http, rpcs = (address.rpartition(":")[2] for address in (lone.http, lone.grpc))
+    done = await asyncio.to_thread(
+        lone.run, "up", model, "--ram", "1GiB", "--replicas", 1, "--max-replicas", 2,
+        "--queue-seconds", 0.001, "--max-running", 1, "--served-model-name", "tiny",
+        "--port", http, "--grpc-port", rpcs,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+    async def asking() -> None:
+        while True:
+            await ask(lone, 200)
+
+    assert len((await asyncio.to_thread(lone.state))["engines"]) == 1
+    tasks = [asyncio.create_task(asking()) for _ in range(4)]
+    try:
+        await until(lone, lambda state: len(state["engines"]) == 2, "there is another one")
+    finally:
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert (await asyncio.to_thread(lone.run, "down")).returncode == 0
+    assert all(isinstance(each, asyncio.CancelledError) for each in ended), ended
+
+
 def test_what_can_not_be_opened(empty, model):
     """Nothing of it is left."""
     done = empty.run(
@@ -196,6 +230,23 @@ async def test_one_address(cluster, model):
     assert await asyncio.gather(*(ask(cluster) for _ in range(8))) == [want] * 8
     again = await asyncio.to_thread(cluster.run, "up", model, "--ram", "1GiB")
     assert "the cluster is up already" in again.stderr
+
+
+async def test_what_rays_dashboard_is_told(cluster):
+    """Of two shards and two engines."""
+    names = "shard_held", "shard_capacity", "running", "waiting", "queue_seconds", "peers"
+    url = await asyncio.to_thread(cluster.metrics)
+    end = time.monotonic() + LONG
+    found: dict[str, list[str]] = {}
+    while found.get("peers") != ["2.0"] * 2 or {len(values) for values in found.values()} != {2}:
+        assert time.monotonic() < end, found
+        await asyncio.sleep(0.5)
+        text = (await fetch(url)).text
+        found = {name: re.findall(rf"^ray_mer_{name}\{{.*\}} (\S+)$", text, re.MULTILINE) for name in names}
+    state = await asyncio.to_thread(cluster.state)
+    for name in ("held", "capacity"):
+        told = sorted(float(value) for value in found[f"shard_{name}"])
+        assert told == sorted(each[name] for each in state["shards"])
 
 
 async def test_grpc(cluster, model, stub):

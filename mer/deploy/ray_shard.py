@@ -6,10 +6,12 @@ import logging
 import os
 import threading
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
 import ray
+from ray.util.metrics import Gauge
 
 from mer.cluster.server import ShardServer, ShardSettings
 from mer.cluster.shard import Shard
@@ -19,8 +21,15 @@ from mer.weights.hub import locate
 
 _log = logging.getLogger("mer")
 
-# Seconds between two looks at whether it is well.
+# Seconds between two looks at whether it is well, and so many of them until Ray's dashboard is told again.
 _LOOK: Final = 0.5
+_LOOKS: Final = 4
+
+# What Ray's dashboard is told, as ray_mer_shard_NAME, of what `state` says.
+_GAUGES: Final = {
+    "held": "Experts that a shard has in memory",
+    "capacity": "Experts that a shard has room for",
+}
 
 
 class ShardActor:
@@ -59,9 +68,16 @@ class ShardActor:
 
     def _watch(self) -> None:
         """A shard whose files were changed under it ends, so that Ray starts it with the new ones."""
-        while not self._shard.failed:
+        gauges = {name: Gauge(f"mer_shard_{name}", text, ("shard",)) for name, text in _GAUGES.items()}
+        tags = {"shard": str(self._number)}
+        for look in count():
+            if self._shard.failed:
+                os._exit(1)
+            if look % _LOOKS == 0:
+                state = self.state()
+                for name, gauge in gauges.items():
+                    gauge.set(state[name], tags)
             time.sleep(_LOOK)
-        os._exit(1)
 
 
 def _tls(files: Certificates) -> dict[str, Path]:
