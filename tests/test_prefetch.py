@@ -7,6 +7,7 @@ import pytest
 from moe_model import EXPERTS, KERNELS, MAX_TOKENS, TOP_K, Model, Streamed, assert_idle, open_reader
 
 from mer._ext.cache import POLICIES, ExpertCache
+from mer._ext.recorder import KINDS, Recorder
 from mer.errors import DeviceReadError
 from mer.weights import formats
 
@@ -61,6 +62,22 @@ def test_a_right_guess_is_there_when_it_is_wanted(model: Model) -> None:
     assert stats["hits"] == stats["prefetched"] == stats["prefetch_used"] == (LAYERS - 1) * TOP_K
     used = {(layer, e) for layer in range(LAYERS) for e in model.inputs(layer, 1, 0)[1][0].tolist()}
     assert stats["bytes_read"] == sum(model.length(layer * EXPERTS + e) for layer, e in used)
+
+
+@pytest.mark.parametrize(("tokens", "after"), [(1, True), (2, False), (MAX_TOKENS, False)])
+def test_a_token_waits_for_its_own_reads_alone(model: Model, tokens: int, after: bool) -> None:
+    """Reads ahead begin when those of the layer are over; with more than one token right behind them."""
+    streamed, recorder = Streamed(model, prefetch=TOP_K), Recorder()
+    streamed.streamer.record(recorder)
+    with streamed.reader:
+        x, ids, weights = model.inputs(0, tokens)
+        streamed.forward(0, x, ids, weights, ids)
+        streamed.streamer.settle()
+    spans = recorder.take()
+    own, ahead = (spans[spans[:, 0] == KINDS.index(kind)] for kind in ("read", "read ahead"))
+    assert len(own) == len(np.unique(ids))
+    assert len(ahead) == TOP_K
+    assert (ahead[:, 2].min() >= own[:, 3].max()) == after
 
 
 def test_what_is_read_ahead_and_not_wanted_is_counted_as_unused(model: Model) -> None:

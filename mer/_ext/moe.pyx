@@ -1,10 +1,10 @@
 """Streams the experts that the router chose and multiplies them, with no barrier between the two.
 
-Tokens are grouped by expert, so an expert is read at most once and its weights pass the processor once per
-step. Experts in the cache are pinned first, then all missing ones are submitted as one batch of reads; what is
-resident is computed while they are under way, and each further expert as its reads complete. When a step needs
-more experts than the cache has slots, it goes on in waves: one slot is enough. Behind the reads of a layer come
-those that the next layer will probably ask for.
+Tokens are grouped by expert, so an expert is read at most once and its weights pass the processor once per step.
+Experts in the cache are pinned first, then all missing ones are submitted as one batch of reads; what is resident is
+computed while they are under way, and each further expert as its reads complete. When a step needs more experts than
+the cache has slots, it goes on in waves: one slot is enough. When the reads of a layer are over come those that the
+next layer will probably ask for; with more than one token right behind.
 
 The result does not depend on any of that: see mixture.pyx, which has the arithmetic.
 """
@@ -379,11 +379,12 @@ cdef class ExpertStreamer:
                     self.remote.forgo(each.key - base)
                 under_way[each.state] += 1
             if self.n_ops > submitted:
-                if asked_drive == 0:
-                    asked_drive = now()
+                asked_drive = asked_drive or now()
                 self.reader.submit(&self.ops[submitted], self.n_ops - submitted)
                 submitted = self.n_ops
-            if self.ahead is not NULL and not under_way[WAITING] and not under_way[BUSY] and self.failed is NULL:
+            # What the device does meanwhile delays the layer's own reads; but who computes many tokens looks too rarely.
+            if (self.ahead is not NULL and self.failed is NULL and not under_way[WAITING] and not under_way[BUSY]
+                    and (not under_way[LOADING] or self.mixture.tokens > 1)):
                 self.prefetcher.look_ahead(base + self.n_experts, self.ahead, self.mixture.tokens)
                 self.ahead = NULL
             if self.remote is not None and asked_drive and not under_way[LOADING]:
