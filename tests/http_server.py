@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,21 @@ PATIENCE = 180
 
 
 class Server:
-    """A running `mer serve`: its URL, its process, what it wrote to standard error."""
+    """A running `mer serve`: its URL, its process, what it wrote to standard error.
 
-    def __init__(self, model: Path | str, *options: object, **environment: str) -> None:
+    join: called in the process before all else, to enter a control group for instance.
+    """
+
+    def __init__(
+        self,
+        model: Path | str,
+        *options: object,
+        join: Callable[[], None] | None = None,
+        **environment: str,
+    ) -> None:
         grpc = [] if "--grpc-port" in options else ["--no-grpc"]
         self.process = subprocess.Popen(
-            [*SERVE, str(model), "--port", "0", *grpc, *map(str, options)],
+            [*SERVE, str(model), "--port", "0", *grpc, *map(str, options)], preexec_fn=join,
             stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1", **environment},
         )  # fmt: skip
         self.lines: list[str] = []
@@ -75,8 +84,10 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path | str, *options: object, **environment: str) -> Iterator[Server]:
-    server = Server(model, *options, **environment)
+def serving(
+    model: Path | str, *options: object, join: Callable[[], None] | None = None, **environment: str
+) -> Iterator[Server]:
+    server = Server(model, *options, join=join, **environment)
     try:
         yield server
     finally:

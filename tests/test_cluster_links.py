@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import httpx
 import pytest
 import trustme
 from engine_models import answers, prompt, write_text_model
+from http_server import serving
 from prometheus_client.parser import text_string_to_metric_families
 from shards import LONG, Process, certificates, peers, shard, streams, until, with_peers
 
@@ -121,6 +124,32 @@ async def test_the_same_bytes_over_a_link(model, expected, network, secrets, nod
             assert metric(engine, "mer_peer_answers_total", each) > 10
             assert metric(engine, "mer_peer_failures_total", each) == 0
             assert metric(engine, "mer_peer_late_answers_total", each) == 0
+
+
+def test_a_server_that_is_a_node_as_well(model, network, secrets, nodes):
+    """With a control group of its own, of as much memory as it says it needs."""
+    body = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+
+    def ask(server):
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=LONG)
+        return answer.json()["choices"][0]["text"]
+
+    with serving(model) as alone:
+        text = ask(alone)
+    options = ["--ram", f"{RAM >> 20}MiB", "--cache-experts", "25%", "--peer-token", secrets / "token"]
+    options += [word for each in nodes for word in ("--peer", each.address)]
+    for part in ("cert", "key", "ca"):
+        options += [f"--peer-{part}", secrets / "engine" / part]
+    with MemoryGroup(RAM) as group, serving(model, *options, join=group.join) as server:
+        end, answered = time.monotonic() + LONG, set()
+        while len(answered) < len(nodes):
+            assert time.monotonic() < end
+            assert ask(server) == text
+            metrics = httpx.get(f"{server.url}/metrics", timeout=LONG).text
+            answered = set(re.findall(r'^mer_peer_answers_total{.*peer="(.+)"} [1-9]', metrics, re.M))
+        assert answered == {each.address for each in nodes}
+        assert str(server.process.pid) in (group.path / "cgroup.procs").read_text().split()
+        assert 0 < group.peak <= RAM
 
 
 async def test_cut_for_long(model, expected, network, secrets, nodes, monkeypatch):
