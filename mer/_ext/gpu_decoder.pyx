@@ -341,9 +341,10 @@ cdef class GpuDecoder(Decoder):
         owe(self, 0, 0, 0)
         with nogil:
             self.error = self.device.enter()
-            wait_for_all(self)
-            count(self, self.n_tokens)
-            stage(self, n_sequences)
+            if self.error == 0:
+                wait_for_all(self)
+                count(self, self.n_tokens)
+                stage(self, n_sequences)
         self.check("beginning a step")
 
     def attend(self, long index):
@@ -468,8 +469,9 @@ cdef class GpuDecoder(Decoder):
             return Decoder.hidden_states(self)
         with nogil:
             self.error = self.device.enter()
-            join(self, self.gpu_final_norm, 0, self.mapped(self.h), 0, 0, 0, 0)
-            wait_for_all(self)
+            if self.error == 0:
+                join(self, self.gpu_final_norm, 0, self.mapped(self.h), 0, 0, 0, 0)
+                wait_for_all(self)
         self.check("fetching hidden states")
         return self.n_tokens
 

@@ -151,7 +151,11 @@ void mer_device_close(mer_device *d) {
     free(d);
 }
 
-int mer_device_enter(mer_device *d) { return CALL(d, context_set(d->context)); }
+/* Of a lost device, too: its host memory and its events are still to be given back. */
+int mer_device_enter(mer_device *d) {
+    const int error = kept(d, d->fn->context_set(d->context));
+    return d->lost ? d->lost : error;
+}
 
 int mer_device_load(mer_device *d, const void *image) { return CALL(d, module_load(&d->module, image)); }
 
