@@ -12,6 +12,7 @@ import numpy as np
 
 from mer.errors import UnsupportedModelError
 from mer.model.families import Architecture
+from mer.model.families.rope import plain_frequencies
 from mer.model.gguf_metadata import NOT_WRITTEN, hyper_parameters
 from mer.model.gguf_recurrent import DELTA_PARTS, conv_form, delta_forms
 from mer.model.spec import AttentionSpec, DeltaSpec, LatentAttentionSpec, ModelSpec
@@ -229,7 +230,7 @@ def _frequency_factors(spec: ModelSpec) -> list[float]:
     if spec.family == "gemma4_text":  # of its global layers a part of each head turns
         rope = next(r for r, layer in zip(spec.ropes, spec.layers, strict=True) if layer.window is None)
         pairs = len(rope.inv_freq)
-        plain = np.float32(rope.theta) ** -(np.arange(pairs, dtype=np.float32) / np.float32(pairs))
+        plain = plain_frequencies(rope.theta, 2 * pairs, pairs)  # what is read is divided, too: 1 stays 1
         return [p / f if f > 1e-20 * p else 1e30 for p, f in zip(plain.tolist(), rope.inv_freq, strict=True)]
     if rope.scaling is None or rope.scaling.kind not in ("llama3", "factors"):
         return []

@@ -17,6 +17,16 @@ _MAX_HEAD = 1 << 16
 _TYPES = ("default", "linear", "dynamic", "llama3", "proportional", "longrope", "yarn")
 
 
+def plain_frequencies(theta: float, dim: int, pairs: int) -> NDArray[np.float32]:
+    """f32 [pairs]: theta ** (-2 i / dim), without any scaling.
+
+    Exponent and power are rounded to f32 first, as where the models were trained: far out it shows.
+    """
+    exponents = (np.arange(0, 2 * pairs, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
+    powers = (theta**exponents).astype(np.float32)
+    return np.float32(1.0) / powers
+
+
 class Rope:
     """The rotary parameters of a model."""
 
@@ -108,10 +118,7 @@ class Rope:
         theta = self.theta
         if self.type == "dynamic" and "alpha" in self._values and dim > 2:  # Hunyuan: stretched for good
             theta *= self._number("alpha") ** (dim / (dim - 2))
-        # Exponent and power are rounded to f32 first, as where the models were trained: far out it shows.
-        exponents = (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
-        powers = (theta**exponents).astype(np.float32)
-        frequencies = (np.float32(1.0) / powers).astype(np.float64)
+        frequencies = plain_frequencies(theta, dim, dim // 2).astype(np.float64)
         scale = 1.0
         scaling: RopeScaling | None = None
         if self.type == "linear":
@@ -163,10 +170,9 @@ class Rope:
     def _proportional(self, dim: int, interleaved: bool) -> RopeSpec:
         """Pairs span the whole head, the last of them do not turn."""
         turning = int(self._partial * dim // 2)
-        exponents = (np.arange(0, 2 * turning, 2, dtype=np.float32) / np.float32(dim)).astype(np.float64)
-        powers = (self.theta**exponents).astype(np.float32)
         frequencies = np.zeros(dim // 2, np.float32)
-        frequencies[:turning] = np.float32(1.0) / powers / np.float32(self._number("factor", 1.0))
+        turned = plain_frequencies(self.theta, dim, turning)
+        frequencies[:turning] = turned / np.float32(self._number("factor", 1.0))
         return RopeSpec(tuple(frequencies.tolist()), 1.0, interleaved, self.theta)
 
     def _llama3(self, frequencies: Array) -> Array:
