@@ -71,22 +71,6 @@ def test_any_extent_is_what_pread_says(reader: Reader, path: Path) -> None:
     assert reader.read(0, 0, SIZE) == path.read_bytes()
 
 
-def test_another_io_uring_wrapper_agrees(path: Path) -> None:
-    liburing = pytest.importorskip("liburing")
-    fd, want = os.open(path, os.O_RDONLY), bytearray(70_001)
-    ring = liburing.Ring()
-    liburing.io_uring_queue_init(4, ring)
-    try:
-        sqe = liburing.io_uring_get_sqe(ring)
-        liburing.io_uring_prep_read(sqe, fd, want, 12_345)
-        liburing.io_uring_submit_and_wait(ring, 1)
-    finally:
-        liburing.io_uring_queue_exit(ring)
-        os.close(fd)
-    with open_reader(path, "uring") as reader:
-        assert reader.read(0, 12_345, 70_001) == bytes(want)
-
-
 @pytest.mark.parametrize("shift", [0, 1, 4095])
 def test_read_into_places_of_any_alignment(reader: Reader, path: Path, shift: int) -> None:
     data = path.read_bytes()
