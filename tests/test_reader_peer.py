@@ -15,7 +15,7 @@ from mer.streaming.reader import Reader
 pytest.importorskip("liburing")
 BLOCK = 4096
 
-# By the package's own ring, through the page cache: it takes no aligned memory. Arguments: a file, offset, length.
+# By its own ring, through the page cache: it takes no aligned memory. Arguments: a file, offset, length.
 PEER = """
 import os, sys, liburing
 path, offset, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
