@@ -120,8 +120,10 @@ def write_gguf(model: torch.nn.Module, path: Path, *, shards=0, **more) -> Path:
 def _add_factors(writer: GGUFWriter, inv_freq: torch.Tensor, rope: dict) -> None:
     """What plain frequencies are to be divided by; what does not turn, by a huge number."""
     frequencies = inv_freq.numpy()
-    exponents = np.arange(len(frequencies), dtype=np.float32) / len(frequencies)
-    plain = (rope["rope_theta"] ** -exponents).astype(np.float32)
+    exponents = torch.arange(len(frequencies), dtype=torch.float32) / len(frequencies)
+    plain = (
+        1.0 / rope["rope_theta"] ** exponents
+    ).numpy()  # as transformers has them: what turns as usual gets 1
     factors = np.divide(plain, frequencies, out=np.full_like(plain, 1e30), where=frequencies > 0)
     writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
 
