@@ -118,6 +118,8 @@ INLINE void dots(const int n_tok, const vec *w, const int8_t *const *q, const in
             }
         UNROLL for (int t = 0; t < n_tok; t++)
             sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(pairs[t], one));
+        if (most < 4) /* else compilers keep products to add them up later, for which there are too few registers */
+            UNROLL for (int t = 0; t < n_tok; t++) __asm__("" : "+x"(sum[t]));
     }
 }
 
