@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import msgspec
@@ -14,8 +15,12 @@ from http_server import serving
 from pydantic import BaseModel
 from tool_models import PARAMETERS, write_tool_model
 
+from mer.api.conversation import Event
 from mer.api.http.anthropic import MessagesRequest
+from mer.api.http.responses import _Answer
 from mer.api.http.responses_types import ResponsesRequest
+from mer.engine.outputs import Delta, TokenLogprob
+from mer.model.pieces import Content, Reasoning
 
 TOOLS = [
     {"type": "function", "name": name, "description": "d", "parameters": PARAMETERS, "strict": True}
@@ -72,6 +77,7 @@ def test_text_is_the_answer_that_chat_completions_give(client):
         assert answer.usage.input_tokens == expected.usage.prompt_tokens
         assert answer.usage.output_tokens == 12
         assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+        assert (answer.id[:5], answer.output[0].id[:4]) == ("resp_", "msg_")
         assert (answer.store, answer.instructions, answer.previous_response_id) == (False, instructions, None)
     assert answer.usage.input_tokens_details.cached_tokens >= 0
 
@@ -137,8 +143,26 @@ def test_logprobs(client):
     include = ["message.output_text.logprobs"]
     answer = ask(client, max_output_tokens=6, include=include, top_logprobs=2, temperature=0)
     found = answer.output[0].content[0].logprobs
-    assert "".join(each.token for each in found)[:3] == answer.output_text[:3]
+    assert b"".join(bytes(each.bytes) for each in found).decode(errors="replace") == answer.output_text
     assert [len(each.top_logprobs) for each in found] == [2] * len(found)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [("hm", [Reasoning("hm")]), ("</t>", []), ("yes", [Content("yes")]), ("!", [Content("!")])],
+        [("h", [Reasoning("h")]), ("m</t>yes", [Reasoning("m"), Content("yes")]), ("!", [Content("!")])],
+    ],
+)
+def test_logprobs_behind_thoughts(batches):
+    """Those of the text alone, however many tokens come at a time; a token is a letter here."""
+    tokenizer = SimpleNamespace(token_bytes=lambda token: bytes([token]))
+    answer = _Answer(ResponsesRequest(input="?"), "small", SimpleNamespace(tokenizer=tokenizer))
+    for drawn, pieces in batches:
+        logprobs = tuple(TokenLogprob(ord(letter), letter, -1.0, ()) for letter in drawn)
+        answer.add(Event(0, Delta("", tuple(map(ord, drawn)), logprobs), pieces, None))
+    (_, message) = answer.response.output
+    assert "".join(each.token for each in message.content[0].logprobs) == message.content[0].text == "yes!"
 
 
 def test_thoughts_are_an_item(tmp_path):

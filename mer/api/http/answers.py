@@ -242,8 +242,8 @@ class Version(Struct):
 
 
 def new_id(prefix: str) -> str:
-    """A name for an answer: 'chatcmpl-...'."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    """A name for an answer: 'chatcmpl-...', 'resp_...'."""
+    return f"{prefix}{uuid.uuid4().hex}"
 
 
 def now() -> int:

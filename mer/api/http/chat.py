@@ -165,7 +165,7 @@ async def _whole(
     used = [answer.usage for answer in answers if answer.usage]
     call.used(used)
     choices = [answer.choice(i, bool(body.logprobs)) for i, answer in enumerate(answers)]
-    return json_response(ChatCompletion(new_id("chatcmpl"), now(), model, choices, UsageAnswer.of([used])))
+    return json_response(ChatCompletion(new_id("chatcmpl-"), now(), model, choices, UsageAnswer.of([used])))
 
 
 def _delta(piece: Piece) -> ChatDelta:
@@ -187,7 +187,7 @@ async def _chunks(
     events: AsyncGenerator[list[Event], None],
     call: Call,
 ) -> AsyncGenerator[bytes, None]:
-    id, created = new_id("chatcmpl"), now()
+    id, created = new_id("chatcmpl-"), now()
     wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     no_usage = None if wants_usage else UNSET
     used: list[Usage] = []

@@ -196,7 +196,7 @@ async def _whole(
         )
         choices.append(await _chosen(_Answer(work, i), whole))
     usage = work.usage([result.usage for result in results], call)
-    return Completion(new_id("cmpl"), now(), model, choices, usage)
+    return Completion(new_id("cmpl-"), now(), model, choices, usage)
 
 
 async def _chunks(
@@ -206,7 +206,7 @@ async def _chunks(
     batches: AsyncGenerator[list[tuple[int, Delta]], None],
     call: Call,
 ) -> AsyncGenerator[bytes, None]:
-    id, created = new_id("cmpl"), now()
+    id, created = new_id("cmpl-"), now()
     wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     no_usage = None if wants_usage else UNSET
     answers = [_Answer(work, i) for i in range(len(work.jobs))]

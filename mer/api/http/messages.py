@@ -229,7 +229,7 @@ class _Answer:
         self._shows_thoughts = (
             isinstance(thinking, ThinkingEnabled | ThinkingAdaptive) and thinking.display != "omitted"
         )
-        self.message = MessageAnswer(new_id("msg"), model, [], AnthropicUsage(len(prepared.prompt), 0))
+        self.message = MessageAnswer(new_id("msg_"), model, [], AnthropicUsage(len(prepared.prompt), 0))
         if body.context_management is not None:
             self.message.context_management = AppliedEdits([])
         self._arguments: dict[int, str] = {}

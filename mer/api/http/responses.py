@@ -212,7 +212,7 @@ class _Answer:
         if not text.get("format"):
             text["format"] = {"type": "text"}
         self.response = ResponseAnswer(
-            id=new_id("resp"),
+            id=new_id("resp_"),
             created_at=now(),
             model=model,
             output=[],
@@ -241,6 +241,8 @@ class _Answer:
         if event.delta.logprobs is not None:
             self._logprobs += chat_logprobs(self._engine, event.delta.logprobs)
         parts = [self._piece(piece) for piece in event.pieces]
+        if event.pieces and not isinstance(event.pieces[-1], Content):
+            self._logprobs.clear()  # thoughts and calls have none
         if event.finish_reason is not None:
             cut = event.finish_reason == "length"
             parts.append(self._close("incomplete" if cut else "completed"))
@@ -271,7 +273,7 @@ class _Answer:
             self._thought = self._tokens
             return begun + self._event("response.reasoning_text.delta", **self._at(0), delta=piece.text)
         if isinstance(piece, Content):
-            begun = b"" if isinstance(last, MessageItem) else self._open_message()
+            begun = b"" if isinstance(last, MessageItem) else self._open_message(piece.text)
             item = self.response.output[-1]
             assert isinstance(item, MessageItem)
             item.content[0].text += piece.text
@@ -284,7 +286,7 @@ class _Answer:
             closed = self._close("completed")
             space, tool = self._functions.get(piece.name, ("", None))
             name = tool.name if tool else piece.name
-            item = CallItem(new_id("fc"), piece.id, name, namespace=space or UNSET)
+            item = CallItem(new_id("fc_"), piece.id, name, namespace=space or UNSET)
             return closed + self._open(item)
         assert isinstance(last, CallItem)
         last.arguments += piece.text
@@ -292,19 +294,21 @@ class _Answer:
 
     def _open_reasoning(self) -> bytes:
         closed = self._close("completed")
-        item = ReasoningItem(new_id("rs"), [], [])
+        item = ReasoningItem(new_id("rs_"), [], [])
         opened = self._open(item)
         item.content.append(ReasoningTextAnswer(""))
         part = self._event("response.content_part.added", **self._at(0), part=item.content[0])
         return closed + opened + part
 
-    def _open_message(self) -> bytes:
+    def _open_message(self, text: str) -> bytes:
+        """text: what it begins with."""
+        if self.response.output:
+            self._logprobs = _since(self._logprobs, text.encode())
         closed = self._close("completed")
-        item = MessageItem(new_id("msg"), [])
+        item = MessageItem(new_id("msg_"), [])
         opened = self._open(item)
         item.content.append(OutputText("", [], []))
         part = self._event("response.content_part.added", **self._at(0), part=item.content[0])
-        self._logprobs.clear()  # those of what stood before it
         return closed + opened + part
 
     def _open(self, item: OutputItem) -> bytes:
@@ -347,6 +351,16 @@ class _Answer:
         made = sse.data({"type": kind, "sequence_number": self._sequence, **fields}, kind)
         self._sequence += 1
         return made
+
+
+def _since(logprobs: list[ContentLogprob], text: bytes) -> list[ContentLogprob]:
+    """Those from the token on with which `text` begins: before it stood the tag that ended the thoughts."""
+    end = b""
+    for i in reversed(range(len(logprobs))):
+        end = bytes(logprobs[i].bytes) + end
+        if end.startswith(text):
+            return logprobs[i:]
+    return logprobs[-1:]
 
 
 async def _stream(
