@@ -186,7 +186,17 @@ async def test_structures_are_named_as_they_were_sent(model):
         for param, value in bad.items():
             for path, asked in ((TEXT, {"prompt": "a"}), (CHAT, {"messages": HELLO})):
                 answer = await http.post(path, json={**asked, param: value})
-                assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+                error = answer.json()["error"]
+                assert (answer.status_code, error["param"]) == (400, param)
+                assert error["message"].startswith(f"{param}: ")
+        schema = {"name": "x", "schema": {"$ref": "#/$defs/none"}, "strict": True}
+        for path, asked, param in (
+            (CHAT, {"response_format": {"type": "json_schema", "json_schema": schema}}, "response_format"),
+            ("/v1/responses", {"text": {"format": {"type": "json_schema", **schema}}}, "text.format"),
+        ):
+            said = {"input": HELLO} if path == "/v1/responses" else {"messages": HELLO}
+            error = (await http.post(path, json=said | asked)).json()["error"]
+            assert (error["param"], error["message"].startswith(f"{param}: this JSON")) == (param, True)
 
 
 async def test_much_that_is_short_is_tokenized_without_holding_up_others(model, monkeypatch):

@@ -90,7 +90,10 @@ def api_error(error: BaseException, names: Mapping[str, str] | None = None) -> A
     if isinstance(error, RequestError):
         param = (names or {}).get(error.param or "", error.param)
         code = "context_length_exceeded" if isinstance(error, TooLongError) else "invalid_value"
-        return ApiError(400, str(error), param=param, code=code)
+        text = str(error)
+        if text.startswith(ours := f"{error.param}: "):
+            text = f"{param}: {text[len(ours) :]}"
+        return ApiError(400, text, param=param, code=code)
     if isinstance(error, AuthenticationError):
         return ApiError(
             401, str(error), code="invalid_api_key", headers={"WWW-Authenticate": 'Bearer realm="mer"'}
