@@ -190,6 +190,7 @@ async def test_a_second_signal(model):
             assert await asyncio.to_thread(server.ended) == 0
             assert await cut_off(call) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         assert any("1 requests are ended unfinished" in line for line in server.lines)
+        assert "Traceback" not in "".join(server.lines)
 
 
 async def test_the_options_of_mer_serve(model, tmp_path: Path):

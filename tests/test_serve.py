@@ -113,6 +113,7 @@ def test_what_does_not_end_in_time_is_ended(model, hurry):
         assert json.loads(events[-1])["error"]["code"] == "shutting_down"
         server.wait_for("1 requests are ended unfinished")
         assert server.ended() == 0
+        assert "Traceback" not in "".join(server.lines)
 
 
 def test_log_in_json_says_who_asked_what_but_not_the_prompt(model):

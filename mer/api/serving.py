@@ -190,7 +190,9 @@ async def _drain(service: Service, grpc: GrpcServer | None, now: asyncio.Event) 
     left = service.running + (grpc.running if grpc else 0)
     if left:
         _log.warning("%d requests are ended unfinished", left)
-    hurry.cancel()
     if grpc is not None:
         await grpc.stop(0)
-    idle.cancel()
+    for each in (hurry, idle):
+        each.cancel()
+    # Else asyncio logs that nobody asked how they ended.
+    await asyncio.gather(hurry, idle, return_exceptions=True)
