@@ -34,7 +34,7 @@ def test_a_minute_s_requests_may_come_at_once_and_then_one_by_one(clock):
     assert error.value.retry_after == pytest.approx(10)
     ask(access, "bob")
     clock.now += 9.9
-    with pytest.raises(RateLimitError):
+    with pytest.raises(RateLimitError, match="in 1 s"):  # as Retry-After says it
         ask(access, "ann")
     clock.now += 0.2
     ask(access, "ann")

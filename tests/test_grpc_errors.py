@@ -85,6 +85,7 @@ WRONG = [
     (chat("x", Params(top_k=1, min_p=2)), "params.min_p"),
     (chat("x" * 3000), "messages"),
     (pb.ChatRequest(messages=[Message(content="x")]), "messages[0].role"),
+    (pb.ChatRequest(messages=[Message(role="user"), Message(role="USER")]), "messages[1].role"),
     (pb.ChatRequest(messages=[Message(role="user")], template_variables="[1]"), "template_variables"),
     (pb.ChatRequest(messages=[Message(role="user")], template_variables="{"), "template_variables"),
     (pb.ChatRequest(messages=[Message(role="user")], template_variables="[" * 9999), "template_variables"),

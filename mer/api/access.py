@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -103,7 +104,8 @@ class Access:
             if account.tokens < 1:
                 wait = (1 - account.tokens) * 60 / self._rate
                 raise RateLimitError(
-                    f"{self._rate} requests a minute are allowed; try again in {wait:.0f} s", retry_after=wait
+                    f"{self._rate} requests a minute are allowed; try again in {math.ceil(wait)} s",
+                    retry_after=wait,
                 )
             account.tokens -= 1
         account.running += 1

@@ -45,6 +45,7 @@ _SPECULATE: Final[dict[int, str]] = {
     pb.SPECULATE_DRAFT: "draft",
     pb.SPECULATE_OFF: "off",
 }
+_ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 _CHOICES: Final[dict[int, Literal["auto", "none", "required"]]] = {
     pb.ToolChoice.MODE_UNSPECIFIED: "auto",
     pb.ToolChoice.MODE_AUTO: "auto",
@@ -177,8 +178,10 @@ def conversation(request: pb.ChatRequest | pb.TokenizeRequest, params: SamplingP
 
 def _message(given: pb.Message, index: int) -> dict[str, Any]:
     _refuse_unknown(given, f"messages[{index}].")
-    if not given.role:
-        raise RequestError(f"messages[{index}].role is missing", f"messages[{index}].role")
+    if given.role not in _ROLES:
+        where = f"messages[{index}].role"
+        wrong = f"is {given.role[:40]!r}" if given.role else "is missing"
+        raise RequestError(f"{where} {wrong}; it must be one of {', '.join(_ROLES)}", where)
     made: dict[str, Any] = {"role": given.role, "content": given.content}
     if given.reasoning:
         made["reasoning_content"] = given.reasoning
