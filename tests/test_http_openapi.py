@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 import hypothesis
 import pytest
 import schemathesis
@@ -48,3 +49,14 @@ def test_what_the_document_says(server, operation, mode):
         )
 
     check()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.label)
+def test_calls_by_another_name(server, operation):
+    """What is refused before anybody looks at the path is in the document as well."""
+    answer = httpx.request(
+        operation.method, server.url + operation.path, headers={"Host": "evil.example"}, timeout=PATIENCE
+    )
+    is_open = operation.path in ("/health", "/ready")
+    assert answer.status_code == (200 if is_open else 403)
+    assert str(answer.status_code) in operation.definition.raw["responses"]

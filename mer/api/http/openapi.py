@@ -79,6 +79,7 @@ _OPERATIONS: Final = [
 _REASONS: Final = {
     400: "A parameter that can't be used; `param` names it.",
     401: "No API key, or one that is not known.",
+    403: "The request calls a server on the loopback address by another name, or comes from a web page.",
     404: "No such model.",
     408: "The request's own `timeout` is over.",
     413: "The body is too large.",
@@ -130,7 +131,7 @@ def _operation(each: _Operation) -> dict[str, Any]:
         # Without a type: for some readers it is that of the body, a string, for others that of an event.
         content[_EVENTS] = {"schema": {"description": events}}
     responses = {"200": {"description": "The answer.", "content": content}}
-    for status in each.errors if each.open else (401, *each.errors):
+    for status in each.errors if each.open else (401, 403, *each.errors):
         responses[str(status)] = {
             "description": _REASONS[status],
             "content": {_JSON: {"schema": _ref(each.failure)}},
