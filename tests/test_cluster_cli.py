@@ -5,9 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
+from mer.cli import cluster
+from mer.cli.top import top
 from mer.deploy.plan import Certificates, Plan
 from mer.errors import ConfigError
 
@@ -41,6 +45,21 @@ def test_what_can_not_be(options, words):
     done = run("up", "demo", "--ram", "1GiB", *options)
     assert (done.returncode, done.stdout) == (1, "")
     assert words in done.stderr
+
+
+def test_status_says_how_engines_are_watched(monkeypatch):
+    """By a command that `mer top` takes, with the address of the gRPC API."""
+    engine = {
+        "replica": "one", "node": "10.0.0.1", "address": "127.0.0.1:7000", "url": "http://127.0.0.1:8000",
+        "running": 0, "waiting": 0, "queue_seconds": 0.0, "peers": 0, "pid": 1,
+    }  # fmt: skip
+    found = SimpleNamespace(nodes=1, status="RUNNING", shards=[], engines=[engine])
+    monkeypatch.setattr(cluster, "_connected", lambda _: SimpleNamespace(state=lambda: found))
+    printed = CliRunner().invoke(cluster.cluster, ["status"]).output.splitlines()
+    said = next(line for line in printed if "mer top" in line)
+    command, metrics = said.partition("mer top ")[2].split(", ")
+    assert top.make_context("top", command.split()).params["address"] == "127.0.0.1:7000"
+    assert metrics == "http://127.0.0.1:8000/metrics"
 
 
 GIVEN = {"model": "demo", "model_name": "demo", "shard_ram": 1, "ram": 1, "replicas": 1, "most_replicas": 1}

@@ -225,6 +225,9 @@ async def test_one_address(cluster, model):
     assert [each["address"].partition(":")[0] for each in state["shards"]] == ["127.0.0.1"] * 2
     for each in state["engines"]:
         assert "mer_requests_ended_total" in (await fetch(f"{each['url']}/metrics")).text
+        async with grpc.aio.insecure_channel(each["address"]) as channel:  # as `mer top` does
+            calls = rpc.InferenceStub(channel).Watch(pb.WatchRequest())
+            assert all(peer.held for peer in (await anext(aiter(calls))).peers)
     # The same beginning went to the same engine, which knew it already.
     assert sorted(each["prefix_hit_tokens"] > 100 for each in state["engines"]) == [False, True]
     assert await asyncio.gather(*(ask(cluster) for _ in range(8))) == [want] * 8

@@ -171,9 +171,8 @@ def status(as_json: bool, address: str) -> None:
             table.add_row(each["replica"], each["node"], *counts, str(each["peers"]), str(each["pid"]))
         console.print(table)
         for each in found.engines:
-            console.print(
-                f"{each['replica']} on {each['node']}: mer top --server {each['url']}", soft_wrap=True
-            )
+            watched = f"mer top {each['address']}, {each['url']}/metrics"
+            console.print(f"{each['replica']} on {each['node']}: {watched}", soft_wrap=True)
 
 
 @cluster.command()

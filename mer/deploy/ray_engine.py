@@ -164,6 +164,8 @@ class EngineReplica:
             "replica": serve.get_replica_context().replica_id.unique_id,
             "node": ray.util.get_node_ip_address(),
             "pid": os.getpid(),
+            # Both on the node's loopback address: of the gRPC API, for mer top, and of the HTTP API.
+            "address": f"127.0.0.1:{self._grpc.port}",
             "url": self._http.url,
             "running": now.running,
             "waiting": now.waiting,
