@@ -274,7 +274,8 @@ def message(engine: Engine, shard: int, relay: int | None, times: int = 1000) ->
             came.clear()
             start = time.perf_counter()
             far = time.monotonic_ns() + 10**10
-            if not peer.ask(Ask(0, far, layer, x, [expert], [1], np.zeros(1, np.int32))):
+            first, weight = np.zeros(1, np.int32), np.ones(1, np.float32)
+            if not peer.ask(Ask(0, far, layer, x, [expert], [1], first, weight)):
                 time.sleep(0.001)
                 continue
             sends.append(time.perf_counter() - start)

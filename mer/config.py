@@ -187,7 +187,7 @@ class EngineConfig:
     #: Other machines that hold experts in memory and compute them (`mer shard`): their addresses, HOST:PORT;
     #: dns:HOST:PORT are all addresses of a name, which is looked up again and again.
     peers: tuple[str, ...] = field(default=(), converter=_addresses)
-    #: To what each row is rounded that goes into a routed expert and comes out of it, wherever that is:
+    #: To what each row is rounded that goes into a routed expert, or comes out weighted, wherever that is:
     #: peers are sent, and send, half with 'bf16' and 'f16'. In 'f16' what is beyond 65504 is infinite.
     expert_wire: ExpertWire = field(default="f32", validator=_one_of(*get_args(ExpertWire)))
     #: A file with the token by which they let an engine in.

@@ -105,7 +105,7 @@ class Model:
                 y = product(fd, down, h[None])[0]
                 if self.biases:
                     y = y + self.biases[layer][2][e]
-                out[t] += weights[t, k] * rounded(y, self.wire)
+                out[t] += rounded(weights[t, k] * y, self.wire)
         return out
 
     def reference(

@@ -64,10 +64,10 @@ class Memory:
     def held(self) -> list[int]:
         return sorted(self.loaded)
 
-    def compute(self, layer, x, experts, until):
+    def compute(self, layer, x, experts, weights, until):
         if any(layer * EXPERTS + int(e) not in self.loaded for e in experts.ravel()):
             return None
-        return self.model.exact(KERNELS, layer, x, experts, np.ones((len(x), 1), np.float32))
+        return self.model.exact(KERNELS, layer, x, experts, weights)
 
     def load(self, count: int) -> None:
         for key in sorted(self.assigned - self.loaded)[:count]:

@@ -169,7 +169,7 @@ def test_what_is_no_request(model):
         x = np.ones((3, made.hidden[0]), np.float32)
 
         def rows(**changes):
-            good = make_rows(7, 0, x, [1, 4], [2, 1], np.array([0, 2, 1], np.int32))
+            good = make_rows(7, 0, x, [1, 4], [2, 1], np.array([0, 2, 1], np.int32), np.ones(3, np.float32))
             for name, value in changes.items():
                 if isinstance(value, list):
                     del getattr(good, name)[:]
@@ -192,6 +192,7 @@ def test_what_is_no_request(model):
             (rows(counts=[3, 0]), "do not fit"),
             (rows(counts=[], experts=[], tokens=[]), "do not fit"),
             (rows(tokens=[0, 2, 3]), "no rows of"),
+            (rows(weights=bytes(8)), "8 bytes of weights do not fit 3 tokens"),
             (rows(x=b"abc"), "no rows of"),
             (rows(x=bytes(4 * made.hidden[0] * 257)), "no rows of"),
             (rows(counts=[2, 400], tokens=[0] * 402), "at most 256"),
@@ -248,7 +249,7 @@ def test_what_was_asked_of_a_peer_that_is_closed(model, monkeypatch):
         peer.start()
         peer.wait_tried(LONG)
         x = np.ones((1, made.hidden[0]), np.float32)
-        assert peer.ask(Ask(1, 0, 0, x, [3], [1], np.zeros(1, np.int32)))
+        assert peer.ask(Ask(1, 0, 0, x, [3], [1], np.zeros(1, np.int32), np.ones(1, np.float32)))
         peer.close()
         assert told == [Answer(1, [3], None)]
         going.set()

@@ -40,7 +40,8 @@ WELCOME = pb.ComputeResponse(
     welcome=pb.Welcome(capacity=8, held=pb.Held(experts=range(EXPERTS), decides=True))
 )
 WIDTH = 32
-ASK = Ask(1, 0, 0, np.ones((3, WIDTH), np.float32), [1, 4], [2, 1], np.array([0, 2, 1], np.int32))
+WEIGHTS = np.array([0.5, 0.3, -2], np.float32)
+ASK = Ask(1, 0, 0, np.ones((3, WIDTH), np.float32), [1, 4], [2, 1], np.array([0, 2, 1], np.int32), WEIGHTS)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,8 @@ def test_a_shard_computes_what_was_asked_or_nothing(memory, request):
     """The right rows, or a status that says why; the same from a request that was damaged without harm."""
     memory.assign(range(EXPERTS))  # the last one may have been taken for an Assign
     memory.load(EXPERTS)
-    right = memory.compute(0, ASK.x[ASK.tokens], np.array([[1], [1], [4]], np.int32), inf).tobytes()
+    ids = np.array([[1], [1], [4]], np.int32)
+    right = memory.compute(0, ASK.x[ASK.tokens], ids, WEIGHTS[:, None], inf).tobytes()
     found = answers(memory, request)
     if found is not None and found.WhichOneof("kind") == "outputs" and found.outputs.rows:
         assert found.outputs.rows == right

@@ -175,7 +175,9 @@ def asked(wire: str, deadline: int = 1 << 62, tokens: int = 2) -> tuple[Session,
     assert session.begin(0.0).hello.wire == wire
     session.take(0.0, pb.ComputeResponse(welcome=WELCOME))
     x = np.ones((tokens, WIDTH), np.float32)
-    return session, session.ask(1.0, Ask(1, deadline, 0, x, [1], [tokens], np.arange(tokens, dtype=np.int32)))
+    weights = np.ones(tokens, np.float32)
+    ask = Ask(1, deadline, 0, x, [1], [tokens], np.arange(tokens, dtype=np.int32), weights)
+    return session, session.ask(1.0, ask)
 
 
 def test_half_goes_over_the_wire():
@@ -222,10 +224,11 @@ def test_a_shard_does_not_compute_what_nobody_wants(model):
             assert time.monotonic() < end
             time.sleep(0.01)
         x, ids = np.ones((1, shard.hidden[0]), np.float32), np.zeros((1, 1), np.int32)
-        right = shard.compute(0, x, ids)
-        assert shard.compute(0, x, ids, time.monotonic() + LONG).tobytes() == right.tobytes()
+        weights = np.ones((1, 1), np.float32)
+        right = shard.compute(0, x, ids, weights)
+        assert shard.compute(0, x, ids, weights, time.monotonic() + LONG).tobytes() == right.tobytes()
         with pytest.raises(LateError):
-            shard.compute(0, x, ids, time.monotonic() - 1e-9)
+            shard.compute(0, x, ids, weights, time.monotonic() - 1e-9)
 
 
 def test_messages_of_a_question_have_one_clock(mixture):
@@ -234,11 +237,11 @@ def test_messages_of_a_question_have_one_clock(mixture):
     memory, times = Memory(mixture, 8, RIGHT), []
     right = memory.compute
 
-    def compute(layer, x, experts, until):
+    def compute(layer, x, experts, weights, until):
         times.append(until)
         if len(times) == 2:
             raise LateError
-        return right(layer, x, experts, until)
+        return right(layer, x, experts, weights, until)
 
     memory.compute = compute
     memory.assign(range(8))
@@ -247,8 +250,9 @@ def test_messages_of_a_question_have_one_clock(mixture):
     for part, patience_ms in ((0, 5000), (1, 5000), (2, 5000), (0, 5000), (0, 0)):
         x = np.ones((1, WIDTH), np.float32)
         rows = make_rows(
-            len(requests), 0, x, [1], [1], np.zeros(1, np.int32), "bf16", part=part, patience_ms=patience_ms
-        )
+            len(requests), 0, x, [1], [1], np.zeros(1, np.int32), np.ones(1, np.float32), "bf16",
+            part=part, patience_ms=patience_ms,
+        )  # fmt: skip
         requests.append(pb.ComputeRequest(rows=rows))
     before = time.monotonic() + 5
     answers = [each.outputs for each in Service(memory, "").Compute(iter(requests), Context())][1:]

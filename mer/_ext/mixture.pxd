@@ -47,6 +47,7 @@ cdef class Mixture:
     cdef float *gate_rows              # [rows, inter]; silu(gate) * up replaces gate
     cdef float *up_rows                # [rows, inter]
     cdef float *out_rows               # [pairs, hidden]
+    cdef uint8_t *weighted             # [n_experts] whether its rows came with their weights
     cdef void *memory                  # the one allocation behind all of them
     cdef int64_t act_stride
     cdef int rounding                  # format of x and of the output rows, see round_to
@@ -82,7 +83,7 @@ cdef class Mixture:
     # x as an array, for other machines; what a row of it, or of outputs, takes there.
     cdef object input_rows(self)
     cdef int64_t row_bytes(self) noexcept nogil
-    # An expert's output rows as another machine sent them.
+    # An expert's output rows as another machine sent them: weighted.
     cdef void take_rows(self, int64_t expert, const uint8_t *data) noexcept nogil
     # On the pool: out of the rows of all experts.
     cdef void combine(self) noexcept nogil

@@ -86,7 +86,7 @@ cdef list _sizes(const int64_t[:, ::1] layers, int64_t n_experts, int64_t top_k,
     sizes = (
         layers.shape[0] * sizeof(LayerShape), n_experts * sizeof(Ready), (n_experts + 1) * 8, pairs * 8,
         pairs * sizeof(void *), rows * sizeof(void *), max_tokens * act, rows * mid, rows * inter * 4,
-        rows * inter * 4, pairs * hidden * 4,
+        rows * inter * 4, pairs * hidden * 4, n_experts,
     )
     return [(size + 63) // 64 * 64 for size in sizes]
 
@@ -170,6 +170,7 @@ cdef class Mixture:
         self.gate_rows = <float *>(memory + <int64_t>starts[8])
         self.up_rows = <float *>(memory + <int64_t>starts[9])
         self.out_rows = <float *>(memory + <int64_t>starts[10])
+        self.weighted = <uint8_t *>(memory + <int64_t>starts[11])
         for i in range(self.n_layers):
             self.layers[i] = LayerShape(<int>layers[i, 0], <int>layers[i, 1], <int>layers[i, 2], layers[i, 3],
                                         layers[i, 4], NULL, NULL, NULL)
@@ -185,8 +186,8 @@ cdef class Mixture:
         free(self.rounded)
 
     def round_to(self, int fmt):
-        """Round x, and the output row of each (token, choice) pair, to F16 or BF16 (fmt: a format's id), as `narrow`
-        does, so that they can go to another machine in as many bits and come back; F32: as they are.
+        """Round x, and the weighted output row of each (token, choice) pair, to F16 or BF16 (fmt: a format's id), as
+        `narrow` does, so that they can go to another machine in as many bits and come back; F32: as they are.
 
         Raises ValueError for another format.
         """
@@ -211,6 +212,7 @@ cdef class Mixture:
     cdef void take_rows(self, int64_t expert, const uint8_t *data) noexcept nogil:
         cdef int64_t count = self.count(expert) * self.shape.hidden
         cdef float *rows = self.out_rows + self.first[expert] * self.shape.hidden
+        self.weighted[expert] = 1
         if self.rounding == F32:
             memcpy(rows, data, count * 4)
         else:
@@ -230,6 +232,7 @@ cdef class Mixture:
         self.bind(x, ids, weights, out)
         if mer_group(self.ids, self.tokens, self.top_k, self.n_experts, self.first, self.position):
             raise ValueError(f"the ids of a token must be distinct and in 0..{self.n_experts - 1}")
+        memset(self.weighted, 0, self.n_experts)
         for i in range(self.tokens * self.top_k):
             self.act_pointers[self.position[i]] = self.acts + (i // self.top_k) * self.act_stride
         return 0
@@ -335,16 +338,22 @@ cdef class Mixture:
 
     cdef void combine_token(self, int64_t token) noexcept nogil:
         """out[t] = the sum over its choices, in the router's order, of weight * expert output."""
-        cdef int64_t hidden = self.shape.hidden, k, i
+        cdef int64_t hidden = self.shape.hidden, k, i, pair
         cdef float *out = self.out + token * hidden
         cdef float *row
         cdef float w
         memset(out, 0, hidden * sizeof(float))
         for k in range(self.top_k):
-            w = self.weights[token * self.top_k + k]
-            row = self.out_rows + self.position[token * self.top_k + k] * hidden
-            if self.rounding != F32:
+            pair = token * self.top_k + k
+            w = self.weights[pair]
+            row = self.out_rows + self.position[pair] * hidden
+            if self.weighted[self.ids[pair]]:
+                w = 1.0
+            elif self.rounding != F32:
+                for i in range(hidden):
+                    row[i] *= w
                 mer_round(self.rounding, row, hidden, row)
+                w = 1.0
             for i in range(hidden):
                 out[i] += w * row[i]
 

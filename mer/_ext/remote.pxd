@@ -23,7 +23,8 @@ cdef class RemoteTier:
     cdef uint8_t *came                 # [n_experts] whether its rows are there
     cdef uint8_t[256] left_out         # whether a peer (its number modulo 256) was, as slower, when it was last wanted
     cdef int32_t *token_of             # [pairs] the token of each sorted pair
-    cdef object tokens_view            # the same as an array
+    cdef float *weight_of              # [pairs] its weight
+    cdef object tokens_view, weights_view  # both as arrays
     cdef int64_t turn, base, n_asked, deadline
     cdef int64_t n_reads               # experts that the own drive is to read, as nobody has them
     cdef int64_t unread                # turns in a row in which it read none

@@ -1,7 +1,7 @@
 """The tier beside the own drive: experts in the memory of other machines, computed there.
 
-Activations go out, and an output row comes back for every (token, expert) pair; the rows are weighted and added here, in
-the same order as all others, so that where one was computed leaves no trace. Who carries them is given by `peers`, an
+Activations and weights go out, and a weighted output row comes back for every (token, expert) pair; the rows are added
+here, in the same order as all others, so that where one was computed leaves no trace. Who carries them is given by `peers`, an
 object with
 
     ask(peer, Ask) -> bool
@@ -60,12 +60,12 @@ cdef int64_t NEVER = 0x7fffffffffffffff
 
 _log = logging.getLogger("mer")
 
-Ask = namedtuple("Ask", "turn deadline layer x experts counts tokens")
+Ask = namedtuple("Ask", "turn deadline layer x experts counts tokens weights")
 
 
 def table_bytes(int64_t n_keys, int64_t n_experts, int64_t pairs):
     """Bytes of a tier's tables."""
-    return n_keys * 8 + n_experts * 6 + pairs * 4
+    return n_keys * 8 + n_experts * 6 + pairs * 8
 
 
 cdef class RemoteTier:
@@ -90,12 +90,14 @@ cdef class RemoteTier:
         self.wanted = <uint8_t *>calloc(self.n_experts, 1)
         self.came = <uint8_t *>calloc(self.n_experts, 1)
         self.token_of = <int32_t *>calloc(pairs, sizeof(int32_t))
+        self.weight_of = <float *>calloc(pairs, sizeof(float))
         if (self.holder is NULL or self.heat is NULL or self.asked is NULL or self.wanted is NULL or self.came is NULL
-                or self.token_of is NULL):
+                or self.token_of is NULL or self.weight_of is NULL):
             raise MemoryError("no memory for the tables of a tier on other machines")
         memset(self.holder, 0xff, n_keys * sizeof(int32_t))
         memset(self.asked, 0xff, self.n_experts * sizeof(int32_t))
         self.tokens_view = np.asarray(<int32_t[:pairs]>self.token_of)
+        self.weights_view = np.asarray(<float[:pairs]>self.weight_of)
 
     def __dealloc__(self):
         pthread_mutex_destroy(&self.lock)
@@ -106,6 +108,7 @@ cdef class RemoteTier:
         free(self.wanted)
         free(self.came)
         free(self.token_of)
+        free(self.weight_of)
 
     # On the thread that computes.
 
@@ -139,6 +142,7 @@ cdef class RemoteTier:
             return
         for i in range(self.mixture.tokens * self.mixture.top_k):
             self.token_of[self.mixture.position[i]] = <int32_t>(i // self.mixture.top_k)
+            self.weight_of[self.mixture.position[i]] = self.mixture.weights[i]
         with gil:
             try:
                 self.ask(layer, one_ns)
@@ -165,8 +169,10 @@ cdef class RemoteTier:
         self.deadline = now() + max(self.patience_ns, <int64_t>(one_ns * <double>self.n_asked))
         for peer, experts in by_peer.items():
             counts = [first[<int64_t>e + 1] - first[<int64_t>e] for e in experts]
-            parts = [self.tokens_view[first[<int64_t>e]:first[<int64_t>e + 1]] for e in experts]
-            wanted = Ask(self.turn, self.deadline, layer, x, experts, counts, np.concatenate(parts))
+            pairs = [slice(first[<int64_t>e], first[<int64_t>e + 1]) for e in experts]
+            tokens = np.concatenate([self.tokens_view[each] for each in pairs])
+            weights = np.concatenate([self.weights_view[each] for each in pairs])
+            wanted = Ask(self.turn, self.deadline, layer, x, experts, counts, tokens, weights)
             if peer in slower:
                 self.peers.probe(peer, wanted._replace(turn=0, deadline=NEVER))
                 self.skipped += len(experts)
@@ -273,8 +279,8 @@ cdef class RemoteTier:
     # On any thread.
 
     def answer(self, int64_t turn, int32_t peer, list experts, rows):
-        """rows: bytes of [sum of their counts, hidden], the outputs of `experts`, in the order of what was asked, in the
-        format to which the mixture rounds; None: they do not come.
+        """rows: bytes of [sum of their counts, hidden], the weighted outputs of `experts`, in the order of what was asked, in
+        the format to which the mixture rounds; None: they do not come.
         """
         self.inbox.append((turn, peer, experts, rows))
         pthread_mutex_lock(&self.lock)

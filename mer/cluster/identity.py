@@ -15,7 +15,7 @@ from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint
 from mer.weights.fingerprint import content_fingerprint
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 
 
 @frozen

@@ -169,13 +169,13 @@ class Service(rpc.ExpertServicer):
         self, rows: pb.Rows, wire: str, asked: float, context: grpc.ServicerContext
     ) -> pb.ComputeResponse:
         try:
-            x, experts = unpack(rows, self._shard.hidden, self._shard.n_experts, wire)
+            x, experts, weights = unpack(rows, self._shard.hidden, self._shard.n_experts, wire)
         except WireError as error:
             context.abort(grpc.StatusCode.DATA_LOSS, str(error))
         found, late = None, False
         try:
             until = asked + rows.patience_ms / 1e3 if rows.patience_ms else inf
-            found = self._shard.compute(rows.layer, x, experts, until)
+            found = self._shard.compute(rows.layer, x, experts, weights, until)
         except LateError:
             late = True
         data = b"" if found is None else narrow(WIRES[wire].id, found)

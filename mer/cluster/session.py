@@ -117,8 +117,8 @@ class Session:
             self._number += 1
             count = sum(parts)
             rows = make_rows(
-                self._number, ask.layer, ask.x, some, parts, ask.tokens[at : at + count], self._wire,
-                part=part, patience_ms=patience,
+                self._number, ask.layer, ask.x, some, parts, ask.tokens[at : at + count],
+                ask.weights[at : at + count], self._wire, part=part, patience_ms=patience,
             )  # fmt: skip
             asked.sizes[self._number] = count * width
             messages.append(self._sending(now, pb.ComputeRequest(rows=rows)))

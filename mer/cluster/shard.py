@@ -113,7 +113,6 @@ class Shard:
             self._unchanged.close()
             raise
         self.ram, self.capacity = ram, self._cache.n_slots
-        self._weights = np.ones((MOST_ROWS, 1), np.float32)
         self._assigned: frozenset[int] = frozenset()
         #: Whether it computes nothing any more, since its files were changed under it.
         self.failed = False
@@ -158,12 +157,17 @@ class Shard:
         return [int(key) for key in here if int(key) in self._assigned]
 
     def compute(
-        self, layer: int, x: NDArray[np.float32], experts: NDArray[np.int32], until: float = inf
+        self,
+        layer: int,
+        x: NDArray[np.float32],
+        experts: NDArray[np.int32],
+        weights: NDArray[np.float32],
+        until: float = inf,
     ) -> NDArray[np.float32] | None:
-        """f32 [pairs, hidden]: what each expert makes of its row of x; None: some are not in memory.
+        """f32 [pairs, hidden]: what each expert makes of its row of x, weighted. None: some are not here.
 
-        x f32 [pairs, hidden], experts i32 [pairs, 1], at most MOST_ROWS pairs. until: of the monotonic clock;
-        raises LateError where the turn of this comes later, behind what other engines want.
+        x f32 [pairs, hidden], experts i32 and weights f32 [pairs, 1], at most MOST_ROWS pairs. until: of the
+        monotonic clock; raises LateError where the turn of this comes later, behind what other engines want.
         """
         with self._lock:
             if time.monotonic() > until:
@@ -173,7 +177,7 @@ class Shard:
                 if key not in self._assigned or self._cache.state_py(key) != "resident":
                     return None
             out = np.empty_like(x)
-            self._streamer.forward(layer, x, experts, self._weights[: len(x)], out)
+            self._streamer.forward(layer, x, experts, weights, out)
             return out
 
     def _load(self) -> None:

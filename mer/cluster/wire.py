@@ -45,20 +45,25 @@ def make_rows(
     experts: Sequence[int],
     counts: Sequence[int],
     tokens: NDArray[np.int32],
+    weights: NDArray[np.float32],
     wire: ExpertWire = "f32",
     *,
     part: int = 0,
     patience_ms: int = 0,
 ) -> pb.Rows:
-    """A request for these rows, see the proto; x f32 [T, hidden], of which it has only what it needs."""
+    """A request for these rows, see the proto; x f32 [T, hidden], of which it has only what it needs.
+
+    tokens, weights: of each pair of a token and an expert.
+    """
     # Of few tokens numpy takes several times as long for this as plain Python.
     order: dict[int, int] = {}
     places = [order.setdefault(token, len(order)) for token in tokens.tolist()]
-    data = narrow(WIRES[wire].id, x[list(order)])
+    data, factors = narrow(WIRES[wire].id, x[list(order)]), weights.tobytes()
+    head = number & 0xFFFFFFFF, layer, part, patience_ms
     return pb.Rows(
         id=number, layer=layer, experts=experts, counts=counts, tokens=places, part=part,
-        patience_ms=patience_ms, x=data,
-        checksum=_checksum(data, number & 0xFFFFFFFF, layer, part, patience_ms, *experts, *counts, *places),
+        patience_ms=patience_ms, weights=factors, x=data,
+        checksum=_checksum(data, *head, *experts, *counts, *places, weights=factors),
     )  # fmt: skip
 
 
@@ -97,7 +102,7 @@ def rows_checksum(rows: pb.Rows) -> int:
 
 def _rows_checksum(rows: pb.Rows, experts: list[int], counts: list[int], tokens: list[int]) -> int:
     head = rows.id & 0xFFFFFFFF, rows.layer, rows.part, rows.patience_ms
-    return _checksum(rows.x, *head, *experts, *counts, *tokens)
+    return _checksum(rows.x, *head, *experts, *counts, *tokens, weights=rows.weights)
 
 
 def outputs_checksum(number: int, rows: bytes) -> int:
@@ -105,14 +110,14 @@ def outputs_checksum(number: int, rows: bytes) -> int:
     return _checksum(rows, number & 0xFFFFFFFF)
 
 
-def _checksum(rows: bytes, *head: int) -> int:
-    return crc32(rows, crc32(struct.pack(f"<{len(head)}I", *head)))
+def _checksum(rows: bytes, *head: int, weights: bytes = b"") -> int:
+    return crc32(rows, crc32(weights, crc32(struct.pack(f"<{len(head)}I", *head))))
 
 
 def unpack(
     rows: pb.Rows, hidden: Sequence[int], n_experts: int, wire: str = "f32"
-) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """(x f32 [pairs, hidden], the expert of each pair, i32 [pairs, 1]) of a request.
+) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
+    """(x f32 [pairs, hidden], the expert and the weight of each pair, i32 and f32 [pairs, 1]) of a request.
 
     hidden: of each layer. wire: what its rows are, of WIRES. Raises WireError for what can't be.
     """
@@ -129,10 +134,13 @@ def unpack(
         raise WireError(f"{len(experts)} experts with {len(counts)} counts do not fit {len(tokens)} tokens")
     if max(experts) >= n_experts:
         raise WireError(f"expert {max(experts)}: a layer has {n_experts}")
+    if len(rows.weights) != 4 * len(tokens):
+        raise WireError(f"{len(rows.weights)} bytes of weights do not fit {len(tokens)} tokens")
     data, width = rows.x, hidden[rows.layer]
     count, rest = divmod(len(data), WIRES[wire].block_bytes * width)
     if rest or count > MOST_ROWS or not tokens or max(tokens) >= count:
         raise WireError(f"{len(data)} bytes of activations are no rows of {width} for these tokens")
     x = widen(WIRES[wire].id, data, width)
     pairs = [expert for expert, times in zip(experts, counts, strict=True) for _ in range(times)]
-    return x if tokens == list(range(count)) else x[tokens], np.array(pairs, np.int32)[:, None]
+    weights = np.frombuffer(rows.weights, np.float32)[:, None]
+    return x if tokens == list(range(count)) else x[tokens], np.array(pairs, np.int32)[:, None], weights
