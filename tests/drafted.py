@@ -70,8 +70,12 @@ def always(monkeypatch):
                 for each in offers
             ]
 
+    def never(self) -> bool:
+        self.resting = False
+        return False
+
     monkeypatch.setattr(drafting, "Speculation", Always)
-    monkeypatch.setattr(drafting.Drafting, "rests", lambda self: False)
+    monkeypatch.setattr(drafting.Drafting, "rests", never)
     return made
 
 

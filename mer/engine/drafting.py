@@ -35,6 +35,8 @@ _BEHIND: Final = 4 * MOST_DRAFTED
 _PASSED: Final = 8
 # Of looks for nothing, each so-manieth step counts as one whose time is known: to count takes time, too.
 _PRICED: Final = 4
+# Plain steps of which Speculation is told at once, if nothing asks for it before.
+_UNTOLD: Final = 32
 # Steps that want nothing of what engines offer until they are left alone, and for how many.
 _PATIENCE: Final = 4
 _SLEEP: Final = 128
@@ -93,16 +95,16 @@ class Drafting:
         self._everybody = Acceptance(), Acceptance()  # of greedy answers and of drawn ones
         self._failed: set[DraftEngine] = set()
         self._listening = [True] * len(self._engines)  # whether each saw the last step's states
-        self._heard = True  # whether any did
+        self.listening = True  # whether any did: then `observe` wants to be called in each step
         self._nobody: list[int | None] = [None] * len(self._engines)
         self._verdicts: list[Verdict] = []  # of this step
         self._spent = 0.0  # on drafts, in this step
-        self._looked = 0.0  # seconds, in this step, for nothing; 0: there was something
+        self._pricing = 0.0  # seconds, to find out what the last look for nothing was worth
         self._looks = 0
         self._step = 0
         self._next = 0  # the step of the next look
-        self.resting = False  # whether this one goes by without
-        self._rests = 0  # such steps, since the last look
+        self.resting = False  # whether this one is plain, and `end_step` need not be told of it
+        self._rests = 0  # such steps of which Speculation was not told
         self._idle = 0  # looks in a row for which engines offered drafts, and nothing was wanted
         self._awake = 0  # the step from which they are asked again
 
@@ -113,8 +115,9 @@ class Drafting:
         steps later.
         """
         self._step += 1
-        self.resting = self._step < self._next
-        return self.resting
+        resting = self.resting = self._step < self._next
+        self._rests += resting
+        return resting
 
     def prepare(
         self, requests: list[Request], room: int, expect: Callable[[list[int]], None] = lambda _: None
@@ -127,27 +130,42 @@ class Drafting:
         began = time.perf_counter()
         found = self._prepare(requests, room, expect)
         if found is None:
-            self._looked = time.perf_counter() - began
-            self._spent += self._looked
+            self._found_nothing(began)
         return found
+
+    def _found_nothing(self, began: float) -> None:
+        """The look that began then: what it took says for how many steps there shall be none."""
+        speculation = self.speculation
+        if not self.listening and self._step >= self._awake - 1:
+            self.listening = any(speculation.affordable(1 + at) for at in range(len(self._engines)))
+        self.resting = self._looks % _PRICED != 0
+        self._rests += self.resting
+        now = time.perf_counter()
+        self._next = self._step + 1 + speculation.looked(now - began + self._pricing)
+        ended = time.perf_counter()
+        self._pricing = ended - now
+        if not self.resting:
+            self._spent += ended - began
 
     def _prepare(
         self, requests: list[Request], room: int, expect: Callable[[list[int]], None]
     ) -> list[list[int]] | None:
         self._looks += 1
+        if self._rests >= _UNTOLD:
+            self._tell()
         kinds = [self._look_up(request) for request in requests]
-        if self._step < self._awake and not self._hopeful(requests, kinds):
+        hopeful = self._hopeful(requests, kinds)
+        awake = self.listening and self._step >= self._awake
+        if not (hopeful or awake):
             return None
-        if self._rests:
-            self.speculation.rested(self._rests)
-            self._rests = 0
+        self._tell()
         if not self.speculation.ready(len(requests)):
             return None
-        behind = [self._all_behind(request) for request in requests]
         if not self.speculation.affordable(LOOKUP):
-            kinds = [-1] * len(requests)
-        asked = any(late != self._nobody for late in behind)
-        if not (asked or self._hopeful(requests, kinds)):
+            kinds, hopeful = [-1] * len(requests), False
+        behind = [self._all_behind(request) if awake else self._nobody for request in requests]
+        asked = awake and any(late != self._nobody for late in behind)
+        if not (asked or hopeful):
             return None
         offers = [
             Offer(
@@ -177,6 +195,11 @@ class Drafting:
         for at in range(len(self._engines) if asked else 0):
             self._ask(at, requests, behind, choices, found, expect)
         return found
+
+    def _tell(self) -> None:
+        if self._rests:
+            self.speculation.rested(self._rests)
+            self._rests = 0
 
     def _hopeful(self, requests: list[Request], kinds: list[int]) -> bool:
         """Whether something that was found is to be weighed: its kind was not passed over a few looks ago."""
@@ -224,8 +247,6 @@ class Drafting:
     def observe(self, chunks: list[Chunk], runner: Runner) -> None:
         """A step of it has computed these; see DraftEngine.observe."""
         awake = self._step >= self._awake - 1  # from the step before they are asked on
-        if self.resting and not (awake or self._heard):
-            return
         if not self.resting and any(chunk.draft for chunk in chunks):
             extra, in_all = runner.draft_experts(chunks)
             self.experts += in_all
@@ -240,7 +261,7 @@ class Drafting:
                 self._guarded(engine, partial(engine.observe, chunks, runner.states if listens else None))
                 self._spend(1 + at, time.thread_time() - began)
             self._listening[at] = listens
-        self._heard = any(self._listening)
+        self.listening = any(self._listening)
 
     def judge(self, request: Request, drafted: int, right: int) -> None:
         """Of its last draft so many tokens were verified, and the first `right` of them were right."""
@@ -259,14 +280,6 @@ class Drafting:
     def end_step(self, sequences: int, seconds: float, stats: StepStats, *, alone: bool) -> None:
         """It is over: see Speculation.observe. seconds: all of it, with what is counted as spent already."""
         if self.resting:
-            self._rests += 1
-            self._spent = 0.0
-            return
-        began = time.perf_counter() if self._looked else 0.0
-        if self._looked and self._looks % _PRICED:
-            self._rests += 1
-            self._spent = 0.0
-            self._rest(began)
             return
         self.speculation.observe(
             sequences,
@@ -277,13 +290,6 @@ class Drafting:
             experts=stats.hits + stats.misses + stats.vram_hits,
         )
         self._verdicts, self._spent = [], 0.0
-        if self._looked:
-            self._rest(began)
-
-    def _rest(self, began: float) -> None:
-        """For some steps, once it is known what a look has taken: until `began`, and since."""
-        rest = self.speculation.looked(self._looked + time.perf_counter() - began)
-        self._next, self._looked = self._step + 1 + rest, 0.0
 
     def forget(self, request: Sequence) -> None:
         for engine in self._working():
@@ -297,7 +303,8 @@ class Drafting:
         return [engine for engine in self._engines if engine not in self._failed]
 
     def _spend(self, source: int, seconds: float) -> None:
-        self._spent += seconds
+        if not self.resting:
+            self._spent += seconds
         self.speculation.spend(source, seconds)
 
     def _chances(self, request: Request, kind: int) -> tuple[float, ...]:
@@ -309,7 +316,7 @@ class Drafting:
 
     def _all_behind(self, request: Request) -> list[int | None]:
         """Of each engine, by how many tokens it is behind; None: it can't draft for this one or shall not."""
-        if self._step < self._awake or not (request.engines and request.room):
+        if not (request.engines and request.room):
             return self._nobody
         return [self._behind(at, engine, request) for at, engine in enumerate(self._engines)]
 

@@ -29,9 +29,12 @@ _TRIES: Final = (0.75, 0.75)
 _LOSS: Final = (0.005, 0.0025)
 _GAINED: Final = 8.0  # of what was gained, as much may be lost at once
 _EARNING: Final = 8  # plain steps of which that is counted at once
-# Of the time of steps, what looks for drafts that found none may take; plain steps of which that is saved at
+# Of the time of steps, what looks for drafts that found none may take. A step with a look is longer by so
+# many times what a clock around the look says: its code and data take the place of the step's in the
+# processor's cache, and of some such steps Speculation is told. Plain steps of which that time is saved at
 # most, and at the start.
 _LOOKING: Final = 0.005
+_AROUND: Final = 2.0
 _SAVED_LOOKS: Final = (1.0, 0.25)
 
 LOOKUP: Final = 0  # of what drafts come from; engines follow
@@ -262,7 +265,7 @@ class Speculation:
         usual = self._look or seconds
         seconds = min(seconds, _ACCIDENT * usual)
         self._look = usual + (seconds - usual) * (0.1 if seconds > usual else 0.5)
-        self._credit -= seconds
+        self._credit -= _AROUND * seconds
         if self._credit >= 0.0 or not self._plain:
             return 0
         return math.ceil(-self._credit / (_LOOKING * self._plain))

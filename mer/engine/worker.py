@@ -323,8 +323,9 @@ class Worker:
         decoding = sum(chunk.last and chunk.count == 1 for chunk in chunks)
         prompt = sum(chunk.count for chunk in chunks) - decoding
         self._pace.observe(decoding, prompt, stats.step_s)
-        if self._drafting is not None:
-            self._drafting.observe(chunks, self._runner)
+        drafting = self._drafting
+        if drafting is not None and (drafting.listening or not drafting.resting):
+            drafting.observe(chunks, self._runner)
         self._scheduler.commit(chunks)
         self._tell("step", sum(chunk.width for chunk in chunks), len(chunks), stats)
         drawing = time.monotonic_ns()
@@ -346,12 +347,10 @@ class Worker:
                 self._fail([job], MerError(f"the request ended by an error inside mer: {error!r}"))
             token, row = token + chunk.width, row + chunk.rows
         self._wake()
-        if self._drafting is not None:
-            if not self._drafting.resting:
-                self._set_back(chunks, self._drafting)
-            now = time.perf_counter()
-            self._drafting.end_step(decoding, now - self._began, stats, alone=not prompt)
-            self._began = now
+        if drafting is not None and not drafting.resting:
+            self._set_back(chunks, drafting)
+            drafting.end_step(decoding, time.perf_counter() - self._began, stats, alone=not prompt)
+        self._began = time.perf_counter()  # of another step where this one was computed request by request
         if self._runner.profile is not None:
             self._runner.profile.span("sampling and text", drawing)
 
