@@ -10,7 +10,8 @@ NO_PEERS: dict[str, int]
 def table_bytes(n_keys: int, n_experts: int, pairs: int) -> int: ...
 
 class Ask(NamedTuple):
-    """What one layer wants of a peer: each of `experts` for the next `counts` of `tokens`, rows of x.
+    """What one layer wants of a peer: each of `experts` for the next `counts` of `tokens`, rows of x, which count
+    with `weights`.
 
     x f32 [T, hidden], rounded as the mixture rounds, is to be copied before `ask` returns. deadline: in ns of
     the monotonic clock; an answer behind it is late.
@@ -23,6 +24,7 @@ class Ask(NamedTuple):
     experts: list[int]
     counts: list[int]
     tokens: NDArray[np.int32]
+    weights: NDArray[np.float32]
 
 class Peers(Protocol):
     def ask(self, peer: int, ask: Ask) -> bool: ...
