@@ -10,8 +10,8 @@ NO_PEERS: dict[str, int]
 def table_bytes(n_keys: int, n_experts: int, pairs: int) -> int: ...
 
 class Ask(NamedTuple):
-    """What one layer wants of a peer: each of `experts` for the next `counts` of `tokens`, rows of x, which count
-    with `weights`.
+    """What one layer wants of a peer: each of `experts` for the next `counts` of `tokens`, rows of x,
+    each output times that one of `weights`.
 
     x f32 [T, hidden], rounded as the mixture rounds, is to be copied before `ask` returns. deadline: in ns of
     the monotonic clock; an answer behind it is late.
