@@ -117,6 +117,7 @@ async def test_what_asks_for_nothing_is_taken(model):
         "suffix": None, "best_of": 1, "store": False, "metadata": {}, "modalities": ["text"], "audio": None,
         "service_tier": "auto", "parallel_tool_calls": True, "tools": None, "logit_bias": None, "stop": None,
         "response_format": {"type": "text"}, "n": 1, "user": "me", "safety_identifier": "x", "top_k": -1,
+        "stream": True, "stream_options": {"include_obfuscation": False},
     }  # fmt: skip
     async with opened(model) as engine, asking(engine) as http:
         answer = await http.post(CHAT, json={"messages": HELLO, "max_tokens": 2, **nothing})

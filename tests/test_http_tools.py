@@ -119,7 +119,7 @@ def test_a_strict_tool_is_held_to_its_schema_where_the_model_decides(tmp_path):
             "type": "function",
             "function": {"name": "f", "strict": True, "parameters": {"type": "whatever"}},
         }
-        with pytest.raises(openai.BadRequestError, match="tools: their parameters"):
+        with pytest.raises(openai.BadRequestError, match="tools: the parameters of"):
             ask(client, tools=[bad])
 
 
@@ -169,10 +169,21 @@ def test_refusals(client, more, param):
 
 
 def test_a_schema_that_cannot_be_enforced_is_named(client):
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "whatever"}}}
-    with pytest.raises(openai.BadRequestError, match="tools: their parameters") as caught:
-        ask(client, tools=[tool], tool_choice="required")
-    assert caught.value.param == "tools"
+    """And no grammar is shown that nobody has sent."""
+    good, bad = ({"name": name, "parameters": PARAMETERS, "strict": True} for name in "fg")
+    bad["parameters"] = {"type": "whatever"}
+    tools = [{"type": "function", "function": function} for function in (good, bad)]
+    for choice in "required", "auto":
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(client, tools=tools, tool_choice=choice)
+        message = "tools: the parameters of 'g' can't be enforced: Invalid type: whatever"
+        assert (caught.value.param, caught.value.body["message"]) == ("tools", message)
+    schema = {"name": "x", "schema": bad["parameters"]}
+    for given in tools[:1], []:
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(client, tools=given, response_format={"type": "json_schema", "json_schema": schema})
+        message = "response_format: this JSON schema can't be used: Invalid type: whatever"
+        assert (caught.value.param, caught.value.body["message"]) == ("response_format", message)
 
 
 def test_strict_where_the_format_is_not_known(tmp_path):

@@ -15,7 +15,7 @@ from mer.api import large_json
 from mer.api.generation import merged, off_loop, seeded
 from mer.api.large_json import PIECE, TooLargeError
 from mer.api.roles import folded
-from mer.engine.constraint import expression
+from mer.engine.constraint import expression, unusable
 from mer.engine.engine import Engine
 from mer.engine.outputs import Delta
 from mer.engine.params import SamplingParams
@@ -83,10 +83,24 @@ class Prepared:
                 async for batch in batches:
                     yield [readings[index].event(index, delta) for index, delta in batch]
         except RequestError as error:
-            if error.param == "structure" and self.request.params.structure is None:
-                text = str(error).removeprefix("structure: ")
-                raise RequestError(f"tools: their parameters can't be enforced: {text}", "tools") from None
-            raise
+            if error.param != "structure":
+                raise
+            raise await asyncio.to_thread(self._named, error) from None
+
+    def _named(self, error: RequestError) -> RequestError:
+        """`error`, which is about the grammar of the whole answer, by what was sent."""
+        wanted, forced = self.request.params.structure, self.request.tool_choice == "required"
+        if wanted is not None and wanted.kind == "json_schema" and (why := unusable(wanted.source)):
+            return RequestError(f"structure: this JSON schema can't be used: {why}", "structure")
+        for function in (tool["function"] for tool in self.tools):
+            held = forced or wanted is not None or function.get("strict")
+            if held and (why := unusable(json.dumps(function.get("parameters") or {}))):
+                text = f"tools: the parameters of {function['name']!r} can't be enforced: {why}"
+                return RequestError(text, "tools")
+        if wanted is not None:
+            return error
+        text = str(error).removeprefix("structure: ")
+        return RequestError(f"tools: their parameters can't be enforced: {text}", "tools")
 
 
 class _Reading:

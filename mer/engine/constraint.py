@@ -229,6 +229,16 @@ def expression(structure: Structure, lark: Lark) -> str:
     return lark.rule("/" + source.replace("\n", r"\n") + "/")
 
 
+def unusable(schema: str) -> str:
+    """Why this JSON schema can't be enforced; empty if it can."""
+    from llguidance import LLMatcher
+
+    try:
+        return _clean(LLMatcher.validate_grammar(_grammar(Structure("json_schema", schema))))
+    except (ValueError, RecursionError) as error:
+        return str(error)
+
+
 def _refusal(structure: Structure, reason: str) -> RequestError:
     reason = _clean(reason)
     if structure.kind == "regex" and "error: " in reason:

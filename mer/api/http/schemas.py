@@ -73,7 +73,10 @@ class Body(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class StreamOptions(Body):
+    """include_obfuscation: padding against who guesses texts by the length of events; there is none here."""
+
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class Generating(Body):
