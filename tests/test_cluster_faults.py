@@ -304,10 +304,15 @@ async def test_mutual_tls(model, expected, tmp_path):
         async with with_peers(model, server, **asking(good)) as engine:
             assert await streams(engine, 10, lambda: None) == expected
             assert peers(engine)[0].answers > 0
-        for files in (bad, {**bad, "ca": good["ca"]}):
-            async with with_peers(model, server, held=False, **asking(files)) as engine:
+        for files, words in (
+            (asking(bad), "CERTIFICATE_VERIFY_FAILED"),
+            (asking({**bad, "ca": good["ca"]}), "does it want a certificate of its CA"),
+            ({}, "does it want a certificate of its CA"),
+        ):
+            async with with_peers(model, server, held=False, **files) as engine:
                 await until(lambda engine=engine: peers(engine)[0].failures > 0, "it is refused")
                 assert peers(engine)[0].capacity == 0
+                assert words in peers(engine)[0].error
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "192.0.2.1:9100", "node1:9100", "[::]:0"])

@@ -116,6 +116,10 @@ class Peer:
                     why = "it has closed the stream"
                 except grpc.RpcError as error:
                     why = f"no answer for {session.LOST:.0f} s" if self._given_up else _words(error)
+                    closed = "Socket closed" in why or "Connection reset" in why
+                    if closed and not self._session.capacity:
+                        # All that TLS tells a client whose certificate, or want of one, is not accepted.
+                        why += " (does it want a certificate of its CA? --peer-cert, --peer-key)"
                 except WireError as error:
                     why = str(error)
                 except Exception as error:
