@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 
@@ -10,8 +11,11 @@ import anthropic
 import httpx
 import openai
 import pytest
-from http_server import PATIENCE, serving
+from http_server import PATIENCE, asking, serving
 from tool_models import PARAMETERS, write_tool_model
+
+from mer import Engine
+from mer.api.http import sse
 
 ASK = [{"role": "user", "content": "What is the weather?"}]
 TOOLS = [{"name": name, "description": "d", "input_schema": PARAMETERS} for name in ("weather", "forecast")]
@@ -237,6 +241,20 @@ def test_thoughts_are_blocks_where_they_were_asked_for(tmp_path):
         block.thinking = ""
         empty = [*ASK, {"role": "assistant", "content": whole.content}, *ASK]
         assert longer > client.messages.count_tokens(model="small", messages=empty).input_tokens
+
+
+async def test_thoughts_that_are_not_shown_are_no_silence(tmp_path, monkeypatch):
+    """The model thinks for minutes, and the connection must not look dead: a token is 4 s here."""
+    ticks = itertools.count(0, 4)
+    monkeypatch.setattr(sse, "monotonic", lambda: next(ticks))
+    model = write_tool_model(tmp_path / "small", "deepseek_r1")
+    form = {"format": {"type": "json_schema", "schema": JSON}}  # behind thoughts, which do not end here
+    asked = {"model": "small", "messages": ASK, "max_tokens": 300, "stream": True, "output_config": form}
+    async with Engine.open(model, context=2048) as engine, asking(engine, keep_alive=10) as http:
+        answer = await http.post("/v1/messages", json=asked)
+    kinds = re.findall("^event: (.*)", answer.text, re.MULTILINE)
+    assert len(kinds) > 4
+    assert kinds == ["message_start", *["ping"] * (len(kinds) - 3), "message_delta", "message_stop"]
 
 
 def test_a_stream_that_the_server_ends_says_so_in_its_own_shape(tmp_path):

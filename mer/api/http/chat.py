@@ -68,7 +68,8 @@ def blueprint(service: Service) -> Blueprint:
                 call.log["messages"] = request.messages
             events = conversation.chat(engine, request, idle=service.settings.keep_alive)
             if body.stream:
-                return await sse.respond(_chunks(engine, body, model, request.n, events, call))
+                chunks = _chunks(engine, body, model, request.n, events, call)
+                return await sse.respond(chunks, silence=service.settings.keep_alive)
             return await _whole(engine, body, model, request.n, events, call)
         except RequestError as error:
             raise api_error(error, _NAMES | structure_name(body)) from None
@@ -219,8 +220,7 @@ async def _chunks(
                     parts.append(chunk(event.index, ChatDelta(), finish_reason=event.finish_reason))
                     assert event.delta.usage is not None
                     used.append(event.delta.usage)
-            if parts:
-                yield b"".join(parts)
+            yield b"".join(parts)
     call.used(used)
     if wants_usage:
         yield sse.data(ChatCompletionChunk(id, created, model, [], UsageAnswer.of([used])))

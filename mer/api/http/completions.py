@@ -54,7 +54,8 @@ def blueprint(service: Service) -> Blueprint:
             work = await _work(engine, body)
             batches = merged(engine, work.jobs, idle=service.settings.keep_alive)
             if body.stream:
-                return await sse.respond(_chunks(work, body, model, batches, call))
+                chunks = _chunks(work, body, model, batches, call)
+                return await sse.respond(chunks, silence=service.settings.keep_alive)
             return json_response(await _whole(work, model, batches, call))
         except RequestError as error:
             raise api_error(error, _NAMES | structure_name(body)) from None
@@ -220,10 +221,7 @@ async def _chunks(
                     parts.append(sse.data(Completion(id, created, model, [choice], no_usage)))
                 if delta.usage is not None:
                     used[i] = delta.usage
-            if not batch:
-                yield sse.KEEP_ALIVE
-            elif parts:
-                yield b"".join(parts)
+            yield b"".join(parts) if batch else sse.KEEP_ALIVE
     usage = work.usage([used[i] for i in range(len(answers))], call)
     if wants_usage:
         yield sse.data(Completion(id, created, model, [], usage))

@@ -91,7 +91,10 @@ def blueprint(service: Service) -> Blueprint:
             events = prepared.answers(engine, idle=service.settings.keep_alive)
             if body.stream:
                 return await sse.respond(
-                    _stream(answer, events, call), lambda error: _sse(error_answer(error))
+                    _stream(answer, events, call),
+                    lambda error: _sse(error_answer(error)),
+                    silence=service.settings.keep_alive,
+                    comment=_sse(Ping()),
                 )
             await collect(events, answer.add, call)
             return json_response(answer.message)
@@ -325,8 +328,7 @@ async def _stream(
                 parts += answer.add(event)
                 if event.delta.usage:
                     call.used([event.delta.usage])
-            if parts:
-                yield b"".join(map(_sse, parts))
+            yield b"".join(map(_sse, parts))
 
 
 def _sse(value: Any) -> bytes:

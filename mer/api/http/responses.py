@@ -74,7 +74,8 @@ def blueprint(service: Service) -> Blueprint:
             events = conversation.chat(engine, request, idle=service.settings.keep_alive)
             answer = _Answer(body, model, engine)
             if body.stream:
-                return await sse.respond(_stream(answer, events, call), answer.failed)
+                silence = service.settings.keep_alive
+                return await sse.respond(_stream(answer, events, call), answer.failed, silence=silence)
             await collect(events, answer.add, call)
             return json_response(answer.response)
         except RequestError as error:
@@ -378,5 +379,4 @@ async def _stream(
                 made += answer.add(event)
                 if event.delta.usage:
                     call.used([event.delta.usage])
-            if made:
-                yield made
+            yield made

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from time import monotonic
 from typing import Any, Final
 
 import msgspec
@@ -29,21 +31,32 @@ def data(value: Any, event: str | None = None) -> bytes:
 async def respond(
     chunks: AsyncGenerator[bytes, None],
     on_error: Callable[[ApiError], bytes] = lambda error: data(error.object),
+    *,
+    silence: float = math.inf,
+    comment: bytes = KEEP_ALIVE,
 ) -> Response:
     """A response of these chunks, each of them written at once.
 
     What goes wrong before the first chunk is raised, so that it becomes an ordinary error response; what goes
     wrong later ends the stream with on_error(error).
+
+    Chunks may be empty: the model goes on, and nothing of it is shown. After `silence` seconds of these comes
+    `comment`, for who takes a connection that says nothing for dead.
     """
     call = current_call()
     await call.cleanup.enter_async_context(aclosing(chunks))
-    first = await anext(chunks)
+    while not (first := await anext(chunks)):
+        pass
 
     async def body() -> AsyncGenerator[bytes, None]:
         try:
             yield first
+            said = monotonic()
             async for chunk in chunks:
-                yield chunk
+                now = monotonic()
+                if chunk or now - said >= silence:
+                    said = now
+                    yield chunk or comment
         except Exception as error:
             told = api_error(error)
             call.failed(error, told)
