@@ -6,6 +6,7 @@ import pytest
 
 from mer.api.access import Access, AuthenticationError, RateLimitError
 from mer.api.settings import read_keys
+from mer.errors import ConfigError
 
 
 class Clock:
@@ -98,3 +99,6 @@ def test_keys_of_files_and_environment(tmp_path):
     assert read_keys(None, "a, b,,") == {"a": "key 1", "b": "key 2"}
     assert read_keys(file, "a") == {"a": "key 1", "k1": "ann", "k2": "key 3", "k3": "bob"}
     assert read_keys(None, None) == read_keys(None, "") == {}
+    for nothing in " ", ",", "\n":  # a secret that came out empty must not open the server to all
+        with pytest.raises(ConfigError, match="MER_API_KEYS: no key"):
+            read_keys(None, nothing)

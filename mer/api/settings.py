@@ -82,12 +82,16 @@ def is_loopback(host: str) -> bool:
 def read_keys(file: Path | None, given: str | None, option: str = "--api-key-file") -> dict[str, str]:
     """Keys and their names, of a file (a line each: KEY or NAME KEY) and of a text with commas.
 
-    Raises ConfigError for a file that can't be read or says nothing.
+    Raises ConfigError for a file that can't be read, and for either where it says nothing.
     """
     found: dict[str, str] = {}
     for key in (given or "").split(","):
         if key.strip():
             found[key.strip()] = f"key {len(found) + 1}"
+    if given and not found:  # empty is as good as not set; who wrote more wanted keys
+        raise ConfigError(
+            "MER_API_KEYS: no key is in there; write them with commas between, or leave it unset"
+        )
     if file is None:
         return found
     try:
