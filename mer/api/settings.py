@@ -89,9 +89,7 @@ def read_keys(file: Path | None, given: str | None, option: str = "--api-key-fil
         if key.strip():
             found[key.strip()] = f"key {len(found) + 1}"
     if given and not found:  # empty is as good as not set; who wrote more wanted keys
-        raise ConfigError(
-            "MER_API_KEYS: no key is in there; write them with commas between, or leave it unset"
-        )
+        raise ConfigError("MER_API_KEYS: no key is in there; write some, with commas, or leave it unset")
     if file is None:
         return found
     try:
