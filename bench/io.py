@@ -6,13 +6,14 @@ PATH is a file, which is read as it is, or a directory, in which a temporary one
 A block is an expert of Qwen3-30B-A3B in Q4_0 unless others are named. Both read into memory that was touched
 before, on huge pages, as the expert cache is: on pages of 4 KiB a read is several requests. Each figure is
 the median of the rounds; who comes first alternates, as a device may owe what it gave a moment ago. ratio:
-the median of the rounds' reader / fio. fio is the one that the shell finds (apt-get install fio, which
-`make bench` does); without it the reader is measured alone.
+the geometric mean of the rounds' reader / fio, and two standard errors of it. fio is the one that the shell
+finds (apt-get install fio, which `make bench` does); without it the reader is measured alone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -38,8 +39,10 @@ BLOCKS = (2654208,)
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 # Beyond the seconds that it is to read, which it needs to start and to end.
 FIO_PATIENCE_S = 30
-# In which fio touches its memory, uncounted.
-RAMP_S = 0.2
+# Seconds before the others, in which both read uncounted. It is then that fio touches its memory, for which a
+# virtual machine whose host has to find the pages takes up to half a second where 64 blocks are read at once.
+RAMP_S = 0.6
+HUGE_PAGE = 2 << 20
 # glibc's malloc, which gives fio its memory, then asks for huge pages.
 FIO_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # How fio does what the back end does.
@@ -55,7 +58,9 @@ def run_fio(fio: str, path: Path, backend: str, block: int, depth: int, seconds:
     # psync has no queue: as many jobs instead, as the reader has threads
     queue = [f"--iodepth={depth}"] if backend == "uring" else [f"--numjobs={depth}"]
     command = [
-        *(fio, "--name=read", f"--filename={path}", "--rw=randread", "--readonly", f"--bs={block}"),
+        *(fio, "--name=read", f"--filename={path}", "--rw=randread", "--readonly"),
+        # a block of none makes room for one: so each begins on a huge page, and no part lies beside one
+        *(f"--bssplit={block}/100:{-(-block // HUGE_PAGE) * HUGE_PAGE}/0", f"--iomem_align={HUGE_PAGE}"),
         # fio takes whole numbers only
         *("--time_based", f"--runtime={round(seconds * 1000)}ms", f"--ramp_time={round(RAMP_S * 1000)}ms"),
         *("--norandommap", "--randrepeat=0"),
@@ -79,7 +84,7 @@ def run_fio(fio: str, path: Path, backend: str, block: int, depth: int, seconds:
 def run_reader(path: Path, backend: str, block: int, depth: int, seconds: float) -> float:
     """Bytes per second that the reader reads."""
     with Reader([path], backend=backend, queue_depth=depth, threads=depth) as reader:
-        done, elapsed = reader.measure(0, block, depth, seconds)
+        done, elapsed = reader.measure(0, block, depth, seconds, ramp=RAMP_S)
         return done / elapsed
 
 
@@ -104,7 +109,7 @@ def file_of(size: int, path: Path) -> Iterator[Path]:
 def compare(
     fio: str | None, path: Path, backend: str, block: int, depth: int, seconds: float, rounds: int
 ) -> dict[str, Any]:
-    """One row: medians of the rounds, in bytes per second, and of their ratios; spread: max / min."""
+    """One row: medians of the rounds, in bytes per second; spread: max / min; ratio: of mean_ratio()."""
     ours, theirs = [], []
     for round_ in range(rounds):
         if fio is not None and round_ % 2 == 0:
@@ -112,15 +117,23 @@ def compare(
         ours.append(run_reader(path, backend, block, depth, seconds))
         if fio is not None and round_ % 2:
             theirs.append(run_fio(fio, path, backend, block, depth, seconds))
-    ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
+    ratio, error = mean_ratio(ours, theirs) if theirs else (None, None)
     return {
         "block": block,
         "depth": depth,
         "reader": statistics.median(ours),
         "fio": statistics.median(theirs) if theirs else None,
-        "ratio": statistics.median(ratios) if ratios else None,
+        "ratio": ratio,
+        "ratio_error": error,
         "spread": max(max(x) / min(x) for x in (ours, theirs) if x),
     }
+
+
+def mean_ratio(ours: list[float], theirs: list[float]) -> tuple[float, float | None]:
+    """The geometric mean of ours / theirs, and two standard errors of it (one round: None)."""
+    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+    ratio = math.exp(statistics.fmean(logs))
+    return ratio, ratio * 2 * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None
 
 
 @click.command(help=help_of(__doc__))
@@ -188,7 +201,10 @@ def _print(console: Console, found: dict[str, Any], rows: list[dict[str, Any]]) 
     for name in ("block KiB", "at once", "reader", "fio", "ratio", "max/min"):
         table.add_column(name, justify="right")
     for row in rows:
-        theirs = ("-", "-") if row["fio"] is None else (f"{row['fio'] / 1e9:.2f}", f"{row['ratio']:.2f}")
+        theirs = ("-", "-")
+        if row["fio"] is not None:
+            error = "" if row["ratio_error"] is None else f" ± {row['ratio_error']:.2f}"
+            theirs = (f"{row['fio'] / 1e9:.2f}", f"{row['ratio']:.2f}{error}")
         table.add_row(
             *(f"{row['block'] / 1024:.0f}", str(row["depth"]), f"{row['reader'] / 1e9:.2f}"),
             *(*theirs, f"{row['spread']:.1f}"),

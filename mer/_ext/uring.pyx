@@ -67,13 +67,14 @@ cdef extern from "mer_io.h" nogil:
     void mer_io_clear_faults(mer_io *io)
     void mer_io_get_stats(mer_io *io, mer_io_stats *out)
     void mer_io_get_latency(mer_io *io, mer_io_latency *out)
-    int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds, char *memory,
-                       size_t room, int64_t *bytes, double *elapsed)
+    int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds, double ramp,
+                       char *memory, size_t room, int64_t *bytes, double *elapsed)
     int mer_dio_alignment(const char *path, uint32_t *memory, uint32_t *offset)
 
 
 BACKENDS = ("auto", "uring", "preadv", "buffered")
 MEASURED_MEMORY = 64 << 20    # that measure() reads into, beyond every cache
+HUGE_PAGE = 2 << 20
 
 
 def dio_alignment(path):
@@ -442,11 +443,11 @@ cdef class Reader:
         bounds = tuple(mer_io_latency_bounds[i] / 1e9 for i in range(MER_IO_LATENCIES - 1))
         return bounds, tuple(found.counts[i] for i in range(MER_IO_LATENCIES)), found.total_ns / 1e9
 
-    def measure(self, int file, int64_t block, long depth, double seconds, into=None):
+    def measure(self, int file, int64_t block, long depth, double seconds, into=None, double ramp=0):
         """(bytes, seconds) of random aligned reads of `block` bytes (a multiple of 4096), `depth` at once.
 
         into: a writable buffer of at least a block that starts on a page, which all reads share; None: memory of its
-        own, of up to 64 MiB.
+        own, of up to 64 MiB. ramp: seconds before those, in which the reads begin and nothing is counted.
         """
         self._check_open()
         cdef int64_t size = os.stat(self.paths[file]).st_size, done = 0
@@ -456,14 +457,16 @@ cdef class Reader:
         if block < MER_IO_ALIGN or block % MER_IO_ALIGN or size < block:
             raise ConfigError(f"block {block}: must be a multiple of {MER_IO_ALIGN} and fit in the file ({size} bytes)")
         if into is None:
-            into = own = _Memory(max(block, min(block * depth, MEASURED_MEMORY)))
+            # whole huge pages, which Linux gives mappings of such a size alone: what lies beside one is many requests
+            into = own = _Memory(-(-max(block, min(block * depth, MEASURED_MEMORY)) // HUGE_PAGE) * HUGE_PAGE)
             memset(own.address, 0, own.size)           # its pages are there before the clock runs
         cdef uint8_t[::1] memory = into
         cdef size_t room = memory.shape[0]
         if room < <size_t>block or <uintptr_t>&memory[0] % MER_IO_ALIGN:
             raise ValueError(f"{room} bytes to read into: must be a block of {block} at least, and start on a page")
         with nogil:
-            rc = mer_io_measure(self._io, file, size, block, depth, seconds, <char *>&memory[0], room, &done, &elapsed)
+            rc = mer_io_measure(self._io, file, size, block, depth, seconds, ramp, <char *>&memory[0], room, &done,
+                                &elapsed)
         if rc < 0:
             raise self.error(file, 0, size, rc)
         return done, elapsed

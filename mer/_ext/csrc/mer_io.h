@@ -116,9 +116,9 @@ extern const int64_t mer_io_latency_bounds[MER_IO_LATENCIES]; /* the last is INT
 void mer_io_get_latency(mer_io *io, mer_io_latency *out);
 
 /* Random aligned reads of `block` bytes at `depth` for `seconds`, into `memory`, of `room` bytes, at least a block, again
- * and again; 0 or -errno. */
-int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds, char *memory,
-                   size_t room, int64_t *bytes, double *elapsed);
+ * and again; what ends in the first `ramp` seconds, beside those, is not counted. 0 or -errno. */
+int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds, double ramp,
+                   char *memory, size_t room, int64_t *bytes, double *elapsed);
 /* What O_DIRECT asks of addresses and offsets in the file at `path` (0: it refuses), as statx says.
  * 0, or -errno; -EOPNOTSUPP where the kernel (before 6.1) or the file system does not say. */
 int mer_dio_alignment(const char *path, uint32_t *memory, uint32_t *offset);

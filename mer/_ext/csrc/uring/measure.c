@@ -17,8 +17,8 @@ static uint64_t xorshift(uint64_t *state) {
     return *state ^= *state << 17;
 }
 
-int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds, char *memory,
-                   size_t room, int64_t *bytes, double *elapsed) {
+int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long depth, double seconds, double ramp,
+                   char *memory, size_t room, int64_t *bytes, double *elapsed) {
     int64_t blocks = file_bytes / block, places = (int64_t)room / block;
     if (blocks < 1 || depth < 1 || places < 1) return -EINVAL;
     mer_read_op *ops = calloc((size_t)depth, sizeof *ops);
@@ -32,7 +32,7 @@ int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long
         ops[i].dest = memory + i % places * block;
     }
     int rc = 0;
-    double start = now(), end = start + seconds;
+    double start = now() + ramp, end = start + seconds;
     *bytes = 0;
     mer_io_submit(io, ops, depth);
     for (long left = depth; left;) {
@@ -41,11 +41,12 @@ int mer_io_measure(mer_io *io, int file, int64_t file_bytes, int64_t block, long
         for (long i = 0; i < depth; i++) {
             if (!ops[i].length || !mer_read_done(&ops[i])) continue;
             progress = 1;
+            double seen_at = now();
             if (ops[i].result < 0)
                 rc = ops[i].result;
-            else
+            else if (seen_at >= start)
                 *bytes += block;
-            if (rc == 0 && now() < end) {
+            if (rc == 0 && seen_at < end) {
                 ops[i].offset = (int64_t)(xorshift(&random) % (uint64_t)blocks) * block;
                 mer_io_submit(io, &ops[i], 1);
             } else {
