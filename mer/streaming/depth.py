@@ -36,6 +36,7 @@ _BUDGET: Final = 0.2
 # Bytes on their way at a time: more than what any drive has in a millisecond. And of one read.
 _IN_FLIGHT: Final = 16 << 20
 _BLOCK: Final = 4 << 20
+_HUGE_PAGE: Final = 2 << 20
 # So many experts are looked for in the page cache.
 _SAMPLE: Final = 16
 
@@ -85,7 +86,9 @@ def _measured(reader: Reader, tables: ExpertTables) -> tuple[int, str]:
     block = min(size, _BLOCK)
     most = _MOST_READS if reader.backend == "uring" else _MOST_THREADS
     depths = [depth for depth in DEPTHS if depth <= most and depth * block <= max(_IN_FLIGHT, 2 * block)]
-    memory = aligned_empty(max(block, _IN_FLIGHT))
+    # Whole huge pages, as experts are read into: beside them a read is many small parts, and slower.
+    memory = aligned_empty(max(block, _IN_FLIGHT) + _HUGE_PAGE)
+    memory = memory[-memory.ctypes.data % _HUGE_PAGE :]
     memory.fill(0)  # its pages are there before the clock runs
     rates = measure_rates(reader, file, block, depths, _SLICE, into=memory, until=time.monotonic() + _BUDGET)
     depth = min(most, enough(rates, block, size))
