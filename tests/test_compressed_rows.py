@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from levels import AtLevel
 from test_decoder import CSRC, FLOAT, INT, LONG, POINTER, STORED, Attention, at, softmax_attention
 
 BLOCKS = 20
-# What each level of x86-64 that a kernel is compiled for needs, as Linux names it.
+# What each level of x86-64 needs, as Linux names it; attention has levels of its own.
+OWN = {"x86-64": "plain", "x86-64-v3": "avx2", "x86-64-v4": "avx512"}
 LEVELS = {
     "x86-64": set(),
     "x86-64-v3": {"avx2", "fma", "bmi2"},
@@ -58,7 +60,7 @@ def lib(request, tmp_path_factory):
     found = ctypes.CDLL(str(target))
     found.mer_kv_row_bytes.restype = ctypes.c_size_t
     found.mer_entry.restype = POINTER
-    return found
+    return AtLevel(found, OWN[request.param])
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from levels import LEVELS, AtLevel, has
 
 CSRC = Path(__file__).parent.parent / "mer" / "_ext" / "csrc"
 POINTER, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
@@ -179,7 +180,7 @@ STORED = (lambda x: x, lambda x: x.astype(np.float16).astype(np.float32), as_q8_
 @pytest.mark.parametrize("kv", [0, 1, 2])
 @pytest.mark.parametrize(("dim", "length", "window"), [(8, 16, 0), (33, 61, 0), (64, 100, 7), (20, 50, 16)])
 def test_attention(lib, latent, with_sinks, kv, dim, length, window):
-    """Keys written one by one to scattered blocks, then queries of the last positions."""
+    """Keys written one by one to scattered blocks, then queries of the last positions, at each level."""
     rng = np.random.default_rng(dim)
     heads, kv_heads, queries = 6, 1 if latent else 2, 9
     sinks = np.linspace(-4, 20, heads, dtype=np.float32)  # of no weight, up to nearly all of it
@@ -208,8 +209,14 @@ def test_attention(lib, latent, with_sinks, kv, dim, length, window):
     a.scratch_floats = lib.mer_attend_scratch(ctypes.byref(a), LONG(queries), LONG(group))
     scratch = np.full(a.scratch_floats, np.nan, np.float32)
     a.scratch = scratch.ctypes.data
-    for h in range(0, heads, group):
-        lib.mer_attend(ctypes.byref(a), at(table), LONG(0), LONG(queries), LONG(h), LONG(h + group), INT(0))
+    found = set()
+    for each in (lib, *(AtLevel(lib, level) for level in LEVELS if has(level))):
+        out[:] = np.nan
+        for h in range(0, heads, group):
+            span = LONG(0), LONG(queries), LONG(h), LONG(h + group)
+            each.mer_attend(ctypes.byref(a), at(table), *span, INT(0))
+        found.add(out.tobytes())
+    assert len(found) == 1
     for t, position in enumerate(positions):
         first = max(0, position - window + 1) if window else 0
         seen = slice(first, position + 1)

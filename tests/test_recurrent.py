@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from levels import LEVELS, AtLevel
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextRMSNormGated,
     torch_recurrent_gated_delta_rule,
@@ -99,12 +100,14 @@ def test_convolution(lib, channels, kernel, silu, bias, cuts):
     np.testing.assert_array_equal(x[:, channels:], given[:, channels:])
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("tiled", [0, 1])
 @pytest.mark.parametrize(
     ("key_heads", "value_heads", "key_dim", "value_dim"), [(2, 4, 16, 32), (3, 3, 7, 20), (1, 2, 64, 70)]
 )
-def test_delta_rule(lib, key_heads, value_heads, key_dim, value_dim, tiled):
+def test_delta_rule(lib, key_heads, value_heads, key_dim, value_dim, tiled, level):
     """A sequence at once and in steps."""
+    lib = AtLevel(lib, level)
     rng = np.random.default_rng(key_dim)
     tokens, width = 9, 2 * key_heads * key_dim + value_heads * value_dim
     mixed = rng.normal(size=(tokens, width)).astype(np.float32)

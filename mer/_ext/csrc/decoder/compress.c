@@ -39,25 +39,25 @@ char *mer_entry(const mer_rows *r, const int32_t *table, long entry) {
 /* One more value of each element: top is the greatest gate so far, sum and out are sums times e^-top. */
 MER_INLINE void take_in(const float *values, const float *gates, const float *bias, long dim, float *top, float *sum,
                         float *out) {
-    for (long d = 0; d < dim; d += 16) {
-        v16 gate, more, value, before, total, mean;
-        v16_load_some(&gate, gates + d, dim - d);
-        v16_load_some(&more, bias + d, dim - d);
-        v16_load_some(&value, values + d, dim - d);
-        v16_load_some(&before, top + d, dim - d);
-        v16_load_some(&total, sum + d, dim - d);
-        v16_load_some(&mean, out + d, dim - d);
+    for (long d = 0; d < dim; d += LANES) {
+        vf gate, more, value, before, total, mean;
+        vf_load_some(&gate, gates + d, dim - d);
+        vf_load_some(&more, bias + d, dim - d);
+        vf_load_some(&value, values + d, dim - d);
+        vf_load_some(&before, top + d, dim - d);
+        vf_load_some(&total, sum + d, dim - d);
+        vf_load_some(&mean, out + d, dim - d);
         gate += more;
-        const v16i higher = gate > before;
-        const v16 now = (v16)(((v16i)gate & higher) | ((v16i)before & ~higher));
-        v16 old = before - now, fresh = gate - now;
-        v16_exp(&old);
-        v16_exp(&fresh);
+        const vi higher = gate > before;
+        const vf now = VF_CHOOSE(higher, gate, before);
+        vf old = before - now, fresh = gate - now;
+        vf_exp(&old);
+        vf_exp(&fresh);
         total = total * old + fresh;
         mean = mean * old + fresh * value;
-        v16_store_some(top + d, &now, dim - d);
-        v16_store_some(sum + d, &total, dim - d);
-        v16_store_some(out + d, &mean, dim - d);
+        vf_store_some(top + d, &now, dim - d);
+        vf_store_some(sum + d, &total, dim - d);
+        vf_store_some(out + d, &mean, dim - d);
     }
 }
 

@@ -9,11 +9,11 @@ MER_CLONES static void softmax(float *x, long n) {
     float top = x[0], sum = 0.0f;
     long i = 0;
     for (long j = 1; j < n; j++) top = x[j] > top ? x[j] : top;
-    for (; i + 16 <= n; i += 16) {
-        V16_LOAD(a, x + i);
+    for (; i + LANES <= n; i += LANES) {
+        VF_LOAD(a, x + i);
         a -= top;
-        v16_exp(&a);
-        V16_STORE(x + i, a);
+        vf_exp(&a);
+        VF_STORE(x + i, a);
     }
     for (; i < n; i++) x[i] = exp1(x[i] - top);
     for (i = 0; i < n; i++) sum += x[i];

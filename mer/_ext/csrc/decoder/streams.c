@@ -46,14 +46,14 @@ void mer_collapse(const float *x, const float *pre, long n, long width, float *o
 
 MER_CLONES
 void mer_spread(float *x, const float *y, const float *post, const float *comb, long n, long width) {
-    for (long d = 0; d < width; d += 16) {
-        v16 before[STREAMS], block;
-        v16_load_some(&block, y + d, width - d);
-        for (long i = 0; i < n; i++) v16_load_some(before + i, x + i * width + d, width - d);
+    for (long d = 0; d < width; d += LANES) {
+        vf before[STREAMS], block;
+        vf_load_some(&block, y + d, width - d);
+        for (long i = 0; i < n; i++) vf_load_some(before + i, x + i * width + d, width - d);
         for (long k = 0; k < n; k++) {
-            v16 sum = post[k] * block;
+            vf sum = post[k] * block;
             for (long j = 0; j < n; j++) sum += comb[j * n + k] * before[j];
-            v16_store_some(x + k * width + d, &sum, width - d);
+            vf_store_some(x + k * width + d, &sum, width - d);
         }
     }
 }

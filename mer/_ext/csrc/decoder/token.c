@@ -45,13 +45,13 @@ void mer_add_scaled(float *x, const float *y, float factor, long n) {
 
 MER_CLONES
 void mer_gate(float *x, const float *gate, long n) {
-    for (long i = 0; i < n; i += 16) {
-        v16 g, v;
-        v16_load_some(&g, gate + i, n - i);
-        v16_load_some(&v, x + i, n - i);
-        v16_sigmoid(&g);
+    for (long i = 0; i < n; i += LANES) {
+        vf g, v;
+        vf_load_some(&g, gate + i, n - i);
+        vf_load_some(&v, x + i, n - i);
+        vf_sigmoid(&g);
         v *= g;
-        v16_store_some(x + i, &v, n - i);
+        vf_store_some(x + i, &v, n - i);
     }
 }
 
@@ -90,7 +90,7 @@ void mer_rope(float *x, const float *cosine, const float *sine, long pairs, int 
 }
 
 float mer_sigmoid(float x) {
-    v16 lanes = (v16){0} + x;
-    v16_sigmoid(&lanes);
+    vf lanes = VF_ALL(x);
+    vf_sigmoid(&lanes);
     return lanes[0];
 }

@@ -1,4 +1,7 @@
-/* Sixteen floats at a time by GCC's vector extension: one source, and the compiler's clones for wider CPUs. */
+/* Floats by GCC's vector extension: one source, and the compiler's clones for wider CPUs.
+ *
+ * A vector is as wide as a register: GCC keeps wider ones in memory, writes them there in parts and reads them as a whole,
+ * for which a processor waits. LANES: floats of a register. */
 #ifndef MER_DECODER_VEC_H
 #define MER_DECODER_VEC_H
 
@@ -17,41 +20,68 @@
 
 #define MER_INLINE static inline __attribute__((always_inline))
 
-typedef float v16 __attribute__((vector_size(64)));
+#ifndef LANES
+#define LANES 8
+#endif
+enum { PARTS = 16 / LANES };
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef float v8 __attribute__((vector_size(32)));
 typedef float v4 __attribute__((vector_size(16)));
-typedef int32_t v16i __attribute__((vector_size(64)));
+
+/* Sixteen floats: the order of sums and of what hangs together is the same, however wide a register is. */
+typedef struct {
+    vf part[PARTS];
+} v16;
+
+#define EACH_PART(p) _Pragma("GCC unroll 4") for (int p = 0; p < PARTS; p++)
+
+/* Macros, because passing a vector by value would depend on the ABI of the clone. */
+#define VF_LOAD(name, p) \
+    vf name;             \
+    memcpy(&(name), (p), sizeof(vf))
+#define VF_STORE(p, value)               \
+    do {                                 \
+        const vf kept = (value);         \
+        memcpy((p), &kept, sizeof(vf));  \
+    } while (0)
+#define VF_ALL(x) ((vf){0} + (x))
+#define VF_CHOOSE(mask, yes, no) ((vf)(((vi)(yes) & (mask)) | ((vi)(no) & ~(mask))))
+
+/* Lanes added, or the greater ones of them, pairwise: i and i + 8, then i and i + 4, ... */
+#define HALF_8(v, first) __builtin_shufflevector(v, v, first, first + 1, first + 2, first + 3, \
+                                                 first + 4, first + 5, first + 6, first + 7)
+#define HALF_4(v, first) __builtin_shufflevector(v, v, first, first + 1, first + 2, first + 3)
+#define GREATER(type, itype, a, b) \
+    ((type)(((itype)(a) & ((a) > (b))) | ((itype)(b) & ~((a) > (b)))))
 typedef int32_t v8i __attribute__((vector_size(32)));
 typedef int32_t v4i __attribute__((vector_size(16)));
 
-/* Macros, because passing a vector by value would depend on the ABI of the clone. */
-#define V16_LOAD(name, p) \
-    v16 name;             \
-    memcpy(&(name), (p), sizeof(v16))
-#define V16_STORE(p, value)               \
-    do {                                  \
-        const v16 kept = (value);         \
-        memcpy((p), &kept, sizeof(v16));  \
-    } while (0)
-
-#define V16_HALF(v, first) __builtin_shufflevector(v, v, first, first + 1, first + 2, first + 3, \
-                                                   first + 4, first + 5, first + 6, first + 7)
-#define V8_HALF(v, first) __builtin_shufflevector(v, v, first, first + 1, first + 2, first + 3)
-
-/* The lanes added pairwise: i and i + 8, then i and i + 4, ... */
 MER_INLINE float v16_sum(const v16 *v) {
-    const v8 a = V16_HALF(*v, 0) + V16_HALF(*v, 8);
-    const v4 b = V8_HALF(a, 0) + V8_HALF(a, 4);
+#if LANES == 16
+    const v8 a = HALF_8(v->part[0], 0) + HALF_8(v->part[0], 8);
+    const v4 b = HALF_4(a, 0) + HALF_4(a, 4);
+#elif LANES == 8
+    const v8 a = v->part[0] + v->part[1];
+    const v4 b = HALF_4(a, 0) + HALF_4(a, 4);
+#else
+    const v4 b = (v->part[0] + v->part[2]) + (v->part[1] + v->part[3]);
+#endif
     return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
 MER_INLINE float v16_max(const v16 *v) {
-    const v8 a = V16_HALF(*v, 0), b = V16_HALF(*v, 8);
-    const v8i first = a > b;
-    const v8 c = (v8)(((v8i)a & first) | ((v8i)b & ~first));
-    const v4 d = V8_HALF(c, 0), e = V8_HALF(c, 4);
-    const v4i second = d > e;
-    const v4 f = (v4)(((v4i)d & second) | ((v4i)e & ~second));
+#if LANES == 16
+    const v8 a = HALF_8(v->part[0], 0), b = HALF_8(v->part[0], 8), c = GREATER(v8, v8i, a, b);
+    const v4 d = HALF_4(c, 0), e = HALF_4(c, 4);
+#elif LANES == 8
+    const v8 c = GREATER(v8, v8i, v->part[0], v->part[1]);
+    const v4 d = HALF_4(c, 0), e = HALF_4(c, 4);
+#else
+    const v4 d = GREATER(v4, v4i, v->part[0], v->part[2]), e = GREATER(v4, v4i, v->part[1], v->part[3]);
+#endif
+    const v4 f = GREATER(v4, v4i, d, e);
     const float g = f[0] > f[1] ? f[0] : f[1], h = f[2] > f[3] ? f[2] : f[3];
     return g > h ? g : h;
 }
@@ -59,21 +89,24 @@ MER_INLINE float v16_max(const v16 *v) {
 MER_INLINE float dot(const float *a, const float *b, long n) {
     v16 even = {0}, odd = {0};
     long i = 0;
-    for (; i + 32 <= n; i += 32) {
-        V16_LOAD(a0, a + i);
-        V16_LOAD(b0, b + i);
-        V16_LOAD(a1, a + i + 16);
-        V16_LOAD(b1, b + i + 16);
-        even += a0 * b0;
-        odd += a1 * b1;
-    }
+    for (; i + 32 <= n; i += 32)
+        EACH_PART(p) {
+            VF_LOAD(a0, a + i + p * LANES);
+            VF_LOAD(b0, b + i + p * LANES);
+            VF_LOAD(a1, a + i + 16 + p * LANES);
+            VF_LOAD(b1, b + i + 16 + p * LANES);
+            even.part[p] += a0 * b0;
+            odd.part[p] += a1 * b1;
+        }
     if (i + 16 <= n) {
-        V16_LOAD(a0, a + i);
-        V16_LOAD(b0, b + i);
-        even += a0 * b0;
+        EACH_PART(p) {
+            VF_LOAD(a0, a + i + p * LANES);
+            VF_LOAD(b0, b + i + p * LANES);
+            even.part[p] += a0 * b0;
+        }
         i += 16;
     }
-    even += odd;
+    EACH_PART(p) even.part[p] += odd.part[p];
     float sum = v16_sum(&even);
     for (; i < n; i++) sum += a[i] * b[i];
     return sum;
@@ -82,38 +115,39 @@ MER_INLINE float dot(const float *a, const float *b, long n) {
 MER_INLINE float total(const float *a, long n) {
     v16 lanes = {0};
     long i = 0;
-    for (; i + 16 <= n; i += 16) {
-        V16_LOAD(x, a + i);
-        lanes += x;
-    }
+    for (; i + 16 <= n; i += 16)
+        EACH_PART(p) {
+            VF_LOAD(x, a + i + p * LANES);
+            lanes.part[p] += x;
+        }
     float sum = v16_sum(&lanes);
     for (; i < n; i++) sum += a[i];
     return sum;
 }
 
 /* e^x for x <= 0 (less than -87 counts as -87), in place; relative error below 2^-22. */
-MER_INLINE void v16_exp(v16 *x) {
+MER_INLINE void vf_exp(vf *x) {
     const float magic = 0x1.8p23f;
-    v16 a = *x;
-    const v16i low = a < -87.0f; /* false for a NaN, which stays one */
-    a = (v16)(((v16i)a & ~low) | ((v16i)((v16){0} - 87.0f) & low));
-    const v16 shifted = a * 0x1.715476p+0f + magic;
-    const v16 n = shifted - magic;
-    v16 r = a - n * 0x1.62e4p-1f;
+    vf a = *x;
+    const vi low = a < -87.0f; /* false for a NaN, which stays one */
+    a = VF_CHOOSE(low, VF_ALL(-87.0f), a);
+    const vf shifted = a * 0x1.715476p+0f + magic;
+    const vf n = shifted - magic;
+    vf r = a - n * 0x1.62e4p-1f;
     r = r - n * 0x1.7f7d1cp-20f;
-    v16 p = r * 0x1.6c16c2p-10f + 0x1.111112p-7f;
+    vf p = r * 0x1.6c16c2p-10f + 0x1.111112p-7f;
     p = p * r + 0x1.555556p-5f;
     p = p * r + 0x1.555556p-3f;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    *x = (v16)((v16i)p + ((v16i)shifted << 23));
+    *x = (vf)((vi)p + ((vi)shifted << 23));
 }
 
 /* The same of one number, in the same bits. */
 MER_INLINE float exp1(float x) {
-    v16 lanes = (v16){0} + x;
-    v16_exp(&lanes);
+    vf lanes = VF_ALL(x);
+    vf_exp(&lanes);
     return lanes[0];
 }
 

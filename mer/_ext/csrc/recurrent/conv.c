@@ -25,19 +25,19 @@ void mer_convolve(const mer_conv *c, long t0, long t1, long c0, long c1, const f
     const long rows = c->kernel - 1;
     /* From the last token on, so that inputs are still there when they are wanted. */
     for (long t = t1 - 1; t >= t0; t--)
-        for (long i = c0; i < c1; i += 16) {
-            v16 sum, w, x;
-            v16_load_some(&sum, c->bias ? c->bias + i : NULL, c1 - i);
+        for (long i = c0; i < c1; i += LANES) {
+            vf sum, w, x;
+            vf_load_some(&sum, c->bias ? c->bias + i : NULL, c1 - i);
             for (long j = 0; j <= rows; j++) {
                 const long from = t - rows + j;
                 const float *row = before ? before + (from - t0 + rows) * c->channels : NULL;
                 if (from >= t0) row = c->x + from * c->stride;
-                v16_load_some(&w, c->w + j * c->channels + i, c1 - i);
-                v16_load_some(&x, row ? row + i : NULL, c1 - i);
+                vf_load_some(&w, c->w + j * c->channels + i, c1 - i);
+                vf_load_some(&x, row ? row + i : NULL, c1 - i);
                 sum += w * x;
             }
-            if (c->silu) v16_silu(&sum);
-            v16_store_some(c->x + t * c->stride + i, &sum, c1 - i);
+            if (c->silu) vf_silu(&sum);
+            vf_store_some(c->x + t * c->stride + i, &sum, c1 - i);
         }
 }
 

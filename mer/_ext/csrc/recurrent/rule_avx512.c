@@ -1,0 +1,18 @@
+/* The gated delta rule in AVX-512. */
+#if defined(__x86_64__)
+#include <stdint.h> /* before the pragma: what the system's headers have is for every CPU */
+#include <string.h>
+
+#include "../mer_recurrent.h"
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC target("avx2,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+#define LANES 16
+#define FUNCTION(NAME) NAME##_avx512
+#include "rule.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

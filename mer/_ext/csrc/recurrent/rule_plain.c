@@ -1,0 +1,4 @@
+/* The gated delta rule for every CPU. */
+#define LANES 4
+#define FUNCTION(NAME) NAME##_plain
+#include "rule.h"
