@@ -52,6 +52,7 @@ from mer.engine.outputs import Result
 from mer.engine.speculation import Speculation
 from mer.engine.structure import Structure
 from mer.errors import MerError
+from mer.model.tokenizer import Tokenizer
 
 # The ends of Pride and Prejudice and of Emma, which the bundled model was not trained on.
 HELD_OUT = {
@@ -216,6 +217,20 @@ async def ask(
     return {"result": result, "cpu_s": time.process_time() - began}
 
 
+def greedy(tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+
+
+def wanted(
+    tokenizer: Tokenizer | None, name: str, params: SamplingParams
+) -> tuple[SamplingParams, list[int] | None]:
+    """How the answer to one of TEXTS is asked for, and its tokens where it is dictated."""
+    if tokenizer is None or name not in GIVEN:
+        return params, None
+    answer = GIVEN[name][1]
+    return evolve(params, structure=Structure.choice([answer])), tokenizer.encode(answer, special=False)
+
+
 async def measure(
     path: Path,
     modes: list[str],
@@ -228,7 +243,6 @@ async def measure(
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """By prompt and mode, what each round gave. drafts: settings of those modes that use draft engines."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     turns = random.Random(0)
     async with Engine.open(path, EngineConfig(**settings, **drafts)) as engine:
         Wrong.vocab = engine.spec.vocab
@@ -238,10 +252,7 @@ async def measure(
         tokenizer = engine.tokenizer
         for name, prompt in (counting(tokens) if tokenizer is None else TEXTS).items():
             found[name] = {mode: [] for mode in modes}
-            params, given = greedy, None
-            if tokenizer is not None and name in GIVEN:
-                params = evolve(greedy, structure=Structure.choice([GIVEN[name][1]]))
-                given = tokenizer.encode(GIVEN[name][1], special=False)
+            params, given = wanted(tokenizer, name, greedy(tokens))
             for number in range(rounds + 1):
                 answers: dict[str, Result] = {}
                 for mode in turns.sample(modes, len(modes)):
