@@ -13,6 +13,7 @@ same by the step thread's processor time, and how many steps verified drafts.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import statistics
 import time
@@ -132,7 +133,7 @@ async def measure(path: Path, tokens: int, seconds: float, from_drive: bool, **s
         await ways["off"].take(engine)
         engine._speculate = "auto"  # requests can have drafts, whether or not their step looks for some
         turns, until, number = Turns(engine, ways), time.monotonic() + seconds, 0
-        while time.monotonic() < until:
+        while number < 2 or time.monotonic() < until:  # the first answers fill the cache
             for name, prompt in TEXTS.items():
                 turns.answer = (name, number)
                 params, given = wanted(engine.tokenizer, name, greedy(tokens))
@@ -150,20 +151,32 @@ async def measure(path: Path, tokens: int, seconds: float, from_drive: bool, **s
 @click.option("--cache-experts", help="As mer run --cache-experts.")
 @click.option("--threads", type=int)
 @click.option("--from-drive", is_flag=True, help="Have the page cache let go of the model first.")
-def main(model: Path, tokens: int, seconds: float, from_drive: bool, **settings: Any) -> None:
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write everything there, too.")
+def main(
+    model: Path, tokens: int, seconds: float, from_drive: bool, out: Path | None, **settings: Any
+) -> None:
     given = {name: value for name, value in settings.items() if value is not None}
     turns = asyncio.run(measure(model, tokens, seconds, from_drive, **given))
+    found: dict[str, Any] = {"steps": turns.steps, "drafting": turns.drafting}
     table = Table("way", "turns", "time", "95 %", "CPU", "95 %")
     for way in WAYS[1:]:
-        row = [way, str(len(turns.ratios(way, 1)))]
-        for column in (1, 2):
-            ratios = turns.ratios(way, column)
-            least, most = interval(ratios)
-            row += [f"{middle_mean(ratios):.4f}", f"{least:.4f}-{most:.4f}"]
+        both = {"time": turns.ratios(way, 1), "cpu": turns.ratios(way, 2)}
+        if not len(both["time"]):
+            raise click.ClickException(
+                f"{way}: no turn of {TURN} steps has others beside it; give more --seconds or --tokens"
+            )
+        found[way] = {"turns": len(both["time"])}
+        row = [way, str(len(both["time"]))]
+        for name, ratios in both.items():
+            mean, (least, most) = middle_mean(ratios), interval(ratios)
+            found[way][name] = {"ratio": mean, "least": least, "most": most}
+            row += [f"{mean:.4f}", f"{least:.4f}-{most:.4f}"]
         table.add_row(*row)
     console = Console(width=120)
     console.print(table)
     console.print(f"wrong drafts: {turns.drafting / turns.steps:.2%} of {turns.steps} steps verified some")
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

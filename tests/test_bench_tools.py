@@ -13,7 +13,19 @@ import transformers
 from click.testing import CliRunner
 from gguf import GGUFReader, dequantize
 
-from bench import ahead, ceilings, first_token, inplace, io, kernels, make_model, peer, speculative, start
+from bench import (
+    ahead,
+    ceilings,
+    draft_cost,
+    first_token,
+    inplace,
+    io,
+    kernels,
+    make_model,
+    peer,
+    speculative,
+    start,
+)
 from bench.gguf_writer import write_gguf
 from bench.shapes import SHAPES, model_config, tensors
 from bench.synthetic import Weights
@@ -374,6 +386,34 @@ def test_speeds_are_compared_within_rounds():
     assert speculative.ratio(plain, plain, "speed") == (1, 1, 1)
     twice = [{"speed": run["speed"] * (2 + (n - 50) / 100)} for n, run in enumerate(plain)]
     assert speculative.ratio(twice, plain, "speed") == pytest.approx((1.995, 1.89, 2.1))
+
+
+def test_what_wrong_drafts_cost(tmp_path):
+    out = tmp_path / "found.json"
+    result = CliRunner().invoke(draft_cost.main, ["--seconds", "0", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    for way in ("again", "wrong"):
+        assert found[way]["turns"] > 0
+        for column in ("time", "cpu"):
+            assert found[way][column]["least"] <= found[way][column]["ratio"] <= found[way][column]["most"]
+    result = CliRunner().invoke(draft_cost.main, ["--seconds", "0", "--tokens", "12"])
+    assert result.exit_code == 1
+    assert "give more" in result.output
+
+
+def test_turns_are_compared_at_their_place_and_with_those_near():
+    """Later places take longer, one answer twice as long as others; wrong drafts cost a tenth."""
+    turns = draft_cost.Turns.__new__(draft_cost.Turns)
+    turns.turns = []
+    for answer in range(7):
+        for number in range(12):
+            way = draft_cost.WAYS[(number + answer) % 3]
+            took = (2 if answer == 4 else 1) * (1.1 if way == "wrong" else 1) * (1 + number / 10)
+            places = range(number * draft_cost.TURN, (number + 1) * draft_cost.TURN)
+            turns.turns.append(draft_cost.Turn(("prose", answer), way, [(at, took, took) for at in places]))
+    assert draft_cost.middle_mean(turns.ratios("wrong", 1)) == pytest.approx(1.1)
+    assert draft_cost.middle_mean(turns.ratios("again", 2)) == pytest.approx(1.0)
 
 
 def test_reading_ahead_is_measured(tmp_path):
