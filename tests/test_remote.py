@@ -33,7 +33,7 @@ class Peers:
         self.probed.append((peer, ask.turn, ask.experts))
 
     def ask(self, peer, ask):
-        turn, _, layer, x, experts, counts, tokens = ask
+        turn, _, layer, x, experts, counts, tokens, weights = ask
         self.asked.append((peer, layer, experts))
         how, x = self.how[peer], x.copy()
         if how == "busy":
@@ -42,8 +42,8 @@ class Peers:
             raise OSError("no way there")
         rows, at = [], 0
         for e, count in zip(experts, counts, strict=True):
-            for t in tokens[at : at + count]:
-                one = (np.array([[e]], np.int32), np.ones((1, 1), np.float32))
+            for t, weight in zip(tokens[at : at + count], weights[at : at + count], strict=True):
+                one = (np.array([[e]], np.int32), np.array([[weight]], np.float32))
                 rows.append(self.model.exact(KERNELS, layer, x[t : t + 1], *one)[0])
             at += count
         answer = (turn, peer, experts, wired(np.array(rows), self.model.wire))
