@@ -91,8 +91,7 @@ WRONG = [
     (pb.ChatRequest(messages=[Message(role="user")], template_variables="[" * 9999), "template_variables"),
     (tool(description="x"), "tools[0].name"),
     (tool(name="f", parameters="no"), "tools[0].parameters"),
-    (called("no"), "messages[1].tool_calls[0].arguments"),
-    (called("[]"), "messages[1].tool_calls[0].arguments"),
+    (called("[" + "0," * 40_000 + "0]"), "messages[1].tool_calls[0].arguments"),
 ]
 
 

@@ -301,8 +301,8 @@ def template_variables(engine: Engine, given: Mapping[str, Any] | None, effort: 
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages in OpenAI's shape as chat templates read them.
 
-    Text parts are joined by newlines, the arguments of tool calls are objects, a developer speaks as the
-    system. Raises RequestError ("messages[i]...").
+    Text parts are joined by newlines, the arguments of tool calls are objects (or a text, where they are
+    none), a developer speaks as the system. Raises RequestError ("messages[i]...").
     """
     return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
@@ -325,11 +325,16 @@ def _template_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _function(function: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A model wrote the arguments: what is no JSON object stays a text, for the template to show."""
     arguments = function["arguments"]
     if isinstance(arguments, str):
-        arguments = json_object(arguments, where)
-    if not isinstance(arguments, dict):
-        raise RequestError(f"{where} must be a JSON object", where)
+        try:
+            value = _json(arguments)
+        except TooLargeError as error:
+            raise RequestError(f"{where}: {error}", where) from None
+        except (ValueError, RecursionError):
+            value = arguments
+        arguments = {} if value is None else value if isinstance(value, dict) else arguments
     return {**function, "arguments": arguments}
 
 
@@ -341,7 +346,7 @@ def json_schema(text: str, where: str) -> dict[str, Any] | str:
 def json_object(text: str, where: str) -> dict[str, Any]:
     """What a text of a request says; {} for an empty one. Raises RequestError for what is no JSON object."""
     try:
-        value = large_json.decode(text.encode()) if len(text) > PIECE else json.loads(text or "{}")
+        value = _json(text)
     except TooLargeError as error:
         raise RequestError(f"{where}: {error}", where) from None
     except (ValueError, RecursionError) as error:
@@ -349,3 +354,8 @@ def json_object(text: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(f"{where} must be a JSON object", where)
     return value
+
+
+def _json(text: str) -> Any:
+    """{} for an empty text. Raises TooLargeError, ValueError, RecursionError."""
+    return large_json.decode(text.encode()) if len(text) > PIECE else json.loads(text.strip() or "{}")

@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from mer.errors import CheckpointError, RequestError
+from mer.model import raw_arguments
 from mer.model.settings import Folder, Text, read_optional, read_text
 
 # Templates come with the weights, from strangers. One rendering may take this many turns of loops, and make
@@ -85,8 +86,9 @@ class ChatTemplate:
     ) -> str:
         """The prompt for these messages, special tokens written out: encode it with special=False.
 
-        extra: further variables of the template. Raises RequestError ("messages") when the template refuses
-        the messages, or does what the sandbox forbids.
+        Arguments of calls are objects; a text is written as it stands, see `raw_arguments`. extra: further
+        variables of the template. Raises RequestError ("messages") when the template refuses the messages, or
+        does what the sandbox forbids.
         """
         if not messages:
             raise RequestError("messages: at least one message is needed", "messages")
@@ -96,26 +98,32 @@ class ChatTemplate:
             raise CheckpointError(
                 f"{self._file}: has no chat template 'default', only {', '.join(map(repr, self._templates))}"
             )
-        variables = {**self._special, "documents": None, **extra}
-        token = _steps.set(itertools.count(1))
-        try:
-            return template.render(
-                variables,
-                messages=[_message(message) for message in messages],
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except SecurityError as error:
-            raise RequestError(
-                f"messages: the model's chat template does what is not allowed: {error}", "messages"
-            ) from error
-        except Exception as error:  # a template can raise whatever Python does
-            raise RequestError(
-                f"messages: the model's chat template refuses them: {error or type(error).__name__}",
-                "messages",
-            ) from error
-        finally:
-            _steps.reset(token)
+        variables = {
+            **self._special,
+            "documents": None,
+            **extra,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        given = [_message(message) for message in messages]
+        return raw_arguments.render(given, lambda each: _rendered(template, each, variables))
+
+
+def _rendered(template: jinja2.Template, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+    token = _steps.set(itertools.count(1))
+    try:
+        return template.render(variables, messages=messages)
+    except SecurityError as error:
+        raise RequestError(
+            f"messages: the model's chat template does what is not allowed: {error}", "messages"
+        ) from error
+    except Exception as error:  # a template can raise whatever Python does
+        raise RequestError(
+            f"messages: the model's chat template refuses them: {error or type(error).__name__}",
+            "messages",
+        ) from error
+    finally:
+        _steps.reset(token)
 
 
 def _by_name(file: Path | Text, given: Any) -> dict[str, str]:

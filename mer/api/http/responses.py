@@ -156,7 +156,7 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
     if isinstance(body.input, str):
         return [*messages, {"role": "user", "content": body.input}]
     turn: dict[str, Any] | None = None  # an answer to which more may belong
-    for i, item in enumerate(body.input):
+    for item in body.input:
         if isinstance(item, InputCallOutput):
             turn = None
             output = item.output if isinstance(item.output, str) else _join(item.output)
@@ -168,7 +168,7 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
             if turn is None or not _belongs(turn, item):
                 turn = {"role": "assistant", "content": ""}
                 messages.append(turn)
-            _add_to(turn, item, f"input[{i}]")
+            _add_to(turn, item)
     return messages
 
 
@@ -179,13 +179,12 @@ def _belongs(turn: dict[str, Any], item: InputItem) -> bool:
     return isinstance(item, InputCall) or "tool_calls" not in turn
 
 
-def _add_to(turn: dict[str, Any], item: InputItem, where: str) -> None:
+def _add_to(turn: dict[str, Any], item: InputItem) -> None:
     if isinstance(item, InputReasoning):
         text = _join([*(item.content or ()), *(() if item.content else item.summary or ())])
         turn["reasoning_content"] = "\n".join(filter(None, (turn.get("reasoning_content"), text)))
     elif isinstance(item, InputCall):
-        arguments = conversation.json_object(item.arguments, f"{where}.arguments")
-        function = {"name": _joined(item.namespace, item.name), "arguments": arguments}
+        function = {"name": _joined(item.namespace, item.name), "arguments": item.arguments}
         call = {"id": item.call_id, "type": "function", "function": function}
         turn.setdefault("tool_calls", []).append(call)
     elif isinstance(item, InputMessage):
