@@ -99,6 +99,15 @@ INLINE vec with_sign(vec w) { return w; }
 
 INLINE vec zeros(void) { return _mm256_setzero_si256(); }
 
+/* Compilers add up products in an order of their own, for which there are too few registers. */
+#define IN_ORDER(X) __asm__("" : "+x"(X))
+
+INLINE vec broadcast4(const int8_t *p) {
+    int four;
+    memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+}
+
 /* Adds to n_tok sums the products of 4 n columns from q[t] + at on. `most`: of how many products of two neighbours the
  * sum fits 16 bits; 0: the weights have a sign, and are -127 at the least. */
 INLINE void dots(const int n_tok, const vec *w, const int8_t *const *q, const int at, const int n, const int most,
@@ -107,19 +116,21 @@ INLINE void dots(const int n_tok, const vec *w, const int8_t *const *q, const in
     const int together = most > n ? n : most ? most : 1;
     UNROLL for (int k = 0; k < n; k += together) {
         vec pairs[TOKENS];
-        UNROLL for (int i = k; i < k + together; i++)
+        UNROLL for (int i = k; i < k + together; i++) {
+            const vec wi = w[i];
+            const vec ab = most ? wi : _mm256_abs_epi8(wi);
             UNROLL for (int t = 0; t < n_tok; t++) {
-                int four;
-                memcpy(&four, q[t] + at + 4 * i, 4);
-                const vec x = _mm256_set1_epi32(four);
-                const vec two = most ? _mm256_maddubs_epi16(w[i], x)
-                                     : _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(x, w[i]));
+                const vec x = broadcast4(q[t] + at + 4 * i);
+                const vec two = most ? _mm256_maddubs_epi16(wi, x)
+                                     : _mm256_maddubs_epi16(ab, _mm256_sign_epi8(x, wi));
                 pairs[t] = i == k ? two : _mm256_add_epi16(pairs[t], two);
+                IN_ORDER(pairs[t]);
             }
-        UNROLL for (int t = 0; t < n_tok; t++)
+        }
+        UNROLL for (int t = 0; t < n_tok; t++) {
             sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(pairs[t], one));
-        if (most < 4) /* else compilers keep products to add them up later, for which there are too few registers */
-            UNROLL for (int t = 0; t < n_tok; t++) __asm__("" : "+x"(sum[t]));
+            IN_ORDER(sum[t]);
+        }
     }
 }
 
