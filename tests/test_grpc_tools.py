@@ -83,6 +83,13 @@ async def test_calls_are_those_of_http(server, stub, seed, named):
     assert sum(bool(piece.tool_calls) for piece in answer) > 3, "as they come, not in one piece"
 
 
+async def test_only_some_tools_may_be_called(stub):
+    for seed in range(6):
+        choice = Choice(mode=Choice.MODE_REQUIRED, allowed=["forecast"])
+        answer = await pieces(stub.Chat(ask({"max_tokens": 400, "seed": seed}, tool_choice=choice)))
+        assert {name for name, _ in whole(answer)[2]} == {"forecast"}
+
+
 async def test_results_go_back(stub):
     answer = await pieces(
         stub.Chat(ask({"max_tokens": 400, "seed": 1}, tool_choice=Choice(mode=Choice.MODE_REQUIRED)))
@@ -121,6 +128,8 @@ async def test_structured_answers(stub, structure, check):
         ({"tools": [], "tool_choice": Choice(mode=Choice.MODE_REQUIRED)}, "tool_choice"),
         ({"tool_choice": Choice(name="other")}, "tool_choice"),
         ({"tool_choice": Choice(mode=9)}, "tool_choice.mode"),
+        ({"tool_choice": Choice(mode=Choice.MODE_AUTO, allowed=["other"])}, "tool_choice"),
+        ({"tool_choice": Choice(name="forecast", allowed=["forecast"])}, "tool_choice.allowed"),
         ({"tools": [*TOOLS, TOOLS[0]]}, "tools"),
         ({"structure": Structure(regex="(")}, "params.structure"),
     ],

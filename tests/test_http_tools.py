@@ -123,6 +123,46 @@ def test_a_strict_tool_is_held_to_its_schema_where_the_model_decides(tmp_path):
             ask(client, tools=[bad])
 
 
+def chosen(mode: str, *names: str) -> dict:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_only_some_tools_may_be_called(tmp_path):
+    """All of them are in the prompt; a bias makes the model begin a call."""
+    model = write_tool_model(tmp_path / "small", special=("<tool_call>", "</tool_call>"))
+    with serving(model, "--context", 2048) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        choices = "auto", chosen("auto", "forecast"), chosen("required", "forecast")
+        counts = {ask(client, tool_choice=each, max_tokens=1).usage.prompt_tokens for each in choices}
+        assert len(counts) == 1
+        tag = token(client, "<tool_call>")
+        for mode, bias in (("required", 0), ("auto", 100)):
+            names = set()
+            for seed in range(6):
+                choice = ask(client, tool_choice=chosen(mode, "forecast"), logit_bias={tag: bias}, seed=seed)
+                names |= {call.function.name for call in choice.choices[0].message.tool_calls}
+            assert names == {"forecast"}, mode
+        free = {call.function.name for seed in range(6) for call in
+                ask(client, tool_choice="required", seed=seed).choices[0].message.tool_calls}  # fmt: skip
+        assert "weather" in free, "else the model would not need to be held"
+        said = ask(client, tool_choice=chosen("auto", "forecast"), logit_bias={tag: -100}, max_tokens=9,
+                   extra_body={"ignore_eos": True}).choices[0].message  # fmt: skip
+        assert (said.tool_calls, bool(said.content)) == (None, True), "it need not call"
+
+        flat = [{"type": "function", **tool["function"]} for tool in TOOLS]
+        names = [{"type": "function", "name": "forecast"}]
+        picked = {"type": "allowed_tools", "mode": "required", "tools": names}
+        for seed in range(6):
+            response = client.responses.create(
+                model="small", input=ASK, tools=flat, tool_choice=picked, max_output_tokens=300,
+                extra_body={"seed": seed},
+            )  # fmt: skip
+            assert response.output
+            assert {item.name for item in response.output} == {"forecast"}
+        assert response.tool_choice.model_dump() == picked
+
+
 def test_an_answer_of_a_schema_may_call_tools_instead(client):
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
               "additionalProperties": False}  # fmt: skip
@@ -156,6 +196,10 @@ def test_a_conversation_with_results_goes_on(client):
     [
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tool_choice": chosen("auto", "forecast", "other")}, "tool_choice"),
+        ({"tool_choice": chosen("auto")}, "tool_choice.allowed_tools.tools"),
+        ({"tool_choice": chosen("none", "forecast")}, "tool_choice.allowed_tools.mode"),
+        ({"tools": [], "tool_choice": chosen("auto", "forecast")}, "tool_choice"),
         ({"tools": [*TOOLS, TOOLS[0]]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
@@ -197,6 +241,11 @@ def test_strict_where_the_format_is_not_known(tmp_path):
             with pytest.raises(openai.BadRequestError, match="'strict' can't be obeyed") as caught:
                 ask(client, tools=[{"type": "function", "function": function}], **more)
             assert caught.value.param == "tools"
+        two = [{"type": "function", "function": {"name": name}} for name in "fg"]
+        with pytest.raises(openai.BadRequestError, match="can't be held to some") as caught:
+            ask(client, tools=two, tool_choice=chosen("auto", "f"))
+        assert caught.value.param == "tool_choice"
+        assert ask(client, tools=two, tool_choice=chosen("auto", "f", "g"), max_tokens=1).choices
         loose = {"type": "function", "function": function | {"strict": False}}
         assert ask(client, tools=[loose], max_tokens=1).choices
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final, Literal
 
@@ -37,9 +37,9 @@ class ChatRequest:
     """A conversation to be continued.
 
     messages, tools: in OpenAI's shape, contents as text (see `template_messages`); a tool's "strict" is
-    obeyed. tool_name: the function
-    that must be called. several: an answer may call more than one tool. variables: further ones of the chat
-    template. reasoning: part the model's thoughts from its answer.
+    obeyed. allowed: the functions that may be called (None: all); the prompt shows the others, too. several:
+    an answer may call more than one tool. variables: further ones of the chat template. reasoning: part the
+    model's thoughts from its answer.
     """
 
     messages: list[dict[str, Any]]
@@ -47,7 +47,7 @@ class ChatRequest:
     n: int = 1
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none", "required"] = "auto"
-    tool_name: str | None = None
+    allowed: Collection[str] | None = None
     several: bool = True
     variables: Mapping[str, Any] = field(factory=dict)
     reasoning: bool = True
@@ -168,10 +168,10 @@ def _grammar(
     structure = request.params.structure
     format.check_strict(tools)
     if tools and request.tool_choice == "required":
-        several = request.several and request.tool_name is None
-        return Structure.grammar(format.forced_call(tools, special, prompt=tail, several=several))
+        return Structure.grammar(format.forced_call(tools, special, prompt=tail, several=request.several))
     if structure is None:
-        if not any(tool["function"].get("strict") for tool in tools):
+        fewer = len(tools) < len(request.tools or ()) and request.tool_choice != "none"
+        if not fewer and not any(tool["function"].get("strict") for tool in tools):
             return None
         return Structure.grammar(format.strict_calls(tools, special, prompt=tail, several=request.several))
     if structure.behind or (not tools and format.plain(tail)):
@@ -213,6 +213,8 @@ def _tools(request: ChatRequest, format: OutputFormat) -> list[dict[str, Any]]:
         raise RequestError(f"tools: two of them are called {twice!r}", "tools")
     if request.tool_choice == "none":
         return []
+    if other := next((name for name in request.allowed or () if name not in names), None):
+        raise RequestError(f"tool_choice: {other!r} is none of the tools", "tool_choice")
     if not tools:
         if request.tool_choice == "required":
             raise RequestError("tool_choice: there are no tools to choose from; send 'tools'", "tool_choice")
@@ -223,11 +225,9 @@ def _tools(request: ChatRequest, format: OutputFormat) -> list[dict[str, Any]]:
             "leave them out, or put a chat_template.jinja that does into the model's directory",
             "tools",
         )
-    if request.tool_name is None:
+    if request.allowed is None:
         return tools
-    if request.tool_name not in names:
-        raise RequestError(f"tool_choice: {request.tool_name!r} is none of the tools", "tool_choice")
-    return [tools[names.index(request.tool_name)]]
+    return [tool for name, tool in zip(names, tools, strict=True) if name in request.allowed]
 
 
 async def chat_tokens(engine: Engine, request: ChatRequest) -> list[int]:

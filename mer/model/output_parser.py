@@ -106,10 +106,16 @@ class OutputFormat:
         several: bool = False,
     ) -> str:
         """A Lark grammar of answers that say anything, but where a call that is begun is one of these tools,
-        with arguments of its schema if it is strict. Raises RequestError ("tools") as `check_strict`.
+        with arguments of its schema if it is strict. Raises RequestError as `check_strict` does, and
+        ("tool_choice") where the format is not known.
         """
         self.check_strict(tools)
-        assert self.calls is not None
+        if self.calls is None:
+            raise RequestError(
+                "tool_choice: how this model writes calls of tools is not known (its chat template shows "
+                "none of the known formats), so that they can't be held to some tools; allow all of them",
+                "tool_choice",
+            )
         lark = Lark(special)
         held = [tool if is_strict(tool) else _free(tool) for tool in tools]
         answer = self.calls.mixed(lark, _schemas(held), several)

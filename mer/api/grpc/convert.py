@@ -170,10 +170,12 @@ def conversation(request: pb.ChatRequest | pb.TokenizeRequest, params: SamplingP
         made = attrs.evolve(made, several=request.parallel_tool_calls)
     choice = request.tool_choice
     if choice.WhichOneof("choice") == "name":
-        return attrs.evolve(made, tool_choice="required", tool_name=choice.name)
+        if choice.allowed:
+            raise RequestError("tool_choice: name or allowed, not both", "tool_choice.allowed")
+        return attrs.evolve(made, tool_choice="required", allowed=[choice.name], several=False)
     if choice.mode not in _CHOICES:
         raise RequestError(f"tool_choice.mode {choice.mode} is not known", "tool_choice.mode")
-    return attrs.evolve(made, tool_choice=_CHOICES[choice.mode])
+    return attrs.evolve(made, tool_choice=_CHOICES[choice.mode], allowed=list(choice.allowed) or None)
 
 
 def _message(given: pb.Message, index: int) -> dict[str, Any]:

@@ -133,6 +133,8 @@ class CountTokensRequest(Body, kw_only=True):
     output_config: OutputConfig | None = None
     cache_control: JsonObject | None = None
     context_management: JsonObject | None = None
+    user_profile_id: str | None = None
+    workspace_id: str | None = None
 
 
 class MessagesRequest(CountTokensRequest, kw_only=True):
@@ -146,6 +148,8 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
     top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     metadata: JsonObject | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    inference_geo: str | None = None
+    billing_policy: JsonObject | None = None
 
 
 class TextAnswer(Struct, tag_field="type", tag="text"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET
@@ -35,10 +35,12 @@ from mer.api.http.answers import (
 from mer.api.http.call import Call, current_call
 from mer.api.http.errors import api_error, invalid
 from mer.api.http.schemas import (
+    AllowedToolChoice,
     ChatCompletionRequest,
     ChosenTool,
     JsonObjectFormat,
     JsonSchemaFormat,
+    check_prewarm,
     sampling,
     structure_name,
 )
@@ -49,6 +51,7 @@ from mer.engine.structure import Structure
 from mer.errors import RequestError
 from mer.model.pieces import Content, Piece, Reasoning, ToolCall
 
+_ToolChoice = Literal["none", "auto", "required"] | ChosenTool | AllowedToolChoice | None
 # What clients of this endpoint call fields of SamplingParams.
 _NAMES: Final = {"prompt": "messages", "logprobs": "top_logprobs"}
 
@@ -85,6 +88,7 @@ def to_request(body: ChatCompletionRequest, variables: Mapping[str, Any]) -> Cha
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
     if body.store:
         raise invalid("store: this server stores no answers", "store", "unsupported_parameter")
+    check_prewarm(body.prompt_cache_options)
     most = {body.max_tokens, body.max_completion_tokens} - {None}
     if len(most) > 1:
         raise invalid("max_tokens and max_completion_tokens differ: give one", "max_completion_tokens")
@@ -94,17 +98,27 @@ def to_request(body: ChatCompletionRequest, variables: Mapping[str, Any]) -> Cha
         max_tokens=next(iter(most), None),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
+    mode, allowed = _choice(body.tool_choice)
     named = isinstance(body.tool_choice, ChosenTool)
     return ChatRequest(
         messages=template_messages(msgspec.to_builtins(body.messages)),
         params=params,
         n=body.n or 1,
         tools=msgspec.to_builtins(body.tools) if body.tools else None,
-        tool_choice="required" if named else body.tool_choice or "auto",  # type: ignore[arg-type]
-        tool_name=body.tool_choice.function.name if isinstance(body.tool_choice, ChosenTool) else None,
-        several=body.parallel_tool_calls is not False,
+        tool_choice=mode,
+        allowed=allowed,
+        several=body.parallel_tool_calls is not False and not named,
         variables=variables,
     )
+
+
+def _choice(given: _ToolChoice) -> tuple[Literal["auto", "none", "required"], list[str] | None]:
+    """Whether a tool is called, and which ones may be (None: all)."""
+    if isinstance(given, ChosenTool):
+        return "required", [given.function.name]
+    if isinstance(given, AllowedToolChoice):
+        return given.allowed_tools.mode, [tool.function.name for tool in given.allowed_tools.tools]
+    return given or "auto", None
 
 
 def _structure(body: ChatCompletionRequest) -> Structure | None:

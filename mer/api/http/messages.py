@@ -182,9 +182,10 @@ def to_request(body: CountTokensRequest, params: SamplingParams) -> ChatRequest:
             if isinstance(choice, ChoiceAny | ChoiceTool)
             else "auto"
         ),
-        tool_name=choice.name if isinstance(choice, ChoiceTool) else None,
+        allowed=[choice.name] if isinstance(choice, ChoiceTool) else None,
         several=not (
-            isinstance(choice, ChoiceAuto | ChoiceAny | ChoiceTool) and choice.disable_parallel_tool_use
+            isinstance(choice, ChoiceTool)
+            or (isinstance(choice, ChoiceAuto | ChoiceAny) and choice.disable_parallel_tool_use)
         ),
         variables=variables,
     )

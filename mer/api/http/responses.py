@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET
@@ -29,6 +29,7 @@ from mer.api.http.responses_types import (
     OutputText,
     ReasoningItem,
     ReasoningTextAnswer,
+    ResponseAllowedTools,
     ResponseAnswer,
     ResponseFailure,
     ResponseRefusal,
@@ -41,7 +42,7 @@ from mer.api.http.responses_types import (
     WebSearch,
     with_types,
 )
-from mer.api.http.schemas import JsonObjectFormat
+from mer.api.http.schemas import JsonObjectFormat, check_prewarm
 from mer.api.http.service import Service, body_as, json_response, translated
 from mer.engine.engine import Engine
 from mer.engine.params import SamplingParams
@@ -88,6 +89,7 @@ def to_request(body: ResponsesRequest, variables: Mapping[str, Any]) -> ChatRequ
     """The conversation that is meant; variables: of the chat template. Raises ApiError and RequestError."""
     if body.store:
         raise invalid("store: this server stores no answers; send false", "store", "unsupported_parameter")
+    check_prewarm(body.prompt_cache_options)
     wanted = body.text.format if body.text else None
     structure = None
     if isinstance(wanted, JsonObjectFormat):
@@ -105,7 +107,7 @@ def to_request(body: ResponsesRequest, variables: Mapping[str, Any]) -> ChatRequ
         "priority": body.priority,
         "timeout": body.timeout,
     }
-    choice = body.tool_choice
+    mode, allowed = _choice(body)
     tools = _functions(body)
     if body.tools and not tools:
         raise invalid(
@@ -117,11 +119,22 @@ def to_request(body: ResponsesRequest, variables: Mapping[str, Any]) -> ChatRequ
         messages=template_messages(_messages(body)),
         params=SamplingParams(**{name: value for name, value in given.items() if value is not None}),  # type: ignore[arg-type]
         tools=[_tool(name, tool) for name, (_, tool) in tools.items()] or None,
-        tool_choice="required" if isinstance(choice, ResponseToolChoice) else choice or "auto",
-        tool_name=choice.name if isinstance(choice, ResponseToolChoice) else None,
-        several=body.parallel_tool_calls is not False,
+        tool_choice=mode,
+        allowed=allowed,
+        several=body.parallel_tool_calls is not False
+        and not isinstance(body.tool_choice, ResponseToolChoice),
         variables=variables,
     )
+
+
+def _choice(body: ResponsesRequest) -> tuple[Literal["auto", "none", "required"], list[str] | None]:
+    """Whether a tool is called, and which ones may be (None: all)."""
+    given = body.tool_choice
+    if isinstance(given, ResponseToolChoice):
+        return "required", [given.name]
+    if isinstance(given, ResponseAllowedTools):
+        return given.mode, [tool.name for tool in given.tools]
+    return given or "auto", None
 
 
 def _functions(body: ResponsesRequest) -> dict[str, tuple[str, ResponseTool]]:
@@ -150,13 +163,19 @@ def _tool(name: str, tool: ResponseTool) -> dict[str, Any]:
 
 def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
     """As in chat completions: an answer's thoughts, text and calls are one message there."""
+    return [
+        *_of_items(body.instructions or [], "system"),
+        *_of_items(body.input, "user"),
+    ]
+
+
+def _of_items(items: str | Sequence[InputItem], role: str) -> list[dict[str, Any]]:
+    """role: who says what is a text."""
+    if isinstance(items, str):
+        return [{"role": role, "content": items}]
     messages: list[dict[str, Any]] = []
-    if body.instructions:
-        messages.append({"role": "system", "content": body.instructions})
-    if isinstance(body.input, str):
-        return [*messages, {"role": "user", "content": body.input}]
     turn: dict[str, Any] | None = None  # an answer to which more may belong
-    for item in body.input:
+    for item in items:
         if isinstance(item, InputCallOutput):
             turn = None
             output = item.output if isinstance(item.output, str) else _join(item.output)
@@ -217,7 +236,7 @@ class _Answer:
             created_at=now(),
             model=model,
             output=[],
-            instructions=body.instructions,
+            instructions=msgspec.to_builtins(body.instructions),
             max_output_tokens=body.max_output_tokens,
             metadata=body.metadata or {},
             parallel_tool_calls=body.parallel_tool_calls is not False,

@@ -14,6 +14,8 @@ from mer.api.http.schemas import (
     JsonObject,
     JsonObjectFormat,
     Probability,
+    PromptCacheOptions,
+    ServiceTier,
     TextFormat,
 )
 from mer.config import Speculate
@@ -99,6 +101,17 @@ class ResponseToolChoice(Body, tag_field="type", tag="function"):
     name: str
 
 
+class AllowedFunction(ResponseTool, kw_only=True, tag="function", omit_defaults=True):
+    """One of the tools, by its name."""
+
+
+class ResponseAllowedTools(Body, tag_field="type", tag="allowed_tools"):
+    """As `AllowedTools` in chat completions."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[AllowedFunction], Meta(min_length=1, max_length=512)]
+
+
 class SchemaFormat(Body, kw_only=True, tag_field="type", tag="json_schema"):
     """JSON that is valid by a schema; it always is, with `strict` or without."""
 
@@ -130,7 +143,7 @@ class ResponsesRequest(Body, kw_only=True):
 
     input: str | Annotated[list[InputItem], Meta(min_length=1)]
     model: str | None = None
-    instructions: str | None = None
+    instructions: str | list[InputItem] | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     max_output_tokens: Count | None = None
@@ -139,7 +152,7 @@ class ResponsesRequest(Body, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     seed: Int64 | None = None
     tools: Annotated[list[ResponseTool | ToolNamespace | WebSearch], Meta(max_length=512)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | ResponseAllowedTools | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
@@ -147,10 +160,12 @@ class ResponsesRequest(Body, kw_only=True):
     store: Annotated[bool, Meta(extra_json_schema={"enum": [False]})] | None = None
     metadata: dict[str, str] | None = None
     client_metadata: JsonObject | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: ServiceTier | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
     speculative: bool | Speculate | None = None
     priority: Int64 | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
@@ -245,7 +260,7 @@ class ResponseAnswer(Struct, kw_only=True, tag_field="object", tag="response"):
     error: ResponseFailure | None = None
     incomplete_details: IncompleteDetails | None = None
     usage: ResponseUsage | None = None
-    instructions: str | None
+    instructions: str | list[Any] | None
     max_output_tokens: int | None
     metadata: dict[str, str]
     parallel_tool_calls: bool
@@ -272,11 +287,15 @@ class ResponseEvent(Struct):
 
 
 def with_types(body: Any) -> Any:
-    """The body of a request in which every item of `input` says its type: messages may leave it out."""
-    items = body.get("input") if isinstance(body, dict) else None
-    if not isinstance(items, list):
+    """The body of a request in which every item of its lists says its type: messages may leave it out."""
+    if not isinstance(body, dict):
         return body
-    typed = [
-        {"type": "message", **item} if isinstance(item, dict) and "role" in item else item for item in items
-    ]
-    return {**body, "input": typed}
+    typed = {
+        name: [
+            {"type": "message", **item} if isinstance(item, dict) and "role" in item else item
+            for item in body[name]
+        ]
+        for name in ("input", "instructions")
+        if isinstance(body.get(name), list)
+    }
+    return {**body, **typed}

@@ -30,6 +30,7 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 _ID_NAMES: Final = {"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}}
 Biases = Annotated[dict[TokenId, Bias], Meta(extra_json_schema=_ID_NAMES)]
 JsonObject = dict[str, Any]
+ServiceTier = Literal["auto", "default", "flex", "scale", "priority"]
 _TOKEN: Final = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _STRING: Final = {"type": "string", "minLength": 1}
 _TOKENS: Final = {"type": "array", "items": _TOKEN, "minItems": 1}
@@ -48,20 +49,32 @@ Texts = Annotated[str | list[str | TokenId | list[TokenId]], _several(MAX_TEXTS)
 
 # What OpenAI's API has and this server does not: what to do instead, and values that ask for nothing.
 UNSUPPORTED: Final[dict[str, tuple[str, tuple[Any, ...]]]] = {
+    "access_programs": ("there are none here", ()),
     "audio": ("this server answers in text", ()),
     "background": ("answers are not made in the background; stream them", (False,)),
+    "background_options": ("answers are not made in the background; stream them", ()),
     "best_of": ("send 'n' and choose", (1,)),
+    "compaction": ("nothing is left out of a conversation", ()),
+    "container": ("this server has no tools of its own", ()),
+    "context_management": ("nothing is left out of a conversation", ([],)),
     "conversation": ("this server stores no answers: send the whole conversation", ()),
+    "diagnostics": ("this server stores no answers to compare with", ()),
     "dimensions": ("embeddings have the size of the model's hidden state", ()),
+    "fallbacks": ("this server tries no other model", ([],)),
+    "fallback_credit_token": ("this server tries no other model", ()),
     "functions": ("send 'tools' instead", ()),
     "function_call": ("send 'tool_choice' instead", ()),
+    "image": ("this server reads text only", ()),
     "max_tool_calls": ("it limits built-in tools, of which this server has none", ()),
-    "metadata": ("this server stores no answers", ({},)),
+    "mcp_servers": ("this server has no tools of its own: send functions", ([],)),
     "modalities": ("this server answers in text", (["text"],)),
     "moderation": ("this server does not moderate", ()),
     "prediction": ("predicted outputs are not known here", ()),
+    "prompt": ("this server stores no prompts: send the conversation itself", ()),
     "previous_response_id": ("this server stores no answers: send the whole conversation as 'input'", ()),
+    "speed": ("every answer is as fast as this machine", ("standard",)),
     "suffix": ("the models that this server runs continue a text and don't fill gaps", ("",)),
+    "thread": ("this server stores no answers: send the whole conversation", ()),
     "truncation": ("nothing is left out of a conversation", ("disabled",)),
     "verbosity": ("say so in a message", ("medium",)),
     "web_search_options": ("this server does not search the web", ()),
@@ -77,6 +90,21 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
+
+
+class PromptCacheOptions(Body):
+    """Prompts are cached anyway. prewarm: asks for no answer, which is something else."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: str | None = None
+    prewarm: Annotated[bool, Meta(extra_json_schema={"enum": [False]})] | None = None
+
+
+def check_prewarm(options: PromptCacheOptions | None) -> None:
+    """Raises ApiError."""
+    if options is not None and options.prewarm:
+        name = "prompt_cache_options.prewarm"
+        raise invalid(f"{name}: every request is answered here", name, "unsupported_parameter")
 
 
 class Generating(Body):
@@ -161,7 +189,11 @@ def structure_name(body: Generating) -> dict[str, str]:
 
 
 class TextPart(Body, tag_field="type", tag="text"):
+    """prompt_cache_breakpoint, cache_control: hints for OpenAI's and Anthropic's caches."""
+
     text: str
+    prompt_cache_breakpoint: JsonObject | None = None
+    cache_control: JsonObject | None = None
 
 
 class RefusalPart(Body, tag_field="type", tag="refusal"):
@@ -237,6 +269,19 @@ class ChosenTool(Body, tag_field="type", tag="function"):
     function: ChosenFunction
 
 
+class AllowedTools(Body):
+    """tools: by their names; what else is said of them is said in the request's `tools`."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[Tool], Meta(min_length=1, max_length=512)]
+
+
+class AllowedToolChoice(Body, tag_field="type", tag="allowed_tools"):
+    """Only these may be called. The prompt has all tools, so that its beginning stays in the cache."""
+
+    allowed_tools: AllowedTools
+
+
 class TextFormat(Body, tag_field="type", tag="text"):
     """Any text."""
 
@@ -266,14 +311,17 @@ class ChatCompletionRequest(Generating, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
     tools: Annotated[list[Tool], Meta(max_length=512)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | AllowedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     chat_template_kwargs: JsonObject | None = None
     store: Annotated[bool, Meta(extra_json_schema={"enum": [False]})] | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: ServiceTier | None = None
+    metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
 
 
 class CompletionRequest(Generating, kw_only=True):
