@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.kernels import FORMATS, random_weights
+from bench.options import counts
 from mer._ext.device import Device
 from mer._ext.kernels import Kernels, Pool, isas
 from mer.config import EngineConfig
@@ -180,7 +181,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", default="qwen3-30b-a3b", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--contexts", default="128,1024,4096,16384")
+    parser.add_argument("--contexts", type=counts, default="128,1024,4096,16384")
     parser.add_argument("--tokens", type=int, default=512, help="of a prompt's chunk")
     parser.add_argument("--cpu", action="store_true", help="time the CPU, too")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -190,7 +191,7 @@ def main() -> None:
     console = Console()
     console.print(device.name)
     compare(args.shape, device, console)
-    contexts = [int(each) for each in args.contexts.split(",")]
+    contexts = args.contexts
     spec = spec_of(args.shape, args.layers)
     table = Table("on", "context", "tokens", "ms a step", "us a layer", "GB/s of weights")
     steps: list[dict[str, Any]] = []

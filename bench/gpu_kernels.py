@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.kernels import FORMATS, random_weights
+from bench.options import counts, names
 from mer._ext.device import Device, Event
 from mer._ext.kernels import Kernels, Pool, isas
 from mer.config import EngineConfig
@@ -158,8 +159,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--formats", default=",".join(FORMATS))
-    parser.add_argument("--tokens", default="1,4,16,64,512")
+    parser.add_argument("--formats", type=names(FORMATS), default=list(FORMATS))
+    parser.add_argument("--tokens", type=counts, default="1,4,16,64,512")
     parser.add_argument("--rows", type=int, default=1024, help="of a matrix")
     parser.add_argument("--cols", type=int, default=2048, help="row length, a multiple of 256")
     parser.add_argument("--products", type=int, default=64, help="of a launch; an eighth from 64 tokens on")
@@ -174,9 +175,9 @@ def main() -> None:
     console.print(f"{device.name}, GB/s: {rates}")
     table = Table("format", "kernel", "tokens", "us", "GB/s", "of a copy", "GMAC/s")
     results: list[Result] = []
-    for name in args.formats.split(","):
+    for name in args.formats:
         bench = Bench(device, name, args)
-        for tokens in map(int, args.tokens.split(",")):
+        for tokens in args.tokens:
             products = args.products if tokens < 64 else max(1, args.products // 8)
             for many in (False, True) if 4 <= tokens <= 16 else (tokens > 16,):
                 r = bench.run(tokens, products, bus["memory"], many)

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.ggml import Ggml, Product
+from bench.options import counts, names
 from mer._ext.kernels import Kernels, Pool, isas
 from mer.weights import formats
 
@@ -119,9 +120,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--isa", help="names, separated by commas; all that this CPU has")
-    parser.add_argument("--formats", default=",".join(FORMATS))
-    parser.add_argument("--tokens", default="1,8,64")
+    parser.add_argument("--isa", type=names(isas()), help="names, separated by commas; all that this CPU has")
+    parser.add_argument("--formats", type=names(FORMATS), default=list(FORMATS))
+    parser.add_argument("--tokens", type=counts, default="1,8,64")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cols", type=int, default=2048, help="row length, a multiple of 256")
     parser.add_argument("--mib", type=int, default=192, help="weights for one token, beyond every cache")
@@ -148,10 +149,10 @@ def main() -> None:
             f"{r.gmac_per_s:.1f}", f"+{r.spread:.0%}",
         )  # fmt: skip
 
-    for name in args.formats.split(","):
-        for tokens in map(int, args.tokens.split(",")):
+    for name in args.formats:
+        for tokens in args.tokens:
             full = case(name, args.mib if tokens < 4 else 16, tokens, args.cols)
-            for isa in args.isa.split(",") if args.isa else isas():
+            for isa in args.isa or isas():
                 # plain C is bound by arithmetic from the first token on: no need to wait for all of memory
                 of = case(name, 4, tokens, args.cols) if isa == "scalar" else full
                 linear = partial(Kernels(isa).linear_py, pool, FORMATS[name][0], of[1], of[2])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 
@@ -27,6 +28,7 @@ from bench import (
     start,
 )
 from bench.gguf_writer import write_gguf
+from bench.options import names
 from bench.shapes import SHAPES, model_config, tensors
 from bench.synthetic import Weights
 from mer.demo import model_path
@@ -343,6 +345,24 @@ def test_ceilings_refuse_a_block_that_can_not_be(tmp_path):
         result = CliRunner().invoke(ceilings.main, [str(file), "--block", "65536"])
         assert result.exit_code == 1
         assert "smaller than one block" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--formats", "q8_0,q9"], r"--formats: no q9; there are f32.*q8_0"),
+        (["--isa", "avx3"], r"--isa: no avx3; there are .*scalar"),
+        (["--tokens", "1,x"], r"--tokens: numbers from 1 on.*'1,x'"),
+        (["--tokens", "0"], r"--tokens: numbers from 1 on"),
+    ],
+)
+def test_wrong_names_are_named(options, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["kernels", *options])
+    with pytest.raises(SystemExit) as caught:
+        kernels.main()
+    assert caught.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert names(kernels.FORMATS)("Q8_0,f32") == ["q8_0", "f32"]
 
 
 @pytest.mark.parametrize("name", kernels.FORMATS)
