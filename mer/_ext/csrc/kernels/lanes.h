@@ -1,6 +1,6 @@
 /* Products with every format of blocks, one row of weights a lane. The including file has made `vec` a register of
- * ROWS lanes of 32 bits, `vecf` the same of floats, V(name) the intrinsic of that width, and TOKENS how many tokens have
- * their sums in registers at once.
+ * ROWS lanes of 32 bits, `vecf` the same of floats, V(name) the intrinsic of that width, TILE(MOST) how many tokens have
+ * their sums in registers at once, and TOKENS the most that it gives.
  *
  * Weights are unpacked into bytes, for many tokens four columns of each row a register, so that what follows never
  * crosses lanes; a unit of some 256 columns is unpacked once for all of them. Few tokens are multiplied as soon as
@@ -163,15 +163,15 @@ INLINE void add_unit(const int n_tok, const unit *u, const mer_act_q8 *a, long b
     UNROLL for (int t = 0; t < n_tok; t++) acc[t] = group ? add_k_block(acc[t], sum[t], min[t], &u->s, minima) : sum[t];
 }
 
-/* All of a unit's tokens. There is room for more tokens than there are. */
-#define ADD_UNIT(...)                                                                                         \
-    for (long t = 0; t < n_tok; t += TOKENS)                                                                  \
-        if (n_tok - t > TOKENS * 3 / 4)                                                                       \
-            add_unit(TOKENS, &u, a + t, __VA_ARGS__, acc + t);                                                \
-        else if (n_tok - t > TOKENS / 2)                                                                      \
-            add_unit(TOKENS * 3 / 4, &u, a + t, __VA_ARGS__, acc + t);                                        \
+/* All of a unit's tokens, `tile` at a time. There is room for more tokens than there are. */
+#define ADD_UNIT(tile, ...)                                                                                   \
+    for (long t = 0; t < n_tok; t += tile)                                                                    \
+        if (n_tok - t > tile * 3 / 4)                                                                         \
+            add_unit(tile, &u, a + t, __VA_ARGS__, acc + t);                                                  \
+        else if (n_tok - t > tile / 2)                                                                        \
+            add_unit(tile * 3 / 4, &u, a + t, __VA_ARGS__, acc + t);                                          \
         else                                                                                                  \
-            add_unit(TOKENS / 2, &u, a + t, __VA_ARGS__, acc + t);
+            add_unit(tile / 2, &u, a + t, __VA_ARGS__, acc + t);
 
 /* Multiplies one group of rows with n_tok tokens. */
 typedef void (*rows_fn)(const rows *row, const mer_ahead *ahead, const mer_act_q8 *a, long n_tok, long cols, vecf *acc);
@@ -267,7 +267,7 @@ INLINE void product(rows_fn rows_product, int id, const void *w, long cols, long
                     for (int k = 0; k < 4; k++) u.w[j][4 * half + k] = w[k];                                  \
                 }                                                                                             \
             }                                                                                                 \
-            ADD_UNIT(b, (int)n, 0, MOST, SHIFT, MINIMA)                                                       \
+            ADD_UNIT(TILE(MOST), b, (int)n, 0, MOST, SHIFT, MINIMA)                                           \
         }                                                                                                     \
     }                                                                                                         \
     PRODUCT(NAME, ID)
@@ -332,7 +332,7 @@ INLINE void product(rows_fn rows_product, int id, const void *w, long cols, long
                     for (int i = 0; i < TOGETHER; i++)                                                        \
                         for (int k = 0; k < 4; k++) u.w[j + i][4 * half + k] = w[i][k];                       \
                 }                                                                                             \
-            ADD_UNIT(b * SUBS, SUBS, GROUP, MOST, SHIFT, MINIMA)                                              \
+            ADD_UNIT(TILE(MOST), b * SUBS, SUBS, GROUP, MOST, SHIFT, MINIMA)                                  \
         }                                                                                                     \
     }                                                                                                         \
     PRODUCT(NAME, ID)

@@ -16,8 +16,10 @@
 #define AS_FLOATS(X) _mm256_castsi256_ps(X)
 #define SIGN_SHIFT 0 /* weights with a sign are multiplied as they are */
 #ifndef TOKENS
-#define TOKENS 4 /* there are sixteen registers; with less this compiles faster */
+#define TOKENS 8 /* with less this compiles faster */
 #endif
+/* There are sixteen registers: where a block's products take one sum of 16 bits a token, it has eight; else four. */
+#define TILE(MOST) (TOKENS == 8 && (MOST) != 8 ? 4 : TOKENS)
 
 typedef __m256i vec;
 typedef __m256 vecf;

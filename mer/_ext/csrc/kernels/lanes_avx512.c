@@ -17,6 +17,7 @@
 #ifndef TOKENS
 #define TOKENS 8 /* there are 32 registers; with less this compiles faster */
 #endif
+#define TILE(MOST) TOKENS
 #define SIGN_SHIFT 7 /* a byte product needs one factor without sign: 128 is added */
 
 typedef __m512i vec;
