@@ -89,6 +89,10 @@ WRONG = [
     (pb.ChatRequest(messages=[Message(role="user")], template_variables="[1]"), "template_variables"),
     (pb.ChatRequest(messages=[Message(role="user")], template_variables="{"), "template_variables"),
     (pb.ChatRequest(messages=[Message(role="user")], template_variables="[" * 9999), "template_variables"),
+    (
+        pb.ChatRequest(messages=[Message(role="user")], template_variables='{"self": 1}'),
+        "template_variables.self",
+    ),
     (tool(description="x"), "tools[0].name"),
     (tool(name="f", parameters="no"), "tools[0].parameters"),
     (called("[" + "0," * 40_000 + "0]"), "messages[1].tool_calls[0].arguments"),

@@ -71,6 +71,8 @@ BAD_CHATS = [
     ({"reasoning_effort": "high"}, "reasoning_effort", "invalid_value", "no such thing"),
     ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs.enable_thinking",
      "invalid_value", "does not use it"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", "invalid_value",
+     "no variable"),
     ({"guided_json": "{"}, "guided_json", "invalid_value", "no JSON"),
     ({"guided_choice": []}, "guided_choice", "invalid_value", "length >= 1"),
     ({"messages": [{"role": "user", "content": "word " * 600}]}, "messages", "context_length_exceeded",
@@ -106,6 +108,15 @@ async def test_parameters(model):
                 assert (error["param"], error["code"]) == (param, code), (wrong, error)
                 assert error["type"] == "invalid_request_error"
                 assert message in error["message"], (wrong, error)
+
+
+async def test_names_of_python_are_no_variables_of_a_template(model):
+    async with opened(model) as engine, asking(engine) as http:
+        body = {"messages": HELLO, "chat_template_kwargs": {"self": 1}}
+        for path in CHAT, "/tokenize":
+            answer = await http.post(path, json=body)
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["param"] == "chat_template_kwargs.self"
 
 
 async def test_what_asks_for_nothing_is_taken(model):

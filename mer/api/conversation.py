@@ -285,6 +285,7 @@ def template_variables(engine: Engine, given: Mapping[str, Any] | None, effort: 
     template = engine.tokenizer.chat_template if engine.tokenizer else None
     source = template.source if template else ""
     variables = dict(given or {})
+    check_variables(variables, "chat_template_kwargs")
     for name in variables:
         if name not in source:
             where = f"chat_template_kwargs.{name}"
@@ -296,6 +297,12 @@ def template_variables(engine: Engine, given: Mapping[str, Any] | None, effort: 
     if "enable_thinking" in source:  # which knows no degrees
         return variables | {"enable_thinking": effort not in ("none", "minimal")}
     raise RequestError("reasoning_effort: this model's chat template knows no such thing", "reasoning_effort")
+
+
+def check_variables(given: Mapping[str, Any], where: str) -> None:
+    """Raises RequestError for what is no variable, but Python's names of what is rendered."""
+    for name in given.keys() & {"messages", "self"}:
+        raise RequestError(f"{where}.{name}: this is no variable of a chat template", f"{where}.{name}")
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,14 @@ import attrs
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from mer.api.conversation import ChatRequest, Event, json_object, json_schema, template_messages
+from mer.api.conversation import (
+    ChatRequest,
+    Event,
+    check_variables,
+    json_object,
+    json_schema,
+    template_messages,
+)
 from mer.api.generation import off_loop
 from mer.api.large_json import most_bytes
 from mer.engine.observer import Snapshot
@@ -158,11 +165,13 @@ def _structure(given: pb.Structure) -> Structure:
 
 def conversation(request: pb.ChatRequest | pb.TokenizeRequest, params: SamplingParams) -> ChatRequest:
     """Raises RequestError."""
+    variables = json_object(request.template_variables, "template_variables")
+    check_variables(variables, "template_variables")
     made = ChatRequest(
         messages=template_messages([_message(each, i) for i, each in enumerate(request.messages)]),
         params=params,
         tools=[_tool(each, i) for i, each in enumerate(request.tools)] or None,
-        variables=json_object(request.template_variables, "template_variables"),
+        variables=variables,
     )
     if isinstance(request, pb.TokenizeRequest):
         return made

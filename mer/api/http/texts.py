@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from quart import Blueprint, Response
 
-from mer.api.conversation import template_messages, template_tokens
+from mer.api.conversation import check_variables, template_messages, template_tokens
 from mer.api.generation import off_loop, told_tokens
 from mer.api.http.answers import DetokenizedText, Tokens
 from mer.api.http.errors import api_error, invalid
@@ -30,7 +30,9 @@ def blueprint(service: Service) -> Blueprint:
         else:
             messages = await translated(lambda: template_messages(msgspec.to_builtins(body.messages)))
             tools = await translated(lambda: msgspec.to_builtins(body.tools) if body.tools else None)
-            variables = {**(body.chat_template_kwargs or {}), "tools": tools}
+            given = body.chat_template_kwargs or {}
+            check_variables(given, "chat_template_kwargs")
+            variables = {**given, "tools": tools}
             variables["add_generation_prompt"] = body.add_generation_prompt
             tokens = await template_tokens(engine, messages, variables)
         strings: list[str] | UnsetType = UNSET
