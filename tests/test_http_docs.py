@@ -36,7 +36,7 @@ def test_examples(server, language, source):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ})
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) > 15
-    assert "error" not in done.stdout
+    assert '"error":' not in done.stdout  # the model may write the word
 
 
 def section(name):
