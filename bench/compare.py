@@ -31,7 +31,7 @@ from attrs import asdict
 from rich.console import Console
 from rich.table import Table
 
-from bench import ceilings, engine, gpu, peer
+from bench import ceilings, engine, gpu, options, peer
 from bench.cgroups import MemoryGroup
 from bench.help import help_of
 from bench.model import Model
@@ -96,7 +96,13 @@ def median(runs: list[dict[str, Any]], key: str) -> float:
 @click.argument("store", type=click.Path(exists=True, path_type=Path))
 @click.argument("gguf", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--peer", "python", help="Interpreter that has llama-cpp-python.")
-@click.option("--shares", default="10,25,50,100", show_default=True, help="Percent of the experts that fit.")
+@click.option(
+    "--shares",
+    default="10,25,50,100",
+    show_default=True,
+    callback=options.shares,
+    help="Percent of the experts that fit.",
+)
 @click.option("--rounds", default=3, show_default=True, help="Runs of each program for each budget.")
 @click.option("--prompt", default=64, show_default=True, help="Tokens.")
 @click.option("--decode", default=64, show_default=True, help="Tokens.")
@@ -113,7 +119,7 @@ def main(
     store: Path,
     gguf: Path,
     python: str | None,
-    shares: str,
+    shares: list[float],
     rounds: int,
     prompt: int,
     decode: int,
@@ -130,7 +136,7 @@ def main(
         raise click.ClickException("--vram: there is no GPU that can be used, mer doctor says why")
     ids = list(range(100, 100 + prompt))
     rows = []
-    for share in [float(part) / 100 for part in shares.split(",")]:
+    for share in [part / 100 for part in shares]:
         ram, fits = model.ram(share), share >= 1
         # What repacks has its weights twice for a while: it gets the room where everything fits.
         limit = 2 * ram + (1 << 30) if fits else ram
@@ -162,7 +168,7 @@ def main(
         show(rows)
     report: dict[str, Any] = {"token_bytes": model.token_bytes, "rows": rows}
     if vram:
-        budgets, parts = tuple(vram.split(",")), tuple(shares.split(","))
+        budgets, parts = tuple(vram.split(",")), tuple(f"{part:g}" for part in shares)
         wanted = gpu.Wanted(device, budgets, parts, prompt, decode, threads=threads)
         report["gpu"] = gpu.rows(Console(width=150), store, wanted, card, llama_bench, gguf)
     if out:

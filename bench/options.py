@@ -1,9 +1,11 @@
-"""Types of argparse options that take several values, separated by commas."""
+"""Options that take several values, separated by commas: types of argparse, callbacks of click."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection
+
+import click
 
 
 def names(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -26,4 +28,15 @@ def counts(text: str) -> list[int]:
         found = [0]
     if min(found) < 1:
         raise argparse.ArgumentTypeError(f"numbers from 1 on, separated by commas, not {text!r}")
+    return found
+
+
+def shares(_ctx: click.Context, _param: click.Parameter, value: str) -> list[float]:
+    """Percentages above 0."""
+    try:
+        found = [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter("give percentages, separated by commas") from None
+    if not all(0 < each <= 100 for each in found):
+        raise click.BadParameter("every share must be above 0 and at most 100 percent")
     return found

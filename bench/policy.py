@@ -42,6 +42,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.help import help_of
+from bench.options import shares
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -278,16 +279,6 @@ def hit_rates(trace: Trace, slots: Iterable[int], names: Iterable[str] = POLICIE
         for n in slots:
             hits, total = replay(trace, POLICIES[name](trace), n)
             rates.append(hits / total)
-    return found
-
-
-def shares(context: click.Context, parameter: click.Parameter, value: str) -> list[float]:
-    try:
-        found = [float(part) for part in value.split(",")]
-    except ValueError:
-        raise click.BadParameter("give percentages, separated by commas") from None
-    if not all(0 < each <= 100 for each in found):
-        raise click.BadParameter("every share must be above 0 and at most 100 percent")
     return found
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from bench.options import counts
 from mer import Engine, EngineConfig, SamplingParams
 from mer.model.kv import BLOCK
 
@@ -80,7 +81,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def _lengths(text: str) -> list[int]:
-    return [int(each) // BLOCK * BLOCK for each in text.split(",")]
+    return [max(each // BLOCK, 1) * BLOCK for each in counts(text)]
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from gguf import GGUFReader, dequantize
 from bench import (
     ahead,
     ceilings,
+    compare,
     draft_cost,
     first_token,
     inplace,
@@ -363,6 +364,17 @@ def test_wrong_names_are_named(options, message, monkeypatch, capsys):
     assert caught.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert names(kernels.FORMATS)("Q8_0,f32") == ["q8_0", "f32"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"), [("25,x", "percentages"), ("0", "above 0"), ("101", "at most")]
+)
+def test_wrong_shares_are_named(shares, message, tmp_path):
+    (tmp_path / "f").touch()
+    done = CliRunner().invoke(compare.main, [str(tmp_path), str(tmp_path / "f"), "--shares", shares])
+    assert done.exit_code == 2
+    assert "--shares" in done.output
+    assert message in done.output
 
 
 @pytest.mark.parametrize("name", kernels.FORMATS)
