@@ -27,6 +27,7 @@ from bench import (
     peer,
     speculative,
     start,
+    steps,
 )
 from bench.gguf_writer import write_gguf
 from bench.options import names
@@ -463,3 +464,33 @@ def test_reading_ahead_is_measured(tmp_path):
     assert [run["ahead_bytes"] > 0 for run in runs] == [False, True, False, False]
     assert all(run["used_bytes"] <= run["ahead_bytes"] < run["read_bytes"] for run in runs)
     assert CliRunner().invoke(ahead.main, ["demo", "--rates", "fast"]).exit_code == 2
+
+
+def test_steps_say_where_the_time_went(tmp_path):
+    """Two steps of 10 ms behind one that is not asked for; reads that overlap, and one that began before."""
+
+    def span(name, ts, dur):
+        return {"name": name, "ph": "X", "ts": ts, "dur": dur}
+
+    def read(number, begin, end):
+        names = {"cat": "reads", "id": number}
+        return [{"ph": "b", "ts": begin, **names}, {"ph": "e", "ts": end, **names}]
+
+    events = [
+        *(span("step", ts, 10_000) for ts in (0, 10_000, 20_000)),
+        *(span("attend", ts, 3_000) for ts in (1_000, 11_000, 21_000)),
+        *(span("layer 0", ts, 9_000) for ts in (1_000, 11_000, 21_000)),
+        span("wait for reads", 25_000, 1_000),
+        *read(1, 9_000, 12_000),
+        *read(2, 13_000, 17_000),
+        *read(3, 15_000, 18_000),
+        *read(4, 29_000, 34_000),
+    ]
+    (file := tmp_path / "profile.json").write_text(json.dumps({"traceEvents": events}))
+    done = CliRunner().invoke(steps.main, [str(file), "--steps", "2", "--json"])
+    found = json.loads(done.output)
+    assert found["ms"] == {"step": 10, "attend": 3, "wait for reads": 0.5}
+    assert (found["reads"], found["read_ms"], found["reading"]) == (1.5, 4, 0.3)  # 13 to 18, 29 to 30
+    assert "3 steps" in CliRunner().invoke(steps.main, [str(file), "--steps", "4"]).output
+    file.write_text("[]")
+    assert "no profile" in CliRunner().invoke(steps.main, [str(file)]).output
