@@ -20,6 +20,7 @@ from mer.api.grpc import service
 from mer.cli.dashboard.panels import speed
 from mer.cli.moments import Moment
 from mer.cli.monitor import monitor
+from mer.cli.remote import Remote, RemoteError
 from mer.engine.view import Percentiles
 from mer.errors import MerError, RequestError
 from mer.v1 import inference_pb2 as pb
@@ -240,6 +241,19 @@ def test_peers_between_two_answers():
 
 def run_monitor(*arguments: object, **environment: str) -> Result:
     return CliRunner().invoke(monitor, list(map(str, arguments)), env=environment)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "Received http2 header with status: 404",
+        "Stream removed (Data frame with END_STREAM flag received)",
+    ],
+)
+def test_what_grpc_makes_of_plain_http(told):
+    nothing = grpc.aio.Metadata()
+    with pytest.raises(RemoteError, match="that is no gRPC API"), Remote("here").explained():
+        raise grpc.aio.AioRpcError(grpc.StatusCode.UNKNOWN, nothing, nothing, told)
 
 
 def test_monitor(model, tmp_path):

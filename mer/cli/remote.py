@@ -73,7 +73,9 @@ class Remote:
                 "no server answers there; start one with `mer serve`, or give the address of its gRPC API "
                 "(https:// before it where it has a certificate)"
             )
-        if "http2 header" in told:  # 404 or 401 of plain HTTP, where gRPC always has 200
+        # 404 or 401 of plain HTTP, where gRPC always has 200; an answer that ends with its body, where gRPC's
+        # ends with trailers. Which of them gRPC tells is chance.
+        if "http2 header" in told or "END_STREAM flag" in told:
             return "that is no gRPC API; `mer serve` says at its start on which port it has it"
         advice = _MEANING.get(error.code())
         return f"{told}; {advice.format(self.key)}" if advice else told

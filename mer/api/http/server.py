@@ -8,13 +8,11 @@ import socket
 from typing import Final, Self
 
 from attrs import frozen
-from hypercorn.asyncio import run as hypercorn_run
 from hypercorn.asyncio import serve
-from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
-from hypercorn.events import Event, Updated
 from hypercorn.typing import ASGIFramework
 
+from mer.api.http.connections import install
 from mer.api.settings import ServerSettings
 from mer.errors import ConfigError
 
@@ -23,23 +21,7 @@ _GRACE: Final = 2.0
 # Longer than clients keep a connection that they don't use, so that none is closed while they send.
 _IDLE: Final = 60.0
 
-
-class _Connection(TCPServer):
-    """Hypercorn's, but a client that is gone is forgotten at once, not when its connection has been idle."""
-
-    _gone = False
-
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        self._gone = True
-        await self.idle_task.stop()
-
-    async def protocol_send(self, event: Event) -> None:
-        if not (self._gone and isinstance(event, Updated)):  # nobody is there to be idle
-            await super().protocol_send(event)
-
-
-setattr(hypercorn_run, "TCPServer", _Connection)  # noqa: B010 (mypy: it is not exported)
+install()
 
 
 @frozen
