@@ -312,7 +312,7 @@ async def test_model_without_template_or_tokenizer(model, tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     async with opened(tmp_path) as engine, asking(engine) as http:
         answer = await http.post(CHAT, json={"messages": HELLO})
-        assert "no chat template" in answer.json()["error"]["message"]
+        assert "no chat template; send a plain prompt (mer run, /v1/comp" in answer.json()["error"]["message"]
         assert answer.json()["error"]["param"] == "messages"
     (tmp_path / "tokenizer.json").unlink()
     async with opened(tmp_path) as engine, asking(engine) as http:

@@ -54,7 +54,8 @@ class Prompts:
         """See Engine.chat_prompt."""
         template = self._tokenizer.chat_template if self._tokenizer else None
         if self._tokenizer is None or template is None:
-            raise RequestError("this model has no chat template; send a plain prompt", "messages")
+            told = "this model has no chat template; send a plain prompt (mer run, /v1/completions, Generate)"
+            raise RequestError(told, "messages")
         text = template.render(messages, **variables)
         self.check_length(text)
         return self._tokenizer.encode(text, special=False, fits=self.check)
