@@ -170,32 +170,62 @@ async def test_a_farewell_in_order_ends_the_request_as_well(model):
         await idle(engine)
 
 
-async def test_slow_reader_waits_and_harms_nobody(model, monkeypatch):
-    """Who does not read stops being computed; others go on. When it is gone, everything is free."""
+@pytest.fixture
+def narrow(monkeypatch):
+    """The system's own buffers take thousands of tokens, which a busy machine computes for a minute."""
     listen = server._listen
 
-    def narrow(place):
-        """The system's own buffers take thousands of tokens, which a busy machine computes for a minute."""
+    def narrowly(place):
         made = listen(place)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         return made
 
-    monkeypatch.setattr(server, "_listen", narrow)
+    monkeypatch.setattr(server, "_listen", narrowly)
+
+
+async def slow_reader(http, engine):
+    """A connection with an answer that waits to be read."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", http.base_url.port))
+    sock.sendall(Client(http, {**ENDLESS, "stream": True, "logprobs": 20}).request)
+    await busy(engine)
+    async with asyncio.timeout(PATIENCE):
+        computed = -1.0
+        while computed != engine.stats.step_s or not engine._scheduler.paused:
+            computed = engine.stats.step_s
+            await asyncio.sleep(0.3)
+    return sock
+
+
+async def test_slow_reader_waits_and_harms_nobody(model, narrow):
+    """Who does not read stops being computed; others go on. When it is gone, everything is free."""
     async with opened(model, context=1 << 17) as engine, asking(engine) as http:
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.connect(("127.0.0.1", http.base_url.port))
-        sock.sendall(Client(http, {**ENDLESS, "stream": True, "logprobs": 20}).request)
-        await busy(engine)
-        async with asyncio.timeout(PATIENCE):
-            computed = -1.0
-            while computed != engine.stats.step_s or not engine._scheduler.paused:
-                computed = engine.stats.step_s
-                await asyncio.sleep(0.3)
+        sock = await slow_reader(http, engine)
         assert asked(engine) == 1, "it is paused, not over"
         assert (await http.post(TEXT, json=SHORT)).status_code == 200
         sock.close()
         await idle(engine)
+
+
+async def test_the_end_of_a_server_waits_for_nobody(model, narrow, caplog):
+    """Neither for who does not read nor for who sends half a request, or nothing over HTTP/2."""
+    async with opened(model, context=1 << 17) as engine:
+        async with asyncio.timeout(PATIENCE), asking(engine) as http:
+            slow = await slow_reader(http, engine)
+            half, silent = Client(http, SHORT), Client(http, SHORT)
+            silent.request = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+            for client in half, silent:
+                await client.__aenter__()
+            await half.send(0.9)
+            await silent.send()
+            await silent.reader.readexactly(9)  # it has been understood
+        assert await half.reader.read() == b""
+        for client in half, silent:
+            client.writer.close()
+        slow.close()
+        await idle(engine)
+    assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,12 @@
-"""Connections as Hypercorn serves them, with two things of 0.18 mended: what is gone stays gone."""
+"""Connections as Hypercorn serves them, with what is wrong in 0.18 mended.
+
+What is gone stays gone, what is wrong with one request is not the others' matter, the server's end is an end.
+"""
 
 from __future__ import annotations
+
+import asyncio
+from typing import Final
 
 import h2.events
 import hypercorn.asyncio.run
@@ -9,11 +15,27 @@ from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.events import Event, Updated
 from hypercorn.protocol.h2 import H2Protocol
 
+# When the server ends, what is sent already may still be on its way to a client who reads slowly.
+GRACE: Final = 2.0
+
 
 class Connection(TCPServer):
     """A client that is gone is forgotten at once, not when its connection has been idle."""
 
     _gone = False
+
+    async def run(self) -> None:
+        ending = asyncio.create_task(self._end())
+        try:
+            await super().run()
+        finally:
+            ending.cancel()
+
+    async def _end(self) -> None:
+        """With the server. Hypercorn has no end while a client does not read, and logs tracebacks."""
+        await self.context.terminated.wait()
+        await asyncio.sleep(GRACE)
+        self.writer.transport.abort()
 
     async def _read_data(self) -> None:
         await super()._read_data()

@@ -12,12 +12,10 @@ from hypercorn.asyncio import serve
 from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 
-from mer.api.http.connections import install
+from mer.api.http.connections import GRACE, install
 from mer.api.settings import ServerSettings
 from mer.errors import ConfigError
 
-# What is sent already may still be on its way to a client who reads slowly.
-_GRACE: Final = 2.0
 # Longer than clients keep a connection that they don't use, so that none is closed while they send.
 _IDLE: Final = 60.0
 
@@ -47,7 +45,7 @@ class HttpServer:
         self._stop = asyncio.Event()
         self._config = config = Config()
         config.errorlog = logging.getLogger("mer.http.connections")
-        config.graceful_timeout = _GRACE
+        config.graceful_timeout = 5 * GRACE  # all connections have ended before
         config.keep_alive_timeout = _IDLE
         config.backlog = 1024
         config.include_server_header = False
