@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 import grpc
 from attrs import Factory, define
+from google.protobuf.message import Message
 from grpc.aio import ServicerContext
 
 from mer.api.access import Access
@@ -146,6 +147,17 @@ class Gate:
         if self.draining.is_set():
             raise EngineClosedError("the server is shutting down")
         return self._access.admitted(call.caller)
+
+
+async def send(context: Context, message: Message) -> None:
+    """Waits for the client, if that reads slowly. Raises CancelledError where it is gone.
+
+    grpc itself cancels the call then, but it may come to write before it has heard of it: no error of ours.
+    """
+    try:
+        await context.write(message.SerializeToString())
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
 
 
 def _key(metadata: dict[str, str | bytes]) -> str | None:

@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import Message
 
 from mer.api.grpc import convert
-from mer.api.grpc.gate import Context, Gate
+from mer.api.grpc.gate import Context, Gate, send
 from mer.api.http.logs import TAIL
 from mer.engine.engine import Engine
 from mer.errors import EngineClosedError
@@ -85,7 +85,7 @@ class Operating:
                 if found:
                     number = found[-1][0]
                     lines = [line for _, line in found]
-                    await context.write(pb.LogResponse(lines=lines).SerializeToString())
+                    await send(context, pb.LogResponse(lines=lines))
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK):
                         await self._gate.draining.wait()

@@ -17,7 +17,7 @@ from mer.api import conversation as conversations
 from mer.api import generation
 from mer.api.conversation import ChatRequest
 from mer.api.grpc import convert
-from mer.api.grpc.gate import Call, Context, Gate
+from mer.api.grpc.gate import Call, Context, Gate, send
 from mer.api.grpc.session import serve_session
 from mer.api.model import LoadingError
 from mer.api.models import Models
@@ -120,7 +120,7 @@ class Inference:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         async def handle(data: bytes, context: Context) -> None:
             async def write(message: Message) -> None:
-                await context.write(message.SerializeToString())
+                await send(context, message)
 
             async with self._gate.call(context, name) as call:
                 with self._gate.admitted(call):
@@ -260,7 +260,7 @@ class Inference:
                 while not self._gate.draining.is_set():
                     name, engine = self._loaded(request.model)
                     view = await asyncio.to_thread(engine.view)
-                    await context.write(self._watched(view, name, request).SerializeToString())
+                    await send(context, self._watched(view, name, request))
                     with suppress(TimeoutError):
                         async with asyncio.timeout(interval):
                             await self._gate.draining.wait()

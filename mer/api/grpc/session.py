@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import grpc
 
 from mer.api.grpc.errors import Failure, RequestCancelledError
-from mer.api.grpc.gate import Call, Context, Gate
+from mer.api.grpc.gate import Call, Context, Gate, send
 from mer.errors import EngineClosedError, RequestError
 from mer.v1 import inference_pb2 as pb
 
@@ -41,7 +41,7 @@ async def serve_session(
     # One writer: a write can't be cancelled midway without harm to the next one.
     async with aclosing(session.responses(received())) as responses:
         async for response in responses:
-            await context.write(response.SerializeToString())
+            await send(context, response)
 
 
 class Session(ABC):
