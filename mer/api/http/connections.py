@@ -11,9 +11,10 @@ from typing import Final
 import h2.events
 import hypercorn.asyncio.run
 import hypercorn.protocol
+import hypercorn.protocol.h2
 from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.events import Event, Updated
-from hypercorn.protocol.h2 import H2Protocol
+from hypercorn.events import Closed, Event, Updated
+from hypercorn.protocol.h2 import BUFFER_LOW_WATER, H2Protocol, StreamBuffer
 
 # When the server ends, what is sent already may still be on its way to a client who reads slowly.
 GRACE: Final = 2.0
@@ -48,19 +49,55 @@ class Connection(TCPServer):
 
 
 class Http2(H2Protocol):
-    """What still comes of a request that has its answer is dropped.
+    """What is wrong with one request ends no other one of its connection."""
 
-    A refusal is sent before the body is there. Hypercorn raises KeyError for the rest of the body, and all
-    requests of the connection end with it.
-    """
+    async def initiate(
+        self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None
+    ) -> None:
+        await super().initiate(headers, settings)
+        await self.send(Updated(idle=True))  # HTTP/1.1 has taken the preface for a request
+
+    async def handle(self, event: Event) -> None:
+        await super().handle(event)
+        if isinstance(event, Closed):
+            for buffer in list(self.stream_buffers.values()):
+                await buffer.close()  # else who writes into it waits for ever
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
             if isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
+                # The rest of the body of a request that was refused, which Hypercorn answers with KeyError.
                 self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            elif isinstance(event, h2.events.RequestReceived) and not _possible(event.headers):
+                self.connection.send_headers(event.stream_id, [(b":status", b"400")], end_stream=True)
             else:
                 await super()._handle_events([event])
+            if isinstance(event, h2.events.StreamReset) and self.idle:
+                await self.send(Updated(idle=True))
         await self._flush()
+
+    async def _priority_updated(self, event: h2.events.PriorityUpdated) -> None:
+        """RFC 9113 has done away with them; Hypercorn ends the connection at the thousandth."""
+
+
+def _possible(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether HTTP/1.1 could have said it. There are no tunnels here, and no web sockets."""
+    told = dict(headers)
+    method, path = told.get(b":method", b""), told.get(b":path", b"")
+    return method != b"CONNECT" and path != b"" and (method + path).isascii()
+
+
+class Buffer(StreamBuffer):
+    """What a stream has to send. Hypercorn lets it grow as long as nothing can be sent."""
+
+    async def pop(self, max_length: int) -> bytes:
+        data = bytes(self.buffer[:max_length])
+        del self.buffer[:max_length]
+        if len(self.buffer) < BUFFER_LOW_WATER:
+            await self._paused.set()
+        if not self.buffer:
+            await self._is_empty.set()
+        return data
 
 
 def install() -> None:
@@ -68,5 +105,6 @@ def install() -> None:
     for module, name, ours in (
         (hypercorn.asyncio.run, "TCPServer", Connection),
         (hypercorn.protocol, "H2Protocol", Http2),
+        (hypercorn.protocol.h2, "StreamBuffer", Buffer),
     ):
         setattr(module, name, ours)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 from typing import Final, Self
 
 from attrs import frozen
@@ -47,6 +48,7 @@ class HttpServer:
         config.errorlog = logging.getLogger("mer.http.connections")
         config.graceful_timeout = 5 * GRACE  # all connections have ended before
         config.keep_alive_timeout = _IDLE
+        config.keep_alive_max_requests = sys.maxsize  # at its end HTTP/2 drops what it is answering
         config.backlog = 1024
         config.include_server_header = False
         if settings.tls_cert is not None and settings.tls_key is not None:
