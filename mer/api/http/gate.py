@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any, Final, cast
+from urllib.parse import urlsplit
 
 from hypercorn.typing import ASGIFramework, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
 
@@ -103,6 +104,7 @@ class Gate:
         address = scope["client"][0] if scope.get("client") else "local"
         try:
             call.caller = address
+            path = scope["path"] = _path(path)
             if path not in PROBES:
                 self._hosts.check(headers)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
@@ -170,6 +172,19 @@ class Gate:
             **call.log,
         }
         _log.log(level, "request", extra={"fields": fields})
+
+
+def _path(target: str) -> str:
+    """Of a target that may name the server as well, which is for Quart no path."""
+    if target.startswith("/") or target == "*":
+        return target
+    try:
+        found = urlsplit(target)
+    except ValueError:
+        found = urlsplit("")
+    if not found.scheme:
+        raise ApiError(400, f"{target[:100]!r} is no path", code="unknown_url")
+    return found.path if found.path.startswith("/") else f"/{found.path}"
 
 
 def _key(headers: Mapping[str, str]) -> str | None:

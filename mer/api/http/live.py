@@ -84,7 +84,8 @@ def blueprint(service: Service) -> Blueprint:
     @made.get("/live")
     async def live() -> Response:
         model = request.args.get("model")
-        if "text/event-stream" in request.headers.get("Accept", ""):
+        # The answer to HEAD has no body that could end.
+        if request.method != "HEAD" and "text/event-stream" in request.headers.get("Accept", ""):
             return await sse.respond(stream(model))
         return json_response(await _live(service, model))
 

@@ -148,6 +148,10 @@ async def body_as(
             f"{given or 'none'}",
             code="unsupported_media_type",
         )
+    coding = request.headers.get("Content-Encoding", "identity")
+    if coding.lower() != "identity":
+        message = f"the body must come as it is, not with Content-Encoding: {coding[:100]}"
+        raise ApiError(415, message, code="unsupported_media_type", headers={"Accept-Encoding": "identity"})
     parts = await _read(None if models is None else models.context)
     if sum(map(len, parts)) <= PIECE:
         return decode_body(b"".join(parts), kind, amend)
