@@ -70,8 +70,9 @@ def wake(mailboxes: Iterable[Mailbox[Any]]) -> None:
     """
     waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for mailbox in mailboxes:
-        if mailbox._waiter is not None:
-            waiting.setdefault(mailbox._loop, []).append(mailbox._waiter)
+        waiter = mailbox._waiter  # looked at once: its reader may find the item by itself meanwhile
+        if waiter is not None:
+            waiting.setdefault(mailbox._loop, []).append(waiter)
     for loop, waiters in waiting.items():
         with suppress(RuntimeError):  # it was closed: the next `put` says so
             loop.call_soon_threadsafe(_end, waiters)
