@@ -11,6 +11,8 @@ from attrs import Attribute, converters, field, frozen
 
 from mer.errors import ConfigError
 
+# What a C int holds.
+_MOST: Final = (1 << 31) - 1
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 Speculate = Literal["auto", "ngram", "draft", "off"]
@@ -21,9 +23,10 @@ KVChoice = Literal["auto", "f32", "f16", "q8_0"]
 def parse_size(text: str | int) -> int:
     """Bytes of '8GiB', '512 MiB', '1.5G' or '4096': units are powers of 1024. Raises ConfigError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", str(text), re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
+    size = 0.0 if match is None else float(match[1]) * _UNITS[match[2].upper()]
+    if not 1 <= size < 1 << 63:
         raise ConfigError(f"{text!r} is not a size; write 8GiB, 512MiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(size)
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -70,6 +73,8 @@ def _at_least(least: int) -> Any:
     def check(_: Any, attribute: Attribute[Any], value: int | None) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigError(f"{attribute.name} {value!r}: must be a whole number of at least {least}")
+        if value is not None and value > _MOST:
+            raise ConfigError(f"{attribute.name} {value!r}: must be at most {_MOST}")
 
     return check
 

@@ -152,7 +152,7 @@ def test_a_reader_that_goes_away(model):
 def test_output_that_can_not_be_written(model):
     with open("/dev/full", "w") as full:
         done = mer("inspect", model, "--json", stdout=full)
-    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
 
 
 def test_output_that_is_closed(model):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mer import Engine, SamplingParams
+from mer.demo import model_path
 from mer.engine.blocks import extend_keys
 from mer.engine.budget import resident_bytes
 from mer.engine.draft_model import DraftModel
@@ -264,6 +265,12 @@ async def test_by_measured_costs(tmp_path):
         expected = await ask(engine, prompts, params)
     async with opened(path, cache_experts=4, draft_model=path) as engine:
         assert await ask(engine, prompts, params) == expected
+
+
+async def test_beside_a_head():
+    model = model_path()
+    async with opened(model, draft_model=model, draft_head=model / "draft") as engine:
+        assert len(engine._drafting._engines) == 2
 
 
 # --- what it takes, and what can't be

@@ -24,6 +24,7 @@ from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint, open_checkpoint
 from mer.weights.extents import Matrix, SplitBlocks
 from mer.weights.formats import MXFP4, WRITTEN, Format
+from mer.weights.hub import title
 from mer.weights.plan import Plan
 
 _SAME: Final = "same"
@@ -188,7 +189,7 @@ def _export(
     dense: Format | None,
     progress: conversion.Progress,
 ) -> conversion.Report:
-    more = {"general.name": checkpoint.path.name, **vocabulary(checkpoint.path, architecture.spec.vocab)}
+    more = {"general.name": title(checkpoint.path), **vocabulary(checkpoint.path, architecture.spec.vocab)}
     return gguf_export.export(
         checkpoint, architecture, dst, experts=experts, dense=dense, more=more, progress=progress
     )

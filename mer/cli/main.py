@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 import traceback
@@ -66,9 +68,20 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; exits with 0, 1 (an error), 2 (wrong usage) or 130 (interrupted)."""
-    # Python has no stdout where the shell closed it (>&-).
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    _prepare_streams()
     sys.exit(_run())
+
+
+def _prepare_streams() -> None:
+    # Python has no stream where the shell closed it (>&-). Opened in this order each gets its number back:
+    # were a file of weights number 2, what a library says on stderr would go into it.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    # Text that the terminal's encoding has not is no reason to end; a path's bytes go out as they came in.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        utf_8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf_8 else "replace")
 
 
 def _run() -> int:
@@ -99,9 +112,9 @@ def _run() -> int:
             "control group's), give fewer --threads or a smaller --ram, or close other programs"
         )
     except OSError as error:
+        where = error.filename if error.filename is not None else _full_output()
         _forget_output()
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return _fail(f"{where}{error.strerror or error}")
+        return _fail(f"{where}{': ' * bool(where)}{error.strerror or error}")
     except Exception as error:
         return _fail_by_bug(error)
 
@@ -118,6 +131,15 @@ def _fail_by_bug(error: Exception) -> int:
         f"{type(error).__name__}: {error}\nThis is a bug of mer: please report it, with the command and "
         "what MER_DEBUG=1 in the environment prints."
     )
+
+
+def _full_output() -> str:
+    """The name of stdout where it can't be written: what it did not take is still in its buffer."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return "standard output"
+    return ""
 
 
 def _forget_output() -> None:

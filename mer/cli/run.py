@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 import attrs
 import click
@@ -29,6 +29,8 @@ from mer.engine.outputs import Delta, join
 from mer.engine.params import SamplingParams
 from mer.engine.structure import Structure
 from mer.errors import RequestError
+
+_STDIN: Final = "<stdin>"
 
 
 @click.command()
@@ -71,6 +73,8 @@ def run(
 
     The text goes to standard output as it is made, a summary of what it took to standard error.
     """
+    if prompt == "-" and schema is not None and _name(schema) == _STDIN:
+        raise click.UsageError("the prompt and --json-schema can't both be standard input")
     config, params = split(options | {"structure": _structure(schema, regex)})
     if prompt == "-":
         try:
@@ -120,14 +124,20 @@ async def _run(
             print_summary(messages(), engine, result.usage, result.timings)
 
 
+def _name(file: TextIO) -> str:
+    return getattr(file, "name", _STDIN)
+
+
 def _structure(schema: TextIO | None, regex: str | None) -> Structure | None:
     if schema is not None and regex is not None:
         raise click.UsageError("--json-schema and --regex can't be combined")
     if schema is not None:
         try:
             return Structure.json_schema(schema.read())
+        except RequestError as error:
+            raise RequestError(f"{_name(schema)}: {error}", error.param) from None
         except UnicodeDecodeError as error:
-            raise RequestError(f"{schema.name}: is not text in UTF-8: {error}", "structure") from None
+            raise RequestError(f"{_name(schema)}: is not text in UTF-8: {error}", "structure") from None
     return None if regex is None else Structure.regex(regex)
 
 

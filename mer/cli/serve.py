@@ -22,9 +22,8 @@ from mer.api.settings import ServerSettings, read_keys
 from mer.cli.common import messages, model_argument, size, size_option
 from mer.cli.generation import engine_options, trace_option
 from mer.config import EngineConfig
-from mer.demo import model_path
 from mer.engine.engine import Engine
-from mer.weights.hub import name_of
+from mer.weights.hub import title
 
 _PATH: Final = click.Path(path_type=Path)
 _KEYS: Final = "MER_API_KEYS"
@@ -121,7 +120,7 @@ def serve(
     Further models are loaded when a request names them, and share the memory.
     """
     admin_keys = read_keys(admin_key_file, None, "--admin-key-file") if admin_key_file else {}
-    name = _name(model)
+    name = title(model)
     known = {field.name for field in attrs.fields(ServerSettings)}
     chosen = {name: value for name, value in options.items() if name in known and value is not None}
     if no_grpc:
@@ -135,13 +134,9 @@ def serve(
     settings = ServerSettings(**{"model_name": name, "api_keys": keys(), "admin_keys": admin_keys} | chosen)
     logs.configure(settings.log_format)
     config = EngineConfig(**engine)
-    served = [Model(settings.model_name, model, config), *(model_of(each, config, _name) for each in more)]
+    served = [Model(settings.model_name, model, config), *(model_of(each, config, title) for each in more)]
     models = Models(served, load_timeout=load_timeout)
     asyncio.run(run_server(models, settings, lambda *found: _announce(settings, *found), keys))
-
-
-def _name(model: Path) -> str:
-    return "demo" if model == model_path() else name_of(model) or model.resolve().name
 
 
 def _announce(settings: ServerSettings, engine: Engine, url: str, grpc_port: int | None) -> None:

@@ -65,7 +65,7 @@ class ModelSource:
             expert_tables(architecture.experts, path),
             # All that is not said here is as for the main model.
             evolve(
-                config, ram=_PLENTY, cache_experts=None, speculate="off", draft_model=None,
+                config, ram=_PLENTY, cache_experts=None, speculate="off", draft_model=None, draft_head=None,
                 warm_start=False, trace=None, profile=None, prefix_store=None, device="cpu", vram=None,
                 expert_wire="f32", peers=(), peer_token=None, peer_ca=None, peer_cert=None, peer_key=None,
             ),

@@ -110,7 +110,7 @@ class RoutedExperts:
         self._reader = reader
         self.streamer = ExpertStreamer(
             self.cache, reader, kernels, pool, tables.layers, tables.reads, tables.matrices,
-            spec.top_k, self._budget.step_tokens, config.prefetch,
+            spec.top_k, self._budget.step_tokens, min(config.prefetch, tables.total),
         )  # fmt: skip
         fit(self.streamer, spec, biases)
         if config.warm_start:

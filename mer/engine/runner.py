@@ -44,6 +44,7 @@ from mer.streaming.profile import Profile
 from mer.streaming.trace import TraceWriter
 from mer.weights import formats
 from mer.weights.checkpoint import Checkpoint, open_checkpoint, require_streamable
+from mer.weights.hub import title
 from mer.weights.unchanged import Unchanged
 
 _log = logging.getLogger("mer")
@@ -179,11 +180,11 @@ class Runner:
                 if spec.router is None:
                     raise ConfigError("trace: this is a dense model, no token chooses experts; leave it out")
                 forward.trace = TraceWriter(
-                    config.trace, model=checkpoint.path.name, n_layers=spec.n_moe_layers,
+                    config.trace, model=title(checkpoint.path), n_layers=spec.n_moe_layers,
                     n_experts=spec.n_experts, top_k=spec.top_k,
                 )  # fmt: skip
             if config.profile is not None:
-                profile = Profile(config.profile, model=checkpoint.path.name, n_experts=spec.n_experts)
+                profile = Profile(config.profile, model=title(checkpoint.path), n_experts=spec.n_experts)
                 forward.profile(profile)
             depth_why = settle_depth(reader, tables, budget.slots, config.queue_depth)
             if experts is not None:

@@ -124,6 +124,15 @@ def name_of(path: Path) -> str | None:
     return None
 
 
+def title(path: Path) -> str:
+    """What a model is called: 'demo', the hub's name, or that of its directory or file.
+
+    Bytes in it that are no text become question marks.
+    """
+    name = "demo" if path == model_path() else name_of(path) or path.resolve().name
+    return name.encode(errors="replace").decode()
+
+
 def advice(path: Path) -> str:
     """What to do about a file of a model at `path` that is not there or not whole."""
     name = name_of(path)
