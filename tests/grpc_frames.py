@@ -28,6 +28,8 @@ class Frames:
         self.headers: dict[int, dict[str, str]] = {}
         """Of the answers by call, trailers as well."""
         self.data: dict[int, bytes] = {}
+        self.stuck = False
+        """Whether the server takes no more of what is being sent."""
         self._over: set[int] = set()
 
     async def call(self, name: str, *messages: Message | bytes, end: bool = True) -> int:
@@ -53,12 +55,36 @@ class Frames:
         while message:
             room = min(self._h2.local_flow_control_window(call), self._h2.max_outbound_frame_size)
             if room <= 0:
+                self.stuck = True
                 async with self._changed:
                     await self._changed.wait()
                 continue
+            self.stuck = False
             self._h2.send_data(call, message[:room])
             message = message[room:]
             await self._flush()
+
+    async def all_of(self, call: int, messages: list[Message]) -> None:
+        """Sends them, and that there are no more."""
+        for message in messages:
+            await self.send(call, message)
+        self._h2.end_stream(call)
+        await self._flush()
+
+    async def read_on(self, call: int) -> None:
+        """Lets the server send a mebibyte of the answer."""
+        self._h2.increment_flow_control_window(1 << 20, call)
+        self._h2.increment_flow_control_window(1 << 20)
+        await self._flush()
+
+    def messages(self, call: int) -> list[bytes]:
+        """Of the answer, those that are whole."""
+        found, data = [], self.data.get(call, b"")
+        while len(data) >= 5:
+            size = int.from_bytes(data[1:5])
+            found.append(data[5 : 5 + size])
+            data = data[5 + size :]
+        return found
 
     async def reset(self, *calls: int) -> None:
         """RST_STREAM: the client wants no more of them."""

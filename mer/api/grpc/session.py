@@ -12,7 +12,7 @@ import grpc
 
 from mer.api.grpc.errors import Failure, RequestCancelledError
 from mer.api.grpc.gate import Call, Context, Gate, send
-from mer.errors import EngineClosedError, RequestError
+from mer.errors import EngineClosedError, QueueFullError, RequestError
 from mer.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _MOST_ID_BYTES: Final = 128
 # Pieces of all requests that wait for the client to read; then the requests wait.
 _UNREAD: Final = 16
+# Bytes that the requests of one session may hold together until they are over, and what one holds beside its
+# message: whoever sends requests and reads no answers would fill the memory.
+_MOST_HELD: Final = 1 << 26
+_BESIDE: Final = 4096
 # A message, and of how many bytes it was at the least.
 _Sized = tuple[pb.SessionRequest, int]
 
@@ -58,6 +62,7 @@ class Session(ABC):
         self._out: asyncio.Queue[pb.SessionResponse | Exception | None] = asyncio.Queue(_UNREAD)
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_use: dict[str, asyncio.Task[None]] = {}  # by id; no longer when its last response is out
+        self._held = 0  # bytes of the requests that are not over
         self._ending = False  # nobody wants responses any more
 
     async def responses(self, requests: AsyncIterator[_Sized]) -> AsyncGenerator[pb.SessionResponse, None]:
@@ -137,10 +142,18 @@ class Session(ABC):
         elif running is not None:
             text = f"the request {id!r} is running; this one was not begun"
             await self._refuse(id, Failure(grpc.StatusCode.ALREADY_EXISTS, text, "ID_IN_USE", "id"))
+        elif self._held and self._held + size > _MOST_HELD:
+            text = f"{len(self._tasks)} requests of this session are not over; read their answers first"
+            await self._refuse(id, Failure.of(QueueFullError(text, 1.0)))
         else:
+            self._held += size + _BESIDE
             task = self._in_use[id] = asyncio.create_task(self._serve(message, size))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(lambda task: self._over(task, size))
+
+    def _over(self, task: asyncio.Task[None], size: int) -> None:
+        self._tasks.discard(task)
+        self._held -= size + _BESIDE
 
     async def _serve(self, message: pb.SessionRequest, size: int) -> None:
         try:
