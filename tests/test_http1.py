@@ -68,3 +68,42 @@ async def test_bodies_that_are_compressed_are_refused_by_name(model):
         body = json.dumps(SHORT).encode()
         got, _ = await answer(http, request(body=body, **told | {"Content-Encoding": "identity"}))
         assert got == 200
+
+
+@pytest.mark.parametrize("behind", [b"", b"\r\n", request("/health", "GET")])
+async def test_who_goes_is_missed_whatever_stands_behind_the_request(model, behind):
+    """Nothing reads what comes next until there is an answer, but its end is seen."""
+    endless = json.dumps(SHORT | {"max_tokens": 100_000, "ignore_eos": True}).encode()
+    async with opened(model, context=1 << 17) as engine, asking(engine) as http, asyncio.timeout(PATIENCE):
+        _, writer = await asyncio.open_connection("127.0.0.1", http.base_url.port)
+        writer.write(request(body=endless) + behind)
+        while not engine.snapshot().running:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        writer.close()
+        while engine.snapshot().running:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_many_requests_at_once_are_answered_in_their_order(model):
+    """More of them than are read ahead."""
+    async with opened(model) as engine, asking(engine) as http:
+        short = request(body=json.dumps(SHORT).encode())
+        unknown = request("/v1/nothing", body=b"x" * 20_000)
+        data = (short + unknown) * 10 + request("/health", "GET", Connection="close")
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.base_url.port)
+        writer.write(data)
+        async with asyncio.timeout(PATIENCE):
+            said = await reader.read()
+        writer.close()
+        found = [int(each.split()[0]) for each in said.split(b"HTTP/1.1 ")[1:]]
+        assert found == [200, 404] * 10 + [200]
+
+
+async def test_wishes_for_another_protocol_are_not_heard(model, caplog):
+    """The answer is that of HTTP/1.1, and the connection ends when it says so."""
+    async with opened(model) as engine, asking(engine) as http:
+        for wish in "websocket", "h2c":
+            told = {"Upgrade": wish, "Connection": "Upgrade, close", "HTTP2-Settings": "A"}
+            got, body = await answer(http, request("/v1/models", "GET", **told))
+            assert (got, json.loads(body)["object"]) == (200, "list")
+    assert "Traceback" not in caplog.text

@@ -184,7 +184,7 @@ async def test_a_web_socket(model, caplog):
     async with opened(model) as engine, asking(engine) as http:
         reader, writer = await asyncio.open_connection("127.0.0.1", http.base_url.port)
         writer.write("\r\n".join(lines).encode())
-        assert (await reader.readline()).split()[1] == b"403"
+        assert (await reader.readline()).split()[1] == b"405"
         writer.close()
     assert "Exception" not in caplog.text
 

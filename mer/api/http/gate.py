@@ -50,10 +50,6 @@ class Gate:
         self._hosts = Hosts(service.settings)
 
     async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        if scope["type"] == "websocket":  # of which there are none here: the client gets 403
-            await receive()
-            await send({"type": "websocket.close", "code": 1000, "reason": ""})
-            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
