@@ -171,25 +171,29 @@ static void choices(void) {
         const char *best;
     } cases[] = {
         {{0}, "scalar"},
-        {{leaf1, AVX2, 0, 7, 0, 0}, "avx2"},
-        {{leaf1, AVX2, 0, 3, 0, 0}, "scalar"}, /* the system does not keep the upper halves */
-        {{leaf1 & ~(unsigned)OSXSAVE, AVX2, 0, 7, 0, 0}, "scalar"},
-        {{leaf1 & ~(unsigned)FMA, AVX2, 0, 7, 0, 0}, "scalar"},
-        {{leaf1 & ~(unsigned)F16C, AVX2, 0, 7, 0, 0}, "scalar"},
-        {{leaf1, 0, 0, 7, 0, 0}, "scalar"},
-        {{leaf1, avx512, vnni, 0xe7, 0, 0}, "avx512"},
-        {{leaf1, avx512, 0, 0xe7, 0, 0}, "avx2"}, /* the first generation, without VNNI */
-        {{leaf1, avx512, vnni, 0x07, 0, 0}, "avx2"},
-        {{leaf1, avx512 & ~(1u << 31), vnni, 0xe7, 0, 0}, "avx2"},
-        {{leaf1, avx512 & ~(unsigned)AVX2, vnni, 0xe7, 0, 0}, "scalar"},
-        {{leaf1, avx512, vnni, 0x600e7, amx, 1}, "amx"},
-        {{leaf1, avx512, vnni, 0x600e7, amx, 0}, "avx512"}, /* the system does not let this process have tiles */
-        {{leaf1, avx512, vnni, 0x200e7, amx, 1}, "avx512"}, /* or keeps their configuration and no data */
-        {{leaf1, avx512, vnni, 0x000e7, amx, 1}, "avx512"},
-        {{leaf1, avx512, vnni, 0x600e7, amx & ~(1u << 22), 1}, "avx512"},
-        {{leaf1, avx512, vnni, 0x600e7, amx & ~(1u << 24), 1}, "avx512"},
-        {{leaf1, avx512, vnni, 0x600e7, amx & ~(1u << 25), 1}, "avx512"},
-        {{leaf1, avx512, 0, 0x600e7, amx, 1}, "avx2"},
+        {{leaf1, AVX2, 0, 7, 0, 0, 0}, "avx2"},
+        {{leaf1, AVX2, 0, 7, 0, 0, 1u << 4}, "avxvnni"},
+        {{leaf1, AVX2, 0, 7, 0, 0, ~(1u << 4)}, "avx2"},
+        {{leaf1, AVX2, 0, 3, 0, 0, 1u << 4}, "scalar"},
+        {{leaf1, AVX2, 0, 3, 0, 0, 0}, "scalar"}, /* the system does not keep the upper halves */
+        {{leaf1 & ~(unsigned)OSXSAVE, AVX2, 0, 7, 0, 0, 0}, "scalar"},
+        {{leaf1 & ~(unsigned)FMA, AVX2, 0, 7, 0, 0, 0}, "scalar"},
+        {{leaf1 & ~(unsigned)F16C, AVX2, 0, 7, 0, 0, 0}, "scalar"},
+        {{leaf1, 0, 0, 7, 0, 0, 0}, "scalar"},
+        {{leaf1, avx512, vnni, 0xe7, 0, 0, 0}, "avx512"},
+        {{leaf1, avx512, vnni, 0xe7, 0, 0, 1u << 4}, "avx512"},
+        {{leaf1, avx512, 0, 0xe7, 0, 0, 0}, "avx2"}, /* the first generation, without VNNI */
+        {{leaf1, avx512, vnni, 0x07, 0, 0, 0}, "avx2"},
+        {{leaf1, avx512 & ~(1u << 31), vnni, 0xe7, 0, 0, 0}, "avx2"},
+        {{leaf1, avx512 & ~(unsigned)AVX2, vnni, 0xe7, 0, 0, 0}, "scalar"},
+        {{leaf1, avx512, vnni, 0x600e7, amx, 1, 0}, "amx"},
+        {{leaf1, avx512, vnni, 0x600e7, amx, 0, 0}, "avx512"}, /* the system does not let this process have tiles */
+        {{leaf1, avx512, vnni, 0x200e7, amx, 1, 0}, "avx512"}, /* or keeps their configuration and no data */
+        {{leaf1, avx512, vnni, 0x000e7, amx, 1, 0}, "avx512"},
+        {{leaf1, avx512, vnni, 0x600e7, amx & ~(1u << 22), 1, 0}, "avx512"},
+        {{leaf1, avx512, vnni, 0x600e7, amx & ~(1u << 24), 1, 0}, "avx512"},
+        {{leaf1, avx512, vnni, 0x600e7, amx & ~(1u << 25), 1, 0}, "avx512"},
+        {{leaf1, avx512, 0, 0x600e7, amx, 1, 0}, "avx2"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const mer_isa *found[8];
@@ -209,6 +213,14 @@ int main(void) {
     int n = mer_isas(found, 8);
 #ifdef MER_TILES
     if (found[0] == &mer_isa_avx512) found[n++] = &mer_isa_amx;
+#endif
+#ifdef MER_DOT4
+    int here = 0, avx2 = 0;
+    for (int i = 0; i < n; i++) {
+        here |= found[i] == &mer_isa_avxvnni;
+        avx2 |= found[i] == &mer_isa_avx2;
+    }
+    if (avx2 && !here) found[n++] = &mer_isa_avxvnni;
 #endif
     mer_pool *pool = mer_pool_new(3, 10);
     for (int i = 0; i < n; i++) {

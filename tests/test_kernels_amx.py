@@ -6,22 +6,16 @@ arithmetic.
 
 from __future__ import annotations
 
-import ctypes
 import shutil
-import subprocess
-from ctypes import c_int, c_long, c_size_t, c_void_p
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import BF16, BLOCK, FORMATS, INTEGER, Bytes, Floats, assert_close, decode, encode, make
+from soft_kernels import SoftKernels
+from test_kernels import BF16, BLOCK, FORMATS, INTEGER, assert_close, decode, encode, make
 
 from mer._ext.kernels import Kernels, isas
-
-ROOT = Path(__file__).parent.parent
-CSRC = ROOT / "mer/_ext/csrc"
 
 pytestmark = [
     pytest.mark.skipif("avx512" not in isas(), reason="the AMX kernels are made of AVX-512 ones"),
@@ -29,48 +23,9 @@ pytestmark = [
 ]
 
 
-class SoftAmx:
-    """The face of Kernels, on a library of amx.c and soft_tiles.h."""
-
-    def __init__(self, library: Path) -> None:
-        lib = ctypes.CDLL(str(library))
-        self._act_bytes, self._prepare, self._matmul = lib.soft_act_bytes, lib.soft_prepare, lib.soft_matmul
-        self._act_bytes.argtypes, self._act_bytes.restype = (c_int, c_long), c_size_t
-        self._prepare.argtypes, self._prepare.restype = (c_int, c_void_p, c_void_p, c_long), None
-        self._matmul.restype = None
-        self._matmul.argtypes = (
-            *(c_int, c_void_p, c_long, c_long, c_long, c_void_p, c_long, c_void_p, c_long),
-        )
-
-    def prepare_py(self, fmt: int, x: Floats) -> Bytes:
-        acts = np.zeros((len(x), self._act_bytes(fmt, x.shape[1])), np.uint8)
-        for row, act in zip(np.ascontiguousarray(x), acts, strict=True):
-            self._prepare(fmt, row.ctypes.data, act.ctypes.data, x.shape[1])
-        return acts
-
-    def matmul_py(self, fmt: int, w: Bytes, x: Floats, r0: int = 0, r1: int | None = None) -> Floats:
-        end, acts = len(w) if r1 is None else r1, self.prepare_py(fmt, x)
-        pointers = (c_void_p * len(x))(*(act.ctypes.data for act in acts))
-        y = np.zeros((len(x), len(w)), np.float32)
-        self._matmul(fmt, w.ctypes.data, x.shape[1], r0, end, pointers, len(x), y.ctypes.data, len(w))
-        return y[:, r0:end]
-
-
 @pytest.fixture(scope="module")
-def amx(tmp_path_factory: pytest.TempPathFactory) -> SoftAmx:
-    library = tmp_path_factory.mktemp("amx") / "amx.so"
-    flags = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fno-math-errno", "-ffp-contract=off", "-fPIC"]
-    flags += [f"-I{CSRC}", f"-I{ROOT / 'tests'}"]
-    tiles = library.with_suffix(".o")
-    others = [file for file in sorted((CSRC / "kernels").glob("*.c")) if file.name != "amx.c"]
-    for command in (
-        ["-O2", "-c", "-o", tiles, ROOT / "tests/soft_amx.c"],
-        # Most of these nobody calls here, and to optimise them takes half a minute.
-        ["-Og", "-shared", "-pthread", "-o", library, tiles, *others, "-lm"],
-    ):
-        made = subprocess.run(["gcc", *flags, *command], capture_output=True, text=True)
-        assert made.returncode == 0, made.stderr
-    return SoftAmx(library)
+def amx(tmp_path_factory: pytest.TempPathFactory) -> SoftKernels:
+    return SoftKernels.build(tmp_path_factory.mktemp("amx"), "soft_amx.c", "amx.c")
 
 
 def shapes(fmt: int) -> list[tuple[int, int, int]]:
@@ -90,7 +45,7 @@ def shapes(fmt: int) -> list[tuple[int, int, int]]:
 
 
 @FORMATS
-def test_bytes_of_avx512_but_for_bf16(amx: SoftAmx, fmt: int) -> None:
+def test_bytes_of_avx512_but_for_bf16(amx: SoftKernels, fmt: int) -> None:
     for rows, cols, n_tok in shapes(fmt):
         w, x = make(fmt, rows, cols, n_tok)
         y, other = amx.matmul_py(fmt, w, x), Kernels("avx512").matmul_py(fmt, w, x)
@@ -102,7 +57,7 @@ def test_bytes_of_avx512_but_for_bf16(amx: SoftAmx, fmt: int) -> None:
 
 @pytest.mark.skipif("amx" not in isas(), reason="this CPU has no AMX")
 @FORMATS
-def test_the_hardwares_tiles_have_the_bytes_of_those_in_c(amx: SoftAmx, fmt: int) -> None:
+def test_the_hardwares_tiles_have_the_bytes_of_those_in_c(amx: SoftKernels, fmt: int) -> None:
     for rows, cols, n_tok in shapes(fmt):
         w, x = make(fmt, rows, cols, n_tok)
         assert Kernels("amx").matmul_py(fmt, w, x).tobytes() == amx.matmul_py(fmt, w, x).tobytes()
@@ -111,7 +66,7 @@ def test_the_hardwares_tiles_have_the_bytes_of_those_in_c(amx: SoftAmx, fmt: int
 @pytest.mark.parametrize("fmt", [*INTEGER, BF16])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_bytes_do_not_depend_on_the_batch(amx: SoftAmx, fmt: int, data: st.DataObject) -> None:
+def test_bytes_do_not_depend_on_the_batch(amx: SoftKernels, fmt: int, data: st.DataObject) -> None:
     rows, n_tok = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 90))
     cols = BLOCK[fmt] * data.draw(st.integers(1, 3 if BLOCK[fmt] > 1 else 100))
     w, x = make(fmt, rows, cols, n_tok, seed=1)
@@ -123,7 +78,7 @@ def test_bytes_do_not_depend_on_the_batch(amx: SoftAmx, fmt: int, data: st.DataO
     assert amx.matmul_py(fmt, w, x[t0:t1], r0, r1).tobytes() == whole[t0:t1, r0:r1].tobytes()
 
 
-def test_bf16_splits_activations_without_loss(amx: SoftAmx) -> None:
+def test_bf16_splits_activations_without_loss(amx: SoftKernels) -> None:
     """Times one, each activation of ordinary size comes out as it went in."""
     rng = np.random.default_rng(1)
     x = (rng.standard_normal((40, 1)) * np.exp(20 * rng.standard_normal((40, 1)))).astype(np.float32)
@@ -132,7 +87,7 @@ def test_bf16_splits_activations_without_loss(amx: SoftAmx) -> None:
     np.testing.assert_array_equal(amx.matmul_py(BF16, one, x), x)
 
 
-def test_bf16_of_one_token_has_the_bytes_of_tiles(amx: SoftAmx) -> None:
+def test_bf16_of_one_token_has_the_bytes_of_tiles(amx: SoftKernels) -> None:
     """It goes without them; subnormal numbers count as zero in tiles, as operands and as results."""
     rng = np.random.default_rng(2)
     w = encode(
@@ -149,7 +104,7 @@ def test_bf16_of_one_token_has_the_bytes_of_tiles(amx: SoftAmx) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("fmt", [*INTEGER, BF16])
-def test_what_is_not_finite_stays_in_its_token(amx: SoftAmx, fmt: int, bad: float) -> None:
+def test_what_is_not_finite_stays_in_its_token(amx: SoftKernels, fmt: int, bad: float) -> None:
     w, x = make(fmt, 19, 512, 20)
     clean, dirty = amx.matmul_py(fmt, w, x), x.copy()
     dirty[2, 300] = bad

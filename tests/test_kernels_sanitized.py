@@ -25,7 +25,7 @@ def run_sanitized(tmp_path: Path, compiler: str, sanitizer: str, stress: str, so
     # Unoptimised, since compiling takes longest, and nothing is optimised away that a sanitizer could report.
     flags = ["-std=gnu11", "-O0", "-g1", "-pthread", "-Wall", "-Wextra", "-Werror", "-fno-math-errno"]
     flags += ["-ffp-contract=off", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{CSRC}"]
-    flags += ['-DMER_TILES="soft_tiles.h"', f"-I{ROOT / 'tests'}"]
+    flags += ['-DMER_TILES="soft_tiles.h"', '-DMER_DOT4="soft_dot4.h"', f"-I{ROOT / 'tests'}"]
     flags += ["-fno-var-tracking", "-DTOKENS=2"]  # the unrolled loops of lanes.h take long to compile
 
     def build(source: Path) -> subprocess.CompletedProcess[str]:
@@ -57,6 +57,8 @@ def test_kernels_touch_nothing_but_their_own(tmp_path: Path, compiler: str, sani
     tested = isas()
     if tested[0] == "avx512":
         tested.append("amx")  # its tiles in plain C
+    if "avx2" in tested and "avxvnni" not in tested:
+        tested.append("avxvnni")  # its products in plain C
     assert printed.split() == [word for isa in tested for word in ("passed:", isa)]
 
 

@@ -64,7 +64,7 @@ def _arithmetic(tables: ExpertTables, isa: str) -> str:
     """The same name for instruction sets that give the same bytes: tests/test_kernels.py holds them to it."""
     if isa == "amx" and not (tables.layers[:, :3] == formats.BF16.id).any():
         return "avx2"
-    return "avx2" if isa == "avx512" else isa
+    return "avx2" if isa in ("avx512", "avxvnni") else isa
 
 
 def _probe(tables: ExpertTables, streamer: ExpertStreamer) -> bytes:

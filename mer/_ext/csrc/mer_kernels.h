@@ -37,6 +37,7 @@ typedef struct mer_isa {
 extern const mer_isa mer_isa_scalar;
 #if defined(__x86_64__)
 extern const mer_isa mer_isa_avx2;
+extern const mer_isa mer_isa_avxvnni;
 extern const mer_isa mer_isa_avx512;
 extern const mer_isa mer_isa_amx;
 #endif
@@ -45,6 +46,7 @@ extern const mer_isa mer_isa_amx;
 typedef struct {
     uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, xcr0, leaf7_edx;
     int tiles_allowed;
+    uint32_t leaf7_1_eax; /* of sub-leaf 1 */
 } mer_cpuid;
 
 /* The instruction sets that a CPU can run, best first; returns how many. */

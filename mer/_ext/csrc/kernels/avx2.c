@@ -1,4 +1,5 @@
-/* AVX2 + FMA + F16C: floats, and what is not a product. The products with blocks are in lanes_avx2.c. */
+/* AVX2 + FMA + F16C: floats, and what is not a product. The products with blocks are in
+ * lanes_avx2.c and lanes_avxvnni.c. */
 #if defined(__x86_64__)
 #include <immintrin.h> /* before the pragma: its functions carry their own targets */
 #ifdef __clang__
@@ -191,20 +192,25 @@ static void clamped_swiglu(const float *gate, const float *up, float *h, long n,
     for (; i < n; i++) h[i] = mer_clamped_swiglu1(gate[i], up[i], alpha, limit, added);
 }
 
-const mer_isa mer_isa_avx2 = {
-    .name = "avx2",
-    .quantise = quantise,
-    .swiglu = swiglu,
-    .geglu = geglu,
-    .clamped_swiglu = clamped_swiglu,
-    .matmul =
-        {
-            [MER_F32] = matmul_f32,
-            [MER_F16] = matmul_f16,
-            [MER_BF16] = matmul_bf16,
-            MER_BLOCK_FORMATS(MER_AVX2_ENTRY)
-        },
-};
+#define TABLE(NAME, BLOCK)                 \
+    const mer_isa mer_isa_##NAME = {       \
+        .name = #NAME,                     \
+        .quantise = quantise,              \
+        .swiglu = swiglu,                  \
+        .geglu = geglu,                    \
+        .clamped_swiglu = clamped_swiglu,  \
+        .matmul =                          \
+            {                              \
+                [MER_F32] = matmul_f32,    \
+                [MER_F16] = matmul_f16,    \
+                [MER_BF16] = matmul_bf16,  \
+                MER_BLOCK_FORMATS(BLOCK)   \
+            },                             \
+    }
+
+TABLE(avx2, MER_AVX2_ENTRY);
+TABLE(avxvnni, MER_AVXVNNI_ENTRY);
+
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -10,6 +10,7 @@ int mer_isas_for(const mer_cpuid *cpu, const mer_isa **out, int room) {
     const int ymm_kept = HAS(cpu->leaf1_ecx, 27) && (cpu->xcr0 & 0x06) == 0x06;
     const int avx2 = ymm_kept && HAS(cpu->leaf1_ecx, 28) && HAS(cpu->leaf1_ecx, 12) /* FMA */
                      && HAS(cpu->leaf1_ecx, 29) /* F16C */ && HAS(cpu->leaf7_ebx, 5);
+    const int avxvnni = avx2 && HAS(cpu->leaf7_1_eax, 4);
     /* leaf 7: F, DQ, BW, VL and VNNI */
     const int avx512 = avx2 && (cpu->xcr0 & 0xe0) == 0xe0 && HAS(cpu->leaf7_ebx, 16) && HAS(cpu->leaf7_ebx, 17)
                        && HAS(cpu->leaf7_ebx, 30) && HAS(cpu->leaf7_ebx, 31) && HAS(cpu->leaf7_ecx, 11);
@@ -18,6 +19,7 @@ int mer_isas_for(const mer_cpuid *cpu, const mer_isa **out, int room) {
                     && HAS(cpu->leaf7_edx, 22) && cpu->tiles_allowed;
     if (amx && n < room) out[n++] = &mer_isa_amx;
     if (avx512 && n < room) out[n++] = &mer_isa_avx512;
+    if (avxvnni && n < room) out[n++] = &mer_isa_avxvnni;
     if (avx2 && n < room) out[n++] = &mer_isa_avx2;
 #else
     (void)cpu;
@@ -50,6 +52,7 @@ static mer_cpuid this_cpu(void) {
         cpu.leaf7_ecx = c;
         cpu.leaf7_edx = d;
     }
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.leaf7_1_eax = a;
     if (HAS(cpu.leaf1_ecx, 27)) {
         __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
         cpu.xcr0 = a;

@@ -26,11 +26,14 @@
                            float *y, long y_stride);                                                              \
     void mer_avx2_##NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok,         \
                          float *y, long y_stride);                                                                \
+    void mer_avxvnni_##NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok,      \
+                            float *y, long y_stride);                                                             \
     void mer_avx512_##NAME(const void *w, long cols, long r0, long r1, const void *const *acts, long n_tok,       \
                            float *y, long y_stride);
 MER_BLOCK_FORMATS(MER_DECLARE_PRODUCTS)
 
 #define MER_AVX2_ENTRY(NAME, ID) [ID] = mer_avx2_##NAME,
+#define MER_AVXVNNI_ENTRY(NAME, ID) [ID] = mer_avxvnni_##NAME,
 #define MER_AVX512_ENTRY(NAME, ID) [ID] = mer_avx512_##NAME,
 
 /* Loops that have to be unrolled: their counter becomes a constant, their arrays registers. */
