@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import gc
 import json
 import threading
@@ -19,6 +20,7 @@ from mer.engine.outputs import Delta
 from mer.errors import RequestTimeoutError
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+JSON = {"content-type": "application/json"}
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -130,6 +132,12 @@ async def test_what_asks_for_nothing_is_taken(model):
     async with opened(model) as engine, asking(engine) as http:
         answer = await http.post(CHAT, json={"messages": HELLO, "max_tokens": 2, **nothing})
         assert answer.status_code == 200, answer.text
+
+
+async def test_a_mark_before_utf8_is_no_json(model):
+    async with opened(model) as engine, asking(engine) as http:
+        body = codecs.BOM_UTF8 + json.dumps({"messages": HELLO, "max_tokens": 2}).encode()
+        assert (await http.post(CHAT, content=body, headers=JSON)).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -190,6 +191,8 @@ async def _read(context: int | None) -> list[bytes]:
         raise ApiError(408, "the body did not arrive in time", type="timeout_error", code="timeout") from None
     if context is not None and most is not None and size > most:
         raise too_long(f"the conversation has {size:,} bytes", "messages", context)
+    if parts:  # Windows' tools write a mark before UTF-8
+        parts[0] = parts[0].removeprefix(BOM_UTF8)
     return parts
 
 
