@@ -121,7 +121,7 @@ async def test_who_takes_no_more_of_an_answer_pauses_it(model):
 @pytest.mark.parametrize("used", [False, True])
 async def test_connections_without_requests_are_closed(model, monkeypatch, used):
     """Those that never had one, and those whose only one was taken back."""
-    monkeypatch.setattr(http_server, "_IDLE", 0.1)
+    monkeypatch.setattr(http_server, "_IDLE", 1.0)
     async with opened(model, context=1 << 17) as engine, asking(engine) as http:
         client = Client(http.base_url.port)
         with client.socket:
