@@ -25,34 +25,9 @@ PRAGMA(GCC target(TARGET))
 
 INLINE vec with_sign(vec w) { return w ^ _mm256_set1_epi8(-128); }
 
-/* Adds to n_tok sums the products of 4 n columns from q[t] + at on. An addition takes five cycles, so that few tokens
- * need two chains each. `most` is of no meaning here. */
-INLINE void dots(const int n_tok, const vec *w, const int8_t *const *q, const int at, const int n, const int most,
-                 vec *sum) {
-    (void)most;
-    const int chains = n_tok > 4 ? 1 : 2;
-    vec other[TOKENS];
-    UNROLL for (int t = 0; t < n_tok; t++) other[t] = zeros();
-    UNROLL for (int k = 0; k < n; k++)
-        UNROLL for (int t = 0; t < n_tok; t++) {
-            vec *const to = k % chains ? other : sum;
-            to[t] = dot4(to[t], w[k], broadcast4(q[t] + at + 4 * k));
-        }
-    if (chains == 2) {
-        UNROLL for (int t = 0; t < n_tok; t++) sum[t] = _mm256_add_epi32(sum[t], other[t]);
-    }
-}
+INLINE vec add_products(vec sum, vec w, const int8_t *four) { return dot4(sum, w, broadcast4(four)); }
 
-/* Products of 32 columns of rows beside each other: sums of neighbours, of rows p and p + 4 in of[p]. */
-typedef struct {
-    vec of[4];
-} sums;
-
-/* Adds the products of 16 columns. */
-INLINE void multiply(sums *s, const vec w[4], const int8_t *q, const int most) {
-    (void)most;
-    for (int p = 0; p < 4; p++) s->of[p] = dot4(s->of[p], w[p], table16(q));
-}
+#include "dots.h"
 
 INLINE vec fold(const sums *s, const int most) {
     (void)most;
